@@ -1,0 +1,185 @@
+"""How a job's config is filled: `--config file.yaml`, then the environment (`BTRAY_*`), then flags; the last one wins.
+
+What there is to set stands in `btray.settings`. This is the only module that reads `sys.argv` and the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from btray.errors import ThresholdExceeded, UserError
+
+ENV_PREFIX = "BTRAY_"
+_NESTING = "__"
+
+
+class ComponentConfig(BaseModel):
+    """The settings of one component: immutable, unknown keys refused, the string below a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class JobConfig(BaseSettings):
+    """The settings of one job. Build it in Python by keyword, or from the command line with `from_command_line`."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=_NESTING,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="none",
+        cli_exit_on_error=False,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keywords only: a config made in Python does not depend on the environment it is made in."""
+        return (init_settings,)
+
+    @classmethod
+    def from_command_line(cls, arguments: list[str] | None = None, prog: str | None = None) -> Self:
+        """Fill the config from file, environment and flags.
+
+        Raises `UserError` with one line for an unknown key, a value out of range or an unreadable file. `--help`
+        prints and exits with 0.
+        """
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        config_file, flags = _take_config_flag(arguments)
+        _refuse_unknown_environment(cls)
+        try:
+            layers = {
+                "--config": _read_yaml(config_file) if config_file else {},
+                "environment": EnvSettingsSource(cls)(),
+                "flags": _parse_flags(cls, flags, prog or Path(sys.argv[0]).name),
+            }
+            merged: dict[str, Any] = {}
+            for layer in layers.values():
+                merged = _merge(merged, layer)
+            return cls(**merged)
+        except ValidationError as error:
+            raise UserError(_explain(error)) from error
+        except SettingsError as error:
+            raise UserError(f"{str(error).removeprefix('error parsing CLI: ')} (see --help)") from error
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `--config` reads again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+Config = TypeVar("Config", bound=JobConfig)
+
+
+def run_job(config_class: type[Config], job: Callable[[Config], str]) -> None:
+    """Run `job` on the config of the command line, print the URI it returns as the last line, exit with its code.
+
+    Exit codes: 0 done, 1 failed, 2 wrong use or unusable input, 3 a threshold was crossed.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("aiobotocore", "botocore", "fsspec", "s3fs", "urllib3", "matplotlib", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        uri = job(config_class.from_command_line())
+    except UserError as error:
+        sys.exit(_report(error, 2))
+    except ThresholdExceeded as error:
+        sys.exit(_report(error, 3))
+    print(uri, flush=True)
+
+
+def _report(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parse_flags(cls: type[JobConfig], flags: list[str], prog: str) -> dict[str, Any]:
+    source: CliSettingsSource[Any] = CliSettingsSource(cls, cli_parse_args=flags, cli_prog_name=prog)
+    return source()
+
+
+def _take_config_flag(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Split `--config FILE` or `--config=FILE` off: it names a layer below the flags, so it is read before them."""
+    rest: list[str] = []
+    config_file = None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            config_file = next(remaining, None)
+            if config_file is None:
+                raise UserError("--config needs the name of a YAML file")
+        elif argument.startswith("--config="):
+            config_file = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return config_file, rest
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(content).__name__}")
+    return content
+
+
+def _refuse_unknown_environment(cls: type[JobConfig]) -> None:
+    for key in os.environ:
+        name = key.removeprefix(ENV_PREFIX).split(_NESTING)[0].lower()
+        if key.startswith(ENV_PREFIX) and name not in cls.model_fields:
+            raise UserError(f"environment variable {key} names no setting of this job; unset it (see --help)")
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        flag = "--" + key.replace("_", "-")
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{key}: no such setting (see --help)")
+        elif item["type"] == "missing":
+            parts.append(f"{flag} is required")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{flag}: {item['input']!r} is refused: {message}" if key else message)
+    return "; ".join(dict.fromkeys(parts))

@@ -53,11 +53,11 @@ class AugmentConfig(ComponentConfig):
     """Largest exponent of the gray curve: gamma lies within exp(-value) and exp(+value)."""
     bias_field: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Largest smooth gain across the frame, as a share: the coil's uneven sensitivity."""
-    noise: Annotated[float, Field(ge=0, le=1)] = 0.04
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Largest standard deviation of added Gaussian noise; white is 1."""
-    blur: Annotated[float, Field(ge=0, le=8)] = 1.0
+    blur: Annotated[float, Field(ge=0, le=8)] = 0.7
     """Largest standard deviation of a Gaussian blur, in pixels."""
-    erase: Annotated[float, Field(ge=0, le=0.5)] = 0.15
+    erase: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest area replaced by the mean gray, as a share of the frame."""
 
 
@@ -70,9 +70,9 @@ class NetworkConfig(ComponentConfig):
     """Channels after the first convolution."""
     stem_stride: Literal[1, 2, 4] = 2
     """Stride of the first convolution."""
-    widths: tuple[Positive, ...] = (32, 64, 96, 160)
+    widths: tuple[Positive, ...] = (32, 64, 96, 144)
     """Channels of each stage; every stage after the first halves the resolution."""
-    depths: tuple[Positive, ...] = (1, 2, 2, 2)
+    depths: tuple[Positive, ...] = (1, 1, 2, 2)
     """Blocks in each stage."""
     kernel: Literal[3, 5, 7] = 3
     """Edge of the convolution kernels, in pixels."""
@@ -119,7 +119,7 @@ class OptimiserConfig(ComponentConfig):
     """Share of each target that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     class_balance: Literal["weights", "sampling", "none"] = "weights"
     """Rare classes weigh more in the loss, or are drawn more often, or neither."""
-    mixup: Annotated[float, Field(ge=0, le=4)] = 0.2
+    mixup: Annotated[float, Field(ge=0, le=4)] = 0.0
     """Parameter of mixup's beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0: none."""
     ema: Share = 0.995
     """Decay a step of the exponential moving average of the weights, which is what is evaluated; 0: none."""
@@ -156,7 +156,7 @@ class TrainConfig(JobConfig):
     """Epochs without a better validation macro-F1 before training stops; 0: never."""
     max_rejected: Probability = 0.05
     """Share of unreadable images above which the job stops."""
-    cache_gb: Annotated[float, Field(ge=0)] = 4.0
+    cache_gb: Annotated[float, Field(ge=0)] = 2.0
     """Decoded frames up to this size, in GB, stay in memory; larger data are streamed again every epoch."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures the run survives; -1: any number."""

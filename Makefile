@@ -1,0 +1,48 @@
+# Debian 12 with python3.11, python3-venv and make is enough; everything else goes into .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak lint format
+
+PYTHON = $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+DATA ?=
+SOAK_SECONDS ?= 10800
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY) ## make .venv with the pinned versions (once, a few minutes)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3 found: apt-get install python3.11 python3.11-venv" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11: give another one, make setup PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv \
+		|| { echo "venv failed: apt-get install python3.11-venv, remove .venv and try again" >&2; exit 1; }
+	@echo "setup: $$(grep -c == constraints.txt) pinned packages into .venv (7 GB, a few minutes, once)"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "setup: done"
+
+demo: $(READY) ## train, evaluate and report, on phantoms over S3; DATA=<folder or s3://...>: on your data
+	@$(BIN)/python -m tools.demo $(if $(DATA),--data '$(DATA)')
+
+test: $(READY) ## lint, types and all tests but soak; every step runs, whatever the one before says
+	@failed=; \
+	step() { echo; echo "== $$*"; local from=$$SECONDS; "$(BIN)/$$@" || failed+=" $$1"; echo "== $$1: $$((SECONDS - from)) s"; }; \
+	step ruff check .; \
+	step ruff format --check .; \
+	step mypy; \
+	step pytest -q -m 'not soak' --durations=20; \
+	echo; \
+	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; else echo "all passed"; fi
+
+soak: $(READY) ## the tests that take minutes, stopped after SOAK_SECONDS
+	@timeout --signal=INT --kill-after=60 $(SOAK_SECONDS) $(BIN)/pytest -m soak --durations=0 --timeout=3600
+
+lint: $(READY) ## ruff and mypy alone
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(READY) ## rewrite the sources in the project's format, with the safe fixes
+	@$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .

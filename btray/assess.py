@@ -1,0 +1,221 @@
+"""Measure a bundle on labelled data: metrics.json, plots, report.html; for `jobs/evaluate` and the end of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from btray import plots, storage
+from btray.bundle import Bundle, Manifest, load_bundle
+from btray.classifier import Classifier
+from btray.cluster import connected
+from btray.errors import UserError
+from btray.evaluation import compute_metrics, worst_errors
+from btray.frames import FrameSource, Rejection
+from btray.labels import require_known_labels
+from btray.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
+from btray.report import Section, model_card, render_report
+from btray.scoring import Scores, score
+from btray.settings import EvaluateConfig
+from btray.worklist import read_labelled
+
+_SHOWN_ERRORS = 12
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What was measured, and the files that show it, by name."""
+
+    metrics: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Measure a bundle on the test split of `config.data`, or on all of it where it has none.
+
+    Writes metrics.json, plots, report.html, predictions.csv, rejected.csv and config.yaml to `config.out` and returns
+    that URI. Raises UserError for unusable input and ThresholdExceeded above `max_rejected`, after writing.
+    """
+    out = storage.resolve(config.out)
+    bundle = load_bundle(config.model, model_id=config.model_id)
+    table = read_labelled(config.data)
+    split = "test" if "test" in table["split"].to_pylist() else None
+    if split:
+        table = table.filter(pc.equal(table["split"], split))
+    require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
+    with connected():
+        scores = score(bundle, np.arange(len(table)), table["uri"], batch_size=config.batch_size)
+    report_rejections(scores.rejected, table)
+    measured_on = f"the test split of {config.data}" if split else f"all of {config.data}"
+    assessment = assess(bundle, table, scores, measured_on=measured_on)
+    files = assessment.files | {
+        "predictions.csv": predictions_csv(bundle, table, scores),
+        REJECTED: rejections_csv(scores.rejected, table),
+        "config.yaml": config.to_yaml().encode(),
+    }
+    for name, body in files.items():
+        storage.write_bytes(storage.join(out, name), body)
+    print(summary(assessment.metrics), flush=True)
+    enforce_max_rejected(scores.rejected, len(table), config.max_rejected)
+    return out
+
+
+def assess(
+    bundle: Bundle,
+    table: pa.Table,
+    scores: Scores,
+    *,
+    measured_on: str,
+    history: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+    sections: Sequence[Section] = (),
+) -> Assessment:
+    """Compute metrics and draw plots and report; `scores` belong to the rows of `table` (columns uri, label).
+
+    `history` are the epochs of the training, where learning curves are to be shown. Raises UserError where no image
+    could be read.
+    """
+    manifest = bundle.manifest
+    labels, probabilities = _labelled(bundle, table, scores)
+    if len(labels) == 0:
+        raise UserError(f"{measured_on}: not one image could be read; see {REJECTED}")
+    metrics = compute_metrics(labels, probabilities, manifest.classes) | {
+        "measured_on": measured_on,
+        "rejected": len(scores.rejected),
+        "model_id": manifest.model_id,
+    }
+    figures = {
+        "confusion_matrix": plots.confusion_matrix(metrics),
+        "roc_curves": plots.roc_curves(labels, probabilities, manifest.classes),
+        "reliability": plots.reliability_diagram(labels, probabilities),
+    }
+    if history:
+        counts = manifest.data["counts"]
+        figures["learning_curves"] = plots.learning_curves(
+            history, train_images=sum(counts["train"].values()), val_images=sum(counts["validation"].values())
+        )
+    figures["worst_errors"] = _draw_errors(manifest, table, scores, labels, probabilities)
+    rejected = len(scores.rejected)
+    counted = [f"{rejected} of {len(table)} images could not be read and are in no figure."] if rejected else []
+    page = render_report(
+        title="Evaluation of a brain-tumor classifier",
+        metrics=metrics,
+        figures=figures,
+        facts=model_facts(manifest) | {"Measured on": measured_on},
+        classes=manifest.classes,
+        notes=[*counted, *notes],
+        extra_sections=sections,
+    )
+    files = {f"{name}.png": png for name, png in figures.items()}
+    files["metrics.json"] = json.dumps(metrics, indent=2, allow_nan=False).encode()
+    files["report.html"] = page.encode()
+    return Assessment(metrics, files)
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """A few lines for a terminal."""
+    low, high = metrics["accuracy_ci95"]
+    accuracy = f"accuracy {metrics['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    lines = [
+        f"measured on {metrics['measured_on']}: {metrics['n']} images, {metrics['rejected']} rejected",
+        f"{accuracy}  macro-F1 {metrics['macro_f1']:.3f}  AUROC {_number(metrics['auroc_macro'])}  "
+        f"ECE {metrics['ece']:.3f}",
+        f"{'class':<16}{'precision':>10}{'recall':>8}{'F1':>8}{'AUROC':>8}{'images':>8}",
+    ]
+    lines += [
+        f"{label:<16}{_number(row['precision']):>10}{_number(row['recall']):>8}{_number(row['f1']):>8}"
+        f"{_number(row['auroc']):>8}{row['support']:>8}"
+        for label, row in metrics["per_class"].items()
+    ]
+    return "\n".join(lines)
+
+
+def model_card_of(manifest: Manifest, metrics: Mapping[str, Any]) -> str:
+    """MODEL_CARD.md of a model that was just trained."""
+    training = {
+        key: str(value) for key, value in manifest.training.items() if key not in {"data", "out", "storage", "mlflow"}
+    }
+    return model_card(
+        model_id=manifest.model_id,
+        classes=manifest.classes,
+        metrics=metrics,
+        evaluated_on=str(metrics["measured_on"]),
+        counts=manifest.data["counts"],
+        details=model_facts(manifest),
+        training=training,
+        patient_ids=bool(manifest.data["patient_ids"]),
+    )
+
+
+def model_facts(manifest: Manifest) -> dict[str, str]:
+    """What identifies a model, for a reader."""
+    return {
+        "Model": manifest.model_id,
+        "Classes": ", ".join(manifest.classes),
+        "Architecture": manifest.network.architecture,
+        "Trained": manifest.created_at,
+        "Data fingerprint": str(manifest.data.get("fingerprint", "")),
+        "Temperature": f"{manifest.calibration.temperature:.3f}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+
+
+def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:
+    """One line a frame: uri, true label, predicted label, confidence and the probability of every class."""
+    classes = bundle.manifest.classes
+    _, probabilities = _labelled(bundle, table, scores)
+    uris, labels = table["uri"].to_pylist(), table["label"].to_pylist()
+    rows = [
+        (uris[row], labels[row], classes[int(values.argmax())], f"{values.max():.6f}", *(f"{p:.6f}" for p in values))
+        for row, values in zip(scores.row.tolist(), probabilities, strict=True)
+    ]
+    return as_csv(("uri", "label", "predicted", "confidence", *(f"p_{name}" for name in classes)), rows)
+
+
+def _labelled(bundle: Bundle, table: pa.Table, scores: Scores) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Label numbers [n] and calibrated probabilities [n, classes] of all scored frames."""
+    classes = bundle.manifest.classes
+    number = {label: index for index, label in enumerate(classes)}
+    of_row = np.array([number[label] for label in table["label"].to_pylist()], np.int64)
+    logits = scores.logits.reshape(len(scores.row), len(classes))
+    return of_row[scores.row], Classifier.calibrated(logits, bundle.manifest.calibration.temperature)
+
+
+def _draw_errors(
+    manifest: Manifest,
+    table: pa.Table,
+    scores: Scores,
+    labels: npt.NDArray[np.int64],
+    probabilities: npt.NDArray[np.float32],
+) -> bytes:
+    """The surest errors, as the network saw them; a scan of several frames shows its first."""
+    chosen = worst_errors(labels, probabilities, _SHOWN_ERRORS)
+    uris = [table["uri"][int(scores.row[index])].as_py() for index in chosen]
+    pictures = FrameSource(manifest.preprocess).from_uris(uris)
+    kept = [
+        (index, uri, found[0])
+        for index, uri, found in zip(chosen, uris, pictures, strict=True)
+        if not isinstance(found, Rejection)
+    ]
+    answers = probabilities.argmax(1)
+    size = manifest.preprocess.size
+    return plots.error_grid(
+        np.stack([frame for _, _, frame in kept]) if kept else np.zeros((0, size, size), np.uint8),
+        [manifest.classes[labels[index]] for index, _, _ in kept],
+        [manifest.classes[answers[index]] for index, _, _ in kept],
+        [float(probabilities[index].max()) for index, _, _ in kept],
+        [storage.name(uri) for _, uri, _ in kept],
+        errors=int((answers != labels).sum()),
+        images=len(labels),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

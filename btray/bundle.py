@@ -1,0 +1,285 @@
+"""The model bundle: the contract between training and everything after it.
+
+A folder, local or in object storage, of `model.safetensors`, `bundle.json`, `metrics.json`, plots, `report.html` and
+`MODEL_CARD.md`. `bundle.json` holds the SHA-256 of all the others and is written last, so a bundle is there whole or
+not at all; loading verifies every digest and never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from btray import storage
+from btray.config import ComponentConfig
+from btray.errors import UserError
+from btray.network import Network, build_network
+from btray.preprocess import preprocess_digest
+from btray.settings import NetworkConfig, PreprocessConfig
+from btray.storage import StorageError, user_error
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+WEIGHTS = "model.safetensors"
+# The libraries whose version can change what a bundle answers.
+_LIBRARIES = ("btray", "torch", "torchvision", "numpy", "pillow", "scipy", "ray")
+# What a model's name is a digest of.
+_IDENTITY = ("classes", "network", "preprocess", "calibration", "weights_sha256")
+
+
+class Calibration(ComponentConfig):
+    """How logits become probabilities."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by it before the softmax (Guo et al. 2017, arXiv:1706.04599)."""
+
+
+class Manifest(ComponentConfig):
+    """What `bundle.json` holds."""
+
+    format_version: int
+    """Rises when an older btray could not read the bundle."""
+    model_id: str
+    """Digest of weights, network, preprocessing, calibration and classes; the name of this model in every result."""
+    classes: tuple[str, ...] = Field(min_length=2)
+    """Labels in the order of the network's outputs."""
+    network: NetworkConfig
+    """The network."""
+    preprocess: PreprocessConfig
+    """The deterministic transform."""
+    preprocess_digest: str
+    """SHA-256 of what preprocessing makes of a fixed test pattern."""
+    calibration: Calibration
+    """How logits become probabilities."""
+    thresholds: dict[str, float]
+    """Thresholds on what the model gives, by name; empty where none was chosen."""
+    training: dict[str, Any]
+    """The resolved training config."""
+    data: dict[str, Any]
+    """Fingerprint and counts of the data that training saw."""
+    versions: dict[str, str]
+    """Python and library versions of the training."""
+    code_version: str
+    """SHA-256 of btray's own source files."""
+    created_at: str
+    """When training ended, UTC, ISO 8601."""
+    weights_sha256: str
+    """SHA-256 of the weights file."""
+    files: dict[str, str]
+    """SHA-256 of every other file, by name."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle in memory."""
+
+    uri: str
+    manifest: Manifest
+    weights: dict[str, Tensor]
+
+    def network(self) -> Network:
+        """The network with its weights, in evaluation mode. Raises UserError where the weights do not fit it."""
+        network = build_network(self.manifest.network, len(self.manifest.classes))
+        try:
+            network.load_state_dict(self.weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"{self.uri}: the weights do not fit the network that {MANIFEST} describes: {reason}"
+            ) from error
+        return network.eval()
+
+
+def make_bundle(
+    *,
+    weights: Mapping[str, Tensor],
+    classes: tuple[str, ...],
+    network: NetworkConfig,
+    preprocess: PreprocessConfig,
+    temperature: float,
+    training: dict[str, Any],
+    data: dict[str, Any],
+    created_at: str,
+) -> Bundle:
+    """A bundle in memory, named by its digest; `save_bundle` publishes it."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    identity = {
+        "classes": classes,
+        "network": network,
+        "preprocess": preprocess,
+        "calibration": Calibration(temperature=temperature),
+        "weights_sha256": _sha256(safetensors.torch.save(kept)),
+    }
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        model_id=_model_id(identity),
+        preprocess_digest=preprocess_digest(preprocess),
+        thresholds={},
+        training=training,
+        data=data,
+        versions=_versions(),
+        code_version=_code_version(),
+        created_at=created_at,
+        files={},
+        **identity,  # type: ignore[arg-type]
+    )
+    return Bundle("", manifest, kept)
+
+
+def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
+    """Write `bundle` to `uri`, in place of the one that is there; `files` are plots, metrics and texts by name.
+
+    Raises UserError where `uri` holds something that is no bundle.
+    """
+    uri = storage.resolve(uri)
+    require_free(uri)
+    digests = {name: _sha256(body) for name, body in sorted(files.items())}
+    manifest = bundle.manifest.model_copy(update={"files": digests})
+    _remove_old(uri)
+    for name, body in {WEIGHTS: safetensors.torch.save(bundle.weights), **files}.items():
+        storage.write_bytes(storage.join(uri, name), body)
+    storage.write_json(storage.join(uri, MANIFEST), manifest.model_dump(mode="json"))
+    return Bundle(uri, manifest, bundle.weights)
+
+
+def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
+    """Read and verify a bundle; `model_id` pins which model is meant.
+
+    Raises UserError for whatever is missing, changed, unlisted, newer than this btray or not the pinned model.
+    """
+    uri = storage.resolve(uri)
+    manifest = _read_manifest(uri)
+    if model_id is not None and model_id != manifest.model_id:
+        raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
+    blob = _read_verified(uri, WEIGHTS, manifest.weights_sha256)
+    for name, digest in manifest.files.items():
+        _read_verified(uri, name, digest)
+    _refuse_unlisted(uri, manifest)
+    if manifest.model_id != _model_id({name: getattr(manifest, name) for name in _IDENTITY}):
+        raise UserError(f"{uri}: {MANIFEST} was changed: its model_id is not that of its content; train or copy again")
+    if preprocess_digest(manifest.preprocess) != manifest.preprocess_digest:
+        raise UserError(
+            f"{uri}: preprocessing gives other bits here than where the model was trained; "
+            f"install the versions it was trained with: {_differing(manifest.versions)}"
+        )
+    try:
+        weights = safetensors.torch.load(blob)
+    except SafetensorError as error:
+        raise UserError(f"{uri}: {WEIGHTS} is not a safetensors file: {error}") from error
+    return Bundle(uri, manifest, weights)
+
+
+def require_free(uri: str) -> None:
+    """Raise UserError unless `uri` can take a bundle: not there, empty, a bundle, or only names that begin with `_`."""
+    names = _names(uri)
+    if MANIFEST in names:
+        return
+    foreign = [name for name in names if not name.startswith(("_", "."))]
+    left_over = WEIGHTS in foreign  # of a bundle whose writer was killed before the manifest
+    if foreign and not left_over:
+        raise UserError(f"--out {uri} is not empty and holds no bundle ({foreign[0]}); name an empty folder")
+
+
+def _names(uri: str) -> list[str]:
+    try:
+        return storage.list_names(uri)
+    except StorageError as error:
+        if error.code == "not_found":
+            return []
+        raise user_error(error) from error
+
+
+def _remove_old(uri: str) -> None:
+    """Take the manifest away first: from here until the new one is written there is no bundle, not half of one."""
+    names = _names(uri)
+    if MANIFEST in names:
+        try:
+            old = list(_read_manifest(uri).files)
+        except UserError:
+            old = []
+        storage.delete(storage.join(uri, MANIFEST))
+        for name in old:
+            storage.delete(storage.join(uri, name))
+
+
+def _read_manifest(uri: str) -> Manifest:
+    try:
+        content = json.loads(storage.read_text(storage.join(uri, MANIFEST)))
+    except StorageError as error:
+        if error.code == "not_found":
+            raise UserError(f"{uri} is no model bundle: it has no {MANIFEST}; give the --out of a training") from error
+        raise user_error(error) from error
+    except ValueError as error:
+        raise UserError(f"{uri}: {MANIFEST} is damaged: {error}; train or copy the bundle again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{uri}: {MANIFEST} has no format_version; train or copy the bundle again")
+    if version > FORMAT_VERSION:
+        raise UserError(f"{uri} has format_version {version}; this btray reads up to {FORMAT_VERSION}: upgrade btray")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{uri}: {MANIFEST} is damaged at {key!r}: {first['msg']}") from error
+
+
+def _read_verified(uri: str, name: str, digest: str) -> bytes:
+    if Path(name).name != name:
+        raise UserError(f"{uri}: {MANIFEST} lists {name!r}, which is no plain file name")
+    try:
+        body = storage.read_bytes(storage.join(uri, name))
+    except StorageError as error:
+        if error.code == "not_found":
+            raise UserError(f"{uri} is incomplete: {name} is missing; copy the bundle again") from error
+        raise user_error(error) from error
+    if _sha256(body) != digest:
+        raise UserError(f"{uri}: {name} was changed or damaged: its SHA-256 is not the one in {MANIFEST}")
+    return body
+
+
+def _refuse_unlisted(uri: str, manifest: Manifest) -> None:
+    listed = {MANIFEST, WEIGHTS, *manifest.files}
+    for name in _names(uri):
+        if name not in listed and not name.startswith(("_", ".")):
+            raise UserError(f"{uri} holds {name}, which {MANIFEST} does not list; remove it or copy the bundle again")
+
+
+def _model_id(identity: Mapping[str, Any]) -> str:
+    content = {
+        name: value.model_dump(mode="json") if isinstance(value, ComponentConfig) else value
+        for name, value in identity.items()
+    }
+    return _sha256(json.dumps(content, sort_keys=True).encode())[:32]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def _differing(then: dict[str, str]) -> str:
+    now = _versions()
+    differences = [f"{name} {then[name]} (here {now[name]})" for name in now if then.get(name, now[name]) != now[name]]
+    return ", ".join(differences) or "all are equal, so the processor may differ"
+
+
+def _code_version() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

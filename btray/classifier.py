@@ -1,0 +1,172 @@
+"""A bundle in use, with no Ray in it: bytes, paths or arrays in, predictions out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from btray import storage
+from btray.bundle import Bundle, load_bundle
+from btray.errors import UserError
+from btray.frames import FrameSource, Rejection
+from btray.preprocess import Frame, make_frame, to_tensor
+
+Input = bytes | str | PathLike[str] | npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the model says of one frame, or why it says nothing."""
+
+    index: int
+    """Which input it belongs to; a scan of several frames gives several predictions."""
+    frame: int = 0
+    """Which frame of that input."""
+    uri: str | None = None
+    """The input where it was a path or URI."""
+    status: str = "ok"
+    """`ok` or `rejected`."""
+    error_code: str | None = None
+    """A key of `scans.REJECTION_CODES` where rejected."""
+    error: str | None = None
+    """What was found, where rejected."""
+    retryable: bool = False
+    """Another try may succeed."""
+    label: str | None = None
+    """The most probable class."""
+    confidence: float | None = None
+    """Its calibrated probability, in [0, 1]."""
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Calibrated probability of every class; they sum to 1."""
+    model_id: str = ""
+    """The model that answered."""
+
+
+class Classifier:
+    """Classifies scans with one bundle on one device. Thread-safe: nothing changes after it was made."""
+
+    def __init__(self, bundle: Bundle, *, device: str | torch.device | None = None, batch_size: int = 64) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} must be at least 1")
+        self.manifest = bundle.manifest
+        self.classes = bundle.manifest.classes
+        self.model_id = bundle.manifest.model_id
+        self.batch_size = batch_size
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.source = FrameSource(bundle.manifest.preprocess)
+        self.network = bundle.network().to(self.device).to(memory_format=torch.channels_last)
+
+    @classmethod
+    def load(
+        cls, uri: str | PathLike[str], *, model_id: str | None = None, device: str | None = None, batch_size: int = 64
+    ) -> Self:
+        """Load and verify the bundle at `uri`; `model_id` pins which model is meant. Raises UserError."""
+        return cls(load_bundle(str(uri), model_id=model_id), device=device, batch_size=batch_size)
+
+    def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
+        """Classify encoded images (bytes), paths or URIs (str, Path), or gray arrays ([height, width]).
+
+        Gives one prediction a frame, in the order of the inputs; an input that cannot be used gives one with status
+        `rejected`, never an exception.
+        """
+        frames: list[Frame] = []
+        places: list[dict[str, Any]] = []
+        found = self._frames(inputs)
+        for index, (given, result) in enumerate(zip(inputs, found, strict=True)):
+            place = {"index": index, "uri": None if isinstance(given, bytes | np.ndarray) else str(given)}
+            if isinstance(result, Rejection):
+                places.append(place | {"rejection": result})
+                continue
+            places += [place | {"frame": number} for number in range(len(result))]
+            frames += result
+        probabilities = iter(self.predict_frames(np.stack(frames)) if frames else ())
+        return [
+            self._rejected(place) if "rejection" in place else self._predicted(place, next(probabilities))
+            for place in places
+        ]
+
+    def predict_frames(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Calibrated probabilities [n, classes] of preprocessed frames (uint8 [n, size, size])."""
+        return self.calibrated(self.logits(frames), self.manifest.calibration.temperature)
+
+    def logits(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Raw outputs [n, classes] of preprocessed frames (uint8 [n, size, size])."""
+        batches = torch.from_numpy(frames).split(self.batch_size)
+        return np.concatenate([self._forward(batch).cpu().numpy() for batch in batches])
+
+    @staticmethod
+    def calibrated(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
+        """Softmax of logits [n, classes] divided by `temperature`; each row depends on itself alone."""
+        return (torch.from_numpy(logits) / temperature).softmax(1).numpy()
+
+    @torch.inference_mode()
+    def _forward(self, frames: Tensor) -> Tensor:
+        images = to_tensor(frames.to(self.device)).contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.network(images)
+        return logits.float()
+
+    def _frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:
+        """Frames of each input; stored ones are read together."""
+        uris = [given for given in inputs if not isinstance(given, bytes | np.ndarray)]
+        stored = iter(self.source.from_uris([_uri(given) for given in uris]))
+        found: list[list[Frame] | Rejection] = []
+        for given in inputs:
+            if isinstance(given, bytes):
+                found.append(self.source.from_bytes(given))
+            elif isinstance(given, np.ndarray):
+                found.append(self._from_array(given))
+            else:
+                found.append(next(stored))
+        return found
+
+    def _from_array(self, pixels: npt.NDArray[Any]) -> list[Frame] | Rejection:
+        if pixels.ndim != 2 or min(pixels.shape) < self.source.limits.min_side:
+            least = self.source.limits.min_side
+            return Rejection("unsupported", f"shape {pixels.shape} is not [height, width] of at least {least}", False)
+        if pixels.dtype not in (np.uint8, np.uint16):
+            finite = pixels.dtype.kind in "iuf" and bool(np.isfinite(pixels).all())
+            if not finite:
+                return Rejection("unsupported", f"{pixels.dtype} array with values that are no finite numbers", False)
+            pixels = _spread_over_uint16(pixels)
+        return [make_frame(pixels, self.manifest.preprocess)]
+
+    def _predicted(self, place: dict[str, Any], probabilities: npt.NDArray[np.float32]) -> Prediction:
+        best = int(probabilities.argmax())
+        return Prediction(
+            **place,
+            label=self.classes[best],
+            confidence=float(probabilities[best]),
+            probabilities=dict(zip(self.classes, map(float, probabilities), strict=True)),
+            model_id=self.model_id,
+        )
+
+    def _rejected(self, place: dict[str, Any]) -> Prediction:
+        rejection: Rejection = place["rejection"]
+        return Prediction(
+            index=place["index"],
+            uri=place["uri"],
+            status="rejected",
+            error_code=rejection.code,
+            error=rejection.message,
+            retryable=rejection.retryable,
+            model_id=self.model_id,
+        )
+
+
+def _uri(given: str | PathLike[str]) -> str:
+    return storage.resolve(given if isinstance(given, str) else Path(given))
+
+
+def _spread_over_uint16(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """Map the range of `pixels` to 0 to 65535; preprocessing stretches gray levels anyway, so no unit is lost by it."""
+    wide = pixels.astype(np.float64)
+    low, high = float(wide.min()), float(wide.max())
+    return ((wide - low) * (65535.0 / (high - low or 1.0))).astype(np.uint16)

@@ -1,0 +1,205 @@
+"""Frames for training: decoded by Ray Data, kept in memory while they fit, streamed again every epoch when not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+import ray.train
+import torch
+from torch import Tensor
+
+from btray.frames import FrameSource, Rejection
+from btray.settings import TrainConfig
+
+# A scan's number times this, plus the frame within it, is the sample number: the key of all that is random about it.
+FRAMES_PER_SCAN = 1024
+# Rows a block of the decoding pipeline: some 6 MB of frames of 160 x 160, a second's work for one core.
+_BLOCK_ROWS = 256
+# Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.
+_SHUFFLED_BATCHES = 32
+# The columns that the driver looks at: all but the frames.
+_SURVEYED = ["sample", "label", "digest", "code", "message"]
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A worker's part of one step."""
+
+    frames: Tensor
+    """uint8 [n, size, size]"""
+    labels: Tensor
+    """int64 [n]"""
+    samples: Tensor
+    """int64 [n]: what augmentation is keyed by."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a worker must know; the same for every worker and every restart."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    run_uri: str
+    """Folder of the run: checkpoints, history, TensorBoard events."""
+    samples: npt.NDArray[np.int64]
+    """Numbers of all readable samples, ascending."""
+    labels: npt.NDArray[np.int64]
+    """Their classes."""
+    train: npt.NDArray[np.int64]
+    """Positions in `samples` that are trained on."""
+    validation: npt.NDArray[np.int64]
+    """Positions in `samples` that are held out."""
+    streaming: bool
+    """Frames do not fit in memory."""
+    initial_weights: dict[str, Tensor] | None = None
+    """Tensors to start from, by name."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples a step over all workers: fewer than asked for only where there are fewer."""
+        return min(self.config.batch_size, len(self.train))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches an epoch; the samples left over change from epoch to epoch."""
+        return len(self.train) // self.batch_size
+
+    def class_counts(self) -> list[int]:
+        """Training samples of each class."""
+        return np.bincount(self.labels[self.train], minlength=len(self.classes)).tolist()
+
+
+class Feed(Protocol):
+    """What the training loop draws from."""
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """This worker's batches of one epoch, shuffled."""
+
+    def validation(self) -> Iterator[Batch]:
+        """This worker's share of the held-out samples."""
+
+
+def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0) -> ray.data.Dataset:
+    """Decode the scans of `table` (columns row, uri, label as a number) to one row a frame.
+
+    Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), code and message (of a rejection, whose
+    frame is black). Nothing runs before the data set is used; each task then takes `num_cpus`.
+    """
+    blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
+    return ray.data.from_arrow(blocks).map_batches(
+        _Decode(source), batch_size=None, batch_format="numpy", num_cpus=num_cpus
+    )
+
+
+def survey(frames: ray.data.Dataset) -> pa.Table:
+    """Everything about decoded rows but the frames: sample, label, digest, code, message; ascending by sample."""
+    batches = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables(batches).sort_by("sample")
+
+
+class _Decode:
+    """Turns a block of URIs into a block of frames; picklable."""
+
+    def __init__(self, source: FrameSource) -> None:
+        self.source = source
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        size = self.source.preprocess.size
+        columns: dict[str, list[Any]] = {name: [] for name in [*_SURVEYED, "frame"]}
+        decoded = self.source.from_uris([str(uri) for uri in batch["uri"]])
+        for row, label, frames in zip(batch["row"], batch["label"], decoded, strict=True):
+            rejection = frames if isinstance(frames, Rejection) else None
+            shown = [np.zeros((size, size), np.uint8)] if isinstance(frames, Rejection) else frames
+            for number, frame in enumerate(shown):
+                columns["sample"].append(int(row) * FRAMES_PER_SCAN + number)
+                columns["label"].append(int(label))
+                columns["frame"].append(frame)
+                columns["digest"].append(hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest())
+                columns["code"].append(rejection.code if rejection else "")
+                columns["message"].append(rejection.message if rejection else "")
+        return {name: np.stack(values) if name == "frame" else np.array(values) for name, values in columns.items()}
+
+
+class MemoryFeed:
+    """All frames in this process; every worker knows the whole order of an epoch and takes its part of each batch.
+
+    So the batches of an epoch hold the same samples however many workers there are.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        context = ray.train.get_context()
+        self.plan, self.rank, self.workers = plan, context.get_world_rank(), context.get_world_size()
+        size = plan.config.preprocess.size
+        frames = np.empty((len(plan.samples), size, size), np.uint8)
+        for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
+            readable = batch["code"] == ""
+            frames[np.searchsorted(plan.samples, batch["sample"][readable])] = batch["frame"][readable]
+        self.frames = torch.from_numpy(frames)
+        self.labels = torch.from_numpy(plan.labels.copy())
+        self.samples = torch.from_numpy(plan.samples.copy())
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """This worker's batches of one epoch, shuffled by seed and epoch alone."""
+        order = epoch_order(self.plan, epoch)
+        for step in range(self.plan.steps_per_epoch):
+            whole = order[step * self.plan.batch_size : (step + 1) * self.plan.batch_size]
+            yield self._batch(whole[self.rank :: self.workers])
+
+    def validation(self) -> Iterator[Batch]:
+        """This worker's share of the held-out samples."""
+        mine = self.plan.validation[self.rank :: self.workers]
+        for start in range(0, len(mine), self.plan.config.batch_size):
+            yield self._batch(mine[start : start + self.plan.config.batch_size])
+
+    def _batch(self, positions: npt.NDArray[np.int64]) -> Batch:
+        chosen = torch.tensor(positions)
+        return Batch(self.frames[chosen], self.labels[chosen], self.samples[chosen])
+
+
+class StreamFeed:
+    """Frames decoded anew every epoch, each worker reading its own share; for data larger than memory."""
+
+    def __init__(self, plan: Plan) -> None:
+        context = ray.train.get_context()
+        self.plan, self.share = plan, max(1, plan.batch_size // context.get_world_size())
+        self.rejected = 0
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """This worker's batches of one epoch: rows in the driver's random order, shuffled again within a buffer."""
+        yield from self._stream(
+            "train",
+            drop_last=True,
+            local_shuffle_buffer_size=_SHUFFLED_BATCHES * self.share,
+            local_shuffle_seed=self.plan.config.seed + epoch,
+        )
+
+    def validation(self) -> Iterator[Batch]:
+        """This worker's share of the held-out samples."""
+        yield from self._stream("validation")
+
+    def _stream(self, name: str, **options: Any) -> Iterator[Batch]:
+        shard = ray.train.get_dataset_shard(name)
+        for arrays in shard.iter_batches(batch_size=self.share, batch_format="numpy", **options):
+            readable = arrays["code"] == ""
+            self.rejected += int((~readable).sum())
+            if readable.any():
+                tensors = (torch.from_numpy(arrays[key][readable]) for key in ("frame", "label", "sample"))
+                yield Batch(*tensors)
+
+
+def epoch_order(plan: Plan, epoch: int) -> npt.NDArray[np.int64]:
+    """Positions in the order in which an epoch takes them; with `class_balance` "sampling", rare classes more often."""
+    generator = np.random.default_rng([plan.config.seed, epoch])
+    if plan.config.optimiser.class_balance != "sampling":
+        return generator.permutation(plan.train)
+    chance = 1.0 / np.array(plan.class_counts())[plan.labels[plan.train]]
+    return generator.choice(plan.train, len(plan.train), p=chance / chance.sum())

@@ -1,0 +1,263 @@
+"""What each training worker runs: epochs, validation, checkpoints. All workers take the same decisions."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from btray.augment import Augmenter
+from btray.feeding import Batch, Feed, MemoryFeed, Plan, StreamFeed
+from btray.network import Network, build_network, load_matching
+from btray.optimise import (
+    class_weights,
+    freeze_body,
+    learning_rate,
+    make_average,
+    make_optimiser,
+    mix_up,
+    set_learning_rate,
+    soft_targets,
+    weighted_losses,
+)
+from btray.preprocess import to_tensor
+from btray.tracking import Record, Tracker
+
+STATE = "state.pt"
+# Validation losses break ties between equal macro-F1 scores, which are common on small sets; they never outweigh one.
+_TIE_BREAK = 1e-4
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """The function that Ray Train runs in every worker; `settings` holds the `Plan`."""
+    plan: Plan = settings["plan"]
+    torch.set_num_threads(settings["threads"])
+    TrainingRun(plan).run()
+
+
+def load_state(folder: str) -> dict[str, Any]:
+    """Read a checkpoint folder on the CPU, without unpickling anything but tensors and plain values."""
+    state: dict[str, Any] = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+    return state
+
+
+def score_of(macro_f1: float, loss: float) -> float:
+    """What makes an epoch the best one: validation macro-F1, then a lower validation loss."""
+    return macro_f1 - _TIE_BREAK * min(loss, 10.0)
+
+
+class TrainingRun:
+    """The state of one worker: the same on all workers but for their share of the data."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.config = plan.config
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.augmenter = Augmenter(self.config.augment, self.config.seed)
+        self.weights = class_weights(plan.class_counts(), self.config.optimiser).to(self.device)
+        torch.manual_seed(self.config.seed)
+        network = build_network(self.config.network, len(plan.classes))
+        if plan.initial_weights:
+            load_matching(network, plan.initial_weights)
+        self.network: Network = network.to(self.device).to(memory_format=torch.channels_last)
+        self.optimiser = make_optimiser(self.network, self.config.optimiser, fine_tune=plan.initial_weights is not None)
+        decay = self.config.optimiser.ema
+        self.average: AveragedModel | None = make_average(self.network, decay) if decay else None
+        self.history: list[Record] = []
+        self._restore()
+        self.frozen = self._is_frozen(len(self.history))
+        self.parallel = self._parallel()
+        self.feed: Feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
+
+    def run(self) -> None:
+        """Train until the last epoch or until validation macro-F1 has not risen for `patience` epochs."""
+        tracker = Tracker(self.plan.run_uri, self.config, len(self.history)) if self.rank == 0 else None
+        while len(self.history) < self.config.epochs and not self._has_stalled():
+            epoch = len(self.history)
+            if self.frozen != self._is_frozen(epoch):
+                self.frozen = not self.frozen
+                self.parallel = self._parallel()
+            started = time.perf_counter()
+            record = {"epoch": epoch + 1, **self._train_epoch(epoch), **self._validate()}
+            record["seconds"] = time.perf_counter() - started
+            self.history.append(record)
+            self._report()
+            if tracker:
+                tracker.epoch_ended(self.history)
+        if tracker:
+            tracker.close()
+
+    def _train_epoch(self, epoch: int) -> Record:
+        # Dropout draws from torch's generator: seeded here, a resumed run draws what an undisturbed one would.
+        torch.manual_seed((self.config.seed * 1_000_003 + epoch) * 4096 + self.rank)
+        self.network.train()
+        if self.frozen:
+            freeze_body(self.network, True)
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, weight, images
+        started = time.perf_counter()
+        rate = 0.0
+        for index, batch in enumerate(self._in_step(self.feed.train(epoch))):
+            step = epoch * self.plan.steps_per_epoch + index
+            rate = learning_rate(step, self.config.epochs * self.plan.steps_per_epoch, self.config.optimiser)
+            set_learning_rate(self.optimiser, rate)
+            totals += self._step(batch, epoch, index)
+        seconds = time.perf_counter() - started
+        loss, weight, images = self._summed(totals).tolist()
+        return {
+            "train_loss": loss / max(weight, 1e-12),
+            "learning_rate": rate,
+            "images_per_second": images / seconds,
+        }
+
+    def _in_step(self, batches: Any) -> Any:
+        """Batches for as long as every worker has one: a step that only some take would wait for ever."""
+        if not self.plan.streaming or self.workers == 1:
+            yield from batches
+            return
+        while True:
+            batch = next(batches, None)
+            if self._summed(torch.tensor(float(batch is not None))).item() < self.workers:
+                return
+            yield batch
+
+    def _step(self, batch: Batch, epoch: int, index: int) -> Tensor:
+        """One optimiser step; returns this worker's sums of loss, weight and images."""
+        config = self.config.optimiser
+        frames, labels = self._to_device(batch.frames), self._to_device(batch.labels)
+        augment = self.config.augment.enabled
+        images = self.augmenter(frames, batch.samples, epoch) if augment else to_tensor(frames)
+        targets, weights = soft_targets(labels, len(self.plan.classes), config), self.weights[labels]
+        if config.mixup:
+            seed = (self.config.seed, epoch, index, self.rank)
+            images, targets, weights = mix_up(images, targets, weights, config.mixup, seed)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self.parallel(images)
+        loss = weighted_losses(logits, targets, weights)
+        # DDP averages gradients over workers; each must count by the weight of its samples in the whole batch.
+        whole_weight = self._summed(weights.sum().detach())
+        self.optimiser.zero_grad(set_to_none=True)
+        (loss * (self.workers / whole_weight)).backward()
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
+        self.optimiser.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return torch.tensor([loss.item(), weights.sum().item(), len(labels)], dtype=torch.float64)
+
+    @torch.no_grad()
+    def _validate(self) -> Record:
+        network = self.evaluated()
+        network.eval()
+        logits, labels = [torch.zeros(0, len(self.plan.classes))], [torch.zeros(0, dtype=torch.int64)]
+        for batch in self.feed.validation():
+            images = to_tensor(self._to_device(batch.frames)).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                logits.append(network(images).float().cpu())
+            labels.append(batch.labels)
+        return self._scores(*self._gathered(torch.cat(logits), torch.cat(labels)))
+
+    def _scores(self, logits: Tensor, labels: Tensor) -> Record:
+        loss = F.cross_entropy(logits, labels).item()
+        answers = logits.argmax(1).numpy()
+        present = np.unique(labels.numpy())
+        macro_f1 = float(f1_score(labels, answers, labels=present, average="macro", zero_division=0.0))
+        return {
+            "val_loss": loss,
+            "val_macro_f1": macro_f1,
+            "val_accuracy": float(accuracy_score(labels, answers)),
+            "score": score_of(macro_f1, loss),
+        }
+
+    def evaluated(self) -> nn.Module:
+        """The network that is validated and kept: the averaged one, where there is one."""
+        if self.average is None:
+            return self.network
+        if self.workers > 1:
+            for buffer in self.average.buffers():  # batch statistics differ between workers; rank 0's are kept
+                dist.broadcast(buffer, 0)
+        return self.average.module
+
+    def _report(self) -> None:
+        record = self.history[-1]
+        checkpoint = None
+        if self.rank == 0:
+            folder = tempfile.mkdtemp(prefix="btray-checkpoint-")
+            torch.save(self._state(), Path(folder) / STATE)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(
+            record,
+            checkpoint,
+            checkpoint_dir_name=f"epoch_{record['epoch']:05d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "evaluated": (self.average.module if self.average is not None else self.network).state_dict(),
+            "history": self.history,
+        }
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            state = load_state(folder)
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.history = state["history"]
+
+    def _has_stalled(self) -> bool:
+        if not self.config.patience or not self.history:
+            return False
+        best = max(self.history, key=lambda record: record["score"])
+        return self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
+
+    def _is_frozen(self, epoch: int) -> bool:
+        return self.plan.initial_weights is not None and epoch < self.config.optimiser.freeze_epochs
+
+    def _parallel(self) -> nn.Module:
+        """The network as DDP sees it; made anew when the frozen phase ends, as DDP fixes what it reduces."""
+        freeze_body(self.network, self.frozen)
+        return ray.train.torch.prepare_model(self.network, move_to_device=False)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers."""
+        if self.workers == 1:
+            return tensor
+        total = tensor.to(self.device)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def _gathered(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and labels of all workers, the same everywhere."""
+        if self.workers == 1:
+            return logits, labels
+        parts: list[Any] = [None] * self.workers
+        dist.all_gather_object(parts, (logits, labels))
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -1,0 +1,198 @@
+"""What a training run works on: which images are readable, which are held out, how they reach the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from btray import storage
+from btray.cluster import cpus, gpus
+from btray.errors import UserError
+from btray.feeding import FRAMES_PER_SCAN, Plan, decode_rows, survey
+from btray.frames import FrameSource
+from btray.labels import class_order, require_known_labels
+from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
+from btray.settings import TrainConfig
+from btray.split import hold_out
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The labelled data of a run and what was decided about them."""
+
+    table: pa.Table
+    """Every row of the source; rows are named by their position here."""
+    frames: ray.data.Dataset | None
+    """Decoded frames where they fit in memory."""
+    survey: pa.Table
+    """What `feeding.survey` tells of the training and validation rows."""
+    plan: Plan
+
+
+def training_classes(table: pa.Table, source: str) -> tuple[str, ...]:
+    """The classes that the training images have, in their order. Raises UserError for one class or a stray label."""
+    held_out = pc.is_in(table["split"], value_set=pa.array(["val", "test"]))
+    training = table.filter(pc.invert(held_out))
+    classes = class_order(training["label"].to_pylist())
+    if len(classes) < 2:
+        found = ", ".join(classes) or "none"
+        raise UserError(f"{source}: training needs images of at least two classes outside val and test; found {found}")
+    require_known_labels(table["label"].to_pylist(), classes, source)
+    return classes
+
+
+def prepare(
+    config: TrainConfig, table: pa.Table, classes: tuple[str, ...], run_uri: str, initial: dict[str, Any] | None
+) -> TrainingData:
+    """Decode the training images once, see which are readable, and choose which are held out."""
+    rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) != "test")
+    source = FrameSource(config.preprocess)
+    numbered = _numbered(table, rows, classes)
+    streaming = len(rows) * config.preprocess.size**2 > config.cache_gb * 1e9
+    _check_streaming(config, streaming)
+    _log.info("reading %d images of %d classes from %s", len(rows), len(classes), config.data)
+    frames = decode_rows(numbered, source)
+    if not streaming:
+        frames = frames.materialize()
+    found = survey(frames)
+    rejected = rejections_in(found)
+    report_rejections(rejected, table)
+    if len(rejected):
+        storage.write_bytes(storage.join(run_uri, REJECTED), rejections_csv(rejected, table))
+    enforce_max_rejected(rejected, len(rows), config.max_rejected)
+    readable = found.filter(pc.equal(found["code"], ""))
+    validation = _choose_validation(config, table, readable, classes)
+    plan = Plan(
+        config=config,
+        classes=classes,
+        run_uri=run_uri,
+        samples=readable["sample"].to_numpy(),
+        labels=readable["label"].to_numpy(),
+        train=np.flatnonzero(~validation),
+        validation=np.flatnonzero(validation),
+        streaming=streaming,
+        initial_weights=initial,
+    )
+    _check_plan(plan)
+    return TrainingData(table, None if streaming else frames, found, plan)
+
+
+def _numbered(table: pa.Table, rows: npt.NDArray[np.int64], classes: Sequence[str]) -> pa.Table:
+    """The chosen rows with their number in `table` and their label as a number."""
+    number = {label: index for index, label in enumerate(classes)}
+    labels = [number[label] for label in table["label"].take(rows).to_pylist()]
+    return pa.table({"row": rows, "uri": table["uri"].take(rows), "label": np.array(labels, np.int64)})
+
+
+def _choose_validation(
+    config: TrainConfig, table: pa.Table, readable: pa.Table, classes: Sequence[str]
+) -> npt.NDArray[np.bool_]:
+    """Which samples are held out: the val split where there is one, else whole groups of the training images."""
+    of_sample = readable["sample"].to_numpy() // FRAMES_PER_SCAN
+    rows, first = np.unique(of_sample, return_index=True)
+    chosen = table.take(rows)
+    splits = np.array(chosen["split"].to_pylist(), object)
+    if (splits == "val").any():
+        held_out = splits == "val"
+    else:
+        _, duplicate_of = np.unique(readable["digest"].take(first).to_pylist(), return_inverse=True)
+        held_out = hold_out(chosen, fraction=config.validation, seed=config.seed, duplicate_of=duplicate_of)
+    return np.asarray(held_out[np.searchsorted(rows, of_sample)])
+
+
+def _check_streaming(config: TrainConfig, streaming: bool) -> None:
+    if streaming and config.optimiser.class_balance == "sampling":
+        raise UserError(
+            f"--optimiser.class-balance sampling needs the frames in memory, and they exceed --cache-gb "
+            f"{config.cache_gb}; raise it or use weights"
+        )
+
+
+def _check_plan(plan: Plan) -> None:
+    counts = dict(zip(plan.classes, plan.class_counts(), strict=True))
+    empty = [label for label, count in counts.items() if count == 0]
+    if empty:
+        raise UserError(f"class {empty[0]!r} has no readable image to train on; add images or remove the class")
+    if len(plan.validation) == 0:
+        raise UserError(
+            "no image can be held out for validation without cutting a group; add images or give a val split"
+        )
+    workers = worker_range(plan.config)[1]
+    if plan.batch_size < workers:
+        raise UserError(f"--batch-size {plan.batch_size} cannot feed --num-workers {workers}; use fewer workers")
+    held_out = np.bincount(plan.labels[plan.validation], minlength=len(plan.classes)).tolist()
+    for label, count, validated in zip(plan.classes, counts.values(), held_out, strict=True):
+        _log.info("  %-16s %6d to train on, %5d held out", label, count, validated)
+
+
+def worker_range(config: TrainConfig) -> tuple[int, int]:
+    """Least and most data-parallel workers."""
+    if config.worker_range:
+        return config.worker_range
+    available = gpus() if config.use_gpu else min(4, int(cpus()))
+    if config.use_gpu and available == 0:
+        raise UserError("--use-gpu, but the Ray cluster has no GPU; leave the flag away or start Ray where one is")
+    return max(1, available), max(1, available)
+
+
+def datasets(data: TrainingData) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
+    """What workers draw from: all decoded frames, or rows in random order that are decoded as they are needed."""
+    if data.frames is not None:
+        return {"frames": data.frames}
+    plan = data.plan
+    shuffled = np.random.default_rng(plan.config.seed).permutation(plan.train)
+    source = FrameSource(plan.config.preprocess)
+    rows = {"train": _rows_of(plan, shuffled), "validation": _rows_of(plan, plan.validation)}
+    return {
+        name: decode_rows(_numbered(data.table, chosen, plan.classes), source, num_cpus=0.5)
+        for name, chosen in rows.items()
+    }
+
+
+def _rows_of(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows of some samples, each once, in the order in which they come first."""
+    rows = plan.samples[positions] // FRAMES_PER_SCAN
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)]
+
+
+def fingerprint(data: TrainingData) -> str:
+    """SHA-256 over digest, label and use of every readable image: what they show counts, not where they lie."""
+    readable = data.survey.filter(pc.equal(data.survey["code"], ""))
+    held_out = np.zeros(len(readable), bool)
+    held_out[data.plan.validation] = True
+    lines = sorted(
+        f"{digest} {data.plan.classes[label]} {'validation' if held else 'train'}"
+        for digest, label, held in zip(
+            readable["digest"].to_pylist(), readable["label"].to_pylist(), held_out, strict=True
+        )
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def counts(data: TrainingData) -> dict[str, dict[str, int]]:
+    """Images of each class in each part."""
+    plan = data.plan
+    parts = {"train": plan.train, "validation": plan.validation}
+    counts = {
+        part: {
+            plan.classes[label]: number for label, number in sorted(Counter(plan.labels[positions].tolist()).items())
+        }
+        for part, positions in parts.items()
+    }
+    test = data.table.filter(pc.equal(data.table["split"], "test"))
+    if len(test):
+        counts["test"] = dict(Counter(test["label"].to_pylist()))
+    return counts

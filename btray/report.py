@@ -1,0 +1,399 @@
+"""What people read about a model: `report.html`, one self-contained page, and `MODEL_CARD.md`. All input is escaped."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from btray.evaluation import ECE_BINS, wilson_interval
+
+NO_DIAGNOSIS = (
+    "This model supports a reader; it is no diagnosis. It sees single slices, knows only the classes listed here, and "
+    "was not assessed as a medical device. A qualified person decides, with the whole study and the patient at hand."
+)
+
+# What a figure shows and how it was computed; `{n}` is the number of images behind the metrics.
+FIGURES = {
+    "confusion_matrix": (
+        "Which classes are taken for which",
+        "Rows are true classes, columns predicted ones (the most probable class), over {n}. Each cell gives the count "
+        "and its share of the row; blue is right, orange is wrong.",
+    ),
+    "roc_curves": (
+        "How well each class is told from the rest",
+        "One class against all others over {n}: the threshold on its probability runs from 1 to 0. AUROC is the area "
+        "below the curve, 0.5 for a coin and 1 for a perfect ranking.",
+    ),
+    "reliability": (
+        "Whether the confidence can be believed",
+        "{n} in {bins} bins of equal width by the confidence of the predicted class; where points lie on the diagonal, "
+        "a confidence of 80 % is right in 80 % of cases. Grey: 95 % Wilson interval. ECE is the mean gap, weighted by "
+        "images (Guo et al. 2017).",
+    ),
+    "learning_curves": (
+        "How training went",
+        "Values at the end of each epoch. The training loss is taken with augmentation and regularisation, the "
+        "validation loss without, so that the two are not to be compared in height. The dotted line marks the epoch "
+        "that was kept, the one with the best validation macro-F1.",
+    ),
+    "worst_errors": (
+        "The errors it was surest of",
+        "Wrongly classified images among {n}, by falling confidence, as the network saw them. Some may be errors of "
+        "the labels.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A further section of the report: plain text, a table, or both; `rows` have as many cells as `columns`."""
+
+    title: str
+    text: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+def render_report(
+    *,
+    title: str,
+    metrics: Mapping[str, Any],
+    figures: Mapping[str, bytes],
+    facts: Mapping[str, str],
+    classes: Sequence[str],
+    notes: Sequence[str],
+    extra_sections: Sequence[Section] = (),
+) -> str:
+    """Return one HTML page that needs nothing beside it: no script, no file, no network.
+
+    `metrics` is the result of `btray.evaluation.compute_metrics`; `figures` maps a name to a PNG (the names in
+    `FIGURES` have a heading and a caption here, others show their name); `facts` are rows about the model and the data;
+    `classes` orders the table; `notes` are lines that the reader must see first, such as rejected images.
+    """
+    return _render(
+        _HTML,
+        _PAGE,
+        title=title,
+        notice=NO_DIAGNOSIS,
+        n=_images(metrics["n"]),
+        cards=_headline(metrics),
+        columns=_COLUMNS,
+        rows=_class_rows(metrics, classes),
+        figures=[_figure(name, png, metrics["n"]) for name, png in figures.items()],
+        facts=facts,
+        notes=notes,
+        sections=extra_sections,
+    )
+
+
+def model_card(
+    *,
+    model_id: str,
+    classes: Sequence[str],
+    metrics: Mapping[str, Any],
+    evaluated_on: str,
+    counts: Mapping[str, Mapping[str, int]],
+    details: Mapping[str, str],
+    training: Mapping[str, str],
+    audited: bool = False,
+    patient_ids: bool = False,
+    limits: Sequence[str] = (),
+) -> str:
+    """Return MODEL_CARD.md after Mitchell et al. 2019 (arXiv:1810.03993).
+
+    `evaluated_on` names the data behind `metrics`, as "the test split of s3://bucket/data"; `counts` maps split ->
+    class -> images; `details` (architecture, versions, licence of the data) and `training` are rows of text. `audited`:
+    duplicates across the splits were looked for and removed; `patient_ids`: the splits keep patients apart. `limits`
+    are added to those that follow from these.
+    """
+    counted = dict.fromkeys([*classes, *(name for split in counts.values() for name in split)])
+    standing = []
+    if not audited:
+        standing.append(
+            "Duplicates between the splits have not been audited: where images of the test split, or near copies, are "
+            "in the training split, the figures above are too high."
+        )
+    if not patient_ids:
+        standing.append(
+            "The data name no patients: slices of one patient may lie in several splits, and the figures above may be "
+            "higher than they would be on new patients."
+        )
+    return _render(
+        _MARKDOWN,
+        _CARD,
+        model_id=model_id,
+        notice=NO_DIAGNOSIS,
+        classes=classes,
+        evaluated_on=evaluated_on,
+        n=_images(metrics["n"]),
+        cards=_headline(metrics),
+        columns=_COLUMNS,
+        rows=_class_rows(metrics, classes),
+        splits=list(counts),
+        count_rows=[[name, *(split.get(name, 0) for split in counts.values())] for name in counted],
+        totals=[sum(split.values()) for split in counts.values()],
+        details=details,
+        training=training,
+        limits=[*standing, *limits],
+    )
+
+
+def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, how it was computed) of each headline figure."""
+    right = sum(row[index] for index, row in enumerate(metrics["confusion_matrix"]["matrix"]))
+    present = sum(1 for row in metrics["per_class"].values() if row["support"])
+    classes = "1 class that occurs" if present == 1 else f"{present} classes that occur"
+    return [
+        (
+            "Accuracy",
+            _percent(metrics["accuracy"]),
+            f"{right} of {metrics['n']} right; 95\u00a0% interval {_interval(*metrics['accuracy_ci95'])} (Wilson)",
+        ),
+        ("Macro-F1", _decimal(metrics["macro_f1"]), f"mean of F1 over the {classes}"),
+        ("AUROC", _decimal(metrics["auroc_macro"]), f"one class against the rest, mean over the {classes}"),
+        ("ECE", _decimal(metrics["ece"]), f"expected calibration error, {ECE_BINS} bins of confidence; 0 is best"),
+        ("Images", f"{metrics['n']}", "labelled images that were read and classified"),
+    ]
+
+
+def _class_rows(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[list[str]]:
+    """Class, precision and recall with their Wilson intervals, F1, AUROC, support: of each class, as text."""
+    names, matrix = metrics["confusion_matrix"]["labels"], metrics["confusion_matrix"]["matrix"]
+    rows = []
+    for name in classes:
+        index, scores = names.index(name), metrics["per_class"][name]
+        right = matrix[index][index]
+        rows.append(
+            [
+                name,
+                _with_interval(right, sum(row[index] for row in matrix)),
+                _with_interval(right, scores["support"]),
+                _decimal(scores["f1"]),
+                _decimal(scores["auroc"]),
+                str(scores["support"]),
+            ]
+        )
+    return rows
+
+
+def _figure(name: str, png: bytes, n: int) -> dict[str, str]:
+    heading, caption = FIGURES.get(name, (name.replace("_", " "), ""))
+    return {
+        "heading": heading,
+        "caption": caption.format(n=_images(n), bins=ECE_BINS),
+        "source": "data:image/png;base64," + b64encode(png).decode("ascii"),
+    }
+
+
+def _with_interval(successes: int, trials: int) -> str:
+    return f"{_percent(successes / trials)} ({_interval(*wilson_interval(successes, trials))})" if trials else "–"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{100 * low:.1f}–{100 * high:.1f} %"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def _markdown(value: object) -> Markup:
+    """Make text harmless in Markdown, in a table cell too: one line, no mark-up; what is Markup already stays."""
+    if isinstance(value, Markup):
+        return value
+    line = " ".join(str(value).split())
+    return Markup(re.sub(r"([\\`*\[\]|])", r"\\\1", str(escape(line))))  # noqa: S704 - escaped in this very line
+
+
+def _render(environment: Environment, template: str, **values: Any) -> str:
+    page = environment.from_string(template).render(**values)
+    # A file name that is not UTF-8 reaches Python as lone surrogates, which no file could be written with.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --ink: #1f2933; --muted: #5f6b7a; --line: #dde2e8; --page: #f6f7f9; --card: #fff;
+  --accent: #0072b2; --warn: #fdf3ea; --warn-line: #d55e00; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --muted: #a3aebb; --line: #333c47; --page: #14181d; --card: #1d232a; --accent: #56b4e9;
+    --warn: #2b221a; --warn-line: #e69f00; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 70rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.25rem 0 .75rem; }
+h3 { font-size: 1rem; margin: 0 0 .6rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+p, li { overflow-wrap: anywhere; }
+.how, .card small, figcaption { color: var(--muted); font-size: .875rem; line-height: 1.4; }
+.notice { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .6rem 1rem; border-radius: 4px;
+  max-width: none; }
+.cards { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); margin: 1.25rem 0; }
+.card, figure, .table { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.card { padding: .8rem 1rem; font-weight: 600; }
+.card b { display: block; font-size: 1.9rem; line-height: 1.25; color: var(--accent); white-space: nowrap; }
+.card small { display: block; font-weight: 400; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .9rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+thead th, .facts tr:first-child > * { border: 0; }
+thead th { color: var(--muted); font-size: .875rem; }
+.numbers td, .numbers thead th + th { text-align: right; white-space: nowrap; }
+.numbers tbody th { position: sticky; left: 0; background: var(--card); max-width: 16rem; overflow-wrap: break-word; }
+.facts th { width: 30%; }
+.facts td { overflow-wrap: anywhere; min-width: 10rem; }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
+figure { margin: 0; padding: 1rem; break-inside: avoid; }
+figure:last-child:nth-child(odd) { grid-column: 1 / -1; }
+img { display: block; width: 100%; max-width: 44rem; margin: 0 auto .75rem; border-radius: 4px; background: #fff; }
+@media print { body { padding: 0; max-width: none; font-size: .8rem; background: #fff; } h2 { break-after: avoid; }
+  .figures { grid-template-columns: 1fr 1fr; } .card, tr { break-inside: avoid; } .card b { font-size: 1.3rem; } }
+@media (max-width: 30rem) { .cards { grid-template-columns: 1fr 1fr; } .card, figure { padding: .7rem; }
+  th, td { padding: .4rem .6rem; } }
+</style>
+</head>
+<body><main>
+<h1>{{ title }}</h1>
+<p class="notice" role="note">{{ notice }}</p>
+<section class="cards" aria-label="Headline figures">
+{% for name, value, how in cards %}
+<div class="card">{{ name }}<b>{{ value }}</b><small>{{ how }}</small></div>
+{% endfor %}
+</section>
+{% if notes %}
+<h2>To be noted</h2>
+<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+{% endif %}
+<h2>Class by class</h2>
+<p class="how">Over {{ n }}. In brackets 95 % Wilson intervals. Precision: how many of the images given this class have
+it; recall (sensitivity): how many of those that have it were given it; AUROC: against all other classes; a dash:
+undefined, since no image bears on it.</p>
+<div class="table"><table class="numbers">
+<thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% if figures %}
+<h2>Figures</h2>
+<div class="figures">
+{% for figure in figures %}
+<figure>
+<h3>{{ figure.heading }}</h3>
+<img src="{{ figure.source }}" alt="{{ figure.heading }}">
+<figcaption>{{ figure.caption }}</figcaption>
+</figure>
+{% endfor %}
+</div>
+{% endif %}
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{% if section.text %}<p>{{ section.text }}</p>{% endif %}{% if section.rows %}
+<div class="table"><table>
+<thead><tr>{% for column in section.columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+</table></div>
+{% endif %}
+{% endfor %}
+{% if facts %}
+<h2>Model and data</h2>
+<div class="table"><table class="facts">
+{% for key, value in facts.items() %}<tr><th scope="row">{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}
+</table></div>
+{% endif %}
+</main></body></html>
+"""
+
+_CARD = """{% macro row(cells) %}
+|{% for cell in cells %} {{ cell }} |{% endfor %}
+
+{% endmacro %}
+# Model card: {{ model_id }}
+
+> **{{ notice }}**
+
+## Model details
+
+A classifier of brain MRI slices, one label a slice, made with btray. Classes:
+{%- for name in classes %} {{ name }}{{ "," if not loop.last else "." }}{% endfor %}
+
+
+| | |
+|---|---|
+| model_id | {{ model_id }} |
+{% for detail in details.items() %}{{ row(detail) }}{% endfor %}
+
+## Intended use
+
+- For: sorting and searching archives, drawing a reader's attention, research.
+- Not for: diagnosis, triage without a reader, follow-up of a patient, images other than brain MRI slices, or tumors and
+  findings outside the classes above: each image is given one of them, whatever it shows.
+
+## Training data
+
+Images by class and split.
+
+{{ row(["class"] + splits) }}|---|{% for split in splits %}---:|{% endfor %}
+
+{% for counted in count_rows %}{{ row(counted) }}{% endfor %}
+{{ row(["all"] + totals) }}
+## Training
+
+| | |
+|---|---|
+{% for setting in training.items() %}{{ row(setting) }}{% endfor %}
+
+## Evaluation
+
+On {{ evaluated_on }}: {{ n }}.
+
+| metric | value | how |
+|---|---:|---|
+{% for card in cards %}{{ row(card) }}{% endfor %}
+
+By class, with 95 % Wilson intervals in brackets; a dash: undefined, since no image bears on it.
+
+{{ row(columns) }}|---|---:|---:|---:|---:|---:|
+{% for scores in rows %}{{ row(scores) }}{% endfor %}
+
+## Limits
+
+{% for limit in limits %}
+- {{ limit }}
+{% endfor %}
+- The intervals speak of chance in drawing these images. They say nothing of other scanners, hospitals or patients.
+
+The headings follow Mitchell et al. 2019, Model Cards for Model Reporting (arXiv:1810.03993).
+"""
+
+_COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")
+
+_OPTIONS: dict[str, Any] = {
+    "autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True,
+    "keep_trailing_newline": True,
+}  # fmt: skip
+_HTML = Environment(**_OPTIONS)  # noqa: S701 - autoescape is on, see above
+_MARKDOWN = Environment(**_OPTIONS, finalize=_markdown)  # noqa: S701 - the same

@@ -1,0 +1,140 @@
+"""The process's S3 client and the few requests that `btray.storage` makes; use that module instead."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import s3fs
+from fsspec.asyn import sync, sync_wrapper
+
+from btray.storage_errors import FAILURES, StorageError, as_storage_error, check_size, typed, waits
+
+
+class _Client(s3fs.S3FileSystem):
+    retries = 2  # s3fs's own, for bodies that break off
+
+    async def _call_s3(self, method: str, *options: Any, **arguments: Any) -> Any:
+        """Every request, also those of pyarrow and Ray, is repeated here and nowhere else."""
+        pauses = waits()
+        while True:
+            try:
+                return await super()._call_s3(method, *options, **arguments)
+            except FAILURES as error:
+                pause = next(pauses, None)
+                if pause is None or not as_storage_error(error, "").retryable:
+                    raise
+            await asyncio.sleep(pause)
+
+    call_s3 = sync_wrapper(_call_s3)
+
+    async def _mkdir(self, path: str, acl: Any = False, create_parents: bool = True, **kwargs: Any) -> None:
+        """Do nothing: folders need no making, and a misspelt bucket must fail, not spring into being."""
+
+    mkdir = sync_wrapper(_mkdir)
+
+
+def client() -> _Client:
+    """The process's one client: fsspec keeps it by arguments and process id and runs its requests in one thread."""
+    return _Client(
+        use_listings_cache=False,  # other processes write too
+        config_kwargs={
+            "connect_timeout": 3,
+            "read_timeout": 20,
+            "max_pool_connections": 64,
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+        },
+    )
+
+
+def reconnect() -> None:
+    """Forget the client, so that the next request finds endpoint and credentials anew: they changed, say in a test."""
+    _Client.clear_instance_cache()
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def prefix_of(uri: str) -> str:
+    """What the keys below the folder `uri` begin with; empty for a bucket."""
+    key = split(uri)[1].rstrip("/")
+    return f"{key}/" if key else ""
+
+
+def call(uri: str, method: str, **arguments: Any) -> dict[str, Any]:
+    """The answer to one request, named as in botocore, to the bucket of `uri`. Raises StorageError."""
+    with typed(uri):
+        answer: dict[str, Any] = client().call_s3(method, Bucket=split(uri)[0], **arguments)
+        return answer
+
+
+def pages(uri: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """The pages of a listing of what lies below `uri`, one request each. Raises StorageError."""
+    arguments["Prefix"] = prefix_of(uri)
+    while True:
+        page = call(uri, "list_objects_v2", **arguments)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def require_folder(uri: str) -> None:
+    """Raise StorageError unless `uri` is a bucket, or a prefix below which an object or marker lies."""
+    prefix = prefix_of(uri)
+    if not call(uri, "list_objects_v2", Prefix=prefix, MaxKeys=1).get("Contents") and prefix:
+        raise StorageError("not_found", uri, "no object below this prefix")
+
+
+def read(uri: str, max_bytes: int | None) -> bytes:
+    """The whole object, with one GET. Raises StorageError."""
+    key = split(uri)[1]
+    if not key:
+        raise StorageError("is_directory", uri, "a bucket")
+    s3 = client()
+    try:
+        with typed(uri):
+            data: bytes = sync(s3.loop, _get, s3, uri, max_bytes)
+    except StorageError as error:
+        if error.code == "not_found" and "NoSuchBucket" not in error.detail and _is_folder(uri):
+            raise StorageError("is_directory", uri, "a prefix of other objects") from error
+        raise
+    if not data and key.endswith("/"):
+        raise StorageError("is_directory", uri, "a directory marker")
+    return data
+
+
+def upload(path: str, uri: str) -> None:
+    """Write a local file to an object, whole or not at all; in parts where it is large. Raises StorageError."""
+    with typed(uri):
+        client().put_file(path, uri)
+
+
+def _is_folder(uri: str) -> bool:
+    try:
+        require_folder(uri)
+    except StorageError:
+        return False  # at most the more telling code is lost
+    return True
+
+
+async def _get(s3: _Client, uri: str, max_bytes: int | None) -> bytes:
+    bucket, key = split(uri)
+    pauses = waits()
+    while True:
+        answer = await s3._call_s3("get_object", Bucket=bucket, Key=key)
+        try:
+            check_size(uri, answer.get("ContentLength", 0), max_bytes)
+            data: bytes = await answer["Body"].read()
+            return data
+        except FAILURES:  # the body broke off
+            pause = next(pauses, None)
+            if pause is None:
+                raise
+        finally:
+            answer["Body"].close()
+        await asyncio.sleep(pause)

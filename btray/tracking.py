@@ -1,0 +1,100 @@
+"""What a run leaves to look at while it goes: a line an epoch, `history.jsonl`, TensorBoard events, MLflow."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from btray import storage
+from btray.errors import UserError
+from btray.settings import TrainConfig
+
+HISTORY = "history.jsonl"
+
+Record = dict[str, Any]
+"""One epoch: epoch (from 1), train_loss, val_loss, val_macro_f1, val_accuracy, learning_rate, images_per_second, ..."""
+
+
+class Tracker:
+    """Writes what one process reports. Files go to storage whole, so that object storage serves as well as a disk."""
+
+    def __init__(self, run_uri: str, config: TrainConfig, finished_epochs: int) -> None:
+        self.run_uri = run_uri
+        self.epochs = config.epochs
+        self._folder = Path(tempfile.mkdtemp(prefix="btray-events-"))
+        self._events = SummaryWriter(str(self._folder), purge_step=finished_epochs + 1)
+        self._mlflow = _MlflowRun(config) if config.mlflow else None
+
+    def epoch_ended(self, history: list[Record]) -> None:
+        """Report the last record of `history`, the records of all epochs so far."""
+        record = history[-1]
+        # Not print(): Ray Train sends what workers print to its log as well, and the line would come twice.
+        sys.stdout.write(progress_line(history, self.epochs) + "\n")
+        sys.stdout.flush()
+        storage.write_text(storage.join(self.run_uri, HISTORY), "".join(json.dumps(row) + "\n" for row in history))
+        numbers = {key: value for key, value in record.items() if key != "epoch" and value is not None}
+        for key, value in numbers.items():
+            self._events.add_scalar(key, value, record["epoch"])
+        self._events.flush()
+        for path in self._folder.iterdir():
+            storage.upload_file(path, storage.join(self.run_uri, "tensorboard", path.name))
+        if self._mlflow:
+            self._mlflow.log(numbers, record["epoch"])
+
+    def close(self) -> None:
+        """End the run for everyone who listens."""
+        self._events.close()
+        if self._mlflow:
+            self._mlflow.end()
+
+
+def progress_line(history: list[Record], epochs: int) -> str:
+    """One epoch for a human: loss, validation macro-F1 and its best, images/s, time left."""
+    record = history[-1]
+    best = max(history, key=lambda row: row["score"])
+    left = (epochs - record["epoch"]) * sum(row["seconds"] for row in history[-5:]) / len(history[-5:])
+    return (
+        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.3f}  val loss {record['val_loss']:.3f}  "
+        f"val macro-F1 {record['val_macro_f1']:.3f} (best {best['val_macro_f1']:.3f} in epoch {best['epoch']})  "
+        f"{record['images_per_second']:.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
+    )
+
+
+class _MlflowRun:
+    """The same numbers in MLflow, where the extra is installed."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._client = require_mlflow().MlflowClient(tracking_uri=config.mlflow)
+        experiment = self._client.get_experiment_by_name("btray")
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment("btray")
+        self._run_id = self._client.create_run(experiment_id, run_name=config.name).info.run_id
+        for key, value in _flat(config.model_dump(mode="json")).items():
+            self._client.log_param(self._run_id, key, value)
+
+    def log(self, numbers: Record, epoch: int) -> None:
+        for key, value in numbers.items():
+            self._client.log_metric(self._run_id, key, value, step=epoch)
+
+    def end(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+def require_mlflow() -> Any:
+    """The mlflow module; raises UserError with the remedy where it is not installed."""
+    try:
+        import mlflow
+    except ImportError as error:
+        raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'") from error
+    return mlflow
+
+
+def _flat(values: Record, prefix: str = "") -> Record:
+    flat: Record = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,18 @@
+"""Measure a bundle on labelled data: metrics.json, plots and a report.
+
+python jobs/evaluate.py --model runs/first --data ../data/brain-tumor-mri --out runs/evaluation
+"""
+
+from btray.config import run_job
+from btray.settings import EvaluateConfig
+
+
+def main(config: EvaluateConfig) -> str:
+    """Return the folder of the report."""
+    from btray.assess import evaluate
+
+    return evaluate(config)
+
+
+if __name__ == "__main__":
+    run_job(EvaluateConfig, main)

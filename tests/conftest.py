@@ -1,0 +1,72 @@
+"""Fixtures shared by all tests: a real S3 server, Ray, and the public data set."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.s3_server import S3Server
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data" / "brain-tumor-mri"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running S3 server; until the session ends the process environment points at it and at no other AWS account."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        before = dict(os.environ)
+        _replace_environment(server.environment_over(before))
+        try:
+            yield server
+        finally:
+            _replace_environment(before)
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    """URI of a fresh, empty bucket."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    s3.make_bucket(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3: S3Server) -> Iterator[None]:
+    """Ray with two CPUs. It requests `s3` because Ray's workers inherit the environment of the moment Ray starts."""
+    patch = pytest.MonkeyPatch()
+    # A local ray.init turns token authentication on and looks for a token file in the home folder.
+    patch.setenv("RAY_AUTH_MODE", "disabled")
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+    # Workers import the checkout's modules wherever they are started.
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+    import ray
+
+    try:
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        )
+        yield
+    finally:
+        ray.shutdown()
+        patch.undo()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the public data set; where it is absent the test is skipped and says so."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"REAL DATA ABSENT: {REAL_DATA} does not exist, so what this test shows is NOT shown here")
+    return REAL_DATA
+
+
+def _replace_environment(wanted: dict[str, str]) -> None:
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update(wanted)

@@ -1,0 +1,399 @@
+"""Good and hostile encoded images, made here, the same on every run; what the tests of every reader of scans feed on.
+
+The good ones show `picture()` as far as their mode allows; `expected(name)` says what a reader must make of each.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import random
+import struct
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+HEIGHT, WIDTH = 72, 96
+_BORDER = 8  # black rim, transparent in the scans that have alpha
+LOSSY_TOLERANCE = 10 / 255
+"""Largest difference of a pixel from `expected`, white being 1, for names with "jpeg" or "lossy"; 1/255 for others."""
+
+# what was done to the stored pixels, so that a reader that applies the orientation sees the picture again
+_UNDO_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+
+
+@functools.cache
+def picture() -> np.ndarray:
+    """Gray uint8 [72, 96]: smooth, so that JPEG keeps it, alike under no flip or turn, black at its rim."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    blob = 150 * np.exp(-(((y - 26) / 13) ** 2) - ((x - 34) / 17) ** 2)
+    small = 95 * np.exp(-(((y - 48) / 8) ** 2) - ((x - 70) / 9) ** 2)
+    ramp = 0.4 * x + 0.3 * y
+    distance = np.minimum.reduce([y, x, HEIGHT - 1 - y, WIDTH - 1 - x]) - _BORDER
+    gray = (blob + small + ramp) * np.clip(distance / 6, 0, 1)
+    return np.clip(np.rint(gray), 0, 255).astype(np.uint8)
+
+
+def picture16() -> np.ndarray:
+    """`picture` as uint16, with low bytes that differ from the high ones: what a reader that clips would lose."""
+    fine = np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH) * 37 % 256
+    return (picture().astype(np.uint32) * 256 + np.where(picture() > 0, fine, 0)).astype(np.uint16)
+
+
+def expected(name: str) -> list[np.ndarray]:
+    """The frames a reader must give for `good_scans()[name]`, as floats from black 0 to white 1."""
+    first = picture16() / 65535 if "16bit" in name else picture() / 255
+    if "1bit" in name.split("_"):
+        first = (picture() >= 128).astype(float)
+    if "stretched" in name:
+        first = (picture() - picture().min()) / np.ptp(picture())
+    return [first, first[::-1], first[:, ::-1]] if "pages" in name else [first]
+
+
+@functools.cache
+def good_scans() -> dict[str, bytes]:
+    """Every kind of image that must be read, by name."""
+    return {**_jpegs(), **_pngs(), **_tiffs(), **_others()}
+
+
+@functools.cache
+def bad_scans() -> dict[str, tuple[bytes, str]]:
+    """Every kind of input that must be refused: name -> (bytes, rejection code)."""
+    return {**_no_images(), **_unsupported(), **_cut(), **_bombs(), **_damaged(), **_misfits()}
+
+
+def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
+    """`image` as the bytes of a file of Pillow's format `kind`."""
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_png(pixels: np.ndarray, *, colour_type: int, bits: int = 8, interlaced: bool = False) -> bytes:
+    """A PNG of uint8 or uint16 `pixels` [height, width(, bands)], in the variants that Pillow cannot write."""
+    pixels = pixels.astype(">u2" if bits == 16 else "u1").reshape(*pixels.shape[:2], -1)
+    passes = [pixels[y::dy, x::dx] for y, x, dy, dx in _ADAM7] if interlaced else [pixels]
+    rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, colour_type, 0, 0, int(interlaced))
+    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")])
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG of these chunks, with right lengths and checksums."""
+    parts = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def write_tiff(pixels: np.ndarray, *, order: str = "<", photometric: int = 2) -> bytes:
+    """A one-strip TIFF of uint16 `pixels` [height, width(, bands)], in the variants that Pillow cannot write."""
+    bands = pixels.shape[2] if pixels.ndim == 3 else 1
+    body = pixels.astype(order + "u2").tobytes()
+    bits_at, strip_at = 8 + 2 + 9 * 12 + 4, 8 + 2 + 9 * 12 + 4 + 8
+    bits = struct.pack(order + "4H", *([16] * bands + [0] * (4 - bands)))
+    tags = [
+        (256, 4, 1, pixels.shape[1]),
+        (257, 4, 1, pixels.shape[0]),
+        (258, 3, bands, bits_at if bands > 2 else 16),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, strip_at),
+        (277, 3, 1, bands),
+        (278, 4, 1, pixels.shape[0]),
+        (279, 4, 1, len(body)),
+    ]
+    directory = struct.pack(order + "H", len(tags))
+    for tag, kind, count, value in tags:
+        packed = struct.pack(order + "HH", value, 0) if kind == 3 and count == 1 else struct.pack(order + "I", value)
+        directory += struct.pack(order + "HHI", tag, kind, count) + packed
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    return magic + struct.pack(order + "I", 8) + directory + struct.pack(order + "I", 0) + bits + body
+
+
+def _gray() -> Image.Image:
+    return Image.fromarray(picture())
+
+
+def _exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def _stored(orientation: int) -> Image.Image:
+    undo = _UNDO_ORIENTATION.get(orientation)
+    return _gray() if undo is None else _gray().transpose(undo)
+
+
+def _inside() -> np.ndarray:
+    """Alpha uint8 [72, 96]: opaque within the black rim, transparent on it."""
+    alpha = np.zeros((HEIGHT, WIDTH), np.uint8)
+    alpha[_BORDER:-_BORDER, _BORDER:-_BORDER] = 255
+    return alpha
+
+
+def _jpegs() -> dict[str, bytes]:
+    gray, rgb = _gray(), _gray().convert("RGB")
+    zeros = np.zeros_like(picture())
+    cmyk = Image.merge("CMYK", [Image.fromarray(band) for band in (zeros, zeros, zeros, 255 - picture())])
+    scans = {
+        "jpeg_gray": encode(gray, "JPEG", quality=95),
+        "jpeg_rgb": encode(rgb, "JPEG", quality=95),
+        "jpeg_progressive": encode(rgb, "JPEG", quality=95, progressive=True),
+        "jpeg_restarts": encode(gray, "JPEG", quality=95, restart_marker_rows=1),
+        "jpeg_rgb_space": encode(rgb, "JPEG", quality=95, keep_rgb=True),
+        "jpeg_cmyk": encode(cmyk, "JPEG", quality=95),
+        "jpeg_ycck": _ycck(),
+        "jpeg_pictures": encode(rgb, "MPO", quality=95, save_all=True, append_images=[rgb.rotate(180)]),
+        "jpeg_bytes_behind": encode(gray, "JPEG", quality=95) + b"\0" * 4096,
+        "jpeg_broken_exif": encode(gray, "JPEG", quality=95, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+    }
+    for orientation in range(1, 9):
+        stored = _stored(orientation)
+        scans[f"jpeg_exif_{orientation}"] = encode(stored, "JPEG", quality=95, exif=_exif(orientation))
+    return scans
+
+
+def _ycck() -> bytes:
+    """A CMYK JPEG whose Adobe marker says that its first three bands are YCbCr."""
+    neutral = np.full_like(picture(), 127)
+    # as Pillow inverts when it writes: luma as it is, chroma 128, no black
+    bands = [picture(), neutral, neutral, np.zeros_like(picture())]
+    data = encode(Image.merge("CMYK", [Image.fromarray(band) for band in bands]), "JPEG", quality=95)
+    transform = data.index(b"Adobe") + 11
+    return data[:transform] + b"\2" + data[transform + 1 :]
+
+
+def _pngs() -> dict[str, bytes]:
+    gray, rgb, inside = _gray(), _gray().convert("RGB"), _inside()
+    white = np.full_like(picture(), 255)
+    covered = np.where(inside > 0, picture(), white)  # white where it is transparent
+    palette = gray.convert("P")
+    palette.putpalette([level for index in range(256) for level in (255 - index,) * 3])
+    reversed_palette = palette.point(lambda index: 255 - index)
+    opaque_palette = bytes([0] + [255] * 255)
+    shown = Image.fromarray(np.where(inside > 0, np.maximum(picture(), 1), 0).astype(np.uint8)).convert("P")
+    shown.putpalette([255, 255, 255] + [level for index in range(1, 256) for level in (index,) * 3])
+    deep = picture16()
+    deep_white = np.full_like(deep, 65535)
+    return {
+        "png_1bit": encode(Image.fromarray(picture() >= 128), "PNG"),
+        "png_gray": encode(gray, "PNG"),
+        "png_rgb": encode(rgb, "PNG"),
+        "png_gray_alpha": encode(np.dstack([covered, inside]), "PNG"),
+        "png_rgb_alpha": encode(np.dstack([covered] * 3 + [inside]), "PNG"),
+        "png_soft_alpha": encode(np.dstack([white, white, white, picture()]), "PNG"),
+        "png_gray_key": encode(Image.fromarray(covered), "PNG", transparency=255),
+        "png_palette": encode(reversed_palette, "PNG"),
+        "png_palette_key": encode(shown, "PNG", transparency=0),
+        "png_palette_alpha": encode(shown, "PNG", transparency=opaque_palette[:1] + b"\xff" * 200 + b"\xfe" * 55),
+        "png_interlaced": write_png(picture(), colour_type=0, interlaced=True),
+        "png_exif_6": encode(_stored(6), "PNG", exif=_exif(6)),
+        "png_16bit": encode(deep, "PNG"),
+        "png_16bit_interlaced": write_png(deep, colour_type=0, bits=16, interlaced=True),
+        "png_16bit_alpha": write_png(np.dstack([deep_white, deep]), colour_type=4, bits=16),
+        "png_16bit_alpha_interlaced": write_png(np.dstack([deep, deep_white]), colour_type=4, bits=16, interlaced=True),
+        "png_16bit_rgb": write_png(np.dstack([deep] * 3), colour_type=2, bits=16),
+        "png_16bit_rgb_alpha": write_png(np.dstack([deep_white] * 3 + [deep]), colour_type=6, bits=16),
+    }
+
+
+def _tiffs() -> dict[str, bytes]:
+    gray, deep = _gray(), Image.fromarray(picture16())
+    pages = [Image.fromarray(page) for page in (picture(), picture()[::-1].copy(), picture()[:, ::-1].copy())]
+    deep_pages = [
+        Image.fromarray(page) for page in (picture16(), picture16()[::-1].copy(), picture16()[:, ::-1].copy())
+    ]
+    scans = {
+        "tiff_gray": encode(gray, "TIFF"),
+        "tiff_1bit": encode(Image.fromarray(picture() >= 128), "TIFF"),
+        "tiff_rgb_lzw": encode(gray.convert("RGB"), "TIFF", compression="tiff_lzw"),
+        "tiff_rgba": encode(np.dstack([np.full_like(picture(), 255)] * 3 + [picture()]), "TIFF"),
+        "tiff_palette": encode(gray.convert("P"), "TIFF"),
+        "tiff_jpeg": encode(gray, "TIFF", compression="jpeg", quality=95),
+        "tiff_big": encode(gray, "TIFF", big_tiff=True),
+        "tiff_16bit": encode(deep, "TIFF"),
+        "tiff_16bit_deflate": encode(deep, "TIFF", compression="tiff_adobe_deflate"),
+        "tiff_16bit_big_endian": write_tiff(picture16(), order=">", photometric=1),
+        "tiff_16bit_white_is_zero": write_tiff(65535 - picture16(), photometric=0),
+        "tiff_16bit_rgb": write_tiff(np.dstack([picture16()] * 3)),
+        "tiff_16bit_rgb_big_endian": write_tiff(np.dstack([picture16()] * 3), order=">"),
+        "tiff_32bit_of_16bit": encode(picture16().astype(np.int32), "TIFF"),
+        "tiff_float_stretched": encode((picture() / 40 - 3).astype(np.float32), "TIFF"),
+        "tiff_integer_stretched": encode(picture().astype(np.int32) * 100_000 - 7_000_000, "TIFF"),
+        "tiff_pages": encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]),
+        "tiff_pages_lzw": encode(pages[0], "TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw"),
+        "tiff_pages_16bit": encode(deep_pages[0], "TIFF", save_all=True, append_images=deep_pages[1:]),
+    }
+    for orientation in (3, 6):
+        scans[f"tiff_exif_{orientation}"] = encode(_stored(orientation), "TIFF", tiffinfo={0x0112: orientation})
+    return scans
+
+
+def _others() -> dict[str, bytes]:
+    gray, rgb = _gray(), _gray().convert("RGB")
+    soft = Image.fromarray(np.dstack([np.full_like(picture(), 255)] * 3 + [picture()]))
+    return {
+        "bmp_gray": encode(gray, "BMP"),
+        "bmp_1bit": encode(Image.fromarray(picture() >= 128), "BMP"),
+        "bmp_rgb": encode(rgb, "BMP"),
+        "webp_lossy": encode(rgb, "WEBP", quality=95),
+        "webp_lossless": encode(rgb, "WEBP", lossless=True),
+        "webp_alpha": encode(soft, "WEBP", lossless=True),
+        "webp_lossless_exif_8": encode(_stored(8).convert("RGB"), "WEBP", lossless=True, exif=_exif(8)),
+    }
+
+
+def _no_images() -> dict[str, tuple[bytes, str]]:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("scan.jpg", good_scans()["jpeg_gray"])
+    html = b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>\n"
+    error = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SlowDown</Code></Error>'
+    return {
+        "no_bytes": (b"", "empty"),
+        "one_byte": (b"\xff", "not_an_image"),
+        "nothing_but_zeros": (bytes(4096), "not_an_image"),
+        "html_error_page": (html, "not_an_image"),
+        "s3_error_document": (error, "not_an_image"),
+        "json": (b'{"message": "Forbidden"}', "not_an_image"),
+        "text": (b"BMI and other findings of the patients\n" * 20, "not_an_image"),
+        "zip": (archive.getvalue(), "not_an_image"),
+        "gzip": (gzip.compress(b"some text" * 100, mtime=0), "not_an_image"),
+        "random": (random.Random(7).randbytes(5000), "not_an_image"),
+    }
+
+
+def _unsupported() -> dict[str, tuple[bytes, str]]:
+    nifti = struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(4096)
+    twelve_bit = bytearray(good_scans()["jpeg_gray"])
+    twelve_bit[twelve_bit.index(b"\xff\xc0") + 4] = 12
+    planes = {
+        "gif": encode(_gray(), "GIF"),
+        "dicom": bytes(128) + b"DICM\2\0\0\0UL\4\0" + bytes(200),
+        "nifti": nifti,
+        "nifti_gzip": gzip.compress(nifti, mtime=0),
+        "pdf": encode(_gray(), "PDF"),
+        "eps": encode(_gray(), "EPS"),
+        "icon": encode(_gray(), "ICO"),
+        "photoshop": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 1, HEIGHT, WIDTH, 8, 1) + bytes(64),
+        "jpeg_2000": encode(_gray(), "JPEG2000"),
+        "jpeg_12bit": bytes(twelve_bit),
+        "tiff_16bit_cmyk": write_tiff(np.dstack([picture16()] * 4), photometric=5),
+    }
+    return {name: (data, "unsupported") for name, data in planes.items()}
+
+
+def _cut() -> dict[str, tuple[bytes, str]]:
+    """Files of every format that end too early: in the header, in the pixels, in the last bytes."""
+    names = ("jpeg_rgb", "jpeg_progressive", "png_gray", "png_16bit", "tiff_gray", "tiff_pages_lzw", "bmp_rgb")
+    cut = {}
+    for name in (*names, "tiff_pages", "webp_lossy", "webp_lossless"):
+        data = good_scans()[name]
+        for share in (0.1, 0.5, 0.9):
+            cut[f"{name}_cut_at_{share:.0%}"] = (data[: max(40, int(len(data) * share))], "truncated")
+        if "pages" not in name:  # these end in bytes that mean nothing
+            cut[f"{name}_last_byte_lost"] = (data[:-1], "truncated")
+    directory = good_scans()["tiff_rgb_lzw"]
+    cut["tiff_cut_in_its_directory"] = (directory[:-30], "truncated")
+    return cut
+
+
+def _bombs() -> dict[str, tuple[bytes, str]]:
+    side = 20_000
+    rows = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    pixels = b"".join(rows.compress(row) for _ in range(side)) + rows.flush()
+    ihdr = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    whole_png = png_of([(b"IHDR", ihdr), (b"IDAT", pixels), (b"IEND", b"")])
+
+    def png(width: int, height: int) -> bytes:
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")])
+
+    text = b"Comment\0\0" + zlib.compress(bytes(64 * 2**20), 9)
+    tiny = write_png(picture(), colour_type=0)
+    text_bomb = tiny[:33] + png_of([(b"zTXt", text)])[8:] + tiny[33:]
+
+    jpeg = bytearray(good_scans()["jpeg_rgb"])
+    start = jpeg.index(b"\xff\xc0")
+    jpeg[start + 5 : start + 9] = struct.pack(">HH", 65_000, 65_000)
+
+    bmp = bytearray(good_scans()["bmp_rgb"])
+    bmp[18:26] = struct.pack("<ii", 65_000, 65_000)
+
+    webp = bytearray(good_scans()["webp_lossless"])
+    webp[21:25] = (0x0FFF_FFFF).to_bytes(4, "little")  # 16384 x 16384
+    webp_below_pillows_bound = bytearray(webp)
+    webp_below_pillows_bound[21:25] = (9999 | 9999 << 14).to_bytes(4, "little")
+
+    tiff = bytearray(write_tiff(np.dstack([picture16()] * 3)))
+    struct.pack_into("<I", tiff, 8 + 2 + 8, 65_000)
+    struct.pack_into("<I", tiff, 8 + 2 + 12 + 8, 65_000)
+
+    chain = b"".join(struct.pack("<HI", 0, 8 + 6 * (page + 1)) for page in range(20_000))
+    overlapping = bytearray(b"II*\0" + struct.pack("<IH", 8, 100) + bytes(1208))
+    struct.pack_into("<I", overlapping, 10 + 1200, 12)
+    struct.pack_into("<H", overlapping, 12, 100)
+
+    progressive = good_scans()["jpeg_progressive"]
+    last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    bombs = {
+        "png_bomb_of_pixels": whole_png,
+        "png_header_bomb": png(65_000, 65_000),
+        "png_widest_header": png(2**31 - 1, 2**31 - 1),
+        "png_text_bomb": text_bomb,
+        "jpeg_header_bomb": bytes(jpeg),
+        "jpeg_of_many_scans": progressive[:-2] + last_scan * 500 + b"\xff\xd9",
+        "bmp_header_bomb": bytes(bmp),
+        "webp_header_bomb": bytes(webp),
+        "webp_smaller_header_bomb": bytes(webp_below_pillows_bound),
+        "tiff_header_bomb": bytes(tiff),
+        "tiff_of_many_pages": b"II*\0\x08\0\0\0" + chain,
+        "tiff_of_overlapping_pages": bytes(overlapping),
+    }
+    return {name: (data, "bomb") for name, data in bombs.items()}
+
+
+def _damaged() -> dict[str, tuple[bytes, str]]:
+    png = bytearray(good_scans()["png_gray"])
+    png[len(png) // 2] ^= 0x10
+    tiff = bytearray(good_scans()["tiff_rgb_lzw"])
+    tiff[60:90] = b"\xff" * 30
+    no_table = good_scans()["jpeg_gray"].replace(b"\xff\xdb", b"\xff\xfe")  # the quantisation becomes a comment
+    no_pixels = png_of([(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 0, 0, 0, 0)), (b"IEND", b"")])
+    nowhere = encode(np.full((HEIGHT, WIDTH), np.nan, np.float32), "TIFF")
+    return {
+        "png_flipped_bit": (bytes(png), "decode_failed"),
+        "png_without_pixels": (no_pixels, "decode_failed"),
+        "jpeg_without_table": (no_table, "decode_failed"),
+        "tiff_of_nan": (nowhere, "decode_failed"),
+    }
+
+
+def _misfits() -> dict[str, tuple[bytes, str]]:
+    frames = [_gray().convert("RGB"), _gray().convert("RGB").rotate(180)]
+    animation: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 100}
+    small = {kind: encode(picture()[:1, :1].copy(), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP")}
+    thin = encode(picture()[:15].copy(), "PNG")
+    return {
+        **{f"one_pixel_{kind.lower()}": (data, "too_small") for kind, data in small.items()},
+        "fifteen_rows": (thin, "too_small"),
+        "animated_gif": (encode(frames[0], "GIF", **animation), "animated"),
+        "animated_png": (encode(frames[0], "PNG", **animation), "animated"),
+        "animated_webp": (encode(frames[0], "WEBP", **animation), "animated"),
+    }

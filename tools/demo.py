@@ -1,0 +1,132 @@
+"""The whole way from data to a model bundle and its report, with nothing to prepare.
+
+    make demo                                  # or: python -m tools.demo
+    make demo DATA=../shared/data/brain-tumor-mri
+    make demo DATA=s3://bucket/scans
+
+Without data it starts a real S3 server on loopback, fills a bucket with phantoms (`btray.phantoms`), trains over
+`s3://` with two workers, brings report and bundle to `runs/demo/<time>/model` and stops the server. It takes a few
+minutes on two cores. With data it trains on them with the job's defaults. A failing job's exit code is passed on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from btray import phantoms, storage
+from tools.s3_server import S3Server
+
+ROOT = Path(__file__).resolve().parent.parent
+BUCKET = "btray-demo"
+PER_CLASS = {"Training": 300, "Testing": 80}
+SEED = 1
+# Sized for two cores and five minutes in all; the phantoms need neither the job's resolution nor its patience.
+PHANTOM_FLAGS = ("--epochs", "14", "--batch-size", "32", "--num-workers", "2", "--preprocess.size", "112")
+GRACE_SECONDS = 30.0
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Run the demo of the command line and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="labelled data, as for jobs/train.py; default: generated phantoms")
+    parser.add_argument("--out", type=Path, help="local folder for the result; default: runs/demo/<time>")
+    arguments, job_flags = parser.parse_known_args()
+    out: Path = arguments.out or ROOT / "runs" / "demo" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    started = time.monotonic()
+    code = _train_on(arguments.data, out, job_flags) if arguments.data else _train_on_phantoms(out, job_flags)
+    if code == 0:
+        _show_result(out / "model", phantom=not arguments.data)
+        console.print(f"{time.monotonic() - started:.0f} s in all")
+    return code
+
+
+def _train_on(data: str, out: Path, flags: list[str]) -> int:
+    return _run_job("train.py", ["--data", data, "--out", str(out / "model"), *flags], os.environ)
+
+
+def _train_on_phantoms(out: Path, flags: list[str]) -> int:
+    with tempfile.TemporaryDirectory(prefix="btray-demo-") as folder, S3Server(Path(folder)) as server:
+        console.print(f"S3 server on {server.endpoint}, until the demo ends")
+        # storage, in this process and in the job, finds the server the standard AWS way.
+        environment = server.environment_over(os.environ)
+        os.environ.clear()
+        os.environ.update(environment)
+        server.make_bucket(BUCKET)
+        data, model = f"s3://{BUCKET}/phantoms", f"s3://{BUCKET}/model"
+        started = time.monotonic()
+        phantoms.write_data_set(data, per_class=PER_CLASS, seed=SEED)
+        count = sum(PER_CLASS.values()) * len(phantoms.CLASSES)
+        console.print(f"{count} phantom slices written to {data} in {time.monotonic() - started:.0f} s")
+        code = _run_job("train.py", ["--data", data, "--out", model, *PHANTOM_FLAGS, *flags], os.environ)
+        if code == 0:
+            _download(model, out / "model")
+        return code
+
+
+def _run_job(script: str, flags: list[str], environment: Mapping[str, str]) -> int:
+    """Run a job with its output on this terminal. Returns its exit code, 128 + n where signal n ended it."""
+    console.print(f"[bold]python jobs/{script} {' '.join(flags)}[/bold]", soft_wrap=True)
+    with subprocess.Popen([sys.executable, str(ROOT / "jobs" / script), *flags], env=dict(environment)) as job:
+        try:
+            code = job.wait()
+        except KeyboardInterrupt:
+            # Ctrl-C reached the job too: let it stop its cluster, but not for ever.
+            try:
+                job.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                job.kill()
+            return 128 + signal.SIGINT
+    if code:
+        console.print(f"[red]jobs/{script} ended with exit code {code}[/red]")
+    return 128 - code if code < 0 else code
+
+
+def _download(source: str, target: Path) -> None:
+    """Copy the bundle and its report; what the run keeps below `_run` is hidden and stays behind."""
+    for file in storage.list_files(source):
+        storage.write_bytes(
+            storage.join(str(target), file.uri.removeprefix(source + "/")), storage.read_bytes(file.uri)
+        )
+
+
+def _show_result(model: Path, *, phantom: bool) -> None:
+    metrics: dict[str, Any] = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
+    low, high = metrics["accuracy_ci95"]
+    table = Table(title=f"On {metrics['n']} test slices", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_row("accuracy", f"{metrics['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})")
+    table.add_row("macro-F1", f"{metrics['macro_f1']:.3f}")
+    table.add_row("AUROC, mean", _number(metrics["auroc_macro"]), end_section=True)
+    for label, values in metrics["per_class"].items():
+        table.add_row(f"F1 of {label}", f"{_number(values['f1'])} ({values['support']} slices)")
+    console.print(table)
+    if phantom:
+        console.print(
+            "These are cartoons of slices: the figures show that the machinery works, nothing about patients."
+        )
+    console.print(f"report  {model / 'report.html'}\nbundle  {model}", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

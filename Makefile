@@ -13,6 +13,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## make .venv with the pinned versions (once, a few minutes)
+	@echo ".venv is ready"
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3 found: apt-get install python3.11 python3.11-venv" >&2; exit 1; }
@@ -23,7 +24,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup: $$(grep -c == constraints.txt) pinned packages into .venv (7 GB, a few minutes, once)"
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
-	@echo "setup: done"
 
 demo: $(READY) ## train, evaluate and report, on phantoms over S3; DATA=<folder or s3://...>: on your data
 	@$(BIN)/python -m tools.demo $(if $(DATA),--data '$(DATA)')

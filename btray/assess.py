@@ -99,7 +99,10 @@ def assess(
     if history:
         counts = manifest.data["counts"]
         figures["learning_curves"] = plots.learning_curves(
-            history, train_images=sum(counts["train"].values()), val_images=sum(counts["validation"].values())
+            history,
+            best_epoch=max(history, key=lambda record: record["score"])["epoch"],
+            train_images=sum(counts["train"].values()),
+            val_images=sum(counts["validation"].values()),
         )
     figures["worst_errors"] = _draw_errors(manifest, table, scores, labels, probabilities)
     rejected = len(scores.rejected)

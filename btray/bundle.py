@@ -1,8 +1,8 @@
 """The model bundle: the contract between training and everything after it.
 
 A folder, local or in object storage, of `model.safetensors`, `bundle.json`, `metrics.json`, plots, `report.html` and
-`MODEL_CARD.md`. `bundle.json` holds the SHA-256 of all the others and is written last, so a bundle is there whole or
-not at all; loading verifies every digest and never unpickles.
+`MODEL_CARD.md`. `bundle.json` holds the SHA-256 of all the others and of itself and is written last, so a bundle is
+there whole or not at all; loading verifies every digest and never unpickles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -32,6 +32,11 @@ from btray.storage import StorageError, user_error
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
+# Names the files of a bundle that is being written: what a killed writer left is known by it and may be replaced.
+_WRITING = "_writing.json"
+# The key in bundle.json of the SHA-256 of bundle.json itself, taken with zeros in its place.
+_SEAL = "manifest_sha256"
+_NO_SEAL = "0" * 64
 # The libraries whose version can change what a bundle answers.
 _LIBRARIES = ("btray", "torch", "torchvision", "numpy", "pillow", "scipy", "ray")
 # What a model's name is a digest of.
@@ -78,6 +83,14 @@ class Manifest(ComponentConfig):
     """SHA-256 of the weights file."""
     files: dict[str, str]
     """SHA-256 of every other file, by name."""
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _is_plain(name):
+                raise ValueError(f"{name!r} is no plain file name")
+        return value
 
 
 @dataclass(frozen=True)
@@ -144,12 +157,16 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
     """
     uri = storage.resolve(uri)
     require_free(uri)
-    digests = {name: _sha256(body) for name, body in sorted(files.items())}
-    manifest = bundle.manifest.model_copy(update={"files": digests})
-    _remove_old(uri)
+    manifest = bundle.manifest.model_copy(update={"files": {name: _sha256(files[name]) for name in sorted(files)}})
+    left = _own_names(uri) - {WEIGHTS, *files}
+    storage.write_json(storage.join(uri, _WRITING), sorted(left | {WEIGHTS, *files}))
+    # Without its manifest there is no bundle, not half of one.
+    for name in (MANIFEST, *sorted(left)):
+        storage.delete(storage.join(uri, name))
     for name, body in {WEIGHTS: safetensors.torch.save(bundle.weights), **files}.items():
         storage.write_bytes(storage.join(uri, name), body)
-    storage.write_json(storage.join(uri, MANIFEST), manifest.model_dump(mode="json"))
+    storage.write_text(storage.join(uri, MANIFEST), _sealed(manifest))
+    storage.delete(storage.join(uri, _WRITING))
     return Bundle(uri, manifest, bundle.weights)
 
 
@@ -177,18 +194,47 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
         weights = safetensors.torch.load(blob)
     except SafetensorError as error:
         raise UserError(f"{uri}: {WEIGHTS} is not a safetensors file: {error}") from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{uri}: {name} has weights that are not finite: its training diverged; train it again")
     return Bundle(uri, manifest, weights)
 
 
 def require_free(uri: str) -> None:
     """Raise UserError unless `uri` can take a bundle: not there, empty, a bundle, or only names that begin with `_`."""
+    try:
+        if not storage.is_remote(uri) and storage.exists(uri) and not storage.is_folder(uri):
+            raise UserError(f"--out {uri} is a file; name a folder")
+    except StorageError as error:
+        raise user_error(error) from error
+    foreign = sorted(set(_visible(uri)) - _own_names(uri))
+    if foreign:
+        raise UserError(f"--out {uri} is not empty and holds {foreign[0]}, which is no bundle's; name an empty folder")
+
+
+def _own_names(uri: str) -> set[str]:
+    """What lies in `uri` by the word of its bundle, or of a writer that was killed. Raises UserError for a bad one."""
+    own: set[str] = set()
     names = _names(uri)
     if MANIFEST in names:
-        return
-    foreign = [name for name in names if not name.startswith(("_", "."))]
-    left_over = WEIGHTS in foreign  # of a bundle whose writer was killed before the manifest
-    if foreign and not left_over:
-        raise UserError(f"--out {uri} is not empty and holds no bundle ({foreign[0]}); name an empty folder")
+        own |= {MANIFEST, WEIGHTS, *_read_manifest(uri).files}
+    if _WRITING in names:
+        try:
+            own |= {str(name) for name in storage.read_json(storage.join(uri, _WRITING))}
+        except StorageError as error:
+            raise user_error(error) from error
+    for name in own:
+        if not _is_plain(name):
+            raise UserError(f"{uri}: {_WRITING} lists {name!r}, which is no plain file name; name an empty folder")
+    return own
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", "..") and Path(name).name == name
+
+
+def _visible(uri: str) -> list[str]:
+    return [name for name in _names(uri) if not name.startswith(("_", "."))]
 
 
 def _names(uri: str) -> list[str]:
@@ -200,33 +246,31 @@ def _names(uri: str) -> list[str]:
         raise user_error(error) from error
 
 
-def _remove_old(uri: str) -> None:
-    """Take the manifest away first: from here until the new one is written there is no bundle, not half of one."""
-    names = _names(uri)
-    if MANIFEST in names:
-        try:
-            old = list(_read_manifest(uri).files)
-        except UserError:
-            old = []
-        storage.delete(storage.join(uri, MANIFEST))
-        for name in old:
-            storage.delete(storage.join(uri, name))
+def _sealed(manifest: Manifest) -> str:
+    """The text of bundle.json."""
+    content = {**manifest.model_dump(mode="json"), _SEAL: _NO_SEAL}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.replace(_NO_SEAL, _sha256(text.encode()))
 
 
 def _read_manifest(uri: str) -> Manifest:
     try:
-        content = json.loads(storage.read_text(storage.join(uri, MANIFEST)))
+        text = storage.read_text(storage.join(uri, MANIFEST))
+        content = json.loads(text)
     except StorageError as error:
         if error.code == "not_found":
             raise UserError(f"{uri} is no model bundle: it has no {MANIFEST}; give the --out of a training") from error
         raise user_error(error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri}: {MANIFEST} is damaged: {error}; train or copy the bundle again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(version, int):
         raise UserError(f"{uri}: {MANIFEST} has no format_version; train or copy the bundle again")
     if version > FORMAT_VERSION:
         raise UserError(f"{uri} has format_version {version}; this btray reads up to {FORMAT_VERSION}: upgrade btray")
+    seal = content.pop(_SEAL, None)
+    if not isinstance(seal, str) or _sha256(text.replace(seal, _NO_SEAL).encode()) != seal:
+        raise UserError(f"{uri}: {MANIFEST} was changed or damaged: its {_SEAL} does not fit; copy the bundle again")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
@@ -236,8 +280,6 @@ def _read_manifest(uri: str) -> Manifest:
 
 
 def _read_verified(uri: str, name: str, digest: str) -> bytes:
-    if Path(name).name != name:
-        raise UserError(f"{uri}: {MANIFEST} lists {name!r}, which is no plain file name")
     try:
         body = storage.read_bytes(storage.join(uri, name))
     except StorageError as error:
@@ -251,8 +293,8 @@ def _read_verified(uri: str, name: str, digest: str) -> bytes:
 
 def _refuse_unlisted(uri: str, manifest: Manifest) -> None:
     listed = {MANIFEST, WEIGHTS, *manifest.files}
-    for name in _names(uri):
-        if name not in listed and not name.startswith(("_", ".")):
+    for name in _visible(uri):
+        if name not in listed:
             raise UserError(f"{uri} holds {name}, which {MANIFEST} does not list; remove it or copy the bundle again")
 
 

@@ -115,25 +115,26 @@ class Classifier:
 
     def _frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:
         """Frames of each input; stored ones are read together."""
-        uris = [given for given in inputs if not isinstance(given, bytes | np.ndarray)]
-        stored = iter(self.source.from_uris([_uri(given) for given in uris]))
+        uris = [_uri(given) for given in inputs]
+        stored = iter(self.source.from_uris([uri for uri in uris if isinstance(uri, str)]))
         found: list[list[Frame] | Rejection] = []
-        for given in inputs:
+        for given, uri in zip(inputs, uris, strict=True):
             if isinstance(given, bytes):
                 found.append(self.source.from_bytes(given))
             elif isinstance(given, np.ndarray):
                 found.append(self._from_array(given))
             else:
-                found.append(next(stored))
+                found.append(uri if isinstance(uri, Rejection) else next(stored))
         return found
 
     def _from_array(self, pixels: npt.NDArray[Any]) -> list[Frame] | Rejection:
-        if pixels.ndim != 2 or min(pixels.shape) < self.source.limits.min_side:
-            least = self.source.limits.min_side
-            return Rejection("unsupported", f"shape {pixels.shape} is not [height, width] of at least {least}", False)
+        if pixels.ndim != 2:
+            return Rejection("unsupported", f"an array of shape {pixels.shape} is not [height, width]", False)
+        least = self.source.limits.min_side
+        if min(pixels.shape) < least:
+            return Rejection("too_small", f"{pixels.shape[1]}x{pixels.shape[0]} pixels, below min_side {least}", False)
         if pixels.dtype not in (np.uint8, np.uint16):
-            finite = pixels.dtype.kind in "iuf" and bool(np.isfinite(pixels).all())
-            if not finite:
+            if pixels.dtype.kind not in "biuf" or not np.isfinite(pixels).all():
                 return Rejection("unsupported", f"{pixels.dtype} array with values that are no finite numbers", False)
             pixels = _spread_over_uint16(pixels)
         return [make_frame(pixels, self.manifest.preprocess)]
@@ -161,12 +162,21 @@ class Classifier:
         )
 
 
-def _uri(given: str | PathLike[str]) -> str:
-    return storage.resolve(given if isinstance(given, str) else Path(given))
+def _uri(given: object) -> str | Rejection | None:
+    """Where a path or URI points to; None for what is at hand already."""
+    if isinstance(given, bytes | np.ndarray):
+        return None
+    if not isinstance(given, str | PathLike):
+        return Rejection("unsupported", f"{type(given).__name__} is neither bytes, path nor array", False)
+    try:
+        return storage.resolve(given if isinstance(given, str) else Path(given))
+    except UserError as error:
+        return Rejection("unsupported", str(error), False)
 
 
 def _spread_over_uint16(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     """Map the range of `pixels` to 0 to 65535; preprocessing stretches gray levels anyway, so no unit is lost by it."""
     wide = pixels.astype(np.float64)
+    wide /= max(1.0, float(np.abs(wide).max()))  # so that the range of the largest doubles stays finite
     low, high = float(wide.min()), float(wide.max())
     return ((wide - low) * (65535.0 / (high - low or 1.0))).astype(np.uint16)

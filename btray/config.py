@@ -5,17 +5,21 @@ What there is to set stands in `btray.settings`. This is the only module that re
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    CliPositionalArg,
     CliSettingsSource,
     EnvSettingsSource,
     PydanticBaseSettingsSource,
@@ -27,6 +31,7 @@ from btray.errors import ThresholdExceeded, UserError
 
 ENV_PREFIX = "BTRAY_"
 _NESTING = "__"
+_POSITIONAL = get_args(CliPositionalArg[str])[1]  # what marks a field as positional
 
 
 class ComponentConfig(BaseModel):
@@ -102,16 +107,41 @@ def run_job(config_class: type[Config], job: Callable[[Config], str]) -> None:
 
     Exit codes: 0 done, 1 failed, 2 wrong use or unusable input, 3 a threshold was crossed.
     """
+    with _exit_codes():
+        print(job(config_class.from_command_line()), flush=True)
+
+
+def run_command(
+    prog: str, description: str, commands: Mapping[str, tuple[type[JobConfig], Callable[[Any], None]]]
+) -> None:
+    """Run the command that the first argument names on the config that the others give; exit codes as for `run_job`."""
+    parser = _OneLineParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"{prog} {importlib.metadata.version(prog)}")
+    parser.add_argument("command", choices=sorted(commands), help=f"{prog} COMMAND --help says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    with _exit_codes():
+        parsed = parser.parse_args()
+        config_class, command = commands[parsed.command]
+        command(config_class.from_command_line(parsed.arguments, f"{prog} {parsed.command}"))
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Log to stderr, and turn what a job raises into one line there and its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("aiobotocore", "botocore", "fsspec", "s3fs", "urllib3", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        uri = job(config_class.from_command_line())
+        yield
     except UserError as error:
         sys.exit(_report(error, 2))
     except ThresholdExceeded as error:
         sys.exit(_report(error, 3))
-    print(uri, flush=True)
 
 
 def _report(error: Exception, code: int) -> int:
@@ -120,8 +150,20 @@ def _report(error: Exception, code: int) -> int:
 
 
 def _parse_flags(cls: type[JobConfig], flags: list[str], prog: str) -> dict[str, Any]:
-    source: CliSettingsSource[Any] = CliSettingsSource(cls, cli_parse_args=flags, cli_prog_name=prog)
-    return source()
+    """Positional values are file names and kept as they are: pydantic-settings would split them at commas."""
+    literal: dict[str, Any] = {}
+
+    def parse(parser: argparse.ArgumentParser, flags: list[str], namespace: argparse.Namespace | None) -> Any:
+        parsed = parser.parse_intermixed_args(flags, namespace)
+        for name, field in cls.model_fields.items():
+            if _POSITIONAL in field.metadata:
+                literal[name] = vars(parsed).pop(name)
+        return parsed
+
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        cls, cli_parse_args=flags, cli_prog_name=prog, parse_args_method=parse
+    )
+    return source() | literal
 
 
 def _take_config_flag(arguments: list[str]) -> tuple[str | None, list[str]]:

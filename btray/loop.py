@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +42,8 @@ _TIE_BREAK = 1e-4
 
 def train_loop(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs in every worker; `settings` holds the `Plan`."""
+    # Ray Train logs every report of every worker, past the level of its own LoggingConfig.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     plan: Plan = settings["plan"]
     torch.set_num_threads(settings["threads"])
     TrainingRun(plan).run()

@@ -24,10 +24,23 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Network(nn.Module):
-    """`parts` run one after the other, then pooling, dropout and a linear layer."""
+    """`parts` run one after the other, then pooling, dropout and a linear layer.
 
-    def __init__(self, parts: list[nn.Module], width: int, pooling: str, dropout: float, classes: int) -> None:
+    `aliases` are beginnings of torchvision's names of the tensors -> ours, for a backbone.
+    """
+
+    def __init__(
+        self,
+        parts: list[nn.Module],
+        width: int,
+        pooling: str,
+        dropout: float,
+        classes: int,
+        *,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
+        self.aliases = dict(aliases or {})
         self.parts = nn.ModuleList(parts)
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
@@ -107,8 +120,8 @@ def build_network(config: NetworkConfig, classes: int) -> Network:
     """
     if config.architecture == "cnn":
         return _build_cnn(config, classes)
-    parts, width = _backbone(config.architecture)
-    return Network(parts, width, "average", config.dropout, classes)
+    parts, aliases, width = _backbone(config.architecture)
+    return Network(parts, width, "average", config.dropout, classes, aliases=aliases)
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -128,17 +141,17 @@ def count_flops(network: nn.Module, size: int) -> int:
     return int(counter.get_total_flops())
 
 
-def load_matching(network: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+def load_matching(network: Network, weights: Mapping[str, Tensor]) -> list[str]:
     """Copy every tensor of `weights` whose name and shape fit into `network`; returns the names that were copied.
 
-    A first convolution over three colours is summed to one channel, since gray is the same in all three. Names are
-    matched as they are; those of a torchvision state dict by their order.
+    A first convolution over three colours is summed to one channel, since gray is the same in all three. A backbone
+    takes torchvision's names as well as ours.
     """
     own = network.state_dict()
-    names = _torchvision_names(own, weights)
     fitting = {}
     for name, tensor in weights.items():
-        target = names.get(name, name)
+        alias = next((alias for alias in network.aliases if name.startswith(alias)), "")
+        target = network.aliases.get(alias, "") + name.removeprefix(alias)
         if target in own and tensor.ndim == 4 and own[target].shape == (tensor.shape[0], 1, *tensor.shape[2:]):
             fitting[target] = tensor.sum(1, keepdim=True)
         elif target in own and own[target].shape == tensor.shape:
@@ -196,20 +209,23 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _backbone(name: str) -> tuple[list[nn.Module], int]:
-    """The feature extractor of a torchvision model, cut into parts from input to output, and its width."""
+def _backbone(name: str) -> tuple[list[nn.Module], dict[str, str], int]:
+    """The feature extractor of a torchvision model, cut into parts from input to output, their aliases, its width."""
     model = torchvision.models.get_model(name, weights=None)
     if name.startswith("resnet"):
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
         parts = [stem, model.layer1, model.layer2, model.layer3, model.layer4]
+        aliases = {"conv1.": "parts.0.0.", "bn1.": "parts.0.1."}
+        aliases |= {f"layer{number}.": f"parts.{number}." for number in range(1, 5)}
         width = model.fc.in_features
     else:
         parts = list(model.features)
+        aliases = {f"features.{child}.": f"parts.{n}." for n, (child, _) in enumerate(model.features.named_children())}
         if name.startswith("densenet"):  # its own forward ends with this activation
             parts.append(nn.ReLU())
         last = model.classifier if isinstance(model.classifier, nn.Linear) else model.classifier[-1]
         width = 512 if name.startswith("vgg") else last.in_features
-    return _take_one_channel(nn.ModuleList(parts)), width
+    return _take_one_channel(nn.ModuleList(parts)), aliases, width
 
 
 def _take_one_channel(parts: nn.ModuleList) -> list[nn.Module]:
@@ -220,10 +236,3 @@ def _take_one_channel(parts: nn.ModuleList) -> list[nn.Module]:
     gray.weight = nn.Parameter(colour.weight.detach().sum(1, keepdim=True))
     parts.set_submodule(name, gray)
     return list(parts)
-
-
-def _torchvision_names(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """torchvision's names of a backbone's tensors -> ours: both list them from input to output."""
-    theirs = [name for name in weights if not name.startswith(("parts.", "head.", "fc.", "classifier."))]
-    ours = [name for name in own if name.startswith("parts.")]
-    return dict(zip(theirs, ours, strict=True)) if len(theirs) == len(ours) else {}

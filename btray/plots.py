@@ -196,8 +196,10 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure
 
 
 @_png
-def learning_curves(history: Sequence[Mapping[str, Any]], *, train_images: int, val_images: int) -> Figure:
-    """Loss, validation macro-F1 and learning rate by epoch; the epoch with the best macro-F1 (the first) is marked.
+def learning_curves(
+    history: Sequence[Mapping[str, Any]], *, best_epoch: int, train_images: int, val_images: int
+) -> Figure:
+    """Loss, validation macro-F1 and learning rate by epoch; `best_epoch`, whose weights were kept, is marked.
 
     `history` has a mapping an epoch with the keys epoch, train_loss, val_loss, val_macro_f1 and learning_rate. Where an
     epoch stands twice, as after a resumed run, the later entry counts. `ValueError` where there is none.
@@ -219,8 +221,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], *, train_images: int, 
     loss.plot(epochs, series["val_loss"], color=VERMILLION, label="validation", **style)
     f1.plot(epochs, series["val_macro_f1"], color=VERMILLION, **style)
     rate.plot(epochs, series["learning_rate"], color=MUTED, **style)
-    if np.isfinite(series["val_macro_f1"]).any():
-        _mark_best(f1, (loss, rate), epochs, series["val_macro_f1"])
+    _mark_best(f1, (loss, rate), epochs, series["val_macro_f1"], epochs.index(best_epoch))
     loss.set_ylabel("loss")
     loss.legend(loc="upper right")
     f1.set_ylabel("validation\nmacro-F1")
@@ -305,14 +306,13 @@ def _magnify_corner(axes: Axes) -> None:
     axes.indicate_inset_zoom(inset, edgecolor=MUTED)
 
 
-def _mark_best(f1: Axes, others: Sequence[Axes], epochs: Sequence[int], values: np.ndarray) -> None:
-    best = int(np.nanargmax(values))
+def _mark_best(f1: Axes, others: Sequence[Axes], epochs: Sequence[int], values: np.ndarray, best: int) -> None:
     for axes in (f1, *others):
         axes.axvline(epochs[best], color=INK, linewidth=1, linestyle=":")
     f1.plot(epochs[best], values[best], "o", color=VERMILLION, markersize=7, markeredgecolor="white")
     late = best > len(epochs) / 2
     f1.annotate(
-        f"best: {values[best]:.3f}, epoch {epochs[best]}",
+        f"kept: {values[best]:.3f}, epoch {epochs[best]}",
         (epochs[best], values[best]),
         (-10 if late else 10, -16),
         textcoords="offset points",

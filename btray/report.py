@@ -40,7 +40,7 @@ FIGURES = {
         "How training went",
         "Values at the end of each epoch. The training loss is taken with augmentation and regularisation, the "
         "validation loss without, so that the two are not to be compared in height. The dotted line marks the epoch "
-        "that was kept, the one with the best validation macro-F1.",
+        "that was kept: the best validation macro-F1, and among equals the lowest validation loss.",
     ),
     "worst_errors": (
         "The errors it was surest of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from btray.config import ComponentConfig, JobConfig
 
@@ -215,6 +216,24 @@ class EvaluateConfig(JobConfig):
     """Share of unreadable images above which the job ends with exit code 3."""
     batch_size: Positive = 64
     """Images a forward pass."""
+
+
+class PredictConfig(JobConfig):
+    """Classify a few scans on this machine and print what the model says; no cluster is needed.
+
+    Exit code 0 where at least one scan was classified; rejected ones are named with a code. 2 where none could be.
+    """
+
+    model_config = SettingsConfigDict(cli_shortcuts={"json-lines": "json"})
+
+    files: CliPositionalArg[Annotated[tuple[str, ...], Field(min_length=1)]]
+    """Scans, or folders of them, local or s3://."""
+    model: str
+    """Model bundle."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    json_lines: bool = False
+    """Print one JSON object a line in place of a table."""
 
 
 class AcquireConfig(JobConfig):

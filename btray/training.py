@@ -117,6 +117,7 @@ def _fit(data: TrainingData) -> _Trained:
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train V2 has it
         ),
         datasets=datasets(data),
         dataset_config=ray.train.DataConfig(datasets_to_split="all" if plan.streaming else []),

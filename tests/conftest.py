@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from btray import storage
 from tools.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,3 +71,4 @@ def _replace_environment(wanted: dict[str, str]) -> None:
     for name in os.environ.keys() - wanted.keys():
         del os.environ[name]
     os.environ.update(wanted)
+    storage.reconnect()  # a client made before would go on talking to the old endpoint

@@ -203,7 +203,7 @@ def _flags(port: int) -> list[str]:
         "-master.volumeSizeLimitMB=256",
         "-master.electionTimeout=1s",
         f"-volume.port={port + 2}",
-        "-volume.max=50",
+        "-volume.max=1000",  # each bucket reserves seven; none is allocated before it is written
         "-volume.preStopSeconds=0",
         "-volume.minFreeSpace=1",
         "-filer",

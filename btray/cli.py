@@ -1,0 +1,142 @@
+"""The console script `btray`: classify scans with a bundle on any laptop, with no Ray in it.
+
+btray predict --model runs/first scan.jpg folder/ s3://bucket/scan.png
+btray predict --model runs/first --json scan.jpg
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from btray.config import run_command
+from btray.errors import UserError
+from btray.settings import PredictConfig
+
+if TYPE_CHECKING:
+    from btray.classifier import Classifier, Prediction
+
+NOTICE = "This supports a reader; it is no diagnosis."
+# Scans held in memory at a time: a folder of any size goes through.
+_AT_A_TIME = 32
+_WIDEST_NAME = 60
+
+
+def main() -> None:
+    """Run the command that `sys.argv` names; see `run_command` for the exit codes."""
+    # A file name that is no UTF-8 is printed with escapes.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        run_command(
+            "btray", f"Brain-tumor classification of MRI slices. {NOTICE}", {"predict": (PredictConfig, predict)}
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough; without this Python complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def predict(config: PredictConfig) -> None:
+    """Print a line for each frame of each scan, as they are read. Raises UserError where none could be classified."""
+    from btray.classifier import Classifier
+
+    classifier = Classifier.load(config.model, model_id=config.model_id)
+    print(NOTICE, file=sys.stderr, flush=True)
+    inputs = _scans(config.files)
+    total = classified = 0
+    while chunk := list(islice(inputs, _AT_A_TIME)):
+        predictions = _predict(classifier, chunk)
+        if config.json_lines:
+            lines = [json.dumps(_record(prediction), allow_nan=False) for prediction in predictions]
+        else:
+            lines = _table(predictions, classifier.classes, header=total == 0)
+        print("\n".join(lines), flush=True)
+        total += len(predictions)
+        classified += sum(prediction.status == "ok" for prediction in predictions)
+    if total == 0:
+        raise UserError(f"{config.files[0]} holds no file; name a scan, or a folder of scans")
+    if classified == 0:
+        raise UserError(f"not one of {total} scans could be classified; each line above says why")
+
+
+def _scans(files: Sequence[str]) -> Iterator[str | Prediction]:
+    """Every file, those of folders one by one; a folder that cannot be listed is a rejected prediction."""
+    from btray import storage
+    from btray.classifier import Prediction
+
+    for file in files:
+        uri = storage.resolve(file)
+        try:
+            if storage.is_folder(uri):
+                yield from (info.uri for info in storage.list_files(uri))
+            else:
+                yield file
+        except storage.StorageError as error:
+            yield Prediction(
+                index=0,
+                uri=file,
+                status="rejected",
+                error_code=error.code,
+                error=str(error),
+                retryable=error.retryable,
+            )
+
+
+def _predict(classifier: Classifier, inputs: Sequence[str | Prediction]) -> list[Prediction]:
+    """Predictions in the order of the inputs; those that are there already stay as they are."""
+    scans = [given for given in inputs if isinstance(given, str)]
+    of_scan: list[list[Prediction]] = [[] for _ in scans]
+    for prediction in classifier.predict(scans):
+        of_scan[prediction.index].append(prediction)
+    answers = iter(of_scan)
+    found: list[Prediction] = []
+    for given in inputs:
+        found += next(answers) if isinstance(given, str) else [replace(given, model_id=classifier.model_id)]
+    return found
+
+
+def _record(prediction: Prediction) -> dict[str, Any]:
+    """What `--json` prints, with the names of the results table."""
+    names = (
+        "uri", "frame", "status", "error_code", "error", "retryable",
+        "label", "confidence", "probabilities", "model_id",
+    )  # fmt: skip
+    return {name: getattr(prediction, name) for name in names}
+
+
+def _table(predictions: Sequence[Prediction], classes: Sequence[str], *, header: bool) -> list[str]:
+    """Lines of a table whose columns are as wide as these predictions need; a rejected scan has its code and reason."""
+    names = [_shown_name(prediction) for prediction in predictions]
+    file_width = min(_WIDEST_NAME, max(len(name) for name in names))
+    label_width = max(len("rejected"), *(len(label) for label in classes))
+    widths = [max(len(label), 5) for label in classes]
+    lines = []
+    if header:
+        titles = "  ".join(f"{label:>{width}}" for label, width in zip(classes, widths, strict=True))
+        lines.append(f"{'file':<{file_width}}  {'label':<{label_width}}  {'confidence':>10}  {titles}")
+    for name, prediction in zip(names, predictions, strict=True):
+        if prediction.status != "ok":
+            lines.append(
+                f"{name:<{file_width}}  {'rejected':<{label_width}}  {prediction.error_code}: {prediction.error}"
+            )
+            continue
+        values = "  ".join(
+            f"{prediction.probabilities[label]:>{width}.3f}" for label, width in zip(classes, widths, strict=True)
+        )
+        lines.append(
+            f"{name:<{file_width}}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}"
+        )
+    return lines
+
+
+def _shown_name(prediction: Prediction) -> str:
+    """The file, on one line, with the number of the frame from the second one on."""
+    name = " ".join(str(prediction.uri).splitlines())
+    return f"{name} frame {prediction.frame}" if prediction.frame else name

@@ -67,11 +67,13 @@ class Augmenter:
 
     def _change_gray(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
         config = self.config
-        if config.gamma:
-            images = images.clamp(min=1e-4) ** torch.exp(_column(_around_zero(draws["gamma"])) * config.gamma)
         if config.contrast:
             mean = images.mean((2, 3), keepdim=True)
             images = mean + (images - mean) * (1.0 + config.contrast * _column(_around_zero(draws["contrast"])))
+            # Cut off at black and white: without that, standardising would undo the change.
+            images = images.clamp(0.0, 1.0)
+        if config.gamma:
+            images = images.clamp(min=1e-4) ** torch.exp(_column(_around_zero(draws["gamma"])) * config.gamma)
         return images
 
     def _degrade(self, images: Tensor, draws: dict[str, Tensor], keys: Tensor) -> Tensor:
@@ -151,14 +153,20 @@ def _smooth_field(images: Tensor, keys: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, deviations: Tensor, radius: int) -> Tensor:
-    """Gaussian blur with a deviation of its own for each image, in pixels."""
+    """Gaussian blur with a deviation of its own for each image, in pixels.
+
+    Summed tap by tap: a grouped convolution takes twice as long and rounds otherwise in a batch of one.
+    """
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
     kernels = torch.exp(-0.5 * (offsets / deviations.clamp(min=1e-2).unsqueeze(1)) ** 2)
-    kernels = (kernels / kernels.sum(1, keepdim=True)).view(len(images), 1, 1, -1)
-    batch = images.transpose(0, 1)
-    batch = F.conv2d(batch, kernels, padding=(0, radius), groups=len(images))
-    batch = F.conv2d(batch, kernels.transpose(2, 3), padding=(radius, 0), groups=len(images))
-    return batch.transpose(0, 1)
+    taps = (kernels / kernels.sum(1, keepdim=True)).unbind(1)
+    size = images.shape[-1]
+    for axis, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
+        padded = F.pad(images, padding)
+        images = torch.zeros_like(images)
+        for offset, tap in enumerate(taps):
+            images.addcmul_(padded.narrow(axis, offset, size), _column(tap))
+    return images
 
 
 def _erase(images: Tensor, draws: dict[str, Tensor], largest: float) -> Tensor:

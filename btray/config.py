@@ -31,6 +31,10 @@ from btray.errors import ThresholdExceeded, UserError
 
 ENV_PREFIX = "BTRAY_"
 _NESTING = "__"
+_LAYERS = (
+    "--config FILE reads the same settings from a YAML file; environment variables (--epochs is BTRAY_EPOCHS, "
+    "--network.dropout is BTRAY_NETWORK__DROPOUT) win over the file, and flags over both."
+)
 _POSITIONAL = get_args(CliPositionalArg[str])[1]  # what marks a field as positional
 
 
@@ -153,15 +157,16 @@ def _parse_flags(cls: type[JobConfig], flags: list[str], prog: str) -> dict[str,
     """Positional values are file names and kept as they are: pydantic-settings would split them at commas."""
     literal: dict[str, Any] = {}
 
-    def parse(parser: argparse.ArgumentParser, flags: list[str], namespace: argparse.Namespace | None) -> Any:
+    def parse(parser: argparse.ArgumentParser, flags: list[str], namespace: argparse.Namespace | None = None) -> Any:
         parsed = parser.parse_intermixed_args(flags, namespace)
         for name, field in cls.model_fields.items():
             if _POSITIONAL in field.metadata:
                 literal[name] = vars(parsed).pop(name)
         return parsed
 
+    parser = _OneLineParser(prog=prog, description=cls.__doc__, epilog=_LAYERS)
     source: CliSettingsSource[Any] = CliSettingsSource(
-        cls, cli_parse_args=flags, cli_prog_name=prog, parse_args_method=parse
+        cls, cli_parse_args=flags, root_parser=parser, parse_args_method=parse
     )
     return source() | literal
 

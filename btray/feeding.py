@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from btray.frames import FrameSource, Rejection
 from btray.settings import TrainConfig
+
+_log = logging.getLogger(__name__)
 
 # A scan's number times this, plus the frame within it, is the sample number: the key of all that is random about it.
 FRAMES_PER_SCAN = 1024
@@ -81,6 +84,9 @@ class Plan:
 class Feed(Protocol):
     """What the training loop draws from."""
 
+    rejected: int
+    """Scans that were readable when the run began and gave no frame since."""
+
     def train(self, epoch: int) -> Iterator[Batch]:
         """This worker's batches of one epoch, shuffled."""
 
@@ -138,6 +144,7 @@ class MemoryFeed:
     def __init__(self, plan: Plan) -> None:
         context = ray.train.get_context()
         self.plan, self.rank, self.workers = plan, context.get_world_rank(), context.get_world_size()
+        self.rejected = 0
         size = plan.config.preprocess.size
         frames = np.empty((len(plan.samples), size, size), np.uint8)
         for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
@@ -190,10 +197,15 @@ class StreamFeed:
         shard = ray.train.get_dataset_shard(name)
         for arrays in shard.iter_batches(batch_size=self.share, batch_format="numpy", **options):
             readable = arrays["code"] == ""
-            self.rejected += int((~readable).sum())
+            self._count_rejected(arrays, ~readable)
             if readable.any():
                 tensors = (torch.from_numpy(arrays[key][readable]) for key in ("frame", "label", "sample"))
                 yield Batch(*tensors)
+
+    def _count_rejected(self, arrays: Arrays, rejected: npt.NDArray[np.bool_]) -> None:
+        for code, message in zip(arrays["code"][rejected], arrays["message"][rejected], strict=True):
+            self.rejected += 1
+            _log.warning("rejected, though readable when the run began (%s): %s", code, message)
 
 
 def epoch_order(plan: Plan, epoch: int) -> npt.NDArray[np.int64]:

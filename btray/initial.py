@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import pickle
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from btray import storage
@@ -49,11 +47,12 @@ def _read(uri: str) -> dict[str, Tensor]:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(data)
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # damaged bytes make torch's unpickler raise nearly anything: KeyError, IndexError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--init-from {uri} is neither a safetensors file nor a plain state dict: {reason}") from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"--init-from {uri} holds no tensors by name; give a state dict")
     return tensors

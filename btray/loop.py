@@ -42,11 +42,17 @@ _TIE_BREAK = 1e-4
 
 def train_loop(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs in every worker; `settings` holds the `Plan`."""
-    # Ray Train logs every report of every worker, past the level of its own LoggingConfig.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    _quieten_reports()
     plan: Plan = settings["plan"]
     torch.set_num_threads(settings["threads"])
     TrainingRun(plan).run()
+
+
+def _quieten_reports() -> None:
+    """Ray Train logs every report of every worker under its file's name, which no LoggingConfig reaches."""
+    for name in logging.root.manager.loggerDict:
+        if "ray/train/" in name:
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def load_state(folder: str) -> dict[str, Any]:
@@ -95,6 +101,7 @@ class TrainingRun:
                 self.parallel = self._parallel()
             started = time.perf_counter()
             record = {"epoch": epoch + 1, **self._train_epoch(epoch), **self._validate()}
+            record["rejected"] = self._rejected_since()
             record["seconds"] = time.perf_counter() - started
             self.history.append(record)
             self._report()
@@ -256,6 +263,12 @@ class TrainingRun:
         total = tensor.to(self.device)
         dist.all_reduce(total)
         return total.to(tensor.device)
+
+    def _rejected_since(self) -> int:
+        """Scans that could not be read in this epoch, over all workers."""
+        rejected = self._summed(torch.tensor(self.feed.rejected))
+        self.feed.rejected = 0
+        return int(rejected.item())
 
     def _gathered(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and labels of all workers, the same everywhere."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
+import ray.train
 
 from btray import storage
 from btray.cluster import cpus, gpus
@@ -139,11 +140,11 @@ def _check_plan(plan: Plan) -> None:
 
 def worker_range(config: TrainConfig) -> tuple[int, int]:
     """Least and most data-parallel workers."""
+    available = gpus() if config.use_gpu else min(4, int(cpus()))
+    if config.use_gpu and available == 0:  # Ray Train would wait for one for ever
+        raise UserError("--use-gpu, but the Ray cluster has no GPU; leave the flag away or start Ray where one is")
     if config.worker_range:
         return config.worker_range
-    available = gpus() if config.use_gpu else min(4, int(cpus()))
-    if config.use_gpu and available == 0:
-        raise UserError("--use-gpu, but the Ray cluster has no GPU; leave the flag away or start Ray where one is")
     return max(1, available), max(1, available)
 
 
@@ -159,6 +160,34 @@ def datasets(data: TrainingData) -> dict[str, ray.data.Dataset | Callable[[], ra
         name: decode_rows(_numbered(data.table, chosen, plan.classes), source, num_cpus=0.5)
         for name, chosen in rows.items()
     }
+
+
+class StreamSplit(ray.train.DataConfig):
+    """Shares streamed rows out to the workers; held-out rows to the last one.
+
+    Ray makes the shares equal by dropping rows: fine for training, but a metric must count every image.
+    """
+
+    def configure(
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: list[Any] | None,
+        worker_node_ids: list[str] | None,
+        **kwargs: Any,
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """One mapping a worker, from the name of each data set to its share."""
+        equal = {name: rows for name, rows in datasets.items() if name != "validation"}
+        shares: list[dict[str, ray.data.DataIterator]] = super().configure(
+            equal, world_size, worker_handles, worker_node_ids, **kwargs
+        )
+        for name in datasets.keys() - equal.keys():
+            rows = datasets[name]
+            rows.context.execution_options = self.default_ingest_options()
+            parts = rows.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            for share, part in zip(shares, parts, strict=True):
+                share[name] = part
+        return shares
 
 
 def _rows_of(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -40,25 +40,25 @@ class AugmentConfig(ComponentConfig):
     """Probability of a left-right mirror image."""
     flip_vertical: Probability = 0.0
     """Probability of a top-bottom mirror image."""
-    rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
+    rotation: Annotated[float, Field(ge=0, le=180)] = 20.0
     """Largest rotation, in degrees."""
-    scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Largest change of size, as a share."""
     shear: Annotated[float, Field(ge=0, le=45)] = 6.0
     """Largest shear, in degrees."""
-    translation: Annotated[float, Field(ge=0, le=0.5)] = 0.06
+    translation: Annotated[float, Field(ge=0, le=0.5)] = 0.08
     """Largest shift, as a share of the frame."""
-    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Largest change of contrast, as a share."""
-    gamma: Annotated[float, Field(ge=0, le=2)] = 0.3
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Largest change of contrast about the mean, as a share; what passes black or white is cut off."""
+    gamma: Annotated[float, Field(ge=0, le=2)] = 0.4
     """Largest exponent of the gray curve: gamma lies within exp(-value) and exp(+value)."""
-    bias_field: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    bias_field: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Largest smooth gain across the frame, as a share: the coil's uneven sensitivity."""
-    noise: Annotated[float, Field(ge=0, le=1)] = 0.03
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.04
     """Largest standard deviation of added Gaussian noise; white is 1."""
-    blur: Annotated[float, Field(ge=0, le=8)] = 0.7
+    blur: Annotated[float, Field(ge=0, le=8)] = 0.8
     """Largest standard deviation of a Gaussian blur, in pixels."""
-    erase: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    erase: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Largest area replaced by the mean gray, as a share of the frame."""
 
 
@@ -141,7 +141,7 @@ class TrainConfig(JobConfig):
     """Name of the run; the same name takes up a run that was cut off."""
     storage: str | None = None
     """Where runs keep checkpoints, history and TensorBoard events; default: OUT/_run."""
-    epochs: Positive = 40
+    epochs: Positive = 30
     """Passes over the training data."""
     batch_size: Positive = 64
     """Images a step, over all workers together."""

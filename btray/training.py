@@ -20,7 +20,16 @@ from btray.evaluation import fit_temperature
 from btray.feeding import FRAMES_PER_SCAN
 from btray.initial import read_initial_weights
 from btray.loop import load_state, train_loop
-from btray.planning import TrainingData, counts, datasets, fingerprint, prepare, training_classes, worker_range
+from btray.planning import (
+    StreamSplit,
+    TrainingData,
+    counts,
+    datasets,
+    fingerprint,
+    prepare,
+    training_classes,
+    worker_range,
+)
 from btray.rejections import rejections_in, report_rejections
 from btray.scoring import score
 from btray.settings import TrainConfig
@@ -120,7 +129,7 @@ def _fit(data: TrainingData) -> _Trained:
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train V2 has it
         ),
         datasets=datasets(data),
-        dataset_config=ray.train.DataConfig(datasets_to_split="all" if plan.streaming else []),
+        dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
     result = trainer.fit()
     if result.checkpoint is None or not result.best_checkpoints:

@@ -53,11 +53,11 @@ def evaluate(config: EvaluateConfig) -> str:
     with connected():
         scores = score(bundle, np.arange(len(table)), table["uri"], batch_size=config.batch_size)
     report_rejections(scores.rejected, table)
+    storage.write_bytes(storage.join(out, REJECTED), rejections_csv(scores.rejected, table))
     measured_on = f"the test split of {config.data}" if split else f"all of {config.data}"
     assessment = assess(bundle, table, scores, measured_on=measured_on)
     files = assessment.files | {
         "predictions.csv": predictions_csv(bundle, table, scores),
-        REJECTED: rejections_csv(scores.rejected, table),
         "config.yaml": config.to_yaml().encode(),
     }
     for name, body in files.items():

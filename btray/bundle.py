@@ -202,14 +202,23 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
 
 def require_free(uri: str) -> None:
     """Raise UserError unless `uri` can take a bundle: not there, empty, a bundle, or only names that begin with `_`."""
-    try:
-        if not storage.is_remote(uri) and storage.exists(uri) and not storage.is_folder(uri):
-            raise UserError(f"--out {uri} is a file; name a folder")
-    except StorageError as error:
-        raise user_error(error) from error
+    if storage.is_remote(uri):
+        _require_bucket(uri)
+    elif storage.exists(uri) and not storage.is_folder(uri):
+        raise UserError(f"--out {uri} is a file; name a folder")
     foreign = sorted(set(_visible(uri)) - _own_names(uri))
     if foreign:
         raise UserError(f"--out {uri} is not empty and holds {foreign[0]}, which is no bundle's; name an empty folder")
+
+
+def _require_bucket(uri: str) -> None:
+    bucket = "/".join(uri.split("/")[:3])
+    try:
+        there = storage.is_folder(bucket)
+    except StorageError:  # whoever may write below a prefix may be forbidden to list the bucket
+        return
+    if not there:
+        raise UserError(f"--out {uri}: there is no bucket {bucket}; make it, or name another")
 
 
 def _own_names(uri: str) -> set[str]:

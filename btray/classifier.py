@@ -75,7 +75,7 @@ class Classifier:
         """Classify encoded images (bytes), paths or URIs (str, Path), or gray arrays ([height, width]).
 
         Gives one prediction a frame, in the order of the inputs; an input that cannot be used gives one with status
-        `rejected`, never an exception.
+        `rejected`, never an exception. Raises UserError where the model, whatever the input, gives no numbers.
         """
         frames: list[Frame] = []
         places: list[dict[str, Any]] = []
@@ -94,8 +94,16 @@ class Classifier:
         ]
 
     def predict_frames(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Calibrated probabilities [n, classes] of preprocessed frames (uint8 [n, size, size])."""
-        return self.calibrated(self.logits(frames), self.manifest.calibration.temperature)
+        """Calibrated probabilities [n, classes] of preprocessed frames (uint8 [n, size, size]).
+
+        Raises UserError where the model gives no numbers.
+        """
+        probabilities = self.calibrated(self.logits(frames), self.manifest.calibration.temperature)
+        if not np.isfinite(probabilities).all():
+            raise UserError(
+                f"model {self.model_id} gives no finite probabilities: its training diverged; train it again"
+            )
+        return probabilities
 
     def logits(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Raw outputs [n, classes] of preprocessed frames (uint8 [n, size, size])."""

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 NOTICE = "This supports a reader; it is no diagnosis."
 # Scans held in memory at a time: a folder of any size goes through.
 _AT_A_TIME = 32
-_WIDEST_NAME = 60
 
 
 def main() -> None:
-    """Run the command that `sys.argv` names; see `run_command` for the exit codes."""
+    """Run the command of the command line; see `run_command` for the exit codes."""
     # A file name that is no UTF-8 is printed with escapes.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -50,13 +49,14 @@ def predict(config: PredictConfig) -> None:
     classifier = Classifier.load(config.model, model_id=config.model_id)
     print(NOTICE, file=sys.stderr, flush=True)
     inputs = _scans(config.files)
-    total = classified = 0
+    total = classified = width = 0
     while chunk := list(islice(inputs, _AT_A_TIME)):
         predictions = _predict(classifier, chunk)
         if config.json_lines:
             lines = [json.dumps(_record(prediction), allow_nan=False) for prediction in predictions]
         else:
-            lines = _table(predictions, classifier.classes, header=total == 0)
+            width = max(width, *(len(_shown_name(prediction)) for prediction in predictions))
+            lines = _table(predictions, classifier.classes, width, header=total == 0)
         print("\n".join(lines), flush=True)
         total += len(predictions)
         classified += sum(prediction.status == "ok" for prediction in predictions)
@@ -111,28 +111,22 @@ def _record(prediction: Prediction) -> dict[str, Any]:
     return {name: getattr(prediction, name) for name in names}
 
 
-def _table(predictions: Sequence[Prediction], classes: Sequence[str], *, header: bool) -> list[str]:
-    """Lines of a table whose columns are as wide as these predictions need; a rejected scan has its code and reason."""
-    names = [_shown_name(prediction) for prediction in predictions]
-    file_width = min(_WIDEST_NAME, max(len(name) for name in names))
+def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int, *, header: bool) -> list[str]:
+    """Lines of a table whose first column is `width` wide; a rejected scan has its code and what was found."""
     label_width = max(len("rejected"), *(len(label) for label in classes))
     widths = [max(len(label), 5) for label in classes]
     lines = []
     if header:
-        titles = "  ".join(f"{label:>{width}}" for label, width in zip(classes, widths, strict=True))
-        lines.append(f"{'file':<{file_width}}  {'label':<{label_width}}  {'confidence':>10}  {titles}")
-    for name, prediction in zip(names, predictions, strict=True):
-        if prediction.status != "ok":
-            lines.append(
-                f"{name:<{file_width}}  {'rejected':<{label_width}}  {prediction.error_code}: {prediction.error}"
-            )
-            continue
-        values = "  ".join(
-            f"{prediction.probabilities[label]:>{width}.3f}" for label, width in zip(classes, widths, strict=True)
-        )
-        lines.append(
-            f"{name:<{file_width}}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}"
-        )
+        titles = "  ".join(f"{label:>{wide}}" for label, wide in zip(classes, widths, strict=True))
+        lines.append(f"{'file':<{width}}  {'label':<{label_width}}  {'confidence':>10}  {titles}")
+    for prediction in predictions:
+        name = f"{_shown_name(prediction):<{width}}"
+        if prediction.status == "ok":
+            shares = (prediction.probabilities[label] for label in classes)
+            values = "  ".join(f"{share:>{wide}.3f}" for share, wide in zip(shares, widths, strict=True))
+            lines.append(f"{name}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}")
+        else:
+            lines.append(f"{name}  {'rejected':<{label_width}}  {prediction.error_code}: {prediction.error}")
     return lines
 
 

@@ -158,7 +158,9 @@ def _parse_flags(cls: type[JobConfig], flags: list[str], prog: str) -> dict[str,
     literal: dict[str, Any] = {}
 
     def parse(parser: argparse.ArgumentParser, flags: list[str], namespace: argparse.Namespace | None = None) -> Any:
-        parsed = parser.parse_intermixed_args(flags, namespace)
+        # Flags may stand between files, but behind `--` nothing is a flag; argparse does one or the other.
+        parse_args = parser.parse_args if "--" in flags else parser.parse_intermixed_args
+        parsed = parse_args(flags, namespace)
         for name, field in cls.model_fields.items():
             if _POSITIONAL in field.metadata:
                 literal[name] = vars(parsed).pop(name)

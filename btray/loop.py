@@ -93,7 +93,7 @@ class TrainingRun:
 
     def run(self) -> None:
         """Train until the last epoch or until validation macro-F1 has not risen for `patience` epochs."""
-        tracker = Tracker(self.plan.run_uri, self.config, len(self.history)) if self.rank == 0 else None
+        tracker = Tracker(self.plan.run_uri, self.config) if self.rank == 0 else None
         while len(self.history) < self.config.epochs and not self._has_stalled():
             epoch = len(self.history)
             if self.frozen != self._is_frozen(epoch):

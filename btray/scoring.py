@@ -61,7 +61,7 @@ def score(bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *,
     answered = table.filter(pc.equal(table["code"], ""))
     return Scores(
         row=answered["row"].to_numpy(),
-        logits=np.array(answered["logits"].to_pylist(), np.float32).reshape(len(answered), -1),
+        logits=np.array(answered["logits"].to_pylist() or np.zeros((0, len(bundle.manifest.classes))), np.float32),
         rejected=table.filter(pc.not_equal(table["code"], "")).select(["row", "code", "message"]),
     )
 

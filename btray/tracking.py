@@ -23,11 +23,9 @@ Record = dict[str, Any]
 class Tracker:
     """Writes what one process reports. Files go to storage whole, so that object storage serves as well as a disk."""
 
-    def __init__(self, run_uri: str, config: TrainConfig, finished_epochs: int) -> None:
+    def __init__(self, run_uri: str, config: TrainConfig) -> None:
         self.run_uri = run_uri
         self.epochs = config.epochs
-        self._folder = Path(tempfile.mkdtemp(prefix="btray-events-"))
-        self._events = SummaryWriter(str(self._folder), purge_step=finished_epochs + 1)
         self._mlflow = _MlflowRun(config) if config.mlflow else None
 
     def epoch_ended(self, history: list[Record]) -> None:
@@ -38,17 +36,24 @@ class Tracker:
         sys.stdout.flush()
         storage.write_text(storage.join(self.run_uri, HISTORY), "".join(json.dumps(row) + "\n" for row in history))
         numbers = {key: value for key, value in record.items() if key != "epoch" and value is not None}
-        for key, value in numbers.items():
-            self._events.add_scalar(key, value, record["epoch"])
-        self._events.flush()
-        for path in self._folder.iterdir():
-            storage.upload_file(path, storage.join(self.run_uri, "tensorboard", path.name))
+        self._write_events(numbers, record["epoch"])
         if self._mlflow:
             self._mlflow.log(numbers, record["epoch"])
 
+    def _write_events(self, numbers: Record, epoch: int) -> None:
+        """One file an epoch, closed before it is stored: the writer's flush() leaves events in its queue.
+
+        An epoch that is done again after a failure replaces its file.
+        """
+        with tempfile.TemporaryDirectory(prefix="btray-events-") as folder:
+            with SummaryWriter(folder) as writer:
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, epoch)
+            (path,) = Path(folder).iterdir()
+            storage.upload_file(path, storage.join(self.run_uri, "tensorboard", f"events.out.tfevents.{epoch:06d}"))
+
     def close(self) -> None:
         """End the run for everyone who listens."""
-        self._events.close()
         if self._mlflow:
             self._mlflow.end()
 

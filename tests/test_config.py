@@ -253,7 +253,8 @@ def test_unusable_input_of_a_job_is_one_line_and_exit_code_2(tmp_path: Path) -> 
     data = str(tmp_path / "data")
     phantoms.write_data_set(data, per_class={"Training": 1}, seed=0)
     (tmp_path / "empty").mkdir()
-    one_class = storage.join(data, "Training", "glioma")
+    single = tmp_path / "single" / "glioma"
+    storage.write_bytes(str(single / "scan.jpg"), phantoms.encoded_phantom("glioma", 0))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.doc").write_text("mine")
@@ -262,8 +263,8 @@ def test_unusable_input_of_a_job_is_one_line_and_exit_code_2(tmp_path: Path) -> 
     cases = {
         "absent data": ("train", ["--data", str(tmp_path / "absent"), "--out", out], ["absent"]),
         "empty folder": ("train", ["--data", str(tmp_path / "empty"), "--out", out], ["empty"]),
-        "one class": ("train", ["--data", str(Path(one_class).parent.parent / "x"), "--out", out], ["x"]),
-        "one class folder": ("train", ["--data", one_class, "--out", out], ["glioma"]),
+        "one class": ("train", ["--data", str(tmp_path / "single"), "--out", out], ["glioma", "two classes"]),
+        "one class folder": ("train", ["--data", str(single), "--out", out], ["glioma"]),
         "foreign out": ("train", ["--data", data, "--out", str(foreign)], ["--out", "thesis.doc"]),
         "out is a file": ("train", ["--data", data, "--out", str(foreign / "thesis.doc")], ["--out", "thesis.doc"]),
         "other scheme": ("train", ["--data", "gs://bucket/x", "--out", out], ["gs://"]),

@@ -46,7 +46,7 @@ from tests.training_helpers import (
 pytestmark = pytest.mark.cluster
 
 # Loss of each epoch of `reference`, measured when the loop was written: no refactor may change it.
-GOLDEN = [1.0, 1.0, 1.0]
+GOLDEN = [1.15271, 1.05911, 0.77005, 0.59880, 0.52865, 0.47047]
 LOSSES = ("train_loss", "val_loss")
 
 
@@ -75,7 +75,7 @@ def with_val_split(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(ray_session: None, unbalanced: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run of three epochs with two workers that has ended."""
+    """A run of six epochs with two workers that has ended."""
     config = tiny(unbalanced, tmp_path_factory.mktemp("finished") / "model", num_workers="2")
     train(config)
     return config
@@ -125,9 +125,9 @@ def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
 def test_each_way_of_training_learns_and_is_no_other(
     ray_session: None, unbalanced: str, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    history, _ = train_here(tiny(unbalanced, tmp_path, epochs=4, **change))
+    history, _ = train_here(tiny(unbalanced, tmp_path, **change))
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert [record["train_loss"] for record in history[:3]] != pytest.approx(GOLDEN, rel=1e-3)
+    assert [record["train_loss"] for record in history] != pytest.approx(GOLDEN, rel=1e-3)
 
 
 def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finished: TrainConfig) -> None:
@@ -139,7 +139,7 @@ def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finish
     assert bundle.manifest.classes == ("glioma", "meningioma", "no_tumor")
     assert bundle.manifest.data["counts"]["test"] == {"glioma": 6, "meningioma": 6, "no_tumor": 6}
     history = history_of(finished)
-    assert [record["epoch"] for record in history] == [1, 2, 3]
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5, 6]
     assert storage.read_text(storage.join(finished.out, "history.jsonl")) == storage.read_text(
         storage.join(run_of(finished), "history.jsonl")
     )
@@ -169,15 +169,14 @@ def test_training_stops_at_patience_and_keeps_the_best_epoch(
 
 
 def test_a_finished_run_is_not_trained_again_and_goes_on_with_more_epochs(finished: TrainConfig) -> None:
-    """Last but two in a name: one more call with the same epochs, then one with more, on one or two workers."""
     history, model_id = history_of(finished), load_bundle(finished.out).manifest.model_id
     train(finished)
     assert history_of(finished) == history
     assert load_bundle(finished.out).manifest.model_id == model_id
-    train(finished.model_copy(update={"epochs": 5, "num_workers": "1:2"}))
+    train(finished.model_copy(update={"epochs": 8, "num_workers": "1:2"}))
     longer = history_of(finished)
-    assert longer[:3] == history
-    assert [record["epoch"] for record in longer] == [1, 2, 3, 4, 5]
+    assert longer[:6] == history
+    assert [record["epoch"] for record in longer] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
@@ -408,7 +407,7 @@ def test_a_frozen_body_stays_for_its_epochs_and_then_learns(
     start = tiny(with_val_split, tmp_path / "start", network={"norm": "batch"}, epochs=1)
     _, state = train_here(start)
     weights = tmp_path / "start.safetensors"
-    safetensors.torch.save_file(state["evaluated"], weights)
+    safetensors.torch.save_file({name: value.contiguous() for name, value in state["evaluated"].items()}, weights)
 
     def tuned(epochs: int, freeze_epochs: int) -> set[str]:
         optimiser = {"freeze_epochs": freeze_epochs, "weight_decay": 0.1}
@@ -440,7 +439,7 @@ def test_a_bundle_is_a_start_and_weights_that_fit_nothing_are_refused(
     assert first[0]["val_loss"] > 0  # three classes before, two now: all but the head is taken over
     with pytest.raises(UserError, match=r"not one of its .* tensors fits .*resnet18"):
         prepared(tiny(with_val_split, tmp_path / "out", init_from=finished.out, network={"architecture": "resnet18"}))
-    with pytest.raises(UserError, match="--init-from"):
+    with pytest.raises(UserError, match=r"absent\.safetensors: nothing is there"):
         prepared(tiny(with_val_split, tmp_path / "out", init_from=str(tmp_path / "absent.safetensors")))
     pickled = tmp_path / "pickled.pt"
     torch.save({"state_dict": {"head.weight": torch.zeros(1)}, "other": Path("x")}, pickled)

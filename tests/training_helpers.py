@@ -28,7 +28,7 @@ NETWORK = NetworkConfig(
     activation="relu", residual=True, squeeze_excite=0.25, pooling="average_max", dropout=0.0,
 )  # fmt: skip
 OPTIMISER = OptimiserConfig(
-    learning_rate=0.01, final_learning_rate=0.01, warmup=0.1, schedule="cosine", weight_decay=0.05, clip_norm=1.0,
+    learning_rate=0.02, final_learning_rate=0.01, warmup=0.1, schedule="cosine", weight_decay=0.05, clip_norm=1.0,
     label_smoothing=0.1, class_balance="weights", mixup=0.0, ema=0.9, freeze_epochs=3, layer_decay=0.7,
 )  # fmt: skip
 AUGMENT = AugmentConfig(
@@ -68,7 +68,7 @@ def write_tree(uri: str | Path, counts: Mapping[str, int], *, seed: int = 0) -> 
 def tiny(data: str, out: str | Path, **changes: Any) -> TrainConfig:
     """A run of seconds with everything that makes results depend on the number of workers switched off."""
     defaults: dict[str, Any] = {
-        "epochs": 3,
+        "epochs": 6,
         "batch_size": 16,
         "num_workers": "1",
         "patience": 0,

@@ -1,0 +1,163 @@
+"""`jobs/evaluate.py` measures a bundle on labelled scans and loses nothing in silence, least of all what was unreadable."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from btray import phantoms, storage
+from btray.assess import evaluate
+from btray.classifier import Classifier
+from btray.errors import ThresholdExceeded, UserError
+from btray.evaluation import compute_metrics
+from btray.labels import CANONICAL
+from btray.settings import EvaluateConfig
+from btray.worklist import read_labelled
+from tests.tiny_bundle import saved_bundle
+
+pytestmark = pytest.mark.cluster
+
+CONTRACT = {"n", "accuracy", "accuracy_ci95", "macro_f1", "auroc_macro", "ece", "per_class", "confusion_matrix"}
+PLOTS = {"confusion_matrix.png", "roc_curves.png", "reliability.png", "worst_errors.png"}
+PAGES = {"metrics.json", "report.html", "predictions.csv", "rejected.csv", "config.yaml"}
+
+
+def rows(uri: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(storage.read_text(uri))))
+
+
+def strict_json(uri: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(storage.read_text(uri), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("bundle") / "model")
+    saved_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four test and two training slices of each class, and two files that are none."""
+    folder = tmp_path / "data"
+    phantoms.write_data_set(str(folder), per_class={"Training": 2, "Testing": 4}, seed=3)
+    (folder / "Testing" / "glioma" / "broken.jpg").write_bytes(b"<html>502 Bad Gateway</html>")
+    (folder / "Testing" / "no_tumor" / "empty, with comma.jpg").write_bytes(b"")
+    return folder
+
+
+def settings(model: str, data: object, out: object, **changes: Any) -> EvaluateConfig:
+    return EvaluateConfig(**{"model": model, "data": str(data), "out": str(out), "max_rejected": 0.5, **changes})
+
+
+def test_what_is_written_is_the_contract_and_what_the_classifier_says(
+    ray_session: None, model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(model, data, tmp_path / "out")
+    assert evaluate(config) == str(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == PLOTS | PAGES
+    metrics = strict_json(str(tmp_path / "out" / "metrics.json"))
+    assert set(metrics) >= CONTRACT
+    assert metrics["n"] == 20
+    assert metrics["rejected"] == 2
+    assert "test split" in metrics["measured_on"]
+    assert metrics["confusion_matrix"]["labels"] == list(CANONICAL)
+    assert np.sum(metrics["confusion_matrix"]["matrix"]) == 20
+    assert [metrics["per_class"][label]["support"] for label in CANONICAL] == [4] * 5
+
+    classifier = Classifier.load(model)
+    assert metrics["model_id"] == classifier.model_id
+    table = read_labelled(str(data))
+    wanted = [row for row in table.to_pylist() if row["split"] == "test"]
+    predictions = classifier.predict([row["uri"] for row in wanted])
+    readable = [(row, said) for row, said in zip(wanted, predictions, strict=True) if said.status == "ok"]
+    labels = np.array([CANONICAL.index(row["label"]) for row, _ in readable])
+    expected = compute_metrics(labels, np.array([list(p.probabilities.values()) for _, p in readable]), CANONICAL)
+    for key in ("accuracy", "macro_f1", "auroc_macro"):
+        assert metrics[key] == pytest.approx(expected[key], abs=1e-6), key
+    assert metrics["confusion_matrix"] == expected["confusion_matrix"]
+
+    said = rows(str(tmp_path / "out" / "predictions.csv"))
+    assert [row["uri"] for row in said] == [row["uri"] for row, _ in readable]
+    assert [row["predicted"] for row in said] == [prediction.label for _, prediction in readable]
+    assert [float(row["confidence"]) for row in said] == pytest.approx([p.confidence for _, p in readable], abs=1e-5)
+    resolved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert EvaluateConfig(**resolved) == config
+    assert f"accuracy {metrics['accuracy']:.3f}" in capsys.readouterr().out
+    assert "2 of 22 images could not be read" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_rejected_files_are_named_and_above_the_limit_the_job_ends_with_3_after_writing(
+    ray_session: None, model: str, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ThresholdExceeded) as caught:
+        evaluate(settings(model, data, out, max_rejected=0.05))
+    message = str(caught.value)
+    assert "--max-rejected" in message
+    assert "2 of 22" in message
+    assert "\n" not in message
+    assert {path.name for path in out.iterdir()} == PLOTS | PAGES
+    found = {Path(row["uri"]).name: row["error_code"] for row in rows(str(out / "rejected.csv"))}
+    assert found == {"broken.jpg": "not_an_image", "empty, with comma.jpg": "empty"}
+    assert strict_json(str(out / "metrics.json"))["n"] == 20
+    assert evaluate(settings(model, data, out, max_rejected=2 / 22)) == str(out), "the limit itself is allowed"
+
+
+def test_where_not_one_image_can_be_read_the_list_of_why_is_still_written(
+    ray_session: None, model: str, tmp_path: Path
+) -> None:
+    for label in ("glioma", "no_tumor"):
+        storage.write_bytes(str(tmp_path / "data" / label / "x.jpg"), b"no image")
+    with pytest.raises(UserError) as caught:
+        evaluate(settings(model, tmp_path / "data", tmp_path / "out", max_rejected=1.0))
+    assert "\n" not in str(caught.value)
+    assert "rejected.csv" in str(caught.value)
+    assert [row["error_code"] for row in rows(str(tmp_path / "out" / "rejected.csv"))] == ["not_an_image"] * 2
+
+
+def test_data_without_a_test_split_are_measured_whole_and_classes_may_be_absent(
+    ray_session: None, model: str, data: Path, tmp_path: Path
+) -> None:
+    part = tmp_path / "part"
+    part.mkdir()
+    for label in ("glioma", "pituitary"):
+        (data / "Training" / label).rename(part / f"{label}_tumor")
+    evaluate(settings(model, part, tmp_path / "out"))
+    metrics = strict_json(str(tmp_path / "out" / "metrics.json"))
+    assert (metrics["n"], metrics["rejected"]) == (4, 0)
+    assert "all of" in metrics["measured_on"]
+    assert metrics["per_class"]["no_tumor"]["support"] == 0
+    assert metrics["per_class"]["no_tumor"]["recall"] is None
+
+
+def test_a_label_that_the_model_does_not_know_is_refused_before_anything_is_written(
+    model: str, data: Path, tmp_path: Path
+) -> None:
+    (data / "Testing" / "glioma").rename(data / "Testing" / "lymphoma")
+    with pytest.raises(UserError, match="lymphoma"):
+        evaluate(settings(model, data, tmp_path / "out"))
+    with pytest.raises(UserError, match="--model-id"):
+        evaluate(settings(model, data, tmp_path / "out", model_id="0" * 32))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.s3
+def test_bundle_data_and_report_may_lie_in_object_storage(ray_session: None, bucket: str) -> None:
+    saved_bundle(f"{bucket}/model")
+    phantoms.write_data_set(f"{bucket}/data", per_class={"Training": 1}, seed=3)
+    out = f"{bucket}/out"
+    assert evaluate(settings(f"{bucket}/model", f"{bucket}/data", out)) == out
+    assert set(storage.list_names(out)) == PLOTS | PAGES
+    assert strict_json(f"{out}/metrics.json")["n"] == 5

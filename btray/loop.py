@@ -194,12 +194,11 @@ class TrainingRun:
 
     def evaluated(self) -> nn.Module:
         """The network that is validated and kept: the averaged one, where there is one."""
-        if self.average is None:
-            return self.network
+        network = self.network if self.average is None else self.average.module
         if self.workers > 1:
-            for buffer in self.average.buffers():  # batch statistics differ between workers; rank 0's are kept
+            for buffer in network.buffers():  # batch statistics differ between workers; rank 0's are kept
                 dist.broadcast(buffer, 0)
-        return self.average.module
+        return network
 
     def _report(self) -> None:
         record = self.history[-1]

@@ -1,4 +1,4 @@
-"""`jobs/evaluate.py` measures a bundle on labelled scans and loses nothing in silence, least of all what was unreadable."""
+"""`jobs/evaluate.py` measures a bundle on labelled scans; what could not be read is counted and named, never lost."""
 
 from __future__ import annotations
 

@@ -156,15 +156,16 @@ def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
     label_of_row = dict(zip((plan.samples // FRAMES_PER_SCAN).tolist(), plan.labels.tolist(), strict=True))
     labels = np.array([label_of_row[row] for row in validation.row.tolist()], np.int64)
     bundle = _bundle(data, trained, temperature=fit_temperature(validation.logits, labels))
-    if len(test_rows):
-        measured, measured_on = scores.of_rows(test_rows), f"the test split of {plan.config.data}"
-        notes: list[str] = []
-    else:
+    test = scores.of_rows(test_rows)
+    measured, measured_on, notes = test, f"the test split of {plan.config.data}", []
+    if len(test.row) == 0:
         measured, measured_on = validation, f"the validation images of {plan.config.data}"
+        missing = "not one readable image in their" if len(test_rows) else "no"
         notes = [
-            "The data have no test split: these figures are of the validation images, by which the best epoch and the "
-            "temperature were chosen, and are too high."
+            f"The data have {missing} test split: these figures are of the validation images, by which the best epoch "
+            "and the temperature were chosen, and are too high."
         ]
+        report_rejections(test.rejected, table)
     report_rejections(measured.rejected, table)
     assessment = assess(bundle, table, measured, measured_on=measured_on, history=trained.history, notes=notes)
     files = assessment.files | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from btray.settings import NetworkConfig, OptimiserConfig
 SMALL = NetworkConfig(stem_width=8, widths=(8, 16, 24), depths=(1, 2, 1))
 
 
-def rates(total: int, **settings: object) -> list[float]:
+def rates(total: int, **settings: Any) -> list[float]:
     return [learning_rate(step, total, OptimiserConfig(**settings)) for step in range(total)]
 
 
@@ -66,7 +67,7 @@ def test_class_weights_are_one_on_average_over_samples_and_equal_over_classes(co
 
 
 @pytest.mark.parametrize("balance", ["sampling", "none"])
-def test_other_ways_of_balancing_leave_the_loss_alone(balance: str) -> None:
+def test_other_ways_of_balancing_leave_the_loss_alone(balance: Any) -> None:
     assert class_weights([1, 99], OptimiserConfig(class_balance=balance)).tolist() == [1.0, 1.0]
 
 
@@ -122,12 +123,14 @@ def test_average_forgets_its_random_start_within_a_short_run_and_follows_slowly_
     nn.init.constant_(model.weight, 1.0)
     for _ in range(2000):
         average.update_parameters(model)
-        distances.append(1.0 - average.module.weight.item())
+        distances.append(1.0 - average.module.get_parameter("weight").item())
     assert distances[9] < 0.001  # after ten steps the start is gone
     assert all(later <= earlier for earlier, later in itertools.pairwise(distances))
     nn.init.constant_(model.weight, 2.0)
     average.update_parameters(model)
-    assert average.module.weight.item() == pytest.approx(1.01, abs=1e-3)  # now each step counts a hundredth
+    assert average.module.get_parameter("weight").item() == pytest.approx(
+        1.01, abs=1e-3
+    )  # now each step counts a hundredth
 
 
 def test_average_takes_batch_statistics_and_counters_along() -> None:

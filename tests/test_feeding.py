@@ -115,6 +115,7 @@ def test_a_batch_is_never_larger_than_the_training_data() -> None:
     assert (plan.batch_size, plan.steps_per_epoch) == (9, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.parametrize("workers", [1, 2])
 def test_streaming_feeds_every_sample_on_two_cpus(

@@ -266,6 +266,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_job_that_is_run_again_goes_on_where_it_was(with_val_split: str, tmp_path: Path) -> None:
     flags = {
         "data": with_val_split, "out": str(tmp_path / "model"), "num-workers": 1, "epochs": 12, "batch-size": 4,
@@ -278,7 +279,7 @@ def test_a_killed_job_that_is_run_again_goes_on_where_it_was(with_val_split: str
     log = tmp_path / "log"
     with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as job:
         try:
-            wait_for(lambda: len(history_of(config)) >= 5, 240, lambda: job.poll() is not None)
+            wait_for(lambda: len(history_of(config)) >= 5, 400, lambda: job.poll() is not None)
         finally:
             started = descendants(job.pid)
             job.kill()

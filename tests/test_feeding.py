@@ -117,7 +117,7 @@ def test_a_batch_is_never_larger_than_the_training_data() -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_streaming_feeds_every_sample_on_two_cpus(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

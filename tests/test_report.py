@@ -133,7 +133,7 @@ def test_error_grid_shows_the_pixels_it_was_given() -> None:
 
 
 def test_learning_curves_take_one_epoch_gaps_and_repeated_epochs() -> None:
-    images = {"train_images": 10, "val_images": 3}
+    images = {"best_epoch": 1, "train_images": 10, "val_images": 3}
     size(plots.learning_curves(history(1), **images))
     broken = history(5)
     broken[2] |= {"val_loss": float("nan"), "val_macro_f1": float("nan")}

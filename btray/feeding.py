@@ -43,6 +43,8 @@ class Batch:
     """int64 [n]"""
     samples: Tensor
     """int64 [n]: what augmentation is keyed by."""
+    whole_labels: Tensor | None = None
+    """int64 [batch]: labels of the step over all workers, where this one knows them."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class MemoryFeed:
         order = epoch_order(self.plan, epoch)
         for step in range(self.plan.steps_per_epoch):
             whole = order[step * self.plan.batch_size : (step + 1) * self.plan.batch_size]
-            yield self._batch(whole[self.rank :: self.workers])
+            yield self._batch(whole[self.rank :: self.workers], whole)
 
     def validation(self) -> Iterator[Batch]:
         """This worker's share of the held-out samples."""
@@ -167,9 +169,10 @@ class MemoryFeed:
         for start in range(0, len(mine), self.plan.config.batch_size):
             yield self._batch(mine[start : start + self.plan.config.batch_size])
 
-    def _batch(self, positions: npt.NDArray[np.int64]) -> Batch:
+    def _batch(self, positions: npt.NDArray[np.int64], whole: npt.NDArray[np.int64] | None = None) -> Batch:
         chosen = torch.tensor(positions)
-        return Batch(self.frames[chosen], self.labels[chosen], self.samples[chosen])
+        whole_labels = None if whole is None else self.labels[torch.tensor(whole)]
+        return Batch(self.frames[chosen], self.labels[chosen], self.samples[chosen], whole_labels)
 
 
 class StreamFeed:

@@ -158,7 +158,7 @@ class TrainingRun:
             logits = self.parallel(images)
         loss = weighted_losses(logits, targets, weights)
         # DDP averages gradients over workers; each must count by the weight of its samples in the whole batch.
-        whole_weight = self._summed(weights.sum().detach())
+        whole_weight = self._whole_weight(batch, weights)
         self.optimiser.zero_grad(set_to_none=True)
         (loss * (self.workers / whole_weight)).backward()
         if config.clip_norm:
@@ -167,6 +167,15 @@ class TrainingRun:
         if self.average is not None:
             self.average.update_parameters(self.network)
         return torch.tensor([loss.item(), weights.sum().item(), len(labels)], dtype=torch.float64)
+
+    def _whole_weight(self, batch: Batch, weights: Tensor) -> Tensor:
+        """The weights of a step's samples over all workers; computed here where their labels are known.
+
+        Asking the others would make every worker wait for the slowest twice a step. Mixup keeps the sum.
+        """
+        if batch.whole_labels is None:
+            return self._summed(weights.sum())
+        return self.weights[self._to_device(batch.whole_labels)].sum()
 
     @torch.no_grad()
     def _validate(self) -> Record:

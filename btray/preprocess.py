@@ -73,6 +73,12 @@ def to_tensor(frames: torch.Tensor) -> torch.Tensor:
     return (frames.unsqueeze(1).float() - mean.float().view(shape)) * scale.float().view(shape)
 
 
+def strip_borders(gray: Gray) -> Gray:
+    """`gray` without the uniform rows and columns at its sides, whatever their gray level."""
+    thumbnail = _thumbnail(gray)
+    return _cut(gray, _strip_uniform_lines(thumbnail), thumbnail.shape, 0.0)
+
+
 def preprocess_digest(config: PreprocessConfig) -> str:
     """SHA-256 of what preprocessing makes of fixed test patterns.
 

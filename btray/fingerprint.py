@@ -1,7 +1,7 @@
 """What tells two files that show the same image: thumbnails, their correlation, and a fingerprint to find and store.
 
-Same image means: the 48 x 48 gray thumbnails correlate by at least `SAME_IMAGE` in the best of 8 orientations (mirrored,
-turned by 90 degrees), taken of the whole picture, of the box around all that is not dark, or of that box inside its
+Same image means: the 48 x 48 gray thumbnails correlate by at least `SAME_IMAGE` in the best of 8 orientations
+(mirrored, turned by 90 degrees), taken of the whole picture, of the box around all that is not dark, or of that box inside its
 uniform borders, white ones say.
 
 A fingerprint holds the low frequencies of these thumbnails' discrete cosine transform without their signs and without

@@ -1,8 +1,8 @@
 """What tells two files that show the same image: thumbnails, their correlation, and a fingerprint to find and store.
 
 Same image means: the 48 x 48 gray thumbnails correlate by at least `SAME_IMAGE` in the best of 8 orientations
-(mirrored, turned by 90 degrees), taken of the whole picture, of the box around all that is not dark, or of that box inside its
-uniform borders, white ones say.
+(mirrored, turned by 90 degrees), taken of the whole picture, of the box around all that is not dark, or of that box
+inside its uniform borders, white ones say.
 
 A fingerprint holds the low frequencies of these thumbnails' discrete cosine transform without their signs and without
 telling rows from columns. So it is the same for all 8 orientations, shows no picture of a patient, and never lies
@@ -111,7 +111,7 @@ def _reduced(gray: Gray) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.fromarray(gray).reduce(factors))
 
 
-def _bright_part(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _bright_part(gray: Gray) -> Gray:
     """The box of all rows and columns in which enough pixels are brighter than a tenth of the white level."""
     counts = np.bincount(gray.ravel(), minlength=256).cumsum()
     bright = gray > _DARK * np.searchsorted(counts, 0.99 * counts[-1])

@@ -13,15 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from btray import plots, storage
-from btray.bundle import Bundle, Manifest, load_bundle
+from btray.bundle import Bundle, Manifest, load_bundle, read_fingerprints
 from btray.classifier import Classifier
 from btray.cluster import connected
 from btray.errors import UserError
-from btray.evaluation import compute_metrics, worst_errors
+from btray.evaluation import worst_errors
+from btray.fingerprint import Fingerprints
 from btray.frames import FrameSource, Rejection
 from btray.labels import require_known_labels
+from btray.measures import measure
 from btray.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
-from btray.report import Section, model_card, render_report
+from btray.report import model_card, render_report
+from btray.report_sections import trust_sections
 from btray.scoring import Scores, score
 from btray.settings import EvaluateConfig
 from btray.worklist import read_labelled
@@ -44,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> str:
     that URI. Raises UserError for unusable input and ThresholdExceeded above `max_rejected`, after writing.
     """
     out = storage.resolve(config.out)
-    bundle = load_bundle(config.model, model_id=config.model_id)
+    bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
     table = read_labelled(config.data)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
@@ -55,7 +58,8 @@ def evaluate(config: EvaluateConfig) -> str:
     report_rejections(scores.rejected, table)
     storage.write_bytes(storage.join(out, REJECTED), rejections_csv(scores.rejected, table))
     measured_on = f"the test split of {config.data}" if split else f"all of {config.data}"
-    assessment = assess(bundle, table, scores, measured_on=measured_on)
+    learnt_from = read_fingerprints(bundle)
+    assessment = assess(bundle, table, scores, measured_on=measured_on, learnt_from=learnt_from)
     files = assessment.files | {
         "predictions.csv": predictions_csv(bundle, table, scores),
         "config.yaml": config.to_yaml().encode(),
@@ -75,18 +79,19 @@ def assess(
     measured_on: str,
     history: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
-    sections: Sequence[Section] = (),
+    learnt_from: Fingerprints | None = None,
 ) -> Assessment:
     """Compute metrics and draw plots and report; `scores` belong to the rows of `table` (columns uri, label).
 
-    `history` are the epochs of the training, where learning curves are to be shown. Raises UserError where no image
+    `history` are the epochs of the training, where learning curves are to be shown; `learnt_from` are fingerprints of
+    what the model was trained and validated with, where they are known. Raises UserError where no image
     could be read.
     """
     manifest = bundle.manifest
     labels, probabilities = _labelled(bundle, table, scores)
     if len(labels) == 0:
         raise UserError(f"{measured_on}: not one image could be read; see {REJECTED}")
-    metrics = compute_metrics(labels, probabilities, manifest.classes) | {
+    metrics = measure(bundle, labels, scores, learnt_from) | {
         "measured_on": measured_on,
         "rejected": len(scores.rejected),
         "model_id": manifest.model_id,
@@ -95,6 +100,7 @@ def assess(
         "confusion_matrix": plots.confusion_matrix(metrics),
         "roc_curves": plots.roc_curves(labels, probabilities, manifest.classes),
         "reliability": plots.reliability_diagram(labels, probabilities),
+        "risk_coverage": plots.risk_coverage_curve(labels, probabilities, manifest.thresholds.abstain_below),
     }
     if history:
         counts = manifest.data["counts"]
@@ -114,7 +120,7 @@ def assess(
         facts=model_facts(manifest) | {"Measured on": measured_on},
         classes=manifest.classes,
         notes=[*counted, *notes],
-        extra_sections=sections,
+        sections=trust_sections(metrics),
     )
     files = {f"{name}.png": png for name, png in figures.items()}
     files["metrics.json"] = json.dumps(metrics, indent=2, allow_nan=False).encode()
@@ -130,6 +136,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
         f"measured on {metrics['measured_on']}: {metrics['n']} images, {metrics['rejected']} rejected",
         f"{accuracy}  macro-F1 {metrics['macro_f1']:.3f}  AUROC {_number(metrics['auroc_macro'])}  "
         f"ECE {metrics['ece']:.3f}",
+        *_clean_line(metrics["clean"]),
         f"{'class':<16}{'precision':>10}{'recall':>8}{'F1':>8}{'AUROC':>8}{'images':>8}",
     ]
     lines += [
@@ -138,6 +145,19 @@ def summary(metrics: Mapping[str, Any]) -> str:
         for label, row in metrics["per_class"].items()
     ]
     return "\n".join(lines)
+
+
+def _clean_line(clean: Mapping[str, Any] | None) -> list[str]:
+    if clean is None:
+        return []
+    told = f"clean, with no twin among the images it was trained or validated with: {clean['n']} images"
+    if not clean["n"]:
+        return [told]
+    intervals = {name: "{:.3f} to {:.3f}".format(*clean["bootstrap_ci95"][name]) for name in ("accuracy", "macro_f1")}
+    return [
+        f"{told}: accuracy {clean['accuracy']:.3f} ({intervals['accuracy']})  "
+        f"macro-F1 {clean['macro_f1']:.3f} ({intervals['macro_f1']})"
+    ]
 
 
 def model_card_of(manifest: Manifest, metrics: Mapping[str, Any]) -> str:
@@ -187,8 +207,7 @@ def _labelled(bundle: Bundle, table: pa.Table, scores: Scores) -> tuple[npt.NDAr
     classes = bundle.manifest.classes
     number = {label: index for index, label in enumerate(classes)}
     of_row = np.array([number[label] for label in table["label"].to_pylist()], np.int64)
-    logits = scores.logits.reshape(len(scores.row), len(classes))
-    return of_row[scores.row], Classifier.calibrated(logits, bundle.manifest.calibration.temperature)
+    return of_row[scores.row], Classifier.calibrated(scores.answers.logits, bundle.manifest.calibration.temperature)
 
 
 def _draw_errors(

@@ -1,8 +1,9 @@
 """The model bundle: the contract between training and everything after it.
 
 A folder, local or in object storage, of `model.safetensors`, `bundle.json`, `metrics.json`, plots, `report.html` and
-`MODEL_CARD.md`. `bundle.json` holds the SHA-256 of all the others and of itself and is written last, so a bundle is
-there whole or not at all; loading verifies every digest and never unpickles.
+`MODEL_CARD.md`, with `ood.safetensors` and `fingerprints.safetensors` where training made them. `bundle.json` holds
+the SHA-256 of all the others and of itself and is written last, so a bundle is there whole or not at all; loading
+verifies every digest and never unpickles.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import safetensors.numpy
 import safetensors.torch
 from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
@@ -24,7 +26,9 @@ from torch import Tensor
 from btray import storage
 from btray.config import ComponentConfig
 from btray.errors import UserError
+from btray.fingerprint import Fingerprints
 from btray.network import Network, build_network
+from btray.ood import Distribution
 from btray.preprocess import preprocess_digest
 from btray.settings import NetworkConfig, PreprocessConfig
 from btray.storage import StorageError, user_error
@@ -32,6 +36,10 @@ from btray.storage import StorageError, user_error
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
+OOD = "ood.safetensors"
+"""The distribution of the training images' features; see `btray.ood`."""
+FINGERPRINTS = "fingerprints.safetensors"
+"""Fingerprints of all images that were trained on or validated with; see `btray.fingerprint`."""
 # Names the files of a bundle that is being written: what a killed writer left is known by it and may be replaced.
 _WRITING = "_writing.json"
 # The key in bundle.json of the SHA-256 of bundle.json itself, taken with zeros in its place.
@@ -48,6 +56,19 @@ class Calibration(ComponentConfig):
 
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by it before the softmax (Guo et al. 2017, arXiv:1706.04599)."""
+
+
+class Thresholds(ComponentConfig):
+    """Where answers are marked; None: never. They come from validation images, or were chosen by the user."""
+
+    abstain_below: Annotated[float | None, Field(ge=0)] = None
+    """Confidence below which the model abstains."""
+    ood_score: Annotated[float | None, Field(ge=0)] = None
+    """Score above which an input is out of distribution."""
+    conformal: Annotated[float | None, Field(ge=0, le=1)] = None
+    """Probability from which a label belongs to the label set."""
+    conformal_error: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Error rate for which `conformal` was chosen."""
 
 
 class Manifest(ComponentConfig):
@@ -67,8 +88,8 @@ class Manifest(ComponentConfig):
     """SHA-256 of what preprocessing makes of a fixed test pattern."""
     calibration: Calibration
     """How logits become probabilities."""
-    thresholds: dict[str, float]
-    """Thresholds on what the model gives, by name; empty where none was chosen."""
+    thresholds: Thresholds
+    """Where answers are marked."""
     training: dict[str, Any]
     """The resolved training config."""
     data: dict[str, Any]
@@ -100,6 +121,15 @@ class Bundle:
     uri: str
     manifest: Manifest
     weights: dict[str, Tensor]
+    ood: Distribution | None = None
+    """What the training images' features are like."""
+
+    def abstaining_below(self, confidence: float | None) -> Bundle:
+        """The same bundle with another threshold of abstention; None leaves its own."""
+        if confidence is None:
+            return self
+        thresholds = self.manifest.thresholds.model_copy(update={"abstain_below": confidence})
+        return replace(self, manifest=self.manifest.model_copy(update={"thresholds": thresholds}))
 
     def network(self) -> Network:
         """The network with its weights, in evaluation mode. Raises UserError where the weights do not fit it."""
@@ -124,6 +154,8 @@ def make_bundle(
     training: dict[str, Any],
     data: dict[str, Any],
     created_at: str,
+    thresholds: Thresholds | None = None,
+    ood: Distribution | None = None,
 ) -> Bundle:
     """A bundle in memory, named by its digest; `save_bundle` publishes it."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -138,7 +170,7 @@ def make_bundle(
         format_version=FORMAT_VERSION,
         model_id=_model_id(identity),
         preprocess_digest=preprocess_digest(preprocess),
-        thresholds={},
+        thresholds=thresholds or Thresholds(),
         training=training,
         data=data,
         versions=_versions(),
@@ -147,7 +179,7 @@ def make_bundle(
         files={},
         **identity,  # type: ignore[arg-type]
     )
-    return Bundle("", manifest, kept)
+    return Bundle("", manifest, kept, ood)
 
 
 def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
@@ -157,6 +189,8 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
     """
     uri = storage.resolve(uri)
     require_free(uri)
+    if bundle.ood is not None:
+        files = {**files, OOD: safetensors.torch.save(bundle.ood.tensors())}
     manifest = bundle.manifest.model_copy(update={"files": {name: _sha256(files[name]) for name in sorted(files)}})
     left = _own_names(uri) - {WEIGHTS, *files}
     storage.write_json(storage.join(uri, _WRITING), sorted(left | {WEIGHTS, *files}))
@@ -167,7 +201,7 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
         storage.write_bytes(storage.join(uri, name), body)
     storage.write_text(storage.join(uri, MANIFEST), _sealed(manifest))
     storage.delete(storage.join(uri, _WRITING))
-    return Bundle(uri, manifest, bundle.weights)
+    return Bundle(uri, manifest, bundle.weights, bundle.ood)
 
 
 def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
@@ -180,8 +214,7 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     if model_id is not None and model_id != manifest.model_id:
         raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
     blob = _read_verified(uri, WEIGHTS, manifest.weights_sha256)
-    for name, digest in manifest.files.items():
-        _read_verified(uri, name, digest)
+    others = {name: _read_verified(uri, name, digest) for name, digest in manifest.files.items()}
     _refuse_unlisted(uri, manifest)
     if manifest.model_id != _model_id({name: getattr(manifest, name) for name in _IDENTITY}):
         raise UserError(f"{uri}: {MANIFEST} was changed: its model_id is not that of its content; train or copy again")
@@ -190,14 +223,33 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
             f"{uri}: preprocessing gives other bits here than where the model was trained; "
             f"install the versions it was trained with: {_differing(manifest.versions)}"
         )
-    try:
-        weights = safetensors.torch.load(blob)
-    except SafetensorError as error:
-        raise UserError(f"{uri}: {WEIGHTS} is not a safetensors file: {error}") from error
+    weights = _tensors(uri, WEIGHTS, blob)
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(f"{uri}: {name} has weights that are not finite: its training diverged; train it again")
-    return Bundle(uri, manifest, weights)
+    ood = Distribution.from_tensors(_tensors(uri, OOD, others[OOD])) if OOD in others else None
+    return Bundle(uri, manifest, weights, ood)
+
+
+def pack_fingerprints(prints: Fingerprints) -> bytes:
+    """The file FINGERPRINTS of fingerprints [n, VIEWS, LENGTH]."""
+    return safetensors.numpy.save({"fingerprints": prints})
+
+
+def read_fingerprints(bundle: Bundle) -> Fingerprints | None:
+    """Fingerprints [n, VIEWS, LENGTH] of what a saved bundle was made with; None where it keeps none."""
+    digest = bundle.manifest.files.get(FINGERPRINTS)
+    if digest is None:
+        return None
+    blob = _read_verified(bundle.uri, FINGERPRINTS, digest)
+    return _tensors(bundle.uri, FINGERPRINTS, blob)["fingerprints"].numpy()
+
+
+def _tensors(uri: str, name: str, blob: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(blob)
+    except SafetensorError as error:
+        raise UserError(f"{uri}: {name} is not a safetensors file: {error}") from error
 
 
 def require_free(uri: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from btray import storage
+from btray.abstention import label_sets
 from btray.bundle import Bundle, load_bundle
 from btray.errors import UserError
 from btray.frames import FrameSource, Rejection
@@ -46,8 +47,26 @@ class Prediction:
     """Its calibrated probability, in [0, 1]."""
     probabilities: dict[str, float] = field(default_factory=dict)
     """Calibrated probability of every class; they sum to 1."""
+    abstained: bool = False
+    """The confidence lies below the threshold: `label` is a guess that the model does not stand by."""
+    label_set: tuple[str, ...] = ()
+    """The labels that cannot be ruled out, where the bundle was made with a conformal error rate."""
+    out_of_distribution: bool = False
+    """The input is unlike the training images: no answer can be trusted."""
+    ood_score: float | None = None
+    """How unlike they are it is, about 1 for training images; None where the bundle cannot tell."""
     model_id: str = ""
     """The model that answered."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one forward pass gives for n frames."""
+
+    logits: npt.NDArray[np.float32]
+    """Raw outputs, [n, classes]."""
+    features: npt.NDArray[np.float32]
+    """Channel means of the feature maps, [n, features]: what the out-of-distribution score is made of."""
 
 
 class Classifier:
@@ -56,6 +75,7 @@ class Classifier:
     def __init__(self, bundle: Bundle, *, device: str | torch.device | None = None, batch_size: int = 64) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be at least 1")
+        self.ood = bundle.ood
         self.manifest = bundle.manifest
         self.classes = bundle.manifest.classes
         self.model_id = bundle.manifest.model_id
@@ -66,10 +86,20 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, uri: str | PathLike[str], *, model_id: str | None = None, device: str | None = None, batch_size: int = 64
+        cls,
+        uri: str | PathLike[str],
+        *,
+        model_id: str | None = None,
+        device: str | None = None,
+        batch_size: int = 64,
+        abstain_below: float | None = None,
     ) -> Self:
-        """Load and verify the bundle at `uri`; `model_id` pins which model is meant. Raises UserError."""
-        return cls(load_bundle(str(uri), model_id=model_id), device=device, batch_size=batch_size)
+        """Load and verify the bundle at `uri`; `model_id` pins which model is meant. Raises UserError.
+
+        `abstain_below` replaces the bundle's own threshold.
+        """
+        bundle = load_bundle(str(uri), model_id=model_id).abstaining_below(abstain_below)
+        return cls(bundle, device=device, batch_size=batch_size)
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
         """Classify encoded images (bytes), paths or URIs (str, Path), or gray arrays ([height, width]).
@@ -87,28 +117,25 @@ class Classifier:
                 continue
             places += [place | {"frame": number} for number in range(len(result))]
             frames += result
-        probabilities = iter(self.predict_frames(np.stack(frames)) if frames else ())
+        answers = self.answer(np.stack(frames)) if frames else None
+        said = iter(self._marked(answers) if answers else ())
         return [
-            self._rejected(place) if "rejection" in place else self._predicted(place, next(probabilities))
-            for place in places
+            self._rejected(place) if "rejection" in place else Prediction(**place, **next(said)) for place in places
         ]
 
-    def predict_frames(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Calibrated probabilities [n, classes] of preprocessed frames (uint8 [n, size, size]).
+    def answer(self, frames: npt.NDArray[np.uint8]) -> Answers:
+        """What the network gives for preprocessed frames (uint8 [n, size, size])."""
+        passes = [self._forward(batch) for batch in torch.from_numpy(frames).split(self.batch_size)]
+        return Answers(*(np.concatenate(parts) for parts in zip(*passes, strict=True)))
 
-        Raises UserError where the model gives no numbers.
-        """
-        probabilities = self.calibrated(self.logits(frames), self.manifest.calibration.temperature)
+    def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Calibrated probabilities [n, classes]. Raises UserError where the model gives no numbers."""
+        probabilities = self.calibrated(logits, self.manifest.calibration.temperature)
         if not np.isfinite(probabilities).all():
             raise UserError(
                 f"model {self.model_id} gives no finite probabilities: its training diverged; train it again"
             )
         return probabilities
-
-    def logits(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Raw outputs [n, classes] of preprocessed frames (uint8 [n, size, size])."""
-        batches = torch.from_numpy(frames).split(self.batch_size)
-        return np.concatenate([self._forward(batch).cpu().numpy() for batch in batches])
 
     @staticmethod
     def calibrated(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
@@ -116,10 +143,10 @@ class Classifier:
         return (torch.from_numpy(logits) / temperature).softmax(1).numpy()
 
     @torch.inference_mode()
-    def _forward(self, frames: Tensor) -> Tensor:
+    def _forward(self, frames: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         images = to_tensor(frames.to(self.device)).contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.network(images)
-        return logits.float()
+        logits, features = self.network.with_summary(images)
+        return logits.float().cpu().numpy(), features.float().cpu().numpy()
 
     def _frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:
         """Frames of each input; stored ones are read together."""
@@ -147,15 +174,24 @@ class Classifier:
             pixels = _spread_over_uint16(pixels)
         return [make_frame(pixels, self.manifest.preprocess)]
 
-    def _predicted(self, place: dict[str, Any], probabilities: npt.NDArray[np.float32]) -> Prediction:
-        best = int(probabilities.argmax())
-        return Prediction(
-            **place,
-            label=self.classes[best],
-            confidence=float(probabilities[best]),
-            probabilities=dict(zip(self.classes, map(float, probabilities), strict=True)),
-            model_id=self.model_id,
-        )
+    def _marked(self, answers: Answers) -> Iterator[dict[str, Any]]:
+        """What a Prediction holds of each answer."""
+        limits, classes = self.manifest.thresholds, self.classes
+        probabilities = self.probabilities(answers.logits)
+        scores = self.ood.scores(answers.features).tolist() if self.ood else [None] * len(probabilities)
+        sets = label_sets(probabilities, limits.conformal) if limits.conformal is not None else None
+        for index, (row, score) in enumerate(zip(probabilities, scores, strict=True)):
+            best = int(row.argmax())
+            yield {
+                "label": classes[best],
+                "confidence": float(row[best]),
+                "probabilities": dict(zip(classes, map(float, row), strict=True)),
+                "abstained": limits.abstain_below is not None and float(row[best]) < limits.abstain_below,
+                "label_set": () if sets is None else tuple(np.array(classes, object)[sets[index]]),
+                "ood_score": score,
+                "out_of_distribution": None not in (score, limits.ood_score) and score > limits.ood_score,
+                "model_id": self.model_id,
+            }
 
     def _rejected(self, place: dict[str, Any]) -> Prediction:
         rejection: Rejection = place["rejection"]

@@ -16,6 +16,7 @@ import ray.train
 import torch
 from torch import Tensor
 
+from btray.fingerprint import NO_FINGERPRINT, fingerprint_of
 from btray.frames import FrameSource, Rejection
 from btray.settings import TrainConfig
 
@@ -28,7 +29,7 @@ _BLOCK_ROWS = 256
 # Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.
 _SHUFFLED_BATCHES = 32
 # The columns that the driver looks at: all but the frames.
-_SURVEYED = ["sample", "label", "digest", "code", "message"]
+_SURVEYED = ["sample", "label", "digest", "fingerprint", "code", "message"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -56,7 +57,7 @@ class Plan:
     run_uri: str
     """Folder of the run: checkpoints, history, TensorBoard events."""
     samples: npt.NDArray[np.int64]
-    """Numbers of all readable samples, ascending."""
+    """Numbers of all samples that are used, ascending."""
     labels: npt.NDArray[np.int64]
     """Their classes."""
     train: npt.NDArray[np.int64]
@@ -99,8 +100,9 @@ class Feed(Protocol):
 def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0) -> ray.data.Dataset:
     """Decode the scans of `table` (columns row, uri, label as a number) to one row a frame.
 
-    Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), code and message (of a rejection, whose
-    frame is black). Nothing runs before the data set is used; each task then takes `num_cpus`.
+    Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), fingerprint (of the scan, packed), code
+    and message (of a rejection, whose frame is black). Nothing runs before the data set is used; each task then takes
+    `num_cpus`.
     """
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
     return ray.data.from_arrow(blocks).map_batches(
@@ -109,7 +111,7 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0) 
 
 
 def survey(frames: ray.data.Dataset) -> pa.Table:
-    """Everything about decoded rows but the frames: sample, label, digest, code, message; ascending by sample."""
+    """Everything about decoded rows but the frames: sample, label, digest, fingerprint, code, message; by sample."""
     batches = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables(batches).sort_by("sample")
 
@@ -123,18 +125,27 @@ class _Decode:
     def __call__(self, batch: Arrays) -> Arrays:
         size = self.source.preprocess.size
         columns: dict[str, list[Any]] = {name: [] for name in [*_SURVEYED, "frame"]}
-        decoded = self.source.from_uris([str(uri) for uri in batch["uri"]])
-        for row, label, frames in zip(batch["row"], batch["label"], decoded, strict=True):
-            rejection = frames if isinstance(frames, Rejection) else None
-            shown = [np.zeros((size, size), np.uint8)] if isinstance(frames, Rejection) else frames
+        scans = self.source.scans([str(uri) for uri in batch["uri"]])
+        for row, label, scan in zip(batch["row"], batch["label"], scans, strict=True):
+            rejection = scan if isinstance(scan, Rejection) else None
+            shown = [np.zeros((size, size), np.uint8)] if isinstance(scan, Rejection) else self.source.frames_of(scan)
+            fingerprint = NO_FINGERPRINT if isinstance(scan, Rejection) else fingerprint_of(scan.frames)
             for number, frame in enumerate(shown):
                 columns["sample"].append(int(row) * FRAMES_PER_SCAN + number)
                 columns["label"].append(int(label))
                 columns["frame"].append(frame)
                 columns["digest"].append(hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest())
+                columns["fingerprint"].append(fingerprint)
                 columns["code"].append(rejection.code if rejection else "")
                 columns["message"].append(rejection.message if rejection else "")
-        return {name: np.stack(values) if name == "frame" else np.array(values) for name, values in columns.items()}
+        return {name: _as_array(name, values) for name, values in columns.items()}
+
+
+def _as_array(name: str, values: list[Any]) -> npt.NDArray[Any]:
+    if name == "frame":
+        return np.stack(values)
+    # As objects: numpy's own bytes lose the zeros at their end.
+    return np.array(values, object if name == "fingerprint" else None)
 
 
 class MemoryFeed:
@@ -150,8 +161,8 @@ class MemoryFeed:
         size = plan.config.preprocess.size
         frames = np.empty((len(plan.samples), size, size), np.uint8)
         for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
-            readable = batch["code"] == ""
-            frames[np.searchsorted(plan.samples, batch["sample"][readable])] = batch["frame"][readable]
+            used = np.isin(batch["sample"], plan.samples)  # neither unreadable nor left out
+            frames[np.searchsorted(plan.samples, batch["sample"][used])] = batch["frame"][used]
         self.frames = torch.from_numpy(frames)
         self.labels = torch.from_numpy(plan.labels.copy())
         self.samples = torch.from_numpy(plan.samples.copy())

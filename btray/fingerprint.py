@@ -34,6 +34,9 @@ VIEWS = 3
 LENGTH = 143
 """Numbers in the fingerprint of one thumbnail."""
 
+NO_FINGERPRINT = bytes(2 * VIEWS * LENGTH)
+"""The packed fingerprint of what shows nothing; it is like no other."""
+
 _SIDE = 48
 _FREQUENCIES = 12
 # Thumbnails are taken of a picture at most about this large: box averaging makes finer detail count for nothing.
@@ -59,6 +62,16 @@ def thumbnails(gray: Gray) -> Thumbnails:
 def representative(frames: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """The frame by which a scan of several is compared: the middle one, where a volume shows most."""
     return frames[len(frames) // 2]
+
+
+def fingerprint_of(frames: Sequence[npt.NDArray[Any]]) -> bytes:
+    """The fingerprint of a scan of one or more gray frames, packed; `unpack` makes an array of many."""
+    return fingerprints(thumbnails(representative(frames))[None]).tobytes()
+
+
+def unpack(packed: Sequence[bytes]) -> Fingerprints:
+    """float16 [n, VIEWS, LENGTH] of n packed fingerprints; a scan that could not be read has `NO_FINGERPRINT`."""
+    return np.frombuffer(b"".join(packed), np.float16).reshape(-1, VIEWS, LENGTH)
 
 
 def fingerprints(pictures: Thumbnails) -> Fingerprints:

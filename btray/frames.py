@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from btray import storage
 from btray.preprocess import Frame, decode_side, make_frame
-from btray.scans import ScanLimits, ScanRejected, decode
+from btray.scans import Scan, ScanLimits, ScanRejected, decode
 from btray.settings import PreprocessConfig
 from btray.storage import StorageError
 
@@ -30,15 +30,27 @@ class FrameSource:
 
     def from_bytes(self, data: bytes) -> list[Frame] | Rejection:
         """Frames (uint8 [size, size]) of one encoded scan, in their order, or why there are none."""
-        try:
-            scan = decode(data, min_side=decode_side(self.preprocess), limits=self.limits)
-        except ScanRejected as error:
-            return Rejection(error.code, str(error), error.retryable)
-        return [make_frame(gray, self.preprocess) for gray in scan.frames]
+        scan = self._decoded(data)
+        return scan if isinstance(scan, Rejection) else self.frames_of(scan)
 
     def from_uris(self, uris: Sequence[str]) -> list[list[Frame] | Rejection]:
         """The same for stored scans, which are read concurrently; one entry for each of `uris`."""
-        return [
-            Rejection(data.code, str(data), data.retryable) if isinstance(data, StorageError) else self.from_bytes(data)
-            for data in storage.read_many(uris, max_bytes=self.limits.max_bytes)
-        ]
+        return [scan if isinstance(scan, Rejection) else self.frames_of(scan) for scan in self.scans(uris)]
+
+    def scans(self, uris: Sequence[str]) -> Iterator[Scan | Rejection]:
+        """Stored scans before preprocessing, read concurrently and decoded one by one; one entry for each of `uris`."""
+        for data in storage.read_many(uris, max_bytes=self.limits.max_bytes):
+            if isinstance(data, StorageError):
+                yield Rejection(data.code, str(data), data.retryable)
+            else:
+                yield self._decoded(data)
+
+    def frames_of(self, scan: Scan) -> list[Frame]:
+        """The frames of a decoded scan, in their order."""
+        return [make_frame(gray, self.preprocess) for gray in scan.frames]
+
+    def _decoded(self, data: bytes) -> Scan | Rejection:
+        try:
+            return decode(data, min_side=decode_side(self.preprocess), limits=self.limits)
+        except ScanRejected as error:
+            return Rejection(error.code, str(error), error.retryable)

@@ -66,6 +66,18 @@ class Network(nn.Module):
         logits: Tensor = self.head(self.dropout(self.embed(self.feature_map(images))))
         return logits
 
+    def with_summary(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [n, classes], and [n, channels] what the same pass saw: the mean of each channel of the last feature
+        map of every resolution. Coarse and fine maps together tell an image that is no MRI slice."""
+        means = []
+        for part in self.parts:
+            previous, images = images, part(images)
+            if images.shape[2:] != previous.shape[2:] and previous.shape[1] > 1:
+                means.append(previous.mean((2, 3)))
+        means.append(images.mean((2, 3)))
+        logits: Tensor = self.head(self.dropout(self.embed(images)))
+        return logits, torch.cat(means, 1)
+
 
 class Block(nn.Module):
     """Two convolutions with an optional squeeze-and-excitation gate and skip connection."""

@@ -18,10 +18,13 @@ import ray.train
 
 from btray import storage
 from btray.cluster import cpus, gpus
+from btray.duplicates import group_by_fingerprint
 from btray.errors import UserError
 from btray.feeding import FRAMES_PER_SCAN, Plan, decode_rows, survey
+from btray.fingerprint import unpack
 from btray.frames import FrameSource
 from btray.labels import class_order, require_known_labels
+from btray.leakage import Leak, answer_leak, find_leak
 from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
 from btray.settings import TrainConfig
 from btray.split import hold_out
@@ -39,6 +42,10 @@ class TrainingData:
     """Decoded frames where they fit in memory."""
     survey: pa.Table
     """What `feeding.survey` tells of the training and validation rows."""
+    used: pa.Table
+    """The rows of `survey` that the samples of the plan are, in their order."""
+    leak: Leak
+    """What the test and val splits have in common with what is learnt from."""
     plan: Plan
 
 
@@ -73,21 +80,46 @@ def prepare(
     if len(rejected):
         storage.write_bytes(storage.join(run_uri, REJECTED), rejections_csv(rejected, table))
     enforce_max_rejected(rejected, len(rows), config.max_rejected)
-    readable = found.filter(pc.equal(found["code"], ""))
-    validation = _choose_validation(config, table, readable, classes)
+    leak, used, twins = _settle_leak(config, table, found.filter(pc.equal(found["code"], "")))
+    validation = _choose_validation(config, table, used, twins)
     plan = Plan(
         config=config,
         classes=classes,
         run_uri=run_uri,
-        samples=readable["sample"].to_numpy(),
-        labels=readable["label"].to_numpy(),
+        samples=used["sample"].to_numpy(),
+        labels=used["label"].to_numpy(),
         train=np.flatnonzero(~validation),
         validation=np.flatnonzero(validation),
         streaming=streaming,
         initial_weights=initial,
     )
     _check_plan(plan)
-    return TrainingData(table, None if streaming else frames, found, plan)
+    return TrainingData(table, None if streaming else frames, found, used, leak, plan)
+
+
+def _settle_leak(
+    config: TrainConfig, table: pa.Table, readable: pa.Table
+) -> tuple[Leak, pa.Table, npt.NDArray[np.int64]]:
+    """What leaks, the rows of the survey that are trained on, and a number for each that twins share."""
+    test = np.flatnonzero(np.array(table["split"].to_pylist(), object) == "test")
+    source = FrameSource(config.preprocess)
+    # The labels of the test split are not read: only its pixels are compared.
+    unlabelled = pa.table({"row": test, "uri": table["uri"].take(test), "label": np.zeros(len(test), np.int64)})
+    seen = survey(decode_rows(unlabelled, source)) if len(test) else readable.slice(0, 0)
+    everything = pa.concat_tables([readable, seen.filter(pc.equal(seen["code"], ""))])
+    groups = group_by_fingerprint(unpack(everything["fingerprint"].to_pylist()))
+    leak = find_leak(np.array(table["split"].take(_rows(everything)).to_pylist(), object), groups)
+    answer_leak(leak, config.on_leak, config.data)
+    here = np.arange(len(readable))
+    if config.on_leak == "drop":
+        here = here[~leak.learnt[: len(readable)]]
+    return leak, readable.take(here), groups[here]
+
+
+def _rows(survey: pa.Table) -> npt.NDArray[np.int64]:
+    """The row of the source that each sample of a survey belongs to."""
+    rows: npt.NDArray[np.int64] = survey["sample"].to_numpy() // FRAMES_PER_SCAN
+    return rows
 
 
 def _numbered(table: pa.Table, rows: npt.NDArray[np.int64], classes: Sequence[str]) -> pa.Table:
@@ -98,19 +130,17 @@ def _numbered(table: pa.Table, rows: npt.NDArray[np.int64], classes: Sequence[st
 
 
 def _choose_validation(
-    config: TrainConfig, table: pa.Table, readable: pa.Table, classes: Sequence[str]
+    config: TrainConfig, table: pa.Table, used: pa.Table, twins: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Which samples are held out: the val split where there is one, else whole groups of the training images."""
-    of_sample = readable["sample"].to_numpy() // FRAMES_PER_SCAN
-    rows, first = np.unique(of_sample, return_index=True)
+    rows, first, of_sample = np.unique(_rows(used), return_index=True, return_inverse=True)
     chosen = table.take(rows)
     splits = np.array(chosen["split"].to_pylist(), object)
     if (splits == "val").any():
         held_out = splits == "val"
     else:
-        _, duplicate_of = np.unique(readable["digest"].take(first).to_pylist(), return_inverse=True)
-        held_out = hold_out(chosen, fraction=config.validation, seed=config.seed, duplicate_of=duplicate_of)
-    return np.asarray(held_out[np.searchsorted(rows, of_sample)])
+        held_out = hold_out(chosen, fraction=config.validation, seed=config.seed, duplicate_of=twins[first])
+    return np.asarray(held_out[of_sample])
 
 
 def _check_streaming(config: TrainConfig, streaming: bool) -> None:
@@ -197,16 +227,14 @@ def _rows_of(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int
     return rows[np.sort(first)]
 
 
-def fingerprint(data: TrainingData) -> str:
-    """SHA-256 over digest, label and use of every readable image: what they show counts, not where they lie."""
-    readable = data.survey.filter(pc.equal(data.survey["code"], ""))
-    held_out = np.zeros(len(readable), bool)
-    held_out[data.plan.validation] = True
+def data_digest(data: TrainingData) -> str:
+    """SHA-256 over digest, label and use of every image: what they show counts, not where they lie."""
+    used, plan = data.used, data.plan
+    held_out = np.zeros(len(used), bool)
+    held_out[plan.validation] = True
     lines = sorted(
-        f"{digest} {data.plan.classes[label]} {'validation' if held else 'train'}"
-        for digest, label, held in zip(
-            readable["digest"].to_pylist(), readable["label"].to_pylist(), held_out, strict=True
-        )
+        f"{digest} {plan.classes[label]} {'validation' if held else 'train'}"
+        for digest, label, held in zip(used["digest"].to_pylist(), plan.labels.tolist(), held_out, strict=True)
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

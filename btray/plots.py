@@ -16,6 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from sklearn.metrics import roc_curve
 
+from btray.abstention import RiskCoverage, risk_coverage
 from btray.evaluation import auroc, reliability, wilson_interval
 
 if TYPE_CHECKING:
@@ -193,6 +194,43 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure
     bottom.xaxis.set_major_formatter(PercentFormatter(1))
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure
+
+
+@_png
+def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold: float | None) -> Figure:
+    """Accuracy on what is answered against the share answered; the model's own `threshold` is marked, if it has one."""
+    curve = risk_coverage(labels, probabilities)
+    right = np.rint(curve.accuracy * curve.answered).astype(int)
+    figure, body = _canvas(
+        (6.2, 4.6), "Risk and coverage", f"{_images(len(labels))}, answered in order of falling confidence"
+    )
+    axes = body.subplots()
+    bounds = [wilson_interval(k, n) for k, n in zip(right.tolist(), curve.answered.tolist(), strict=True)]
+    low, high = np.array(bounds).T
+    axes.fill_between(curve.coverage, low, high, color=BLUE, alpha=0.15, linewidth=0, step="post")
+    axes.plot(curve.coverage, curve.accuracy, color=BLUE, drawstyle="steps-post")
+    axes.plot(curve.coverage[-1], curve.accuracy[-1], "o", color=BLUE, markersize=6)
+    answered = np.flatnonzero(curve.threshold >= threshold) if threshold is not None else np.array([], int)
+    if len(answered):
+        _mark_threshold(axes, curve, int(answered[-1]))
+    lowest = min(bound[0] for bound in bounds[len(bounds) // 20 :])
+    axes.set(xlim=(0, 1.01), ylim=(max(0.0, lowest - 0.03), 1.005))
+    axes.set(xlabel="coverage: share of images that is answered", ylabel="accuracy on these")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def _mark_threshold(axes: Axes, curve: RiskCoverage, step: int) -> None:
+    place = (curve.coverage[step], curve.accuracy[step])
+    axes.axvline(place[0], color=INK, linewidth=1, linestyle=":")
+    axes.plot(*place, "o", color=VERMILLION, markersize=7, markeredgecolor="white")
+    left = place[0] > 0.5
+    axes.annotate(
+        f"abstains below {curve.threshold[step]:.2f}: {place[1]:.1%} right on {place[0]:.0%}",
+        place, (-10 if left else 10, -18), textcoords="offset points", ha="right" if left else "left", va="top",
+        fontweight="bold",
+    )  # fmt: skip
 
 
 @_png

@@ -36,6 +36,11 @@ FIGURES = {
         "a confidence of 80 % is right in 80 % of cases. Grey: 95 % Wilson interval. ECE is the mean gap, weighted by "
         "images (Guo et al. 2017).",
     ),
+    "risk_coverage": (
+        "What abstaining buys",
+        "Accuracy on the part of {n} that is answered, when the model abstains below a confidence that falls from left "
+        "to right; at 100 % it answers all. Shaded: 95 % Wilson interval.",
+    ),
     "learning_curves": (
         "How training went",
         "Values at the end of each epoch. The training loss is taken with augmentation and regularisation, the "
@@ -68,7 +73,7 @@ def render_report(
     facts: Mapping[str, str],
     classes: Sequence[str],
     notes: Sequence[str],
-    extra_sections: Sequence[Section] = (),
+    sections: Sequence[Section] = (),
 ) -> str:
     """Return one HTML page that needs nothing beside it: no script, no file, no network.
 
@@ -88,7 +93,7 @@ def render_report(
         figures=[_figure(name, png, metrics["n"]) for name, png in figures.items()],
         facts=facts,
         notes=notes,
-        sections=extra_sections,
+        sections=sections,
     )
 
 
@@ -285,6 +290,15 @@ img { display: block; width: 100%; max-width: 44rem; margin: 0 auto .75rem; bord
 <h2>To be noted</h2>
 <ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
 {% endif %}
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{% if section.text %}<p>{{ section.text }}</p>{% endif %}{% if section.rows %}
+<div class="table"><table>
+<thead><tr>{% for column in section.columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+</table></div>
+{% endif %}
+{% endfor %}
 <h2>Class by class</h2>
 <p class="how">Over {{ n }}. In brackets 95 % Wilson intervals. Precision: how many of the images given this class have
 it; recall (sensitivity): how many of those that have it were given it; AUROC: against all other classes; a dash:
@@ -309,15 +323,6 @@ undefined, since no image bears on it.</p>
 {% endfor %}
 </div>
 {% endif %}
-{% for section in sections %}
-<h2>{{ section.title }}</h2>
-{% if section.text %}<p>{{ section.text }}</p>{% endif %}{% if section.rows %}
-<div class="table"><table>
-<thead><tr>{% for column in section.columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
-</table></div>
-{% endif %}
-{% endfor %}
 {% if facts %}
 <h2>Model and data</h2>
 <div class="table"><table class="facts">

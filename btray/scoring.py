@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 import ray.data
 
 from btray.bundle import Bundle
-from btray.classifier import Classifier
+from btray.classifier import Answers, Classifier
 from btray.cluster import cpus
+from btray.fingerprint import Fingerprints, fingerprint_of, unpack
 from btray.frames import Rejection
 
 _BLOCK_ROWS = 128
@@ -27,17 +28,22 @@ class Scores:
 
     row: npt.NDArray[np.int64]
     """Row of the table that each frame belongs to, [n]."""
-    logits: npt.NDArray[np.float32]
-    """Raw outputs, [n, classes]."""
+    answers: Answers
+    """Logits and features of each frame."""
+    fingerprints: Fingerprints
+    """Of the scan that each frame belongs to, [n, VIEWS, LENGTH]."""
     rejected: pa.Table
     """Columns row, code, message."""
 
     def of_rows(self, rows: npt.NDArray[np.int64]) -> Scores:
         """The part that belongs to `rows` of the table; their numbers stay as they are."""
-        chosen = np.isin(self.row, rows)
-        return Scores(
-            self.row[chosen], self.logits[chosen], self.rejected.filter(np.isin(self.rejected["row"].to_numpy(), rows))
-        )
+        rejected = self.rejected.filter(np.isin(self.rejected["row"].to_numpy(), rows))
+        return self.where(np.isin(self.row, rows), rejected)
+
+    def where(self, chosen: npt.NDArray[np.bool_], rejected: pa.Table) -> Scores:
+        """The frames of a mask [n], with other rejections."""
+        answers = Answers(self.answers.logits[chosen], self.answers.features[chosen])
+        return Scores(self.row[chosen], answers, self.fingerprints[chosen], rejected)
 
 
 def score(bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *, batch_size: int = 64) -> Scores:
@@ -61,9 +67,16 @@ def score(bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *,
     answered = table.filter(pc.equal(table["code"], ""))
     return Scores(
         row=answered["row"].to_numpy(),
-        logits=np.array(answered["logits"].to_pylist() or np.zeros((0, len(bundle.manifest.classes))), np.float32),
+        answers=Answers(_matrix(answered["logits"]), _matrix(answered["features"])),
+        fingerprints=unpack(answered["fingerprint"].to_pylist()),
         rejected=table.filter(pc.not_equal(table["code"], "")).select(["row", "code", "message"]),
     )
+
+
+def _matrix(lists: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """Lists of equal length as [n, length]; [0, 0] where there is none."""
+    values = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(lists), -1) if len(lists) else np.zeros((0, 0), np.float32)
 
 
 class _Scorer:
@@ -73,16 +86,21 @@ class _Scorer:
         self.classifier = Classifier(bundle, batch_size=batch_size)
 
     def __call__(self, batch: Arrays) -> pa.Table:
-        entries: list[tuple[int, int, str, str]] = []
+        source = self.classifier.source
+        entries: list[tuple[int, int, bytes, str, str]] = []
         frames = []
-        for row, found in zip(batch["row"], self.classifier.source.from_uris(batch["uri"].tolist()), strict=True):
-            if isinstance(found, Rejection):
-                entries.append((int(row), 0, found.code, found.message))
+        for row, scan in zip(batch["row"], source.scans(batch["uri"].tolist()), strict=True):
+            if isinstance(scan, Rejection):
+                entries.append((int(row), 0, b"", scan.code, scan.message))
                 continue
-            entries += [(int(row), number, "", "") for number in range(len(found))]
-            frames += found
-        logits = iter(self.classifier.logits(np.stack(frames)).tolist() if frames else ())
+            fingerprint = fingerprint_of(scan.frames)
+            entries += [(int(row), number, fingerprint, "", "") for number in range(len(scan.frames))]
+            frames += source.frames_of(scan)
         columns = zip(*entries, strict=True)
-        named = dict(zip(("row", "frame", "code", "message"), map(list, columns), strict=True))
-        said = [next(logits) if code == "" else None for code in named["code"]]
-        return pa.table({**named, "logits": pa.array(said, pa.list_(pa.float32()))})
+        named = dict(zip(("row", "frame", "fingerprint", "code", "message"), map(list, columns), strict=True))
+        answers = self.classifier.answer(np.stack(frames)) if frames else Answers(*[np.zeros((0, 0), np.float32)] * 2)
+        for name, values in (("logits", answers.logits), ("features", answers.features)):
+            said = iter(values.tolist())
+            rows = [next(said) if code == "" else None for code in named["code"]]
+            named[name] = pa.array(rows, pa.list_(pa.float32()))
+        return pa.table(named)

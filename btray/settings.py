@@ -155,6 +155,15 @@ class TrainConfig(JobConfig):
     """Share of the training images held out, by group, for early stopping; unused where the data have a val split."""
     patience: Annotated[int, Field(ge=0)] = 15
     """Epochs without a better validation macro-F1 before training stops; 0: never."""
+    on_leak: Literal["warn", "drop", "fail"] = "warn"
+    """Images of the test or val split that are in the training data too: train as given and say how many; leave them \
+    out of training; or stop with exit code 3."""
+    abstain_below: Probability | None = None
+    """Confidence below which the model abstains; stored in the bundle."""
+    abstain_target: Probability | None = None
+    """Accuracy wanted on what is answered: chooses --abstain-below on the validation images."""
+    conformal_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Error rate of the label sets that each prediction then carries; default: none are made."""
     max_rejected: Probability = 0.05
     """Share of unreadable images above which the job stops."""
     cache_gb: Annotated[float, Field(ge=0)] = 2.0
@@ -187,6 +196,12 @@ class TrainConfig(JobConfig):
             raise ValueError("N, or MIN:MAX with 1 <= MIN <= MAX")
         return str(value)
 
+    @model_validator(mode="after")
+    def _one_way_to_abstain(self) -> Self:
+        if self.abstain_below is not None and self.abstain_target is not None:
+            raise ValueError("give --abstain-below or --abstain-target, not both")
+        return self
+
     @property
     def worker_range(self) -> tuple[int, int] | None:
         """(least, most) workers, equal for a fixed number; None: the job chooses."""
@@ -212,6 +227,8 @@ class EvaluateConfig(JobConfig):
     """Where the report is written; local or s3://."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
+    abstain_below: Probability | None = None
+    """Confidence below which the model abstains; default: the bundle's own."""
     max_rejected: Probability = 0.05
     """Share of unreadable images above which the job ends with exit code 3."""
     batch_size: Positive = 64
@@ -232,6 +249,8 @@ class PredictConfig(JobConfig):
     """Model bundle."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
+    abstain_below: Probability | None = None
+    """Confidence below which the model abstains; default: the bundle's own."""
     json_lines: bool = False
     """Print one JSON object a line in place of a table."""
 

@@ -8,24 +8,27 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray.train
 from ray.train.torch import TorchTrainer
 
 from btray import storage
 from btray.assess import Assessment, assess, model_card_of, summary
-from btray.bundle import Bundle, make_bundle, require_free, save_bundle
+from btray.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, require_free, save_bundle
 from btray.cluster import connected, cpus
 from btray.errors import UserError
-from btray.evaluation import fit_temperature
-from btray.feeding import FRAMES_PER_SCAN
+from btray.feeding import FRAMES_PER_SCAN, Plan
+from btray.fingerprint import unpack
 from btray.initial import read_initial_weights
+from btray.limits import Limits, choose_limits
 from btray.loop import load_state, train_loop
+from btray.ood import REFERENCE_IMAGES
 from btray.planning import (
     StreamSplit,
     TrainingData,
     counts,
+    data_digest,
     datasets,
-    fingerprint,
     prepare,
     training_classes,
     worker_range,
@@ -38,7 +41,10 @@ from btray.worklist import read_labelled
 
 RUN = "run.json"
 # What may differ between two calls that mean the same run.
-_FREE_TO_CHANGE = {"out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow"}
+_FREE_TO_CHANGE = {
+    "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
+    "abstain_target", "conformal_error",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def _claim_run(data: TrainingData) -> None:
     now = {
         "config": plan.config.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
         "classes": list(plan.classes),
-        "data": fingerprint(data),
+        "data": data_digest(data),
     }
     where = storage.join(plan.run_uri, RUN)
     if storage.exists(where):
@@ -146,17 +152,14 @@ def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
 def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
     """Calibrate on the validation images, then read the labels of the test split, once, and measure."""
     plan, table = data.plan, data.table
-    splits = np.array(table["split"].to_pylist(), object)
-    test_rows = np.flatnonzero(splits == "test")
-    validation_rows = np.unique(plan.samples[plan.validation] // FRAMES_PER_SCAN)
-    rows = np.concatenate([validation_rows, test_rows])
-    uncalibrated = _bundle(data, trained, temperature=1.0)
+    reference_rows, validation_rows = _reference_rows(plan), _rows_at(plan, plan.validation)
+    test_rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) == "test")
+    rows = np.concatenate([reference_rows, validation_rows, test_rows])
+    uncalibrated = _bundle(data, trained, Limits())
     scores = score(uncalibrated, rows, table["uri"].take(rows), batch_size=plan.config.batch_size)
-    validation = scores.of_rows(validation_rows)
-    label_of_row = dict(zip((plan.samples // FRAMES_PER_SCAN).tolist(), plan.labels.tolist(), strict=True))
-    labels = np.array([label_of_row[row] for row in validation.row.tolist()], np.int64)
-    bundle = _bundle(data, trained, temperature=fit_temperature(validation.logits, labels))
-    test = scores.of_rows(test_rows)
+    validation, test = scores.of_rows(validation_rows), scores.of_rows(test_rows)
+    reference = scores.of_rows(reference_rows).answers.features
+    bundle = _bundle(data, trained, choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference))
     measured, measured_on, notes = test, f"the test split of {plan.config.data}", []
     if len(test.row) == 0:
         measured, measured_on = validation, f"the validation images of {plan.config.data}"
@@ -167,29 +170,60 @@ def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
         ]
         report_rejections(test.rejected, table)
     report_rejections(measured.rejected, table)
-    assessment = assess(bundle, table, measured, measured_on=measured_on, history=trained.history, notes=notes)
+    prints = unpack(data.used["fingerprint"].to_pylist())
+    assessment = assess(
+        bundle,
+        table,
+        measured,
+        measured_on=measured_on,
+        history=trained.history,
+        notes=notes,
+        learnt_from=prints if measured is test else None,
+    )
     files = assessment.files | {
         "MODEL_CARD.md": model_card_of(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": plan.config.to_yaml().encode(),
         "history.jsonl": "".join(json.dumps(record) + "\n" for record in trained.history).encode(),
+        FINGERPRINTS: pack_fingerprints(prints),
     }
     return bundle, Assessment(assessment.metrics, files)
 
 
-def _bundle(data: TrainingData, trained: _Trained, *, temperature: float) -> Bundle:
+def _rows_at(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows that samples belong to, ascending, each once."""
+    return np.unique(plan.samples[positions] // FRAMES_PER_SCAN)
+
+
+def _reference_rows(plan: Plan) -> npt.NDArray[np.int64]:
+    """Training rows from which the distribution of features is taken."""
+    rows = _rows_at(plan, plan.train)
+    return np.random.default_rng(plan.config.seed).permutation(rows)[:REFERENCE_IMAGES]
+
+
+def _labels_of(plan: Plan, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Label numbers of rows that were trained on or validated with."""
+    label_of_row = dict(zip((plan.samples // FRAMES_PER_SCAN).tolist(), plan.labels.tolist(), strict=True))
+    return np.array([label_of_row[row] for row in rows.tolist()], np.int64)
+
+
+def _bundle(data: TrainingData, trained: _Trained, limits: Limits) -> Bundle:
     plan = data.plan
     return make_bundle(
         weights=trained.weights,
         classes=plan.classes,
         network=plan.config.network,
         preprocess=plan.config.preprocess,
-        temperature=temperature,
+        temperature=limits.temperature,
+        thresholds=limits.thresholds,
+        ood=limits.ood,
         training=plan.config.model_dump(mode="json"),
         data={
             "uri": plan.config.data,
-            "fingerprint": fingerprint(data),
+            "fingerprint": data_digest(data),
             "counts": counts(data),
             "rejected": len(rejections_in(data.survey)),
+            "leak": {split: leaked for split, (leaked, _) in data.leak.tested.items()},
+            "on_leak": plan.config.on_leak,
             "patient_ids": data.table["patient_id"].null_count < len(data.table),
         },
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -227,8 +227,7 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(f"{uri}: {name} has weights that are not finite: its training diverged; train it again")
-    ood = Distribution.from_tensors(_tensors(uri, OOD, others[OOD])) if OOD in others else None
-    return Bundle(uri, manifest, weights, ood)
+    return Bundle(uri, manifest, weights, _read_distribution(uri, others[OOD]) if OOD in others else None)
 
 
 def pack_fingerprints(prints: Fingerprints) -> bytes:
@@ -243,6 +242,13 @@ def read_fingerprints(bundle: Bundle) -> Fingerprints | None:
         return None
     blob = _read_verified(bundle.uri, FINGERPRINTS, digest)
     return _tensors(bundle.uri, FINGERPRINTS, blob)["fingerprints"].numpy()
+
+
+def _read_distribution(uri: str, blob: bytes) -> Distribution:
+    try:
+        return Distribution.from_tensors(_tensors(uri, OOD, blob))
+    except KeyError as error:
+        raise UserError(f"{uri}: {OOD} is damaged: it has no {error}; train or copy the bundle again") from error
 
 
 def _tensors(uri: str, name: str, blob: bytes) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def predict(config: PredictConfig) -> None:
     """Print a line for each frame of each scan, as they are read. Raises UserError where none could be classified."""
     from btray.classifier import Classifier
 
-    classifier = Classifier.load(config.model, model_id=config.model_id)
+    classifier = Classifier.load(config.model, model_id=config.model_id, abstain_below=config.abstain_below)
     print(NOTICE, file=sys.stderr, flush=True)
     inputs = _scans(config.files)
     total = classified = width = 0
@@ -106,7 +106,8 @@ def _record(prediction: Prediction) -> dict[str, Any]:
     """What `--json` prints, with the names of the results table."""
     names = (
         "uri", "frame", "status", "error_code", "error", "retryable",
-        "label", "confidence", "probabilities", "model_id",
+        "label", "confidence", "probabilities", "abstained", "label_set", "out_of_distribution", "ood_score",
+        "model_id",
     )  # fmt: skip
     return {name: getattr(prediction, name) for name in names}
 
@@ -124,10 +125,21 @@ def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int
         if prediction.status == "ok":
             shares = (prediction.probabilities[label] for label in classes)
             values = "  ".join(f"{share:>{wide}.3f}" for share, wide in zip(shares, widths, strict=True))
-            lines.append(f"{name}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}")
+            said = f"{name}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}"
+            lines.append("  ".join([said, *_marks(prediction, classes)]))
         else:
             lines.append(f"{name}  {'rejected':<{label_width}}  {prediction.error_code}: {prediction.error}")
     return lines
+
+
+def _marks(prediction: Prediction, classes: Sequence[str]) -> Iterator[str]:
+    """What stands behind the probabilities: why not to rely on the label."""
+    if prediction.out_of_distribution:
+        yield "UNLIKE THE TRAINING IMAGES"
+    if prediction.abstained:
+        yield "ABSTAINED"
+    if 1 < len(prediction.label_set) < len(classes):
+        yield "one of: " + ", ".join(prediction.label_set)
 
 
 def _shown_name(prediction: Prediction) -> str:

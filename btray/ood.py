@@ -2,14 +2,14 @@
 
 The score is a Mahalanobis distance to the training images (Lee et al. 2018, arXiv:1807.03888), of all classes together
 and of the feature maps of all resolutions, with a shrunk covariance (Ledoit & Wolf 2004,
-doi:10.1016/S0047-259X(03)00096-4). It is divided by the root of the number of features, so that training images score
+doi:10.1016/S0047-259X(03)00096-4). Its unit is the root mean square over the training images, so that these score
 about 1. It comes from the same forward pass as the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -54,13 +54,17 @@ class Distribution:
         variances, directions = variances[::-1].clip(1e-6), directions[:, ::-1][:, :_DIRECTIONS]
         rest = variances[_DIRECTIONS:].mean() if len(variances) > _DIRECTIONS else variances[-1]
         kept = np.append(variances[:_DIRECTIONS], rest)
-        return cls(mean, deviation, directions.astype(np.float32), kept.astype(np.float32))
+        fitted = cls(mean, deviation, directions.astype(np.float32), kept.astype(np.float32))
+        # Shrinkage and dead channels make distances smaller: the unit is what these very images have.
+        unit = float((fitted.scores(features).astype(np.float64) ** 2).mean())
+        return replace(fitted, variances=fitted.variances * np.float32(unit)) if unit else fitted
 
     def scores(self, features: Features) -> npt.NDArray[np.float32]:
         """Scores [n] of features [n, features]: 0 at the mean, about 1 for training images, more for unlike ones."""
-        standard = (features - self.mean) / self.deviation
-        along = standard @ self.directions
-        rest = self.variances[-1]
+        # In double precision: the sum of a few hundred squares must not depend on how a batch is summed.
+        standard = (features.astype(np.float64) - self.mean) / self.deviation
+        along = standard @ self.directions.astype(np.float64)
+        rest = float(self.variances[-1])
         squares = (standard**2).sum(1) / rest + (along**2) @ (1 / self.variances[:-1] - 1 / rest)
         return np.sqrt(squares.clip(0) / features.shape[1]).astype(np.float32)
 

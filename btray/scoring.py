@@ -75,7 +75,7 @@ def score(bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *,
 
 def _matrix(lists: pa.ChunkedArray) -> npt.NDArray[np.float32]:
     """Lists of equal length as [n, length]; [0, 0] where there is none."""
-    values = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    values = np.array(lists.combine_chunks().flatten(), np.float32)  # a copy: torch wants to own what it reads
     return values.reshape(len(lists), -1) if len(lists) else np.zeros((0, 0), np.float32)
 
 

@@ -11,21 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image, ImageOps
 
 from btray import phantoms, storage
 from btray.assess import evaluate
+from btray.bundle import FINGERPRINTS, pack_fingerprints, save_bundle
 from btray.classifier import Classifier
 from btray.errors import ThresholdExceeded, UserError
 from btray.evaluation import compute_metrics
+from btray.fingerprint import fingerprints, thumbnails
 from btray.labels import CANONICAL
+from btray.scans import decode
 from btray.settings import EvaluateConfig
 from btray.worklist import read_labelled
-from tests.tiny_bundle import saved_bundle
+from tests.tiny_bundle import FILES, random_bundle, saved_bundle
 
 pytestmark = pytest.mark.cluster
 
 CONTRACT = {"n", "accuracy", "accuracy_ci95", "macro_f1", "auroc_macro", "ece", "per_class", "confusion_matrix"}
-PLOTS = {"confusion_matrix.png", "roc_curves.png", "reliability.png", "worst_errors.png"}
+PLOTS = {"confusion_matrix.png", "roc_curves.png", "reliability.png", "risk_coverage.png", "worst_errors.png"}
 PAGES = {"metrics.json", "report.html", "predictions.csv", "rejected.csv", "config.yaml"}
 
 
@@ -161,3 +165,57 @@ def test_bundle_data_and_report_may_lie_in_object_storage(ray_session: None, buc
     assert evaluate(settings(f"{bucket}/model", f"{bucket}/data", out)) == out
     assert set(storage.list_names(out)) == PLOTS | PAGES
     assert strict_json(f"{out}/metrics.json")["n"] == 5
+
+
+def test_images_with_a_twin_among_those_learnt_from_are_left_out_of_the_clean_figures(
+    ray_session: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learnt = sorted((data / "Training").glob("*/*"))
+    own = storage.join(str(tmp_path), "model")
+    prints = np.stack([fingerprints(thumbnails(decode(path.read_bytes()).frames[0])[None])[0] for path in learnt])
+    save_bundle(random_bundle(), own, {**FILES, FINGERPRINTS: pack_fingerprints(prints)})
+    copies = []
+    for number, path in enumerate(learnt[:6]):  # under another name, mirrored, smaller, and in another format
+        picture = ImageOps.mirror(Image.open(path)) if number % 2 else Image.open(path)
+        copies.append(data / "Testing" / path.parent.name / f"copy{number}.png")
+        picture.resize([side * 2 // 3 for side in picture.size]).save(copies[-1])
+    evaluate(settings(own, data, tmp_path / "out"))
+    metrics = strict_json(str(tmp_path / "out" / "metrics.json"))
+    assert metrics["n"] == 26
+    assert metrics["clean"]["n"] == 20
+    for copy in copies:
+        copy.unlink()
+    evaluate(settings(own, data, tmp_path / "again"))
+    alone = strict_json(str(tmp_path / "again" / "metrics.json"))
+    assert alone["clean"] == metrics["clean"]
+    assert {name: alone[name] for name in alone["clean"]} == alone["clean"], "without twins both are the same"
+    assert "6 of these 26 images" in (tmp_path / "out" / "report.html").read_text()
+    assert "20 images" in capsys.readouterr().out
+
+
+def test_where_every_image_was_learnt_from_no_figure_is_clean(ray_session: None, data: Path, tmp_path: Path) -> None:
+    prints = [
+        fingerprints(thumbnails(decode(path.read_bytes()).frames[0])[None])[0]
+        for path in sorted((data / "Testing").glob("*/0*.jpg"))
+    ]
+    own = storage.join(str(tmp_path), "model")
+    save_bundle(random_bundle(), own, {**FILES, FINGERPRINTS: pack_fingerprints(np.stack(prints))})
+    evaluate(settings(own, data, tmp_path / "out"))
+    clean = strict_json(str(tmp_path / "out" / "metrics.json"))["clean"]
+    assert clean["n"] == 0
+    assert clean["accuracy"] is None
+
+
+def test_a_bundle_without_fingerprints_claims_nothing_about_clean_images(
+    ray_session: None, model: str, data: Path, tmp_path: Path
+) -> None:
+    evaluate(settings(model, data, tmp_path / "out", abstain_below=0.5))
+    metrics = strict_json(str(tmp_path / "out" / "metrics.json"))
+    assert metrics["clean"] is None
+    assert metrics["out_of_distribution"] is None
+    assert metrics["conformal"] is None
+    said = rows(str(tmp_path / "out" / "predictions.csv"))
+    answered = [row for row in said if float(row["confidence"]) >= 0.5]
+    assert metrics["abstention"]["answered"] == len(answered)
+    right = sum(row["label"] == row["predicted"] for row in answered)
+    assert metrics["abstention"]["accuracy_answered"] == (right / len(answered) if answered else None)

@@ -23,6 +23,7 @@ from btray.bundle import MANIFEST, WEIGHTS, load_bundle, require_free, save_bund
 from btray.classifier import Classifier
 from btray.errors import UserError
 from btray.storage import StorageError
+from tests.forger import forge_weights, rewrite
 from tests.tiny_bundle import FILES, NETWORK, PREPROCESS, random_bundle, saved_bundle
 
 DESIGNED_KEYS = {
@@ -49,28 +50,6 @@ def refusal(uri: str | Path, **options: Any) -> str:
     assert "\n" not in message
     assert str(uri) in message
     return message
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], *, reseal: bool = True) -> None:
-    """Change the content of bundle.json; `reseal`: with the right digest, as a forger would."""
-    content = json.loads((folder / MANIFEST).read_text())
-    change(content)
-    text = json.dumps({**content, bundles._SEAL: bundles._NO_SEAL} if reseal else content, indent=2)
-    if reseal:
-        text = text.replace(bundles._NO_SEAL, hashlib.sha256(text.encode()).hexdigest())
-    (folder / MANIFEST).write_text(text)
-
-
-def forge_weights(folder: Path, body: bytes) -> None:
-    """Put other weights in, with every digest right."""
-    (folder / WEIGHTS).write_bytes(body)
-
-    def change(content: dict[str, Any]) -> None:
-        content["weights_sha256"] = hashlib.sha256(body).hexdigest()
-        identity = {key: content[key] for key in bundles._IDENTITY}
-        content["model_id"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-    rewrite(folder, change)
 
 
 @pytest.fixture

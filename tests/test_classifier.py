@@ -63,7 +63,7 @@ def test_a_prediction_is_complete_and_its_probabilities_sum_to_one(classifier: C
 
 def test_the_temperature_divides_the_logits(classifier: Classifier, scans: list[bytes]) -> None:
     frames = np.stack([classifier.source.from_bytes(scan)[0] for scan in scans])  # type: ignore[index]
-    expected = torch.from_numpy(classifier.logits(frames) / 1.5).softmax(1).numpy()
+    expected = torch.from_numpy(classifier.answer(frames).logits / 1.5).softmax(1).numpy()
     np.testing.assert_allclose(values(classifier.predict(scans)), expected, atol=1e-6)
 
 

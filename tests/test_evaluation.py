@@ -12,7 +12,15 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import f1_score, roc_auc_score
 
 from btray.errors import UserError
-from btray.evaluation import auroc, compute_metrics, fit_temperature, reliability, wilson_interval, worst_errors
+from btray.evaluation import (
+    auroc,
+    bootstrap_intervals,
+    compute_metrics,
+    fit_temperature,
+    reliability,
+    wilson_interval,
+    worst_errors,
+)
 
 CLASSES = ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor")
 
@@ -44,7 +52,8 @@ def test_metrics_agree_with_a_count_by_hand() -> None:
 def test_keys_are_the_contract() -> None:
     metrics = compute_metrics(*random_case(0, 40, 5), CLASSES)
     assert list(metrics) == [
-        "n", "accuracy", "accuracy_ci95", "macro_f1", "auroc_macro", "ece", "per_class", "confusion_matrix",
+        "n", "accuracy", "accuracy_ci95", "macro_f1", "bootstrap_ci95", "auroc_macro", "ece", "per_class",
+        "confusion_matrix",
     ]  # fmt: skip
     assert tuple(metrics["per_class"]) == CLASSES
     assert all(list(row) == ["precision", "recall", "f1", "auroc", "support"] for row in metrics["per_class"].values())
@@ -233,3 +242,27 @@ def test_worst_errors_are_wrong_ones_by_falling_confidence() -> None:
 def test_auroc_of_an_absent_class_is_none() -> None:
     assert auroc(np.array([0, 0]), one_hot([0, 1], 2), 1) is None
     assert auroc(np.array([0, 0]), one_hot([0, 1], 2), 0) is None
+
+
+def test_bootstrap_intervals_are_those_of_drawing_images_with_replacement() -> None:
+    labels, probabilities = random_case(3, 150, 4)
+    predicted = probabilities.argmax(axis=1)
+    rng = np.random.default_rng(1)
+    drawn = rng.integers(0, 150, (1500, 150))
+    accuracies = [(labels[chosen] == predicted[chosen]).mean() for chosen in drawn]
+    f1s = [f1_score(labels[chosen], predicted[chosen], average="macro") for chosen in drawn[:400]]
+    metrics = compute_metrics(labels, probabilities, CLASSES[:4])
+    intervals = bootstrap_intervals(np.array(metrics["confusion_matrix"]["matrix"]))
+    assert intervals == metrics["bootstrap_ci95"], "the same counts give the same intervals"
+    np.testing.assert_allclose(intervals["accuracy"], np.quantile(accuracies, (0.025, 0.975)), atol=0.015)
+    np.testing.assert_allclose(intervals["macro_f1"], np.quantile(f1s, (0.025, 0.975)), atol=0.03)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 30), classes=st.integers(2, 6))
+def test_bootstrap_intervals_hold_the_figure_and_stay_within_0_and_1(seed: int, n: int, classes: int) -> None:
+    metrics = compute_metrics(*random_case(seed, n, classes), [str(index) for index in range(classes)])
+    low, high = metrics["bootstrap_ci95"]["accuracy"]
+    assert 0 <= low <= metrics["accuracy"] <= high <= 1
+    low, high = metrics["bootstrap_ci95"]["macro_f1"]
+    assert 0 <= low <= high <= 1

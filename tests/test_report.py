@@ -193,12 +193,12 @@ def test_page_and_card_take_undefined_metrics() -> None:
 def test_page_keeps_hostile_input_text_everywhere() -> None:
     clean = report(
         tuple("abcdef"), figures={"x": b"png"}, facts={"k": "v"}, notes=["n"],
-        extra_sections=[Section(title="t", text="t", columns=("c",), rows=(("r",),))],
+        sections=[Section(title="t", text="t", columns=("c",), rows=(("r",),))],
     )  # fmt: skip
     for text in HOSTILE:
         dirty = report(
             HOSTILE, title=text, figures={text: b"png"}, facts={text: text}, notes=[text],
-            extra_sections=[Section(title=text, text=text, columns=(text,), rows=((text,),))],
+            sections=[Section(title=text, text=text, columns=(text,), rows=((text,),))],
         )  # fmt: skip
         dirty.encode("utf-8")
         # The same tags with the same attributes: nothing that was given became mark-up.

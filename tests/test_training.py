@@ -20,9 +20,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
-from btray import storage, training, worklist
-from btray.bundle import load_bundle
+from btray import phantoms, storage, training, worklist
+from btray.bundle import load_bundle, read_fingerprints
 from btray.classifier import Classifier
 from btray.errors import ThresholdExceeded, UserError
 from btray.frames import FrameSource, Rejection
@@ -79,7 +80,8 @@ def with_val_split(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def finished(ray_session: None, unbalanced: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A run of six epochs with two workers that has ended."""
-    config = tiny(unbalanced, tmp_path_factory.mktemp("finished") / "model", num_workers="2")
+    limits = {"abstain_target": 0.9, "conformal_error": 0.2}
+    config = tiny(unbalanced, tmp_path_factory.mktemp("finished") / "model", num_workers="2", **limits)
     train(config)
     return config
 
@@ -141,12 +143,34 @@ def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finish
     bundle = load_bundle(finished.out)
     assert bundle.manifest.classes == ("glioma", "meningioma", "no_tumor")
     assert bundle.manifest.data["counts"]["test"] == {"glioma": 6, "meningioma": 6, "no_tumor": 6}
+    assert metrics["clean"]["n"] == metrics["n"] == 18, "no two of these pictures are the same image"
+    prints = read_fingerprints(bundle)
+    assert prints is not None
+    assert len(prints) == sum(sum(bundle.manifest.data["counts"][part].values()) for part in ("train", "validation"))
     history = history_of(finished)
     assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5, 6]
     assert storage.read_text(storage.join(finished.out, "history.jsonl")) == storage.read_text(
         storage.join(run_of(finished), "history.jsonl")
     )
     assert any("tfevents" in name for name in storage.list_names(storage.join(run_of(finished), "tensorboard")))
+
+
+def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_answer(finished: TrainConfig) -> None:
+    limits = load_bundle(finished.out).manifest.thresholds
+    assert limits.abstain_below is not None
+    assert limits.conformal_error == 0.2
+    assert limits.ood_score is not None
+    metrics = storage.read_json(storage.join(finished.out, "metrics.json"))
+    assert metrics["abstention"]["threshold"] == limits.abstain_below
+    assert metrics["conformal"]["coverage"] >= 0.5
+    assert metrics["out_of_distribution"]["threshold"] == limits.ood_score
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8)
+    slices = [info.uri for info in storage.list_files(storage.join(finished.data, "Testing"))]
+    said, strange = (Classifier.load(finished.out).predict(inputs) for inputs in (slices, [noise]))
+    assert strange[0].out_of_distribution
+    assert sum(p.out_of_distribution for p in said) == metrics["out_of_distribution"]["flagged"]
+    assert sum(not p.abstained for p in said) == metrics["abstention"]["answered"]
+    assert all(p.label in p.label_set for p in said)
 
 
 def test_training_stops_at_patience_and_keeps_the_best_epoch(
@@ -263,7 +287,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
     pictures = [Path(info.uri) for info in storage.list_files(storage.join(with_val_split, "val"))]
     frames = FrameSource(config.preprocess).from_uris([str(path) for path in pictures])
     labels = [bundle.manifest.classes.index(path.parent.name) for path in pictures]
-    logits = Classifier(bundle).logits(np.stack([found[0] for found in frames if not isinstance(found, Rejection)]))
+    logits = Classifier(bundle).answer(np.stack([f[0] for f in frames if not isinstance(f, Rejection)])).logits
     loss = F.cross_entropy(torch.as_tensor(logits), torch.tensor(labels)).item()
     assert loss == pytest.approx(best["val_loss"], rel=1e-3)
 
@@ -402,6 +426,63 @@ def test_the_val_split_alone_is_held_out(ray_session: None, with_val_split: str,
 
 
 # ---- transfer
+
+
+@pytest.fixture
+def leaking(tmp_path: Path) -> tuple[str, set[str]]:
+    """Phantoms of which three test slices stand among the training slices too, changed; and the latter's names."""
+    root = storage.resolve(tmp_path / "leaking")
+    phantoms.write_data_set(root, per_class={"Training": 6, "Testing": 3}, seed=2)
+    twins = set()
+    for number, change in enumerate((ImageOps.mirror, ImageOps.flip, lambda picture: picture.resize((150, 150)))):
+        picture = Image.open(Path(root, "Testing", "glioma", f"{number:05d}.jpg"))
+        twins.add(storage.join(root, "Training", "glioma", f"twin{number}.png"))
+        change(picture).save(Path(root, "Training", "glioma", f"twin{number}.png"))
+    return root, twins
+
+
+def test_twins_of_test_images_are_counted_and_left_out_only_when_asked(
+    ray_session: None, leaking: tuple[str, set[str]], tmp_path: Path
+) -> None:
+    root, twins = leaking
+    used = {}
+    for on_leak in ("warn", "drop"):
+        data = prepared(tiny(root, tmp_path / on_leak, on_leak=on_leak, validation=0.3))
+        assert data.leak.tested == {"test": (3, 15)}
+        used[on_leak] = set(data.table["uri"].take(data.plan.samples // 1024).to_pylist())
+        assert not any("/Testing/" in uri for uri in used[on_leak])
+    assert used["warn"] - used["drop"] == twins
+    assert len(used["drop"]) == 30
+
+
+def test_a_leak_stops_the_job_before_training_when_asked(
+    ray_session: None, leaking: tuple[str, set[str]], tmp_path: Path
+) -> None:
+    config = tiny(leaking[0], tmp_path / "model", on_leak="fail")
+    with pytest.raises(ThresholdExceeded, match="3 of 15 test images"):
+        train(config)
+    assert not history_of(config)
+
+
+def test_what_shows_the_same_image_is_never_on_both_sides_of_the_validation_split(
+    ray_session: None, tmp_path: Path
+) -> None:
+    root = storage.resolve(tmp_path / "twins")
+    phantoms.write_data_set(root, per_class={"Training": 24}, seed=4)
+    for label in phantoms.CLASSES:
+        for number in range(0, 24, 2):
+            picture = Image.open(Path(root, "Training", label, f"{number:05d}.jpg"))
+            ImageOps.mirror(picture).save(Path(root, "Training", label, f"again{23 - number:05d}.png"))
+    for seed in range(3):
+        data = prepared(tiny(root, tmp_path / str(seed), seed=seed, validation=0.25))
+        rows = data.plan.samples // 1024
+        held = np.isin(np.arange(len(rows)), data.plan.validation)
+        side = dict(zip(data.table["uri"].take(rows).to_pylist(), held.tolist(), strict=True))
+        for label in phantoms.CLASSES:
+            for number in range(0, 24, 2):
+                original, again = f"{number:05d}.jpg", f"again{23 - number:05d}.png"
+                folder = storage.join(root, "Training", label)
+                assert side[storage.join(folder, original)] == side[storage.join(folder, again)]
 
 
 def test_a_frozen_body_stays_for_its_epochs_and_then_learns(

@@ -39,12 +39,17 @@ PREPROCESS = PreprocessConfig(size=32, crop=True, margin=0.02, low_percentile=0.
 
 
 def easy_picture(kind: int, seed: int) -> bytes:
-    """A noisy PNG of a head with a bright or dark spot, which tells the kinds 0 to 5 apart; mirror images are alike."""
+    """A noisy PNG of a head with a bright or dark spot, which tells the kinds 0 to 5 apart; mirror images are alike.
+
+    Each head has a shape and a shading of its own: two pictures never count as the same image.
+    """
     rng = np.random.default_rng([seed, kind])
     y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1) * 2 - 1
-    gray = 110.0 * ((x / 0.85) ** 2 + (y / 0.9) ** 2 < 1)
-    height, brightness = [(0.0, 0), (0.0, 120), (0.0, -100), (-0.55, 120), (0.55, 120), (-0.55, -100)][kind]
-    spot = (x - rng.uniform(-0.1, 0.1)) ** 2 + (y - height - rng.uniform(-0.1, 0.1)) ** 2 < rng.uniform(0.2, 0.3) ** 2
+    width, height, tilt = rng.uniform(0.65, 0.95), rng.uniform(0.75, 0.95), rng.uniform(-0.3, 0.3)
+    waves = np.cos(rng.uniform(2, 7, 4) @ np.stack([x, y, x + y, x - y]).reshape(4, -1) + rng.uniform(0, 6))
+    gray = (110.0 + 14 * waves.reshape(x.shape)) * (((x + tilt * y) / width) ** 2 + (y / height) ** 2 < 1)
+    place, brightness = [(0.0, 0), (0.0, 120), (0.0, -100), (-0.55, 120), (0.55, 120), (-0.55, -100)][kind]
+    spot = (x - rng.uniform(-0.1, 0.1)) ** 2 + (y - place - rng.uniform(-0.1, 0.1)) ** 2 < rng.uniform(0.2, 0.3) ** 2
     gray += brightness * spot + rng.normal(0, 6, gray.shape)
     buffer = io.BytesIO()
     Image.fromarray(np.clip(gray, 0, 255).astype(np.uint8)).save(buffer, "PNG")

@@ -63,7 +63,7 @@ class Plan:
     train: npt.NDArray[np.int64]
     """Positions in `samples` that are trained on."""
     validation: npt.NDArray[np.int64]
-    """Positions in `samples` that are held out."""
+    """Positions in `samples` that are held out; none in a refit."""
     streaming: bool
     """Frames do not fit in memory."""
     initial_weights: dict[str, Tensor] | None = None

@@ -100,7 +100,7 @@ class TrainingRun:
                 self.frozen = not self.frozen
                 self.parallel = self._parallel()
             started = time.perf_counter()
-            record = {"epoch": epoch + 1, **self._train_epoch(epoch), **self._validate()}
+            record = {"epoch": epoch + 1, **self._train_epoch(epoch), **self._validate(epoch)}
             record["rejected"] = self._rejected_since()
             record["seconds"] = time.perf_counter() - started
             self.history.append(record)
@@ -178,7 +178,10 @@ class TrainingRun:
         return self.weights[self._to_device(batch.whole_labels)].sum()
 
     @torch.no_grad()
-    def _validate(self) -> Record:
+    def _validate(self, epoch: int) -> Record:
+        if len(self.plan.validation) == 0:  # a refit: nothing is held out, and the last epoch is the one to keep
+            self.evaluated()
+            return {"val_loss": None, "val_macro_f1": None, "val_accuracy": None, "score": float(epoch)}
         network = self.evaluated()
         network.eval()
         logits, labels = [torch.zeros(0, len(self.plan.classes))], [torch.zeros(0, dtype=torch.int64)]

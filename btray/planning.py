@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ from btray.settings import TrainConfig
 from btray.split import hold_out
 
 _log = logging.getLogger(__name__)
+
+# Peak learning rate of the refit, as a share of the first one: high enough to learn the images that are new to it.
+_REFIT_RATE = 0.3
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,9 @@ def datasets(data: TrainingData) -> dict[str, ray.data.Dataset | Callable[[], ra
     plan = data.plan
     shuffled = np.random.default_rng(plan.config.seed).permutation(plan.train)
     source = FrameSource(plan.config.preprocess)
-    rows = {"train": _rows_of(plan, shuffled), "validation": _rows_of(plan, plan.validation)}
+    rows = {"train": _rows_of(plan, shuffled)}
+    if len(plan.validation):
+        rows["validation"] = _rows_of(plan, plan.validation)
     return {
         name: decode_rows(_numbered(data.table, chosen, plan.classes), source, num_cpus=0.5)
         for name, chosen in rows.items()
@@ -218,6 +223,33 @@ class StreamSplit(ray.train.DataConfig):
             for share, part in zip(shares, parts, strict=True):
                 share[name] = part
         return shares
+
+
+def refit_plan(plan: Plan, weights: dict[str, Any], epochs_before: int) -> Plan:
+    """The plan of the last epochs: from `weights`, on all samples, at a lower rate.
+
+    Its run stands beside the first one and is named after the epochs that came before, so that a longer first run is
+    followed by a refit of its own.
+    """
+    config = plan.config
+    name = f"{config.name}.refit-{epochs_before}"
+    optimiser = config.optimiser.model_copy(
+        update={
+            "learning_rate": config.optimiser.learning_rate * _REFIT_RATE,
+            "freeze_epochs": 0,
+            "layer_decay": 1.0,
+        }
+    )
+    return replace(
+        plan,
+        config=config.model_copy(
+            update={"name": name, "epochs": config.refit_epochs, "patience": 0, "optimiser": optimiser}
+        ),
+        run_uri=storage.join(storage.resolve(config.storage_uri), name),
+        train=np.arange(len(plan.samples)),
+        validation=np.zeros(0, np.int64),
+        initial_weights=weights,
+    )
 
 
 def _rows_of(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -52,6 +52,8 @@ def score(bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *,
     Needs a connection to Ray. Actors read, decode and predict in one go and take less than a CPU each, so that they
     never starve what feeds them.
     """
+    if len(rows) == 0:
+        return _no_scores()
     wanted = pa.table({"row": rows, "uri": uris})
     blocks = [wanted.slice(start, _BLOCK_ROWS) for start in range(0, len(wanted), _BLOCK_ROWS)]
     actors = max(1, min(int(cpus()), len(blocks)))
@@ -71,6 +73,12 @@ def score(bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *,
         fingerprints=unpack(answered["fingerprint"].to_pylist()),
         rejected=table.filter(pc.not_equal(table["code"], "")).select(["row", "code", "message"]),
     )
+
+
+def _no_scores() -> Scores:
+    nothing = np.zeros((0, 0), np.float32)
+    rejected = pa.table({"row": pa.array([], pa.int64()), "code": pa.array([], pa.string()), "message": []})
+    return Scores(np.zeros(0, np.int64), Answers(nothing, nothing), unpack([]), rejected)
 
 
 def _matrix(lists: pa.ChunkedArray) -> npt.NDArray[np.float32]:

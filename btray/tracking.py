@@ -59,13 +59,18 @@ class Tracker:
 
 
 def progress_line(history: list[Record], epochs: int) -> str:
-    """One epoch for a human: loss, validation macro-F1 and its best, images/s, time left."""
+    """One epoch for a human: loss, validation macro-F1 and its best where there is one, images/s, time left."""
     record = history[-1]
-    best = max(history, key=lambda row: row["score"])
     left = (epochs - record["epoch"]) * sum(row["seconds"] for row in history[-5:]) / len(history[-5:])
+    held_out = "  on all images"
+    if record["val_loss"] is not None:
+        best = max(history, key=lambda row: row["score"])
+        held_out = (
+            f"  val loss {record['val_loss']:.3f}  "
+            f"val macro-F1 {record['val_macro_f1']:.3f} (best {best['val_macro_f1']:.3f} in epoch {best['epoch']})"
+        )
     return (
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.3f}  val loss {record['val_loss']:.3f}  "
-        f"val macro-F1 {record['val_macro_f1']:.3f} (best {best['val_macro_f1']:.3f} in epoch {best['epoch']})  "
+        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.3f}{held_out}  "
         f"{record['images_per_second']:.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
     )
 

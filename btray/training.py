@@ -1,9 +1,10 @@
-"""The training job: data -> plan -> Ray Train -> the best network -> calibration -> bundle with its evaluation."""
+"""The training job: data -> plan -> Ray Train -> best network -> calibration -> refit -> bundle with evaluation."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,7 +23,7 @@ from btray.fingerprint import unpack
 from btray.initial import read_initial_weights
 from btray.limits import Limits, choose_limits
 from btray.loop import load_state, train_loop
-from btray.ood import REFERENCE_IMAGES
+from btray.ood import REFERENCE_IMAGES, Distribution
 from btray.planning import (
     StreamSplit,
     TrainingData,
@@ -30,20 +31,23 @@ from btray.planning import (
     data_digest,
     datasets,
     prepare,
+    refit_plan,
     training_classes,
     worker_range,
 )
 from btray.rejections import rejections_in, report_rejections
-from btray.scoring import score
+from btray.scoring import Scores, score
 from btray.settings import TrainConfig
 from btray.tracking import Record, require_mlflow
 from btray.worklist import read_labelled
+
+_log = logging.getLogger(__name__)
 
 RUN = "run.json"
 # What may differ between two calls that mean the same run.
 _FREE_TO_CHANGE = {
     "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
-    "abstain_target", "conformal_error",
+    "abstain_target", "conformal_error", "refit_epochs",
 }  # fmt: skip
 
 
@@ -150,27 +154,57 @@ def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
 
 
 def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
-    """Calibrate on the validation images, then read the labels of the test split, once, and measure."""
+    """Calibrate on the validation images, refit, then read the labels of the test split, once, and measure."""
     plan, table = data.plan, data.table
     reference_rows, validation_rows = _reference_rows(plan), _rows_at(plan, plan.validation)
+    scores = _score(data, trained, np.concatenate([reference_rows, validation_rows]))
+    validation, reference = scores.of_rows(validation_rows), scores.of_rows(reference_rows)
+    limits = choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference.answers.features)
+    final = _refit(data, trained)
     test_rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) == "test")
-    rows = np.concatenate([reference_rows, validation_rows, test_rows])
-    uncalibrated = _bundle(data, trained, Limits())
-    scores = score(uncalibrated, rows, table["uri"].take(rows), batch_size=plan.config.batch_size)
-    validation, test = scores.of_rows(validation_rows), scores.of_rows(test_rows)
-    reference = scores.of_rows(reference_rows).answers.features
-    bundle = _bundle(data, trained, choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference))
-    measured, measured_on, notes = test, f"the test split of {plan.config.data}", []
-    if len(test.row) == 0:
-        measured, measured_on = validation, f"the validation images of {plan.config.data}"
-        missing = "not one readable image in their" if len(test_rows) else "no"
+    if final is not trained:
+        scores = _score(data, final, np.concatenate([reference_rows, test_rows]))
+        limits = replace(limits, ood=Distribution.fit(scores.of_rows(reference_rows).answers.features))
+        test = scores.of_rows(test_rows)
+    else:
+        test = _score(data, trained, test_rows)
+    bundle = _bundle(data, final, limits)
+    return bundle, _assess(data, trained, bundle, test, validation if len(test.row) == 0 else None)
+
+
+def _refit(data: TrainingData, trained: _Trained) -> _Trained:
+    """Go on with the best network on all images for a few epochs; `trained` itself where that is not wanted."""
+    plan = data.plan
+    if plan.config.refit_epochs == 0 or "val" in data.table["split"].to_pylist():
+        return trained
+    _log.info("%d more epochs on all %d images, the held-out ones too", plan.config.refit_epochs, len(plan.samples))
+    return _fit(replace(data, plan=refit_plan(plan, trained.weights, len(trained.history))))
+
+
+def _score(data: TrainingData, trained: _Trained, rows: npt.NDArray[np.int64]) -> Scores:
+    """What the network, not yet calibrated, says of some rows."""
+    uris = data.table["uri"].take(rows)
+    return score(_bundle(data, trained, Limits()), rows, uris, batch_size=data.plan.config.batch_size)
+
+
+def _assess(
+    data: TrainingData, trained: _Trained, bundle: Bundle, test: Scores, validation: Scores | None
+) -> Assessment:
+    """Metrics, plots and texts on the test split; where it has no readable image, on the validation images."""
+    plan, table = data.plan, data.table
+    report_rejections(test.rejected, table)
+    prints = unpack(data.used["fingerprint"].to_pylist())
+    if validation is None:
+        measured, measured_on, notes, learnt_from = test, f"the test split of {plan.config.data}", [], prints
+    else:
+        report_rejections(validation.rejected, table)
+        measured, measured_on, learnt_from = validation, f"the validation images of {plan.config.data}", None
+        missing = "not one readable image in their" if len(test.rejected) else "no"
         notes = [
             f"The data have {missing} test split: these figures are of the validation images, by which the best epoch "
-            "and the temperature were chosen, and are too high."
+            "and the temperature were chosen, and are too high. They were answered by the network as it was before it "
+            "learnt from these images too."
         ]
-        report_rejections(test.rejected, table)
-    report_rejections(measured.rejected, table)
-    prints = unpack(data.used["fingerprint"].to_pylist())
     assessment = assess(
         bundle,
         table,
@@ -178,7 +212,7 @@ def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
         measured_on=measured_on,
         history=trained.history,
         notes=notes,
-        learnt_from=prints if measured is test else None,
+        learnt_from=learnt_from,
     )
     files = assessment.files | {
         "MODEL_CARD.md": model_card_of(bundle.manifest, assessment.metrics).encode(),
@@ -186,7 +220,7 @@ def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
         "history.jsonl": "".join(json.dumps(record) + "\n" for record in trained.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),
     }
-    return bundle, Assessment(assessment.metrics, files)
+    return Assessment(assessment.metrics, files)
 
 
 def _rows_at(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -224,6 +258,7 @@ def _bundle(data: TrainingData, trained: _Trained, limits: Limits) -> Bundle:
             "rejected": len(rejections_in(data.survey)),
             "leak": {split: leaked for split, (leaked, _) in data.leak.tested.items()},
             "on_leak": plan.config.on_leak,
+            "refit_epochs": 0 if "val" in data.table["split"].to_pylist() else plan.config.refit_epochs,
             "patient_ids": data.table["patient_id"].null_count < len(data.table),
         },
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

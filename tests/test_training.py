@@ -173,16 +173,34 @@ def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_an
     assert all(p.label in p.label_set for p in said)
 
 
+def test_the_refit_goes_on_from_the_best_network_with_every_image_and_leaves_the_first_run_as_it_was(
+    ray_session: None, unbalanced: str, tmp_path: Path
+) -> None:
+    config = tiny(unbalanced, tmp_path / "model", epochs=2, refit_epochs=3)
+    train(config)
+    assert [record["epoch"] for record in history_of(config)] == [1, 2]
+    again = history_of(config.model_copy(update={"name": "train.refit-2"}))
+    assert [record["val_loss"] for record in again] == [None] * 3
+    assert again[-1]["train_loss"] < history_of(config)[-1]["train_loss"]
+    bundle = load_bundle(config.out)
+    last = training.load_state(storage.join(run_of(config) + ".refit-2", "epoch_00003"))["evaluated"]
+    before = training.load_state(storage.join(run_of(config), "epoch_00002"))["evaluated"]
+    assert all(torch.equal(tensor, last[name]) for name, tensor in bundle.weights.items())
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in bundle.weights.items())
+    assert storage.read_json(storage.join(config.out, "metrics.json"))["n"] == 18
+
+
 def test_training_stops_at_patience_and_keeps_the_best_epoch(
     ray_session: None, with_val_split: str, tmp_path: Path
 ) -> None:
     # Far too high a rate, so that epochs are good and bad by turns.
     wild = {"learning_rate": 0.5, "warmup": 0.0, "schedule": "constant", "ema": 0.0}
-    config = tiny(with_val_split, tmp_path / "model", epochs=30, patience=3, optimiser=wild)
+    config = tiny(with_val_split, tmp_path / "model", epochs=30, patience=3, optimiser=wild, refit_epochs=2)
     train(config)
     history = history_of(config)
     best = max(history, key=lambda record: record["score"])
     assert len(history) == best["epoch"] + 3 < 30
+    assert storage.list_names(config.storage_uri) == [config.name], "a val split of the data's own is never learnt from"
     bundle = load_bundle(config.out)
     of_best, of_last = (
         training.load_state(storage.join(run_of(config), f"epoch_{epoch:05d}"))["evaluated"]

@@ -77,6 +77,7 @@ def tiny(data: str, out: str | Path, **changes: Any) -> TrainConfig:
         "batch_size": 16,
         "num_workers": "1",
         "patience": 0,
+        "refit_epochs": 0,
         "validation": 0.15,
         "preprocess": PREPROCESS,
         "augment": AUGMENT,

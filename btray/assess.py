@@ -20,8 +20,9 @@ from btray.errors import UserError
 from btray.evaluation import compute_metrics, worst_errors
 from btray.frames import FrameSource, Rejection
 from btray.labels import require_known_labels
+from btray.page import Section
 from btray.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
-from btray.report import Section, model_card, render_report
+from btray.report import model_card, render_report
 from btray.scoring import Scores, score
 from btray.settings import EvaluateConfig
 from btray.worklist import read_labelled

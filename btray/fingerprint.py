@@ -1,8 +1,8 @@
 """What tells two files that show the same image: thumbnails, their correlation, and a fingerprint to find and store.
 
 Same image means: the 48 x 48 gray thumbnails correlate by at least `SAME_IMAGE` in the best of 8 orientations
-(mirrored, turned by 90 degrees), taken of the whole picture, of the box around all that is not dark, or of that box inside its
-uniform borders, white ones say.
+(mirrored, turned by 90 degrees), taken of the whole picture, of the box around all that is not dark, or of that box
+inside its uniform borders, white ones say.
 
 A fingerprint holds the low frequencies of these thumbnails' discrete cosine transform without their signs and without
 telling rows from columns. So it is the same for all 8 orientations, shows no picture of a patient, and never lies
@@ -52,8 +52,23 @@ Fingerprints = npt.NDArray[np.float16]
 
 def thumbnails(gray: Gray) -> Thumbnails:
     """uint8 [VIEWS, 48, 48] of a gray image: all of it, its bright part, and that inside its uniform borders."""
-    small = _reduced(gray)
-    return np.stack([_squeezed(view) for view in (small, _bright_part(small), _bright_part(strip_borders(small)))])
+    small = reduced(gray)
+    bright = _bright_part(small)
+    inner = strip_borders(small)
+    inner_bright = bright if inner.shape == small.shape else _bright_part(inner)
+    return np.stack([_squeezed(view) for view in (small, bright, inner_bright)])
+
+
+def reduced(gray: Gray) -> npt.NDArray[np.uint8]:
+    """`gray` as uint8 over its own range where it is deeper, box-averaged to sides below 384 pixels.
+
+    All that is looked at in a thumbnail is left; what is reduced already stays as it is.
+    """
+    if gray.dtype != np.uint8:
+        low, high = int(gray.min()), int(gray.max())
+        gray = ((gray.astype(np.float32) - low) * (255.0 / max(high - low, 1))).astype(np.uint8)
+    factors = tuple(max(1, side // _WORKING_SIDE) for side in reversed(gray.shape))
+    return np.asarray(Image.fromarray(gray).reduce(factors))
 
 
 def representative(frames: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -102,20 +117,11 @@ def _normalised(pictures: Thumbnails) -> npt.NDArray[np.float32]:
     return np.where(norm >= _BLANK * _SIDE, centred / np.maximum(norm, 1), np.float32(0)).astype(np.float32)
 
 
-def _reduced(gray: Gray) -> npt.NDArray[np.uint8]:
-    """`gray` as uint8 over its own range where it is deeper, at most about _WORKING_SIDE pixels wide and high."""
-    if gray.dtype != np.uint8:
-        low, high = int(gray.min()), int(gray.max())
-        gray = ((gray.astype(np.float32) - low) * (255.0 / max(high - low, 1))).astype(np.uint8)
-    factors = tuple(max(1, side // _WORKING_SIDE) for side in reversed(gray.shape))
-    return np.asarray(Image.fromarray(gray).reduce(factors))
-
-
 def _bright_part(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The box of all rows and columns in which enough pixels are brighter than a tenth of the white level."""
-    counts = np.bincount(gray.ravel(), minlength=256).cumsum()
+    counts = np.cumsum(Image.fromarray(gray).histogram())  # in a quarter of the time that np.bincount takes
     bright = gray > _DARK * np.searchsorted(counts, 0.99 * counts[-1])
-    rows, columns = (np.flatnonzero(bright.mean(axis) > _SPECKS) for axis in (1, 0))
+    rows, columns = (np.flatnonzero(np.count_nonzero(bright, axis) > _SPECKS * bright.shape[axis]) for axis in (1, 0))
     if min(len(rows), len(columns)) < _SMALLEST_PART:
         return gray
     return gray[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -19,8 +19,8 @@ import ray.train
 from btray import storage
 from btray.cluster import cpus, gpus
 from btray.errors import UserError
-from btray.feeding import FRAMES_PER_SCAN, Plan, decode_rows, survey
-from btray.frames import FrameSource
+from btray.feeding import Plan, decode_rows, survey
+from btray.frames import FRAMES_PER_SCAN, FrameSource
 from btray.labels import class_order, require_known_labels
 from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
 from btray.settings import TrainConfig

@@ -17,7 +17,7 @@ from btray.bundle import Bundle, make_bundle, require_free, save_bundle
 from btray.cluster import connected, cpus
 from btray.errors import UserError
 from btray.evaluation import fit_temperature
-from btray.feeding import FRAMES_PER_SCAN
+from btray.frames import FRAMES_PER_SCAN
 from btray.initial import read_initial_weights
 from btray.loop import load_state, train_loop
 from btray.planning import (

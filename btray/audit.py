@@ -1,7 +1,8 @@
 """What makes figures of a data set untrue, found before anything is trained: `jobs/audit`.
 
-Two passes of Ray Data. The first reads every file once and brings back digests, a fingerprint and a few numbers; pictures
-stay where they are decoded. The second reads again only what may be the same image by its fingerprint, and compares.
+Two passes of Ray Data. The first reads every file once and brings back digests, a fingerprint and a few numbers;
+pictures stay where they are decoded. The second reads again only what may be the same image by its fingerprint, and
+compares it.
 """
 
 from __future__ import annotations
@@ -97,8 +98,10 @@ def find_twins(readable: pa.Table, uris: pa.ChunkedArray) -> Twins:
 
 
 def _correlate(pairs: Pairs, uris: pa.ChunkedArray, count: int) -> npt.NDArray[np.float32]:
-    """Correlations [p] of pairs [p, 2] of `count` files, read by Ray; those of one crowd together, so that each is read
-    about once."""
+    """Correlations [p] of pairs [p, 2] of `count` files, read by Ray.
+
+    Pairs of one crowd stand together, so that each file is read about once.
+    """
     order = np.lexsort((pairs[:, 0], components(count, pairs)[pairs[:, 0]]))
     first, second = pairs[order].T
     columns = {"place": order, "first": first, "second": second}

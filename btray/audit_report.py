@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
@@ -25,6 +26,13 @@ _SIDE = 132
 _MOST_MEMBERS = 6
 _MOST_STRAYS = 24
 _MOST_NAMED = 20
+_COMMON_SIZES = 8
+_LEVELS = {
+    "mean": "mean gray",
+    "deviation": "standard deviation",
+    "black": "black (1st percentile)",
+    "white": "white (99th percentile)",
+}
 
 _NOTICE = (
     "This page shows pictures of the audited data. Groups are found by comparing pictures, which can err: look at them "
@@ -83,14 +91,16 @@ def _cards(findings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for split, entry in leakage.items()
     ]  # fmt: skip
     conflicts = findings["label_conflicts"]
+    twins = f"of {readable} readable ones, in {duplicates['groups']} groups"
+    contradicting = f"groups of one image with several labels, {images(conflicts['images'])} in all"
     return [
         ("Images", str(findings["images"]), f"{readable} could be read, in {len(findings['classes'])} classes"),
         *cards,
-        ("In duplicate groups", str(duplicates["images"]), f"of {readable} readable ones, in {duplicates['groups']} groups"),
-        ("Label conflicts", str(conflicts["groups"]), f"groups of one image with several labels, {conflicts['images']} images"),
+        ("In duplicate groups", str(duplicates["images"]), twins),
+        ("Label conflicts", str(conflicts["groups"]), contradicting),
         ("Probably not MRI", str(findings["not_mri"]["images"]), f"of {images(readable)}, by simple rules given below"),
         ("Unreadable", str(findings["unreadable"]["images"]), f"of {findings['images']} files"),
-    ]  # fmt: skip
+    ]
 
 
 def _notes(findings: Mapping[str, Any]) -> list[str]:
@@ -113,10 +123,9 @@ def _notes(findings: Mapping[str, Any]) -> list[str]:
         notes.append(
             "No patients are named: slices of one patient may lie in several splits, which nobody can see here."
         )
-    if findings["label_conflicts"]["groups"]:
-        notes.append(
-            f"{findings['label_conflicts']['groups']} groups of the same image have several labels: one of them is wrong."
-        )
+    conflicts = findings["label_conflicts"]["groups"]
+    if conflicts:
+        notes.append(f"{conflicts} groups of the same image have several labels, of which one at most is right.")
     return notes
 
 
@@ -135,60 +144,69 @@ def _leakage_rows(leakage: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _groups(table: pa.Table, members: pa.Table, most: int) -> tuple[list[dict[str, Any]], int]:
-    """What is shown of duplicate groups, leaks and conflicts first, and how many groups are not shown."""
+    """What is shown of duplicate groups, conflicts and leaks first, and how many groups are not shown."""
     ids = members["group_id"].to_numpy()
     count = int(ids.max(initial=-1)) + 1
-    conflicting = conflicting_groups(table, members)
+    conflicting = np.isin(np.arange(count), sorted(conflicting_groups(table, members)))
     leaking = leaking_rows(table, members)
-    weight = np.zeros(count, np.int64)
-    np.maximum.at(weight, ids, leaking.astype(np.int64))
-    weight[sorted(conflicting)] += 2
-    chosen = np.argsort(-weight, kind="stable")[:most]
+    leaky = np.isin(np.arange(count), ids[leaking])
+    chosen = np.argsort(-(2 * conflicting + leaky.astype(int)), kind="stable")[:most]
     starts = np.searchsorted(ids, np.arange(count + 1))
-    rows, splits = members["row"].to_numpy(), effective_splits(table["split"])
+    columns = members.append_column("leaking", pa.array(leaking)).append_column(
+        "split", effective_splits(table["split"]).take(members["row"].combine_chunks())
+    )
     shown = []
     for number in chosen.tolist():
-        places = _telling(starts[number], starts[number + 1], leaking)
-        pictures = _pictures([table["uri"][int(rows[place])].as_py() for place in places])
-        entries = []
-        for place, (uri, source) in zip(places, pictures, strict=True):
-            row = int(rows[place])
-            split, label = splits[row].as_py(), table["label"][row].as_py()
-            grade, score = members["grade"][place].as_py(), members["score"][place].as_py()
-            entries.append(
-                Shown(
-                    source,
-                    "/".join(uri.rsplit("/", 2)[-2:]),
-                    [f"{split} · {label}" if split else label, f"{grade} · {score:.3f}"],
-                    bool(leaking[place]),
-                )
-            )
-        size = int(starts[number + 1] - starts[number])
-        marks = [*(["labels differ"] if number in conflicting else []), *(["leak"] if weight[number] % 2 else [])]
+        group = columns.slice(starts[number], starts[number + 1] - starts[number])
+        kept = _telling(group["leaking"].to_numpy())
         shown.append(
-            {"number": number, "size": size, "marks": marks, "pictures": entries, "hidden": size - len(entries)}
+            {
+                "number": number,
+                "size": len(group),
+                "marks": ["labels differ"] * bool(conflicting[number]) + ["leak"] * bool(leaky[number]),
+                "pictures": _members(table, group.take(kept)),
+                "hidden": len(group) - len(kept),
+            }
         )
     return shown, count - len(shown)
 
 
-def _telling(start: int, end: int, leaking: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
-    """The members of a group that are shown: of a large one, both sides of a leak."""
-    leaks = [place for place in range(start, end) if leaking[place]]
-    others = [place for place in range(start, end) if not leaking[place]]
+def _telling(leaking: npt.NDArray[np.bool_]) -> list[int]:
+    """The members of a group that are shown, as positions: of a large one, both sides of a leak."""
+    leaks, others = np.flatnonzero(leaking).tolist(), np.flatnonzero(~leaking).tolist()
     kept = leaks[: max(_MOST_MEMBERS // 2, _MOST_MEMBERS - len(others))]
     return sorted([*kept, *others[: _MOST_MEMBERS - len(kept)]])
 
 
-def _strays(table: pa.Table, found: pa.Table) -> list[Shown]:
-    suspects = found.filter(pc.and_(pc.equal(found["code"], ""), pc.not_equal(found["not_mri"], ""))).slice(
-        0, _MOST_STRAYS
-    )
-    rows = suspects["row"].to_pylist()
-    pictures = _pictures([table["uri"][row].as_py() for row in rows])
+def _members(table: pa.Table, group: pa.Table) -> list[Shown]:
+    files = table.take(group["row"])
+    pictures = _pictures(files["uri"].to_pylist())
     return [
-        Shown(source, "/".join(uri.rsplit("/", 2)[-2:]), [reason])
+        Shown(
+            source,
+            _short(uri),
+            [
+                f"{member['split']} · {label}" if member["split"] else label,
+                f"{member['grade']} · {member['score']:.3f}",
+            ],
+            member["leaking"],
+        )
+        for (uri, source), label, member in zip(pictures, files["label"].to_pylist(), group.to_pylist(), strict=True)
+    ]
+
+
+def _strays(table: pa.Table, found: pa.Table) -> list[Shown]:
+    suspects = found.filter(pc.greater(pc.utf8_length(found["not_mri"]), 0)).slice(0, _MOST_STRAYS)
+    pictures = _pictures(table["uri"].take(suspects["row"]).to_pylist())
+    return [
+        Shown(source, _short(uri), [reason])
         for (uri, source), reason in zip(pictures, suspects["not_mri"].to_pylist(), strict=True)
     ]
+
+
+def _short(uri: str) -> str:
+    """The file and its folder."""
+    return "/".join(uri.rsplit("/", 2)[-2:])
 
 
 def _pictures(uris: Sequence[str]) -> list[tuple[str, str]]:
@@ -224,7 +242,7 @@ def _sections(findings: Mapping[str, Any], table: pa.Table, found: pa.Table) -> 
 def _conflict_section(conflicts: Mapping[str, Any]) -> Section:
     return Section(
         title="Labels that contradict each other",
-        text=f"{conflicts['groups']} groups, {images(conflicts['images'])}: the same image stands under several labels.",
+        text=f"{conflicts['groups']} groups, {images(conflicts['images'])}: one image stands under several labels.",
         columns=("labels", "groups"),
         rows=[[" / ".join(entry["labels"]), str(entry["groups"])] for entry in conflicts["between"]],
         numbers=True,
@@ -258,35 +276,33 @@ def _file_sections(findings: Mapping[str, Any]) -> list[Section]:
     files, readable = findings["files"], findings["images"] - findings["unreadable"]["images"]
     if not readable:
         return []
-    kinds = [["format " + name, str(count)] for name, count in files["formats"].items()]
-    kinds += [["pixels stored as " + name, str(count)] for name, count in files["modes"].items()]
-    kinds += [[f"{size['width']} x {size['height']} pixels", str(size["images"])] for size in files["common_sizes"][:8]]
-    kinds.append(["more than one frame", str(files["several_frames"])])
-    measured = {"width, pixels": files["width"], "height, pixels": files["height"]}
-    titles = {
-        "mean": "mean gray",
-        "deviation": "standard deviation",
-        "black": "black (1st percentile)",
-        "white": "white (99th percentile)",
-    }
-    measured |= {title: findings["intensity"][name] for name, title in titles.items()}
+    kinds = {f"format {name}": count for name, count in files["formats"].items()}
+    kinds |= {f"pixels stored as {name}": count for name, count in files["modes"].items()}
+    common = files["common_sizes"][:_COMMON_SIZES]
+    kinds |= {f"{size['width']} x {size['height']} pixels": size["images"] for size in common}
+    kinds["more than one frame"] = files["several_frames"]
+    pixels = {f"{name}, pixels": files[name] for name in ("width", "height")}
+    rows = [[title, *(f"{value:g}" for value in spread.values())] for title, spread in pixels.items()]
+    rows += [
+        [title, *(f"{value:.3f}" for value in findings["intensity"][name].values())] for name, title in _LEVELS.items()
+    ]
     return [
         Section(
             title="Kinds of files",
-            text=f"Over {images(readable)}; {files['different_sizes']} different sizes, of which the most frequent are shown.",
+            text=f"Over {images(readable)}; {files['different_sizes']} different sizes, the most frequent are shown.",
             columns=("what", "images"),
-            rows=kinds,
+            rows=[[name, str(count)] for name, count in kinds.items()],
             numbers=True,
         ),
         Section(
             title="Sizes and gray levels",
-            text=f"Over {images(readable)}. Gray levels are shares of full white, taken of each image (of the middle frame "
-            "where there are several); the columns say how these figures spread over the images.",
+            text=f"Over {images(readable)}. Gray levels are shares of full white, taken of each image (of the middle "
+            "frame where there are several); the columns say how these figures spread over the images.",
             columns=("figure", "least", "5 % below", "median", "5 % above", "largest"),
-            rows=[[title, *(f"{value:g}" if "pixels" in title else f"{value:.3f}" for value in spread.values())] for title, spread in measured.items()],
+            rows=rows,
             numbers=True,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _unreadable_section(findings: Mapping[str, Any], table: pa.Table, found: pa.Table) -> Section:
@@ -303,17 +319,17 @@ def _facts(findings: Mapping[str, Any]) -> dict[str, str]:
     duplicates = findings["duplicates"]
     return {
         "Data": findings["data"],
-        "Same image": "Two gray thumbnails of 48 x 48 pixels, of the whole picture, of its bright part, or of that inside "
-        f"uniform borders, correlate by at least {duplicates['least_correlation']} in the best of 8 orientations. "
-        "Groups join what is linked by such pairs, also through others.",
-        "Search": f"Fingerprints were near enough in {duplicates['pairs_considered']} pairs; {duplicates['pairs_compared']} "
-        "of these were compared, the rest being joined by others.",
-        "Twin": f"Another member of the same group. A leak is a twin in an earlier split ({', '.join(ORDER)}); files with no "
-        "split count as train where others have one.",
+        "Same image": "Two gray thumbnails of 48 x 48 pixels, of the whole picture, of its bright part, or of that "
+        f"inside uniform borders, correlate by at least {duplicates['least_correlation']} in the best of 8 "
+        "orientations. A group joins what is linked by such pairs, also through others.",
+        "Search": f"Fingerprints were near enough in {duplicates['pairs_considered']} pairs of different pictures; "
+        f"{duplicates['pairs_compared']} of these were compared, those that join groups, nearest first.",
+        "Twin": f"Another member of the same group. A leak is a twin in an earlier split ({', '.join(ORDER)}); files "
+        "with no split count as train where others have one.",
         "Redundant images": f"{duplicates['redundant']}: what would go if one of each group were kept.",
-        "Not seen": "Neighbouring slices of one patient are different images and no duplicates; only patient identifiers "
-        "tell them. Cuts of more than a few per cent, strong changes of contrast, and slight rotations are not found either.",
-    }  # fmt: skip
+        "Not seen": "Neighbouring slices of one patient are different images and no duplicates; only patient "
+        "identifiers tell them. Larger cuts, strong changes of contrast and slight rotations are not found either.",
+    }
 
 
 _PAGE = """{% extends "page" %}
@@ -330,12 +346,13 @@ _PAGE = """{% extends "page" %}
 {% endmacro %}
 {% block style %}
 .strip { display: flex; flex-wrap: wrap; gap: .75rem; }
-.picture { width: 8.5rem; font-size: .75rem; line-height: 1.35; overflow-wrap: anywhere; border-top: 4px solid transparent; }
+.picture { width: 8.5rem; font-size: .75rem; line-height: 1.35; overflow-wrap: anywhere;
+  border-top: 4px solid transparent; }
 .picture.marked { border-color: var(--warn-line); }
-.picture img { width: auto; max-width: 100%; height: 8.25rem; object-fit: contain; margin: 0 auto .3rem; background: #000; }
+.picture img { width: 100%; height: 8.25rem; object-fit: contain; margin: 0 auto .3rem; background: none; }
 .picture b, .picture span { display: block; }
 .picture span { color: var(--muted); }
-.groups { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+.groups { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(29rem, 100%), 1fr)); }
 .groups figure:last-child:nth-child(odd) { grid-column: auto; }
 .mark { background: var(--warn-line); color: #fff; border-radius: 4px; padding: 0 .4rem; font-size: .75rem; }
 {% endblock %}
@@ -351,8 +368,8 @@ _PAGE = """{% extends "page" %}
 {% if groups %}
 <h2>Duplicate groups</h2>
 <p class="how">{{ groups | length }} of {{ groups | length + left_out }} groups{% if left_out %}; {{ left_out }} are not
-shown here, all are in duplicates.parquet{% endif %}. First groups with contradicting labels, then leaks. Below each
-picture: file, split and label, grade and highest correlation with another member. An orange bar marks a leak.</p>
+shown here, all are in duplicates.parquet{% endif %}. Groups with contradicting labels come first, then leaks. Below
+each picture: file, split and label, grade and highest correlation with another member. An orange bar marks a leak.</p>
 <div class="groups">
 {% for group in groups %}
 <figure>

@@ -54,7 +54,7 @@ def thumbnails(gray: Gray) -> Thumbnails:
     """uint8 [VIEWS, 48, 48] of a gray image: all of it, its bright part, and that inside its uniform borders."""
     small = reduced(gray)
     bright = _bright_part(small)
-    inner = strip_borders(small)
+    inner = np.asarray(strip_borders(small), np.uint8)
     inner_bright = bright if inner.shape == small.shape else _bright_part(inner)
     return np.stack([_squeezed(view) for view in (small, bright, inner_bright)])
 

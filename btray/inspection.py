@@ -163,7 +163,7 @@ def pixel_digest(scan: Scan) -> bytes:
     digest = hashlib.sha256()
     for frame in scan.frames:
         digest.update(f"{frame.dtype.str} {frame.shape};".encode())
-        digest.update(frame)
+        digest.update(frame.data)  # frames are C-contiguous
     return digest.digest()[:16]
 
 

@@ -168,7 +168,7 @@ def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
 
 def _small_colours(image: ImageFile) -> Array:
     image.draft("RGB", (_COLOUR_SIDE, _COLOUR_SIDE))  # a JPEG is decoded at an eighth of its size
-    factors = tuple(max(1, side // _COLOUR_SIDE) for side in image.size)
+    factors = (max(1, image.width // _COLOUR_SIDE), max(1, image.height // _COLOUR_SIDE))
     if image.mode in ("P", "PA"):
         return np.asarray(image.convert("RGB").reduce(factors))
     return np.asarray(image.reduce(factors).convert("RGB"))

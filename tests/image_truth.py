@@ -58,6 +58,8 @@ COPIES: dict[str, Callable[[Gray], bytes]] = {
     "as TIFF": lambda gray: encode(gray, "TIFF"),
 }
 """Ways to copy an image, by name: gray picture -> encoded copy."""
+# Where the head reaches the edge, or noise hides where the picture ends, these move the frame of what is compared.
+REFRAMED = ("cropped", "padded white", "padded black")
 SAME_PIXELS = ("original", "in colour", "as TIFF")
 
 

@@ -60,7 +60,9 @@ def group(files: pa.Table, twins: Twins) -> pa.Table:
     first files.
     """
     if not len(files):
-        return pa.table({"row": Numbers(0), "group_id": Numbers(0), "grade": pa.array([], pa.string()), "score": []})
+        return pa.schema(
+            [("row", pa.int64()), ("group_id", pa.int64()), ("grade", pa.string()), ("score", pa.float32())]
+        ).empty_table()
     pictures = int(twins.pixels.max()) + 1
     of_file = components(pictures, twins.pairs)[twins.pixels]
     best = np.zeros(pictures, np.float32)

@@ -306,7 +306,7 @@ def test_the_page_shows_some_groups_leaks_first_and_says_how_many_it_does_not(
 ) -> None:
     for seed in range(5):
         for copy in range(2):
-            split = "test" if seed == 4 and copy else "train"
+            split = "val" if seed == 4 and copy else "train"
             storage.write_bytes(
                 str(tmp_path / "data" / split / "glioma" / f"{seed} {copy}.png"), encode(slice_of(seed))
             )

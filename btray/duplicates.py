@@ -6,12 +6,14 @@ same bucket of at least one band all but surely, others hardly ever.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from btray.fingerprint import LENGTH, SAME_FINGERPRINT, VIEWS, Fingerprints, distances, frequencies
+from btray.fingerprint import LENGTH, SAME_FINGERPRINT, SAME_IMAGE, VIEWS, Fingerprints, distances, frequencies
 
 Pairs = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int64]
@@ -24,6 +26,8 @@ _SPREAD = 0.85
 # In a larger bucket each image is paired with this many that come next by a further projection: crowds of one image
 # are joined as well, and cost stays linear.
 _WINDOW = 24
+# Rounds of `verified_pairs`; on the public data set the first one finds every group.
+_ROUNDS = 4
 # Pairs compared at a time, so that memory stays bounded.
 _CHUNK = 100_000
 
@@ -65,6 +69,44 @@ def components(count: int, pairs: Pairs) -> Numbers:
     """Numbers int64 [count] of the connected components of a graph of `count` nodes with edges [p, 2]."""
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def verified_pairs(
+    count: int, pairs: Pairs, correlate: Callable[[Pairs], npt.NDArray[np.float32]]
+) -> tuple[Pairs, npt.NDArray[np.float32], int]:
+    """Those of `pairs` [p, 2] of `count` images that hold groups of the same image together, and their correlations.
+
+    `pairs` come nearest first, as from `near_pairs`; `correlate` compares the pictures of some of them. Each round
+    compares a spanning forest of nearest pairs between the groups known so far, so that a crowd of n copies costs n
+    comparisons and not n squared, and all together at most 4 a picture. Also returns how many were compared.
+    """
+    same, values = np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
+    group, left, compared = np.arange(count), pairs, 0
+    for _ in range(_ROUNDS):
+        left = left[group[left[:, 0]] != group[left[:, 1]]]
+        chosen = _spanning_forest(group[left])
+        if not len(chosen):
+            break
+        correlation = correlate(left[chosen])
+        compared += len(chosen)
+        passed = correlation >= SAME_IMAGE
+        same = np.concatenate([same, left[chosen][passed]])
+        values = np.concatenate([values, correlation[passed]])
+        group = components(count, same)
+        left = np.delete(left, chosen, axis=0)
+    return same, values, compared
+
+
+def _spanning_forest(pairs: Pairs) -> Numbers:
+    """Positions of the pairs [p, 2], nearest first, that make a minimum spanning forest; an edge may occur often."""
+    if not len(pairs):
+        return np.zeros(0, np.int64)
+    nodes, ends = np.unique(pairs, return_inverse=True)
+    ends = np.sort(ends.reshape(-1, 2), axis=1)
+    _, nearest = np.unique(ends[:, 0] * len(nodes) + ends[:, 1], return_index=True)
+    ranks = (nearest + 1.0, (ends[nearest, 0], ends[nearest, 1]))  # a weight of 0 would be no edge
+    forest = minimum_spanning_tree(coo_array(ranks, shape=(len(nodes), len(nodes))).tocsr())
+    return np.sort(forest.data.astype(np.int64)) - 1
 
 
 def _candidates(prints: npt.NDArray[np.float16], *, seed: int) -> Pairs:

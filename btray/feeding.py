@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from btray.fingerprint import NO_FINGERPRINT, fingerprint_of
-from btray.frames import FrameSource, Rejection
+from btray.frames import FRAMES_PER_SCAN, FrameSource, Rejection
 from btray.settings import TrainConfig
 
 _log = logging.getLogger(__name__)
 
-# A scan's number times this, plus the frame within it, is the sample number: the key of all that is random about it.
-FRAMES_PER_SCAN = 1024
 # Rows a block of the decoding pipeline: some 6 MB of frames of 160 x 160, a second's work for one core.
 _BLOCK_ROWS = 256
 # Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.

@@ -2,7 +2,7 @@
 
 Same image means: the 48 x 48 gray thumbnails correlate by at least `SAME_IMAGE` in the best of 8 orientations
 (mirrored, turned by 90 degrees), taken of the whole picture, of the box around all that is not dark, or of that box
-inside its uniform borders, white ones say.
+within a uniform bright border, a white one say.
 
 A fingerprint holds the low frequencies of these thumbnails' discrete cosine transform without their signs and without
 telling rows from columns. So it is the same for all 8 orientations, shows no picture of a patient, and never lies
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.fft import dctn
 
-from btray.preprocess import Gray, strip_borders
+from btray.preprocess import Gray
 
 SAME_IMAGE = 0.99
 """Least correlation of thumbnails that show the same image."""
@@ -40,12 +40,14 @@ NO_FINGERPRINT = bytes(2 * VIEWS * LENGTH)
 _SIDE = 48
 _FREQUENCIES = 12
 # Thumbnails are taken of a picture at most about this large: box averaging makes finer detail count for nothing.
-_WORKING_SIDE = 4 * _SIDE
+_WORKING_SIDE = 8 * _SIDE
 # What is darker than this share of the white level (the 99th percentile) is background.
-_DARK = 0.1
+_DARK = 0.2
 # A row or column with no more bright pixels than this share holds specks and letters, no anatomy.
-_SPECKS = 0.02
+_SPECKS = 0.04
 _SMALLEST_PART = 8
+# A line at the side whose gray levels span less than this belongs to a border.
+_UNIFORM = 20
 # A thumbnail whose gray levels deviate less than this is blank; what correlates there is noise.
 _BLANK = 1.0
 
@@ -54,9 +56,24 @@ Fingerprints = npt.NDArray[np.float16]
 
 
 def thumbnails(gray: Gray) -> Thumbnails:
-    """uint8 [VIEWS, 48, 48] of a gray image: all of it, its bright part, and that inside its uniform borders."""
-    small = _reduced(gray)
-    return np.stack([_squeezed(view) for view in (small, _bright_part(small), _bright_part(strip_borders(small)))])
+    """uint8 [VIEWS, 48, 48] of a gray image: all of it, its bright part, and that within a bright border."""
+    small = reduced(gray)
+    bright = _bright_part(small)
+    inner = _without_bright_border(bright)
+    unframed = bright if inner.shape == bright.shape else _bright_part(inner)
+    return np.stack([_squeezed(view) for view in (small, bright, unframed)])
+
+
+def reduced(gray: Gray) -> npt.NDArray[np.uint8]:
+    """`gray` as uint8 over its own range where it is deeper, box-averaged to sides below 768 pixels.
+
+    All that is looked at in a thumbnail is left; what is reduced already stays as it is.
+    """
+    if gray.dtype != np.uint8:
+        low, high = int(gray.min()), int(gray.max())
+        gray = ((gray.astype(np.float32) - low) * (255.0 / max(high - low, 1))).astype(np.uint8)
+    factors = tuple(max(1, side // _WORKING_SIDE) for side in reversed(gray.shape))
+    return np.asarray(Image.fromarray(gray).reduce(factors))
 
 
 def representative(frames: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -115,20 +132,28 @@ def _normalised(pictures: Thumbnails) -> npt.NDArray[np.float32]:
     return np.where(norm >= _BLANK * _SIDE, centred / np.maximum(norm, 1), np.float32(0)).astype(np.float32)
 
 
-def _reduced(gray: Gray) -> npt.NDArray[np.uint8]:
-    """`gray` as uint8 over its own range where it is deeper, at most about _WORKING_SIDE pixels wide and high."""
-    if gray.dtype != np.uint8:
-        low, high = int(gray.min()), int(gray.max())
-        gray = ((gray.astype(np.float32) - low) * (255.0 / max(high - low, 1))).astype(np.uint8)
-    factors = tuple(max(1, side // _WORKING_SIDE) for side in reversed(gray.shape))
-    return np.asarray(Image.fromarray(gray).reduce(factors))
+def _without_bright_border(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """`gray` without the uniform lines at its sides, up to the picture or the black background inside them."""
+    dark = _DARK * int(gray.max())
+    for _ in range(8):  # each side twice: lines blurred into the picture are uniform once the other sides are off
+        lines = min(len(gray) - _SMALLEST_PART, len(gray) // 4)
+        gray = gray[next((n for n in range(lines) if gray[n].mean() <= dark or not _is_uniform(gray[n])), 0) :]
+        gray = np.rot90(gray)
+    return gray
 
 
-def _bright_part(gray: Gray) -> Gray:
+def _is_uniform(line: npt.NDArray[np.uint8]) -> bool:
+    """Whether the gray levels of a line span little, a few specks aside."""
+    cut = len(line) // 20
+    ranked = np.sort(line)
+    return int(ranked[-1 - cut]) - int(ranked[cut]) <= _UNIFORM
+
+
+def _bright_part(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The box of all rows and columns in which enough pixels are brighter than a tenth of the white level."""
-    counts = np.bincount(gray.ravel(), minlength=256).cumsum()
+    counts = np.cumsum(Image.fromarray(gray).histogram())  # in a quarter of the time that np.bincount takes
     bright = gray > _DARK * np.searchsorted(counts, 0.99 * counts[-1])
-    rows, columns = (np.flatnonzero(bright.mean(axis) > _SPECKS) for axis in (1, 0))
+    rows, columns = (np.flatnonzero(np.count_nonzero(bright, axis) > _SPECKS * bright.shape[axis]) for axis in (1, 0))
     if min(len(rows), len(columns)) < _SMALLEST_PART:
         return gray
     return gray[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

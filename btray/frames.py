@@ -11,6 +11,9 @@ from btray.scans import Scan, ScanLimits, ScanRejected, decode
 from btray.settings import PreprocessConfig
 from btray.storage import StorageError
 
+# A scan's number times this, plus the frame within it, is the sample number: the key of all that is random about it.
+FRAMES_PER_SCAN = 1024
+
 
 @dataclass(frozen=True)
 class Rejection:

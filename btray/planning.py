@@ -20,9 +20,9 @@ from btray import storage
 from btray.cluster import cpus, gpus
 from btray.duplicates import group_by_fingerprint
 from btray.errors import UserError
-from btray.feeding import FRAMES_PER_SCAN, Plan, decode_rows, survey
+from btray.feeding import Plan, decode_rows, survey
 from btray.fingerprint import unpack
-from btray.frames import FrameSource
+from btray.frames import FRAMES_PER_SCAN, FrameSource
 from btray.labels import class_order, require_known_labels
 from btray.leakage import Leak, answer_leak, find_leak
 from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections

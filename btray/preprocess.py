@@ -7,15 +7,17 @@ are exact: integer look-up tables and sums, so that the same scan gives the same
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from scipy import ndimage
 
 from btray.settings import PreprocessConfig
+
+if TYPE_CHECKING:
+    import torch
 
 Gray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Frame = npt.NDArray[np.uint8]
@@ -64,6 +66,8 @@ def to_tensor(frames: torch.Tensor) -> torch.Tensor:
 
     Returns float32 [n, 1, size, size]. The sums are integers, so the result does not depend on the batch or device.
     """
+    import torch  # the audit makes no tensor, and need not wait for it
+
     pixels = frames[0].numel() if len(frames) else 1
     wide = frames.flatten(1).to(torch.int64)
     mean = wide.sum(1).double() / pixels
@@ -73,17 +77,13 @@ def to_tensor(frames: torch.Tensor) -> torch.Tensor:
     return (frames.unsqueeze(1).float() - mean.float().view(shape)) * scale.float().view(shape)
 
 
-def strip_borders(gray: Gray) -> Gray:
-    """`gray` without the uniform rows and columns at its sides, whatever their gray level."""
-    thumbnail = _thumbnail(gray)
-    return _cut(gray, _strip_uniform_lines(thumbnail), thumbnail.shape, 0.0)
-
-
 def preprocess_digest(config: PreprocessConfig) -> str:
     """SHA-256 of what preprocessing makes of fixed test patterns.
 
     A bundle keeps it, and loading compares it: another library version that resizes differently is noticed.
     """
+    import torch
+
     digest = hashlib.sha256()
     for pattern in (_test_pattern(np.dtype(np.uint8)), _test_pattern(np.dtype(np.uint16))):
         frame = make_frame(pattern, config)

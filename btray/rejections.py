@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from btray.errors import ThresholdExceeded
-from btray.feeding import FRAMES_PER_SCAN
+from btray.frames import FRAMES_PER_SCAN
 
 _log = logging.getLogger(__name__)
 

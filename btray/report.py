@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from btray.evaluation import ECE_BINS, wilson_interval
+from btray.page import OPTIONS, Section, data_uri, images, percent, render_page, writable
 
 NO_DIAGNOSIS = (
     "This model supports a reader; it is no diagnosis. It sees single slices, knows only the classes listed here, and "
@@ -55,16 +54,6 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A further section of the report: plain text, a table, or both; `rows` have as many cells as `columns`."""
-
-    title: str
-    text: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-
-
 def render_report(
     *,
     title: str,
@@ -81,19 +70,19 @@ def render_report(
     `FIGURES` have a heading and a caption here, others show their name); `facts` are rows about the model and the data;
     `classes` orders the table; `notes` are lines that the reader must see first, such as rejected images.
     """
-    return _render(
-        _HTML,
+    return render_page(
         _PAGE,
         title=title,
         notice=NO_DIAGNOSIS,
-        n=_images(metrics["n"]),
+        n=images(metrics["n"]),
         cards=_headline(metrics),
         columns=_COLUMNS,
         rows=_class_rows(metrics, classes),
         figures=[_figure(name, png, metrics["n"]) for name, png in figures.items()],
         facts=facts,
+        facts_title="Model and data",
         notes=notes,
-        sections=sections,
+        first_sections=sections,
     )
 
 
@@ -129,14 +118,12 @@ def model_card(
             "The data name no patients: slices of one patient may lie in several splits, and the figures above may be "
             "higher than they would be on new patients."
         )
-    return _render(
-        _MARKDOWN,
-        _CARD,
+    card = _MARKDOWN.from_string(_CARD).render(
         model_id=model_id,
         notice=NO_DIAGNOSIS,
         classes=classes,
         evaluated_on=evaluated_on,
-        n=_images(metrics["n"]),
+        n=images(metrics["n"]),
         cards=_headline(metrics),
         columns=_COLUMNS,
         rows=_class_rows(metrics, classes),
@@ -147,6 +134,7 @@ def model_card(
         training=training,
         limits=[*standing, *limits],
     )
+    return writable(card)
 
 
 def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -157,7 +145,7 @@ def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (
             "Accuracy",
-            _percent(metrics["accuracy"]),
+            percent(metrics["accuracy"]),
             f"{right} of {metrics['n']} right; 95\u00a0% interval {_interval(*metrics['accuracy_ci95'])} (Wilson)",
         ),
         ("Macro-F1", _decimal(metrics["macro_f1"]), f"mean of F1 over the {classes}"),
@@ -191,29 +179,21 @@ def _figure(name: str, png: bytes, n: int) -> dict[str, str]:
     heading, caption = FIGURES.get(name, (name.replace("_", " "), ""))
     return {
         "heading": heading,
-        "caption": caption.format(n=_images(n), bins=ECE_BINS),
-        "source": "data:image/png;base64," + b64encode(png).decode("ascii"),
+        "caption": caption.format(n=images(n), bins=ECE_BINS),
+        "source": data_uri(png),
     }
 
 
 def _with_interval(successes: int, trials: int) -> str:
-    return f"{_percent(successes / trials)} ({_interval(*wilson_interval(successes, trials))})" if trials else "–"
+    return f"{percent(successes / trials)} ({_interval(*wilson_interval(successes, trials))})" if trials else "–"
 
 
 def _interval(low: float, high: float) -> str:
     return f"{100 * low:.1f}–{100 * high:.1f} %"
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
 def _decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
 
 
 def _markdown(value: object) -> Markup:
@@ -224,93 +204,14 @@ def _markdown(value: object) -> Markup:
     return Markup(re.sub(r"([\\`*\[\]|])", r"\\\1", str(escape(line))))  # noqa: S704 - escaped in this very line
 
 
-def _render(environment: Environment, template: str, **values: Any) -> str:
-    page = environment.from_string(template).render(**values)
-    # A file name that is not UTF-8 reaches Python as lone surrogates, which no file could be written with.
-    return page.encode("utf-8", "replace").decode("utf-8")
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1f2933; --muted: #5f6b7a; --line: #dde2e8; --page: #f6f7f9; --card: #fff;
-  --accent: #0072b2; --warn: #fdf3ea; --warn-line: #d55e00; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --muted: #a3aebb; --line: #333c47; --page: #14181d; --card: #1d232a; --accent: #56b4e9;
-    --warn: #2b221a; --warn-line: #e69f00; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 70rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.25rem 0 .75rem; }
-h3 { font-size: 1rem; margin: 0 0 .6rem; }
-p { margin: .5rem 0; max-width: 46rem; }
-p, li { overflow-wrap: anywhere; }
-.how, .card small, figcaption { color: var(--muted); font-size: .875rem; line-height: 1.4; }
-.notice { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .6rem 1rem; border-radius: 4px;
-  max-width: none; }
-.cards { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); margin: 1.25rem 0; }
-.card, figure, .table { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.card { padding: .8rem 1rem; font-weight: 600; }
-.card b { display: block; font-size: 1.9rem; line-height: 1.25; color: var(--accent); white-space: nowrap; }
-.card small { display: block; font-weight: 400; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .9rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-thead th, .facts tr:first-child > * { border: 0; }
-thead th { color: var(--muted); font-size: .875rem; }
-.numbers td, .numbers thead th + th { text-align: right; white-space: nowrap; }
-.numbers tbody th { position: sticky; left: 0; background: var(--card); max-width: 16rem; overflow-wrap: break-word; }
-.facts th { width: 30%; }
-.facts td { overflow-wrap: anywhere; min-width: 10rem; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
-figure { margin: 0; padding: 1rem; break-inside: avoid; }
-figure:last-child:nth-child(odd) { grid-column: 1 / -1; }
-img { display: block; width: 100%; max-width: 44rem; margin: 0 auto .75rem; border-radius: 4px; background: #fff; }
-@media print { body { padding: 0; max-width: none; font-size: .8rem; background: #fff; } h2 { break-after: avoid; }
-  .figures { grid-template-columns: 1fr 1fr; } .card, tr { break-inside: avoid; } .card b { font-size: 1.3rem; } }
-@media (max-width: 30rem) { .cards { grid-template-columns: 1fr 1fr; } .card, figure { padding: .7rem; }
-  th, td { padding: .4rem .6rem; } }
-</style>
-</head>
-<body><main>
-<h1>{{ title }}</h1>
-<p class="notice" role="note">{{ notice }}</p>
-<section class="cards" aria-label="Headline figures">
-{% for name, value, how in cards %}
-<div class="card">{{ name }}<b>{{ value }}</b><small>{{ how }}</small></div>
-{% endfor %}
-</section>
-{% if notes %}
-<h2>To be noted</h2>
-<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
-{% endif %}
-{% for section in sections %}
-<h2>{{ section.title }}</h2>
-{% if section.text %}<p>{{ section.text }}</p>{% endif %}{% if section.rows %}
-<div class="table"><table>
-<thead><tr>{% for column in section.columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
-</table></div>
-{% endif %}
-{% endfor %}
+_PAGE = """{% extends "page" %}
+{% from "table" import table %}
+{% block body %}
 <h2>Class by class</h2>
 <p class="how">Over {{ n }}. In brackets 95 % Wilson intervals. Precision: how many of the images given this class have
 it; recall (sensitivity): how many of those that have it were given it; AUROC: against all other classes; a dash:
 undefined, since no image bears on it.</p>
-<div class="table"><table class="numbers">
-<thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table></div>
+{{ table(columns, rows, true) }}
 {% if figures %}
 <h2>Figures</h2>
 <div class="figures">
@@ -323,13 +224,7 @@ undefined, since no image bears on it.</p>
 {% endfor %}
 </div>
 {% endif %}
-{% if facts %}
-<h2>Model and data</h2>
-<div class="table"><table class="facts">
-{% for key, value in facts.items() %}<tr><th scope="row">{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}
-</table></div>
-{% endif %}
-</main></body></html>
+{% endblock %}
 """
 
 _CARD = """{% macro row(cells) %}
@@ -396,9 +291,4 @@ The headings follow Mitchell et al. 2019, Model Cards for Model Reporting (arXiv
 
 _COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")
 
-_OPTIONS: dict[str, Any] = {
-    "autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True,
-    "keep_trailing_newline": True,
-}  # fmt: skip
-_HTML = Environment(**_OPTIONS)  # noqa: S701 - autoescape is on, see above
-_MARKDOWN = Environment(**_OPTIONS, finalize=_markdown)  # noqa: S701 - the same
+_MARKDOWN = Environment(**OPTIONS, finalize=_markdown)  # noqa: S701 - autoescape is on

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from btray.report import Section
+from btray.page import Section
 
 Metrics = Mapping[str, Any]
 

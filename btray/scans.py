@@ -82,7 +82,23 @@ class Scan:
     instance_uid: str | None = None
 
 
+@dataclass(frozen=True)
+class FileFacts:
+    """What an image file is before it becomes gray frames."""
+
+    format: Format
+    mode: str
+    """Pillow's name for how a pixel is stored, "L" or "RGB" say."""
+    width: int
+    height: int
+    """In pixels, as stored: of the first page, before an EXIF orientation is applied."""
+    colours: Array | None
+    """A small copy in colour, uint8 [height, width, 3]; None where pixels have no colour."""
+
+
 _DEFAULT_LIMITS = ScanLimits()
+_COLOUR_SIDE = 64  # of the small copy in colour, in pixels, at least where the file has as many
+_COLOURLESS = ("1", "L", "LA", "I", "F")
 
 # Built by class, not by Image.open: no other decoder can ever see the bytes, and Image.open's warning about large
 # images, which cannot be silenced for one thread alone, is never issued. `_check_size` stands in its place.
@@ -132,6 +148,30 @@ def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DE
         raise
     except Exception as error:  # damaged bytes make Pillow raise nearly anything: SyntaxError, KeyError, struct.error
         raise _rejection(error, data, kind) from error
+
+
+def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
+    """What kind of file a scan is, and a glimpse of its colours. Raises `ScanRejected` and nothing else."""
+    kind = recognise(data)
+    if kind is None:
+        raise ScanRejected(*describe_foreign(data))
+    try:
+        image = _READERS[kind](io.BytesIO(data))
+        _check_size(image, limits)
+        mode, (width, height) = image.mode, image.size
+        return FileFacts(kind, mode, width, height, None if mode.startswith(_COLOURLESS) else _small_colours(image))
+    except ScanRejected:
+        raise
+    except Exception as error:
+        raise _rejection(error, data, kind) from error
+
+
+def _small_colours(image: ImageFile) -> Array:
+    image.draft("RGB", (_COLOUR_SIDE, _COLOUR_SIDE))  # a JPEG is decoded at an eighth of its size
+    factors = (max(1, image.width // _COLOUR_SIDE), max(1, image.height // _COLOUR_SIDE))
+    if image.mode in ("P", "PA"):
+        return np.asarray(image.convert("RGB").reduce(factors))
+    return np.asarray(image.reduce(factors).convert("RGB"))
 
 
 def _frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLimits) -> list[Array]:

@@ -18,8 +18,9 @@ from btray.assess import Assessment, assess, model_card_of, summary
 from btray.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, require_free, save_bundle
 from btray.cluster import connected, cpus
 from btray.errors import UserError
-from btray.feeding import FRAMES_PER_SCAN, Plan
+from btray.feeding import Plan
 from btray.fingerprint import unpack
+from btray.frames import FRAMES_PER_SCAN
 from btray.initial import read_initial_weights
 from btray.limits import Limits, choose_limits
 from btray.loop import load_state, train_loop

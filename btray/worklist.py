@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 _LAYOUT = "one folder per class, or a manifest (.parquet or .csv) with the columns uri,label[,split][,patient_id]"
 
 
-def read_labelled(uri: str) -> pa.Table:
+def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
     """The labelled images of a class-per-folder tree or a manifest, as a table with SCHEMA.
 
     A tree is `CLASS/**/FILE`, or `SPLIT/CLASS/**/FILE` with the split folders of SPLITS in any case; every file counts,
@@ -49,7 +49,8 @@ def read_labelled(uri: str) -> pa.Table:
     are canonical; split is null, train, val or test; size (bytes) and etag are null in a manifest's rows.
 
     Raises:
-        UserError: there is nothing, it cannot be read, it is not laid out so, or it has fewer than two classes.
+        UserError: there is nothing, it cannot be read, it is not laid out so, or it has fewer than
+            `least_classes` classes.
     """
     root = storage.resolve(uri)
     try:
@@ -58,7 +59,7 @@ def read_labelled(uri: str) -> pa.Table:
     except StorageError as error:
         raise storage.user_error(error) from error
     classes = table["label"].unique().to_pylist()
-    if len(classes) < 2:
+    if len(classes) < least_classes:
         hint = "" if manifest else " Name the folder that holds the class folders, no folder above or below it."
         raise UserError(
             f"{manifest or root}: all {len(table)} images are labelled {classes[0]!r}; at least two classes are needed."

@@ -13,7 +13,8 @@ import ray.train
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btray.feeding import FRAMES_PER_SCAN, MemoryFeed, Plan, epoch_order
+from btray.feeding import MemoryFeed, Plan, epoch_order
+from btray.frames import FRAMES_PER_SCAN
 from btray.settings import OptimiserConfig, TrainConfig
 from btray.training import _fit
 from tests.training_helpers import history_of, prepared, tiny, train_and_collect, write_tree

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from btray import Classifier, storage
 from btray.scans import decode
 from btray.storage import list_files, upload_file
+from tests.strange_images import strange_images
 
 ROOT = Path(__file__).resolve().parent.parent
 # The best published figures with this split that we know of are 0.772 and 0.728.
 LEAST_ACCURACY, LEAST_MACRO_F1 = 0.78, 0.76
+LEAST_OOD_AUROC = 0.95
 MOST_MINUTES = 25
 PATIENCE = 60 * (MOST_MINUTES + 10)  # seconds: past the bar, so that a slow run is a failed claim and not a killed test
 
@@ -37,6 +40,15 @@ def require_claims(out: str) -> None:
     assert metrics["n"] == 394
     assert metrics["accuracy"] >= LEAST_ACCURACY
     assert metrics["macro_f1"] >= LEAST_MACRO_F1
+    assert 100 < metrics["clean"]["n"] < 160, "two thirds of the test images stand in Training as well"
+
+
+def require_strange_images_told(out: str, real_data: Path) -> None:
+    classifier = Classifier.load(out)
+    slices = classifier.predict([info.uri for info in list_files(str(real_data / "Testing"))])
+    strange = classifier.predict([image for images in strange_images().values() for image in images])
+    scores = [prediction.ood_score for prediction in [*slices, *strange]]
+    assert roc_auc_score([False] * len(slices) + [True] * len(strange), scores) >= LEAST_OOD_AUROC
 
 
 @pytest.mark.realdata
@@ -55,6 +67,7 @@ def test_defaults_reach_the_claimed_figures_within_the_time(real_data: Path, tmp
     minutes = train(str(real_data), out)
     require_claims(out)
     assert minutes <= MOST_MINUTES
+    require_strange_images_told(out, real_data)
     history = [json.loads(line) for line in (tmp_path / "first" / "history.jsonl").read_text("utf-8").splitlines()]
     assert [record["epoch"] for record in history] == list(range(1, len(history) + 1))
 

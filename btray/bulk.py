@@ -24,7 +24,7 @@ from btray import lease, runs, storage
 from btray.archive import Selection, list_archive
 from btray.bulk_report import Progress, Totals, duration, summary
 from btray.bulk_worker import PartClassifier, WorkerOptions
-from btray.bundle import Bundle, load_bundle
+from btray.bundle import load_bundle
 from btray.cluster import connected, cpus, gpus
 from btray.errors import ThresholdExceeded, UserError
 from btray.listing import Listing, NewObjects, done_before
@@ -48,14 +48,14 @@ def classify(config: ClassifyConfig) -> str:
     `max_rejected`, after writing.
     """
     output = storage.resolve(config.output)
-    bundle = load_bundle(config.model, model_id=config.model_id)
+    model_id = load_bundle(config.model, model_id=config.model_id).manifest.model_id
     found = _peeked(list_archive(config.input, _selection(config, output)))
     try:
         if config.dry_run:
-            print(_estimate(config, output, bundle.manifest.model_id, found), flush=True)
+            print(_estimate(config, output, model_id, found), flush=True)
             return output
         with lease.held(output) as check:
-            totals = _run(config, output, bundle, found, check)
+            totals = _run(config, output, model_id, found, check)
     except StorageError as error:
         raise storage.user_error(error) from error
     _enforce(totals, config.max_rejected)
@@ -95,12 +95,12 @@ def _estimate(config: ClassifyConfig, output: str, model_id: str, found: Iterato
 
 
 def _run(
-    config: ClassifyConfig, output: str, bundle: Bundle, found: Iterator[FileInfo], check: Callable[[], None]
+    config: ClassifyConfig, output: str, model_id: str, found: Iterator[FileInfo], check: Callable[[], None]
 ) -> Totals:
     started = datetime.now(UTC)
     totals = Totals()
     with storage.patient(config.patience), tempfile.TemporaryDirectory() as scratch:
-        run, resumed = runs.begin(output, bundle.manifest.model_id, _request(config))
+        run, resumed = runs.begin(output, model_id, _request(config))
         if resumed:
             _log.info("taking up run %s, which was cut off", run.run_id)
         listing = Listing(run, found, Path(scratch), config)
@@ -108,7 +108,7 @@ def _run(
         try:
             listing.begun.wait()
             if not (listing.complete and listing.objects == 0) and listing.error is None:
-                _classify_parts(lambda: _dataset(config, run, bundle), totals, Progress(totals, listing), check)
+                _classify_parts(lambda: _dataset(config, run), totals, Progress(totals, listing), check)
         finally:
             listing.cancelled.set()
             listing.join()
@@ -144,7 +144,7 @@ def _classify_parts(
         progress.end()
 
 
-def _dataset(config: ClassifyConfig, run: Run, bundle: Bundle) -> ray.data.Dataset:
+def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
     """Columns part and tally, one row for each part of the run's worklist as it is written."""
     share = config.gpu_share if config.use_gpu else 0.0
     if config.use_gpu and not gpus():
@@ -168,7 +168,7 @@ def _dataset(config: ClassifyConfig, run: Run, bundle: Bundle) -> ray.data.Datas
         )
         return worklist.map_batches(
             PartClassifier,
-            fn_constructor_args=(bundle, run, options),
+            fn_constructor_args=(storage.resolve(config.model), run, options),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / actors),
@@ -176,7 +176,7 @@ def _dataset(config: ClassifyConfig, run: Run, bundle: Bundle) -> ray.data.Datas
             compute=ray.data.ActorPoolStrategy(
                 min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=2
             ),
-            max_task_retries=_ATTEMPTS,
+            ray_remote_args_fn=lambda: {"max_task_retries": _ATTEMPTS},
         )
     finally:
         context.target_max_block_size = before

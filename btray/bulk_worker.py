@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 
 from btray import s3, storage
-from btray.bundle import Bundle
 from btray.classifier import Classifier
 from btray.frames import Rejection
 from btray.preprocess import Frame
@@ -49,10 +48,11 @@ class WorkerOptions:
 class PartClassifier:
     """Reads, decodes and classifies the objects of one part after another and writes one file for each."""
 
-    def __init__(self, bundle: Bundle, run: Run, options: WorkerOptions) -> None:
+    def __init__(self, model: str, run: Run, options: WorkerOptions) -> None:
         self.run = run
         self.options = options
-        self.classifier = Classifier(bundle, batch_size=options.batch_size)
+        # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
+        self.classifier = Classifier.load(model, model_id=run.model_id, batch_size=options.batch_size)
         self.reader = ThreadPoolExecutor(1)
         self.decoders = ThreadPoolExecutor(options.decoders)
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.data.block import BlockMetadata
 
 from btray import lease, runs, storage
 from btray.archive import Selection, list_archive
@@ -31,6 +30,7 @@ from btray.listing import Listing, NewObjects, done_before
 from btray.runs import Run
 from btray.settings import ClassifyConfig
 from btray.storage import FileInfo, StorageError
+from btray.worklist_source import WorklistSource
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
     )
     try:
         worklist = ray.data.read_datasource(
-            _Worklist(run.worklist, config.patience), num_cpus=_READER_CPUS, override_num_blocks=1
+            WorklistSource(run.worklist, config.patience), num_cpus=_READER_CPUS, override_num_blocks=1
         )
         return worklist.map_batches(
             PartClassifier,
@@ -180,30 +180,6 @@ def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
         )
     finally:
         context.target_max_block_size = before
-
-
-class _Worklist(ray.data.Datasource):
-    """One read task that follows the worklist while it is written."""
-
-    def __init__(self, folder: str, patience: float) -> None:
-        super().__init__()
-        self.folder = folder
-        self.patience = patience
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: ray.data.DataContext | None = None
-    ) -> list[ray.data.ReadTask]:
-        """Called by Ray."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ray.data.ReadTask(self._parts, unknown)]
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Called by Ray. Nobody knows before the archive is listed."""
-        return None
-
-    def _parts(self) -> Iterator[pa.Table]:
-        with storage.patient(self.patience):
-            yield from runs.parts(self.folder)
 
 
 def _enforce(totals: Totals, limit: float | None) -> None:

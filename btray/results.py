@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,11 +14,13 @@ import pyarrow.dataset
 import pyarrow.parquet
 
 from btray import storage
-from btray.classifier import Prediction
 from btray.errors import UserError
 from btray.keys import Keys, keys_of
 from btray.storage import FileInfo, StorageError
 from btray.storage_errors import typed
+
+if TYPE_CHECKING:
+    from btray.classifier import Prediction
 
 SCHEMA = pa.schema(
     [

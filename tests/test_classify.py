@@ -151,7 +151,7 @@ def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
     assert len(current(output)) == count + 2
 
     classify(config.model_copy(update={"retry_rejected": True}))
-    assert report_of(output)["objects"] == report_of(output)["rejected"] == 2
+    assert report_of(output)["objects"] == report_of(output)["rejected"] == sum(".jpg" not in name for name in objects)
     classify(config.model_copy(update={"reclassify": True, "include": ("*.jpg",), "limit": 5}))
     assert report_of(output)["objects"] == 5
     rows = current(output)

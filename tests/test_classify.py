@@ -21,6 +21,7 @@ from btray.bulk_worker import read_patiently
 from btray.classifier import Classifier
 from btray.errors import ThresholdExceeded, UserError
 from btray.results import KEY, current
+from btray.settings import ClassifyConfig
 from btray.storage import StorageError
 from tests.classify_helpers import (
     actors,
@@ -180,7 +181,7 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
         ({"model_id": "0" * 32}, "0" * 32),
     ):
         with pytest.raises(UserError, match=re.escape(said)) as caught:
-            classify(job(model=model, source=str(tmp_path), output=str(output), **changes))  # type: ignore[arg-type]
+            classify(ClassifyConfig(**{"model": model, "input": str(tmp_path), "output": str(output), **changes}))
         assert "\n" not in str(caught.value)
         assert not output.exists()
     (tmp_path / "scan.jpg").write_bytes(b"x")

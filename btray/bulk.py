@@ -37,8 +37,6 @@ _log = logging.getLogger(__name__)
 # Less than a CPU each, so that the task that reads the worklist always finds room, on one CPU too.
 _ACTOR_CPUS = 0.9
 _READER_CPUS = 0.05
-# How often Ray repeats a part whose worker died; a part that kills each of them must not do so for ever.
-_ATTEMPTS = 10
 
 
 def classify(config: ClassifyConfig) -> str:
@@ -176,7 +174,6 @@ def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
             compute=ray.data.ActorPoolStrategy(
                 min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=2
             ),
-            ray_remote_args_fn=lambda: {"max_task_retries": _ATTEMPTS},
         )
     finally:
         context.target_max_block_size = before

@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import ray
 
-from btray import s3, storage
+from btray import runs, s3, storage
 from btray.classifier import Classifier
 from btray.frames import Rejection
 from btray.preprocess import Frame
@@ -55,6 +56,7 @@ class PartClassifier:
         self.classifier = Classifier.load(model, model_id=run.model_id, batch_size=options.batch_size)
         self.reader = ThreadPoolExecutor(1)
         self.decoders = ThreadPoolExecutor(options.decoders)
+        self.died_before = ray.get_runtime_context().was_current_actor_reconstructed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Parts as `runs.parts` gives them -> columns part, tally (JSON)."""
@@ -65,6 +67,8 @@ class PartClassifier:
                     FileInfo(uri, size, etag, 0.0)
                     for uri, etag, size in zip(part["uri"], part["etag"], part["size"], strict=True)
                 ]
+                if self.died_before:
+                    runs.note_attempt(self.run, part["part"], objects[0].uri)
                 tallies.append(json.dumps(self._part(self.run.part_uri(part["part"]), objects)))
         return pa.table({"part": batch["part"], "tally": pa.array(tallies, pa.string())})
 

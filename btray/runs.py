@@ -31,6 +31,9 @@ _FIRST_SEGMENT = 1024
 _LARGEST_SEGMENT = 32_768
 _POLL = 0.5  # seconds
 
+# Attempts at a part by actors that had died before. Ray itself would never give up a part that kills each of them.
+_ATTEMPTS = 5
+
 _RUNS = "_runs"
 _PLAN = "plan.json"
 _END = "end.json"
@@ -80,7 +83,7 @@ def begin(output: str, model_id: str, request: dict[str, Any]) -> tuple[Run, boo
         finish(run, {"state": "given up", "request": run.request})
     now = datetime.now(UTC)
     run = Run(
-        run_id=f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}",
+        run_id=f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}",
         model_id=model_id,
         run_date=f"{now:%Y-%m-%d}",
         output=output,
@@ -112,6 +115,17 @@ def finish(run: Run, report: dict[str, Any]) -> str:
     for name in _names(run.worklist):
         storage.delete(storage.join(run.worklist, name))
     return uri
+
+
+def note_attempt(run: Run, part_id: str, first_uri: str) -> None:
+    """Count an attempt at a part by an actor that has died before. Raises RuntimeError where there were too many."""
+    before = [name for name in _names(run.worklist) if name.startswith(f"attempt-{part_id}-")]
+    if len(before) >= _ATTEMPTS:
+        raise RuntimeError(
+            f"part {part_id} of run {run.run_id}, which begins with {first_uri}, seems to kill its worker (out of "
+            "memory?): leave the object out with --exclude, or use fewer --actors"
+        )
+    storage.write_bytes(storage.join(run.worklist, f"attempt-{part_id}-{len(before)}"), b"")
 
 
 def last_report(output: str, model_id: str) -> dict[str, Any] | None:

@@ -14,11 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from btray import phantoms, storage
+from btray import lease, phantoms, storage
 from btray.settings import ClassifyConfig
 from tests.scan_corpus import bad_scans, good_scans
 
 Contents = dict[str, bytes]
+
+QUICK_LEASE = (0.5, 4.0)
+"""Seconds between signs of life and until a killed driver counts as dead."""
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["btray.bulk", "tests.classify_helpers"])
@@ -67,6 +70,7 @@ def _drive(config: dict[str, Any], address: str, environment: dict[str, str]) ->
     from btray.bulk import classify
 
     os.environ.update(environment | {"RAY_ADDRESS": address})
+    lease.HEARTBEAT, lease.EXPIRY = QUICK_LEASE
     storage.reconnect()
     classify(ClassifyConfig(**config))
 

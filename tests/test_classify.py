@@ -24,6 +24,7 @@ from btray.results import KEY, current
 from btray.settings import ClassifyConfig
 from btray.storage import StorageError
 from tests.classify_helpers import (
+    QUICK_LEASE,
     actors,
     job,
     keys_of,
@@ -84,8 +85,9 @@ def assert_equal_to_the_classifier(rows: pa.Table, model: str) -> None:
 
 @pytest.mark.s3
 def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classifiers(
-    ray_session: None, model: str, archive: str
+    ray_session: None, model: str, archive: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
     output = "s3://test-classify/killed"
     config = job(model, archive, output)
     chance = random.Random(5)

@@ -133,6 +133,16 @@ def test_a_run_is_taken_up_by_the_same_request_and_given_up_by_another(place: st
     assert not runs.begin(place, "m", {"input": "b"})[1]
 
 
+def test_a_part_that_kills_its_workers_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    run, _ = runs.begin(str(tmp_path), "m", {})
+    for _ in range(5):
+        runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
+    runs.note_attempt(run, "00000-004", "s3://b/other.jpg")
+    with pytest.raises(RuntimeError, match=r"00000-003 .*s3://b/poison.jpg.*--exclude"):
+        runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
+    assert runs.sealed(run.worklist) == ([], False)
+
+
 def test_the_pandas_query_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

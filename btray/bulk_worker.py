@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,9 @@ class PartClassifier:
         self.classifier = Classifier.load(model, model_id=run.model_id, batch_size=options.batch_size)
         self.reader = ThreadPoolExecutor(1)
         self.decoders = ThreadPoolExecutor(options.decoders)
-        self.died_before = ray.get_runtime_context().was_current_actor_reconstructed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own code behind this property warns of its age
+            self.died_before = ray.get_runtime_context().was_current_actor_reconstructed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Parts as `runs.parts` gives them -> columns part, tally (JSON)."""

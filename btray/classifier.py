@@ -107,11 +107,15 @@ class Classifier:
         Gives one prediction a frame, in the order of the inputs; an input that cannot be used gives one with status
         `rejected`, never an exception. Raises UserError where the model, whatever the input, gives no numbers.
         """
+        uris = [None if isinstance(given, bytes | np.ndarray) else str(given) for given in inputs]
+        return self.answer(self._frames(inputs), uris)
+
+    def answer(self, found: Sequence[list[Frame] | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
+        """What `predict` says of inputs whose frames, or why there are none, are at hand; `uris` are their names."""
         frames: list[Frame] = []
         places: list[dict[str, Any]] = []
-        found = self._frames(inputs)
-        for index, (given, result) in enumerate(zip(inputs, found, strict=True)):
-            place = {"index": index, "uri": None if isinstance(given, bytes | np.ndarray) else str(given)}
+        for index, (uri, result) in enumerate(zip(uris, found, strict=True)):
+            place = {"index": index, "uri": uri}
             if isinstance(result, Rejection):
                 places.append(place | {"rejection": result})
                 continue

@@ -108,6 +108,29 @@ def read(uri: str, max_bytes: int | None) -> bytes:
     return data
 
 
+def read_tagged(uri: str) -> tuple[bytes, str, dict[str, str]]:
+    """The whole object, its entity tag and the headers of the answer, names in lower case. Raises StorageError."""
+    s3 = client()
+    with typed(uri):
+        found: tuple[bytes, str, dict[str, str]] = sync(s3.loop, _get_tagged, s3, uri)
+    return found
+
+
+def put_if(uri: str, data: bytes, match: str | None = None) -> str | None:
+    """Write an object where its entity tag is `match` (None: where nothing is there) and give the new tag; else None.
+
+    A request that is repeated because its answer was lost finds its own object and gives None. Raises StorageError.
+    """
+    condition = {"IfNoneMatch": "*"} if match is None else {"IfMatch": match}
+    try:
+        answer = call(uri, "put_object", Key=split(uri)[1], Body=data, **condition)
+    except StorageError as error:
+        if error.detail.startswith(("PreconditionFailed", "412")) or (match and error.code == "not_found"):
+            return None
+        raise
+    return str(answer["ETag"])
+
+
 def upload(path: str, uri: str) -> None:
     """Write a local file to an object, whole or not at all; in parts where it is large. Raises StorageError."""
     with typed(uri):
@@ -138,3 +161,12 @@ async def _get(s3: _Client, uri: str, max_bytes: int | None) -> bytes:
         finally:
             answer["Body"].close()
         await asyncio.sleep(pause)
+
+
+async def _get_tagged(s3: _Client, uri: str) -> tuple[bytes, str, dict[str, str]]:
+    bucket, key = split(uri)
+    answer = await s3._call_s3("get_object", Bucket=bucket, Key=key)
+    try:
+        return await answer["Body"].read(), str(answer["ETag"]), answer["ResponseMetadata"]["HTTPHeaders"]
+    finally:
+        answer["Body"].close()

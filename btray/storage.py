@@ -17,25 +17,25 @@ import re
 import shutil
 import stat
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow.fs
 
-from btray import s3
+from btray import local_files, s3
 from btray.errors import UserError
 from btray.s3 import reconnect
-from btray.storage_errors import StorageError, check_size, typed, user_error, waits
+from btray.storage_errors import StorageError, check_size, patient, typed, user_error, waits
 
 __all__ = [
     "FileInfo",
     "StorageError",
     "arrow_filesystem",
     "delete",
+    "describe",
     "exists",
     "is_folder",
     "is_remote",
@@ -43,6 +43,7 @@ __all__ = [
     "list_files",
     "list_names",
     "name",
+    "patient",
     "read_bytes",
     "read_json",
     "read_many",
@@ -53,6 +54,7 @@ __all__ = [
     "user_error",
     "write_bytes",
     "write_json",
+    "write_new",
     "write_text",
 ]
 
@@ -174,8 +176,16 @@ def _list_s3(uri: str) -> Iterator[FileInfo]:
             if not marker and not any(part.startswith((".", "_")) for part in below.split("/")):
                 yield _info_s3(f"s3://{bucket}/{item['Key']}", item["Size"], item)
     if not found and key:
-        answer = s3.call(uri, "head_object", Key=key)
-        yield _info_s3(uri, answer["ContentLength"], answer)
+        yield describe(uri)
+
+
+def describe(uri: str) -> FileInfo:
+    """One file as `list_files` would list it, without reading it. Raises StorageError."""
+    if is_remote(uri):
+        answer = s3.call(uri, "head_object", Key=s3.split(uri)[1])
+        return _info_s3(uri, answer["ContentLength"], answer)
+    with typed(uri):
+        return _info_local(uri, os.stat(uri))
 
 
 def _info_s3(uri: str, size: int, item: dict[str, Any]) -> FileInfo:
@@ -329,7 +339,14 @@ def write_bytes(uri: str, data: bytes) -> None:
         content = mimetypes.guess_type(name(uri))[0] or "application/octet-stream"
         s3.call(uri, "put_object", Key=s3.split(uri)[1], Body=data, ContentType=content)
     else:
-        _replace(uri, lambda file: file.write(data))
+        local_files.replace(uri, lambda file: file.write(data))
+
+
+def write_new(uri: str, data: bytes) -> bool:
+    """`write_bytes` where nothing is there; False, and nothing done, where something is: of two writers one wins."""
+    if is_remote(uri):
+        return s3.put_if(uri, data) is not None
+    return local_files.create(uri, data)
 
 
 def write_text(uri: str, text: str) -> None:
@@ -348,32 +365,7 @@ def upload_file(local: Path, uri: str) -> None:
         if is_remote(uri):
             s3.upload(str(local), uri)
         else:
-            _replace(uri, lambda file: shutil.copyfileobj(source, file))
-
-
-def _replace(path: str, fill: Callable[[IO[bytes]], Any]) -> None:
-    folder = os.path.dirname(path) or "."
-    temporary = join(folder, f".{uuid.uuid4().hex}.tmp")  # hidden: no reader takes it for data, also after a kill
-    with typed(path):
-        os.makedirs(folder, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            local_files.replace(uri, lambda file: shutil.copyfileobj(source, file))
 
 
 def delete(uri: str) -> None:

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import aiohttp
 import botocore.exceptions  # type: ignore[import-untyped]
@@ -15,6 +16,9 @@ from btray.errors import UserError
 
 PATIENCE = 8.0
 """Seconds during which a throttled or unavailable store is asked again before the failure is reported."""
+
+# fsspec's thread, where S3 requests are made, runs each in the context of the thread that asked for it
+_patience: ContextVar[float | None] = ContextVar("_patience", default=None)
 
 _REMEDIES = {
     "not_found": "nothing is there; check the spelling",
@@ -76,7 +80,7 @@ _THROTTLED_CODES = {
     "429",
     "503",
 }
-_UNAVAILABLE_CODES = {"RequestTimeout", "RequestTimeoutException", "IncompleteBody"}
+_UNAVAILABLE_CODES = {"RequestTimeout", "RequestTimeoutException", "IncompleteBody", "ConditionalRequestConflict"}
 _FORBIDDEN_KINDS = (
     botocore.exceptions.NoCredentialsError,
     botocore.exceptions.PartialCredentialsError,
@@ -163,9 +167,19 @@ def check_size(uri: str, size: int, max_bytes: int | None) -> None:
         raise StorageError("too_large", uri, f"{size} bytes, more than {max_bytes}")
 
 
+@contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Within the block, ask a store for `seconds` in place of PATIENCE; holds for this thread and not for others."""
+    before = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(before)
+
+
 def waits() -> Iterator[float]:
-    """Growing, jittered pauses between attempts, in seconds; none that would end PATIENCE or more after this call."""
-    return _waits(time.monotonic() + PATIENCE)
+    """Growing, jittered pauses between attempts, in seconds; none that would end later than patience lasts."""
+    return _waits(time.monotonic() + (_patience.get() or PATIENCE))
 
 
 def _waits(deadline: float) -> Iterator[float]:

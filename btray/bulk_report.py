@@ -1,0 +1,136 @@
+"""What the classify job says while it runs and at its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from btray.bulk_worker import STAGES
+from btray.listing import Listing
+
+_EVERY = 0.5  # seconds between two progress lines
+
+
+class Totals:
+    """Counts of the parts that are done; each part counts once, however often it is reported."""
+
+    def __init__(self) -> None:
+        self.objects = 0
+        self.frames = 0
+        self.bytes = 0
+        self.labels: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.reused = 0
+        self.fresh = 0
+        self.started = time.monotonic()
+        self.first: float | None = None
+        self.last = self.started
+        self._of_first = 0
+        self._parts: set[str] = set()
+
+    def add(self, part: str, tally: str) -> None:
+        """Count one part's `tally`, JSON as the actor gives it."""
+        if part in self._parts:
+            return
+        self._parts.add(part)
+        counts = json.loads(tally)
+        self.objects += counts["objects"]
+        self.frames += counts["frames"]
+        self.bytes += counts["bytes"]
+        self.labels.update(counts["labels"])
+        self.rejected.update(counts["rejected"])
+        if counts["reused"]:
+            self.reused += counts["objects"]
+            return
+        for stage in STAGES:
+            self.seconds[stage] += counts["seconds"][stage]
+        self.fresh += counts["objects"]
+        self.last = time.monotonic()
+        if self.first is None:
+            self.first, self._of_first = self.last, counts["objects"]
+
+    @property
+    def rate(self) -> float:
+        """Objects a second between the first part and the last; 0 where there was one part at most."""
+        took = self.last - (self.first or self.last)
+        return (self.fresh - self._of_first) / took if took > 0 else 0.0
+
+    def report(self, unchanged: int) -> dict[str, Any]:
+        """What run.json says of the counts. Times are in seconds; those of the stages are summed over the actors."""
+        elapsed = time.monotonic() - self.started
+        return {
+            "objects": self.objects,
+            "unchanged": unchanged,
+            "taken_from_earlier_attempt": self.reused,
+            "frames": self.frames,
+            "rejected": sum(self.rejected.values()),
+            "bytes": self.bytes,
+            "labels": dict(self.labels.most_common()),
+            "rejected_by_code": dict(self.rejected.most_common()),
+            "seconds": round(elapsed, 3),
+            "seconds_to_first_part": None if self.first is None else round(self.first - self.started, 3),
+            "seconds_by_stage": {stage: round(spent, 3) for stage, spent in self.seconds.items()},
+            "images_per_second": round(self.rate or self.fresh / elapsed, 2),
+            "images_per_second_with_start": round(self.fresh / elapsed, 2),
+        }
+
+
+class Progress:
+    """One line on the terminal, written over again; nothing where stderr is no terminal."""
+
+    def __init__(self, totals: Totals, listing: Listing) -> None:
+        self._totals = totals
+        self._listing = listing
+        self._shown = 0.0
+        self._quiet = not sys.stderr.isatty()
+
+    def show(self) -> None:
+        """Show the counts, twice a second at most."""
+        now = time.monotonic()
+        if not self._quiet and now - self._shown > _EVERY:
+            self._shown = now
+            print(f"\r{self._line()}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the last line standing."""
+        if not self._quiet:
+            print(f"\r{self._line()}\x1b[K", file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        totals, listing = self._totals, self._listing
+        more = "" if listing.complete else " or more"
+        left = listing.objects - totals.objects
+        remaining = f", {duration(left / totals.rate)} left" if totals.rate and listing.complete else ""
+        rejected = sum(totals.rejected.values())
+        return (
+            f"{totals.objects} of {listing.objects}{more}, {totals.rate:.0f} images/s, {rejected} rejected{remaining}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """As in 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """A few lines for a terminal, of what run.json holds."""
+    lines = [
+        f"{report['objects']} objects in {duration(report['seconds'])}: {report['frames']} frames classified, "
+        f"{report['rejected']} rejected; {report['unchanged']} unchanged"
+    ]
+    for title, counts in (("labels", report["labels"]), ("rejected", report["rejected_by_code"])):
+        if counts:
+            lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    spent = report["seconds_by_stage"]
+    total = sum(spent.values())
+    if total:
+        shares = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in spent.items())
+        lines.append(f"{report['images_per_second']:.0f} images/s; of the actors' time: {shares}")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""From the archive to the worklist: what is listed, less what is done, sealed in segments while they are classified."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from btray import runs, storage
+from btray.keys import KeySet, keys_of
+from btray.results import done_keys
+from btray.runs import Run, WorklistWriter
+from btray.settings import ClassifyConfig
+from btray.storage import FileInfo
+
+_AT_A_TIME = 1024
+
+
+class NewObjects:
+    """Those of listed objects that are not done and come for the first time, and how many there were."""
+
+    def __init__(self, done: KeySet) -> None:
+        self.done = done
+        self.listed = 0
+        self.unchanged = 0
+
+    def of(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """The new ones, in their order."""
+        iterator = iter(objects)
+        while chunk := list(islice(iterator, _AT_A_TIME)):
+            self.listed += len(chunk)
+            once = list({(info.uri, info.etag): info for info in chunk}.values())
+            keys = keys_of([(info.uri, info.etag) for info in once])
+            known = self.done.contains(keys)
+            self.done.add(keys[~known])
+            new = [info for info, skip in zip(once, known, strict=True) if not skip]
+            self.unchanged += len(chunk) - len(new)
+            yield from new
+
+
+def done_before(folder: Path, run: Run, config: ClassifyConfig) -> KeySet:
+    """Keys of what earlier runs have settled, kept in files of `folder`."""
+    done = KeySet(folder)
+    if not config.reclassify:
+        for keys in done_keys(run.output, run.model_id, retry_rejected=config.retry_rejected):
+            done.add(keys)
+    return done
+
+
+class Listing(threading.Thread):
+    """Writes the worklist of a run in the background; a run that is taken up goes on behind its last segment.
+
+    `begun` is set once there is a segment or the listing has ended, `complete` when all is listed. After it has ended
+    `error` is what stopped it. The counts grow while it runs: `objects` and `bytes` of the worklist, `unchanged` ones.
+    """
+
+    def __init__(self, run: Run, found: Iterator[FileInfo], scratch: Path, config: ClassifyConfig) -> None:
+        super().__init__(name="listing", daemon=True)
+        self.begun = threading.Event()
+        self.cancelled = threading.Event()
+        self.error: BaseException | None = None
+        self.complete = False
+        self.objects = 0
+        self.bytes = 0
+        self.unchanged = 0
+        self._of = run
+        self._found = found
+        self._scratch = scratch
+        self._config = config
+
+    def run(self) -> None:
+        """The thread."""
+        with storage.patient(self._config.patience):
+            try:
+                self._write()
+            except BaseException as error:  # it is raised again by the thread that waits for the rows
+                self.error = error
+            finally:
+                self.begun.set()
+
+    def _write(self) -> None:
+        folder = self._of.worklist
+        segments, complete = runs.sealed(folder)
+        if not complete:
+            runs.reopen(folder)
+        if segments:
+            self.begun.set()
+        done = KeySet(self._scratch) if complete else done_before(self._scratch, self._of, self._config)
+        for uri in segments:
+            segment = runs.read_segment(uri)
+            self._count(len(segment), pc.sum(segment["size"]).as_py())
+            if not complete:
+                done.add(keys_of(list(zip(segment["uri"].to_pylist(), segment["etag"].to_pylist(), strict=True))))
+        if not complete:
+            self._seal(done, WorklistWriter(folder, len(segments)))
+        self.complete = True
+
+    def _seal(self, done: KeySet, writer: WorklistWriter) -> None:
+        new = NewObjects(done)
+        before, limit = self.objects, self._config.limit
+        objects = islice(new.of(self._found), None if limit is None else max(0, limit - before))
+        try:
+            while chunk := list(islice(objects, _AT_A_TIME)):
+                if self.cancelled.is_set():
+                    return
+                if writer.add(chunk):
+                    self.begun.set()
+                self._count(len(chunk), sum(info.size for info in chunk))
+                self.unchanged = max(0, new.unchanged - before)
+        except BaseException:
+            writer.end(complete=False)
+            raise
+        self.unchanged = max(0, new.unchanged - before)
+        writer.end(complete=True)
+
+    def _count(self, objects: int, size: int) -> None:
+        self.objects += objects
+        self.bytes += size

@@ -1,0 +1,166 @@
+"""The results table: one row a frame in Parquet files below `model_id=.../run_date=...`, each written by one put."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet
+
+from btray import storage
+from btray.errors import UserError
+from btray.keys import Keys, keys_of
+from btray.storage import FileInfo, StorageError
+from btray.storage_errors import typed
+
+if TYPE_CHECKING:
+    from btray.classifier import Prediction
+
+SCHEMA = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("frame", pa.int32(), nullable=False),
+        pa.field("study_uid", pa.string()),
+        pa.field("series_uid", pa.string()),
+        pa.field("instance_uid", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_code", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("retryable", pa.bool_(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("confidence", pa.float32()),
+        pa.field("probabilities", pa.map_(pa.string(), pa.float32())),
+        pa.field("abstained", pa.bool_(), nullable=False),
+        pa.field("out_of_distribution", pa.bool_(), nullable=False),
+        pa.field("ood_score", pa.float32()),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("classified_at", pa.timestamp("us", "UTC"), nullable=False),
+    ]
+)
+"""Columns of the files; `model_id` and `run_date` stand in their paths."""
+PARTITIONS = pa.schema([("model_id", pa.string()), ("run_date", pa.string())])
+KEY = ("uri", "frame", "etag", "model_id")
+
+RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable"})
+"""Codes of rejections that say something of the store or of its permissions, not of the bytes: a later run tries again.
+
+A run's prediction is not retryable where the object is missing or forbidden, since asking again at once is useless."""
+
+_TALLY = b"btray_tally"
+
+
+def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at: datetime) -> dict[str, Any]:
+    """What the table holds of one frame, or of one object that gave none; all but `model_id` and `run_date`."""
+    return {
+        "uri": info.uri,
+        "etag": info.etag,
+        "size": info.size,
+        "frame": prediction.frame,
+        "status": prediction.status,
+        "error_code": prediction.error_code,
+        "error": prediction.error,
+        "retryable": prediction.retryable or prediction.error_code in RETRIED,
+        "label": prediction.label,
+        "confidence": prediction.confidence,
+        "probabilities": list(prediction.probabilities.items()) if prediction.status == "ok" else None,
+        "abstained": False,
+        "out_of_distribution": False,
+        "ood_score": None,
+        "run_id": run_id,
+        "classified_at": classified_at,
+    }
+
+
+# ---- files
+
+
+def partition(output: str, model_id: str, run_date: str) -> str:
+    """The folder of one model's rows of one day."""
+    return storage.join(output, f"model_id={model_id}", f"run_date={run_date}")
+
+
+def write_part(uri: str, rows: Sequence[Mapping[str, Any]], tally: Mapping[str, Any]) -> bool:
+    """Write one file of the table, with `tally` in its footer, by one put; False where it is there already."""
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata({_TALLY: json.dumps(tally).encode()}))
+    body = io.BytesIO()
+    pa.parquet.write_table(table, body, compression="zstd")
+    return storage.write_new(uri, body.getvalue())
+
+
+def read_tally(uri: str) -> dict[str, Any] | None:
+    """What `write_part` put into the footer of a file; None where there is no such file."""
+    try:
+        body = storage.read_bytes(uri)
+    except StorageError as error:
+        if error.code == "not_found":
+            return None
+        raise
+    tally: dict[str, Any] = json.loads(pa.parquet.read_metadata(pa.BufferReader(body)).metadata[_TALLY])
+    return tally
+
+
+# ---- reading back
+
+
+def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """The latest row of each key (uri, frame, etag, model_id): what an analyst counts, with `model_id` and `run_date`.
+
+    `model_id` and `columns` narrow it down; what is left is held in memory, so a table too large for that is better
+    read with the view of docs/classify.md. Raises UserError where there is no table.
+    """
+    root = storage.resolve(uri)
+    table = _dataset(root)
+    if table is None:
+        raise UserError(f"{root} holds no results; give the --output of a classify job.")
+    wanted = list(dict.fromkeys([*KEY, "classified_at", "run_id", *(columns or table.schema.names)]))
+    chosen = None if model_id is None else pc.field("model_id") == model_id
+    with typed(root):
+        rows = table.to_table(columns=wanted, filter=chosen)
+    rows = rows.sort_by([("classified_at", "ascending"), ("run_id", "ascending")])
+    numbered = rows.select(list(KEY)).append_column("row", pa.array(range(len(rows)), pa.int64()))
+    latest = numbered.group_by(list(KEY)).aggregate([("row", "max")])["row_max"]
+    return rows.take(latest.take(pc.sort_indices(latest))).select(list(columns or table.schema.names))
+
+
+def done_keys(output: str, model_id: str, *, retry_rejected: bool = False) -> Iterator[Keys]:
+    """Keys of the objects that need not be read again for this model: classified, or rejected for good.
+
+    With `retry_rejected` only classified ones. Memory holds one batch of rows at a time.
+    """
+    table = _dataset(storage.join(output, f"model_id={model_id}"))
+    if table is None:
+        return
+    final = pc.field("status") == "ok"
+    if not retry_rejected:
+        final = final | ~pc.field("retryable")
+    with typed(output):
+        for batch in table.to_batches(columns=["uri", "etag"], filter=final, batch_size=65_536, batch_readahead=2):
+            if len(batch):
+                pairs = zip(batch["uri"].to_pylist(), batch["etag"].to_pylist(), strict=True)
+                yield keys_of(list(dict.fromkeys(pairs)))
+
+
+def _dataset(root: str) -> pa.dataset.Dataset | None:
+    """The files below `root`, with the columns of their paths; None where there are none."""
+    filesystem, path = storage.arrow_filesystem(root)
+    with typed(root):
+        try:
+            found = pa.dataset.dataset(
+                path,
+                schema=pa.schema([*SCHEMA, *PARTITIONS]),
+                filesystem=filesystem,
+                format="parquet",
+                partitioning=pa.dataset.partitioning(PARTITIONS, flavor="hive"),
+                ignore_prefixes=[".", "_"],
+            )
+        except FileNotFoundError:
+            return None
+    return found if found.files else None

@@ -1,0 +1,274 @@
+"""What a run of the classify job leaves below OUTPUT/_runs/MODEL/RUN: its plan, its worklist, and at the end run.json.
+
+The worklist is written while the archive is listed, in sealed segments that are there whole or not at all, cut into
+parts; each part becomes one file of the table, whose name follows from the part. So a run that was killed is taken up
+where it was: segments that are there are not listed again, and a part whose file is there is done.
+"""
+
+from __future__ import annotations
+
+import io
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from btray import results, storage
+from btray.local_files import TEMPORARY
+from btray.storage import FileInfo, StorageError
+
+SEGMENT = pa.schema([("part", pa.int32()), ("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
+PART_OBJECTS = 512
+PART_BYTES = 256 << 20
+# The first segments are small, so that the first rows do not wait for the listing.
+_FIRST_SEGMENT = 1024
+_LARGEST_SEGMENT = 32_768
+_POLL = 0.5  # seconds
+
+# Attempts at a part by actors that had died before. Ray itself would never give up a part that kills each of them.
+_ATTEMPTS = 5
+
+_RUNS = "_runs"
+_PLAN = "plan.json"
+_END = "end.json"
+RUN = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run: where its rows go and where it keeps its worklist."""
+
+    run_id: str
+    """Sorts by the time at which the run began."""
+    model_id: str
+    run_date: str
+    """The day it began, UTC, which a run that is taken up keeps."""
+    output: str
+    request: dict[str, Any]
+    """What its worklist follows from: the same request takes the run up."""
+
+    @property
+    def folder(self) -> str:
+        return storage.join(_folder(self.output, self.model_id), self.run_id)
+
+    @property
+    def worklist(self) -> str:
+        return storage.join(self.folder, "worklist")
+
+    def part_uri(self, part_id: str) -> str:
+        """The table's file for one part."""
+        name = f"part-{self.run_id}-{part_id}.parquet"
+        return storage.join(results.partition(self.output, self.model_id, self.run_date), name)
+
+
+def _folder(output: str, model_id: str) -> str:
+    return storage.join(output, _RUNS, model_id)
+
+
+def begin(output: str, model_id: str, request: dict[str, Any]) -> tuple[Run, bool]:
+    """The unfinished run of this model with this request, and True; else a new run, whose plan is written, and False.
+
+    An unfinished run with another request is given up: what it has classified stays. Needs the lease.
+    """
+    for run in _unfinished(output, model_id):
+        if run.request == request:
+            _remove_temporaries(run)
+            return run, True
+        finish(run, {"state": "given up", "request": run.request})
+    now = datetime.now(UTC)
+    run = Run(
+        run_id=f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}",
+        model_id=model_id,
+        run_date=f"{now:%Y-%m-%d}",
+        output=output,
+        request=request,
+    )
+    storage.write_json(storage.join(run.folder, _PLAN), asdict(run) | {"output": None})
+    return run, False
+
+
+def _unfinished(output: str, model_id: str) -> Iterator[Run]:
+    """From the latest back to the last one that ended: every run settles those before it."""
+    for name in reversed(_names(_folder(output, model_id))):
+        folder = storage.join(_folder(output, model_id), name)
+        if storage.exists(storage.join(folder, RUN)):
+            return
+        try:
+            plan = storage.read_json(storage.join(folder, _PLAN))
+        except StorageError as error:
+            if error.code == "not_found":  # killed before its first word
+                continue
+            raise
+        yield Run(**plan | {"output": output})
+
+
+def finish(run: Run, report: dict[str, Any]) -> str:
+    """Write run.json, which ends the run, then remove its worklist; return the URI of run.json."""
+    uri = storage.join(run.folder, RUN)
+    storage.write_json(uri, report)
+    for name in _names(run.worklist):
+        storage.delete(storage.join(run.worklist, name))
+    return uri
+
+
+def note_attempt(run: Run, part_id: str, first_uri: str) -> None:
+    """Count an attempt at a part by an actor that has died before. Raises RuntimeError where there were too many."""
+    before = [name for name in _names(run.worklist) if name.startswith(f"attempt-{part_id}-")]
+    if len(before) >= _ATTEMPTS:
+        raise RuntimeError(
+            f"part {part_id} of run {run.run_id}, which begins with {first_uri}, seems to kill its worker (out of "
+            "memory?): leave the object out with --exclude, or use fewer --actors"
+        )
+    storage.write_bytes(storage.join(run.worklist, f"attempt-{part_id}-{len(before)}"), b"")
+
+
+def last_report(output: str, model_id: str) -> dict[str, Any] | None:
+    """run.json of the latest run that classified something."""
+    for name in reversed(_names(_folder(output, model_id))):
+        uri = storage.join(_folder(output, model_id), name, RUN)
+        if storage.exists(uri):
+            report: dict[str, Any] = storage.read_json(uri)
+            if report.get("images_per_second"):
+                return report
+    return None
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return storage.list_names(folder)
+    except StorageError as error:
+        if error.code == "not_found":
+            return []
+        raise
+
+
+def _remove_temporaries(run: Run) -> None:
+    """What a killed writer left beside the files of a local table; object storage has no such thing."""
+    if storage.is_remote(run.output):
+        return
+    for folder in (results.partition(run.output, run.model_id, run.run_date), run.worklist, run.folder):
+        for name in _names(folder):
+            if name.startswith(".") and name.endswith(TEMPORARY):
+                storage.delete(storage.join(folder, name))
+
+
+# ---- the worklist
+
+
+class WorklistWriter:
+    """Seals objects into segments, from number `first` on; `objects` counts those of this writer."""
+
+    def __init__(self, folder: str, first: int = 0) -> None:
+        self.folder = folder
+        self.segments = first
+        self.objects = 0
+        self.bytes = 0
+        self._waiting: list[FileInfo] = []
+
+    def add(self, objects: Sequence[FileInfo]) -> bool:
+        """Add objects; True where that sealed a segment."""
+        self._waiting += objects
+        size = min(_FIRST_SEGMENT << min(self.segments, 16), _LARGEST_SEGMENT)
+        return len(self._waiting) >= size and self._seal()
+
+    def end(self, *, complete: bool) -> None:
+        """Say that no segment follows: because the archive is listed, or because listing it failed."""
+        if complete and self._waiting:
+            self._seal()
+        storage.write_json(storage.join(self.folder, _END), {"segments": self.segments, "complete": complete})
+
+    def _seal(self) -> bool:
+        table = pa.Table.from_pydict(
+            {
+                "part": _cut(self._waiting),
+                "uri": [info.uri for info in self._waiting],
+                "etag": [info.etag for info in self._waiting],
+                "size": [info.size for info in self._waiting],
+            },
+            schema=SEGMENT,
+        )
+        body = io.BytesIO()
+        pa.parquet.write_table(table, body, compression="zstd")
+        storage.write_bytes(_segment_uri(self.folder, self.segments), body.getvalue())
+        self.segments += 1
+        self.objects += len(self._waiting)
+        self.bytes += sum(info.size for info in self._waiting)
+        self._waiting = []
+        return True
+
+
+def _cut(objects: Sequence[FileInfo]) -> list[int]:
+    """The part of each object: so many that a small archive keeps all workers busy, none too large for memory."""
+    most = min(PART_OBJECTS, max(32, -(-len(objects) // 8)))
+    parts: list[int] = []
+    part = count = size = 0
+    for info in objects:
+        if count and (count == most or size + info.size > PART_BYTES):
+            part, count, size = part + 1, 0, 0
+        parts.append(part)
+        count, size = count + 1, size + info.size
+    return parts
+
+
+def sealed(folder: str) -> tuple[list[str], bool]:
+    """URIs of the sealed segments of a worklist, and whether they are all that there will be."""
+    names = _names(folder)
+    segments = [storage.join(folder, name) for name in names if name.endswith(".parquet") and not name.startswith(".")]
+    return segments, _END in names and storage.read_json(storage.join(folder, _END))["complete"]
+
+
+def reopen(folder: str) -> None:
+    """Forget that listing failed, since it is taken up."""
+    storage.delete(storage.join(folder, _END))
+
+
+def read_segment(uri: str) -> pa.Table:
+    """One segment, with the columns of SEGMENT. Raises StorageError."""
+    return pa.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)))
+
+
+def parts(folder: str) -> Iterator[pa.Table]:
+    """Each part of a worklist as one row (part, uri, etag, size; the last three lists), as segments are sealed.
+
+    Ends when the worklist does.
+    """
+    number = 0
+    while True:
+        try:
+            segment = read_segment(_segment_uri(folder, number))
+        except StorageError as error:
+            if error.code != "not_found":
+                raise
+            if _ends_at(folder, number):
+                return
+            time.sleep(_POLL)
+            continue
+        for part in range(pc.max(segment["part"]).as_py() + 1):
+            rows = segment.filter(pc.equal(segment["part"], part))
+            yield pa.table(
+                {"part": [f"{number:05d}-{part:03d}"]}
+                | {name: pa.array([rows[name].to_pylist()], pa.list_(SEGMENT.field(name).type)) for name in _LISTS}
+            )
+        number += 1
+
+
+_LISTS = ("uri", "etag", "size")
+
+
+def _ends_at(folder: str, number: int) -> bool:
+    try:
+        return bool(storage.read_json(storage.join(folder, _END))["segments"] <= number)
+    except StorageError as error:
+        if error.code == "not_found":
+            return False
+        raise
+
+
+def _segment_uri(folder: str, number: int) -> str:
+    return storage.join(folder, f"{number:05d}.parquet")

@@ -1,0 +1,21 @@
+"""Classify an archive into a Parquet table; only what is new is read.
+
+python jobs/classify.py --model runs/first --input ../data/brain-tumor-mri/Testing --output runs/results
+python jobs/classify.py --model runs/first --input scans --output runs/results --dry-run   # how much, how long
+ray job submit --working-dir . -- python jobs/classify.py --model s3://bucket/model --input s3://bucket/scans \
+    --output s3://bucket/results
+"""
+
+from btray.config import run_job
+from btray.settings import ClassifyConfig
+
+
+def main(config: ClassifyConfig) -> str:
+    """Return the URI of the table."""
+    from btray.bulk import classify
+
+    return classify(config)
+
+
+if __name__ == "__main__":
+    run_job(ClassifyConfig, main)

@@ -1,0 +1,109 @@
+"""Archives with good and bad objects, and a classify job in a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from btray import lease, phantoms, storage
+from btray.settings import ClassifyConfig
+from tests.scan_corpus import bad_scans, good_scans
+
+Contents = dict[str, bytes]
+
+QUICK_LEASE = (0.5, 4.0)
+"""Seconds between signs of life and until a killed driver counts as dead."""
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["btray.bulk", "tests.classify_helpers"])
+
+
+def mixed_objects(good: int) -> Contents:
+    """`good` small phantoms, and a bad object of every kind there is, spread among them; one scan has pages."""
+    pictures = [phantoms.encoded_phantom("glioma", seed) for seed in range(12)]
+    objects = {f"day/{number:04d}.jpg": pictures[number % len(pictures)] for number in range(good)}
+    for number, (name, (data, _)) in enumerate(bad_scans().items()):
+        objects[f"day/{number * max(1, good // len(bad_scans())):04d} {name}"] = data
+    return objects | {"pages.tif": good_scans()["tiff_pages"]}
+
+
+def write_objects(root: str, objects: Contents) -> None:
+    for name, data in objects.items():
+        storage.write_bytes(storage.join(root, name), data)
+
+
+def job(model: str, source: str, output: str, **changes: Any) -> ClassifyConfig:
+    return ClassifyConfig(**{"model": model, "input": source, "output": output, **changes})
+
+
+def plain_rows(output: str) -> pa.Table:
+    """What a reader sees that knows nothing of this project."""
+    filesystem, path = storage.arrow_filesystem(output)
+    return pq.read_table(path, filesystem=filesystem)
+
+
+def keys_of(rows: pa.Table) -> list[tuple[str, int]]:
+    return sorted(zip(rows["uri"].to_pylist(), rows["frame"].to_pylist(), strict=True))
+
+
+# ---- killing
+
+
+def start(config: ClassifyConfig) -> BaseProcess:
+    """The job as a driver of its own, on the test's Ray cluster."""
+    address = ray.get_runtime_context().gcs_address
+    process = _forks.Process(target=_drive, args=(config.model_dump(), address, dict(os.environ)))
+    process.start()
+    return process
+
+
+def _drive(config: dict[str, Any], address: str, environment: dict[str, str]) -> None:
+    from btray.bulk import classify
+
+    os.environ.update(environment | {"RAY_ADDRESS": address})
+    lease.HEARTBEAT, lease.EXPIRY = QUICK_LEASE
+    storage.reconnect()
+    classify(ClassifyConfig(**config))
+
+
+def actors() -> list[int]:
+    """Process ids of the actors of this test's own cluster that classify."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            title = (entry / "cmdline").read_bytes()
+            if b"PartClassifier" in title and _parent(_parent(int(entry.name))) == os.getpid():
+                found.append(int(entry.name))
+        except (ValueError, OSError):
+            continue
+    return found
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def until(condition: Callable[[], Any], *, seconds: float = 120) -> Any:
+    """What `condition` gives once it is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError(condition)
+
+
+def part_files(output: str) -> list[str]:
+    try:
+        return [info.uri for info in storage.list_files(output) if info.uri.endswith(".parquet")]
+    except storage.StorageError:
+        return []

@@ -1,0 +1,139 @@
+"""Every kind of input gives the objects it names, each with its size and etag, and refuses what it cannot read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import quote_plus
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from btray import storage
+from btray.archive import Selection, list_archive
+from btray.errors import UserError
+
+NAMES = ("a.jpg", "deep/b c+%.png", "deep/日本.jpg", "noext")
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder or bucket with the objects of NAMES, and some that do not count."""
+    root = str(tmp_path / "scans") if request.param == "local" else request.getfixturevalue("bucket")
+    for name in (*NAMES, ".hidden.jpg", "_tmp/x.jpg"):
+        storage.write_bytes(storage.join(root, name), name.encode())
+    return root
+
+
+def listed(uri: str, **selection: object) -> list[str]:
+    return [info.uri for info in list_archive(uri, Selection(**selection))]  # type: ignore[arg-type]
+
+
+def uris(place: str, *names: str) -> list[str]:
+    return [storage.join(place, name) for name in names]
+
+
+def refusal(uri: str) -> str:
+    with pytest.raises(UserError) as caught:
+        listed(uri)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_prefix_gives_all_but_hidden_objects(place: str) -> None:
+    assert sorted(listed(place)) == sorted(uris(place, *NAMES))
+
+
+def test_globs_match_the_path_below_the_input(place: str) -> None:
+    assert sorted(listed(place, include=["*.jpg"])) == sorted(uris(place, "a.jpg", "deep/日本.jpg"))
+    assert sorted(listed(place, exclude=["deep/*"])) == uris(place, "a.jpg", "noext")
+    assert listed(place, include=["*.jpg", "noext"], exclude=["deep*", "a*"]) == uris(place, "noext")
+
+
+def test_an_output_within_the_input_is_no_input(place: str) -> None:
+    storage.write_bytes(storage.join(place, "deep", "results", "part.parquet"), b"rows")
+    found = listed(place, outside=storage.join(place, "deep", "results"))
+    assert sorted(found) == sorted(uris(place, *NAMES))
+
+
+def test_only_what_was_modified_since(place: str) -> None:
+    assert len(listed(place, since=datetime(2020, 1, 1, tzinfo=UTC))) == len(NAMES)
+    assert listed(place, since=datetime(2100, 1, 1, tzinfo=UTC)) == []
+
+
+@pytest.mark.parametrize("kind", ["list.parquet", "list.csv", "list.txt"])
+def test_manifests_and_lists_give_what_they_name_with_size_and_etag(place: str, kind: str) -> None:
+    named = [uris(place, NAMES[1])[0], NAMES[0], "gone.jpg"]
+    body = io.BytesIO()
+    if kind == "list.parquet":
+        pq.write_table(pa.table({"label": ["x"] * 3, "URI": named}), body)
+    elif kind == "list.csv":
+        body.write("label,uri\nx,{}\nx,{}\nx,{}\n".format(*named).encode())
+    else:
+        body.write("\n".join([*named, ""]).encode())
+    manifest = storage.join(place, kind)
+    storage.write_bytes(manifest, body.getvalue())
+    found = list(list_archive(manifest, Selection()))
+    assert [info.uri for info in found] == uris(place, NAMES[1], NAMES[0], "gone.jpg")
+    of_prefix = {info.uri: info for info in storage.list_files(place)}
+    assert found[:2] == [of_prefix[info.uri] for info in found[:2]]
+    assert (found[2].size, found[2].etag) == (0, "")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["Parquet", "CSV"])
+def test_an_inventory_gives_the_latest_versions_without_reading_or_listing_them(bucket: str, kind: str) -> None:
+    name = bucket.removeprefix("s3://")
+    rows = [
+        (name, "scans/b c+%.jpg", True, False, 7, "2026-11-01T00:00:00.000Z", "e1"),
+        (name, "scans/old.jpg", False, False, 7, "2026-11-01T00:00:00.000Z", "e2"),
+        (name, "scans/deleted.jpg", True, True, None, "2026-11-01T00:00:00.000Z", None),
+        (name, "scans/folder/", True, False, 0, "2026-11-01T00:00:00.000Z", "e3"),
+        (name, "_results/part", True, False, 9, "2026-11-01T00:00:00.000Z", "e4"),
+        (name, "scans/日本", True, False, 8, "2026-11-03T00:00:00.000Z", "e5"),
+    ]
+    schema = "Bucket, Key, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
+    body = io.BytesIO()
+    if kind == "Parquet":
+        names = ("bucket", "key", "is_latest", "is_delete_marker", "size", "last_modified_date", "e_tag")
+        table = pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+        times = pa.array([datetime.fromisoformat(row[5]) for row in rows], pa.timestamp("ms"))
+        pq.write_table(table.set_column(5, "last_modified_date", times), body)
+    else:
+        encoded = [(row[0], quote_plus(row[1]), *row[2:]) for row in rows]
+        lines = [["" if value is None else str(value) for value in row] for row in encoded]
+        body.write(gzip.compress("\n".join(",".join(f'"{value}"' for value in line) for line in lines).encode()))
+    files = [{"key": f"inventory/data/1.{'parquet' if kind == 'Parquet' else 'csv.gz'}", "size": 1}]
+    storage.write_bytes(storage.join(bucket, files[0]["key"]), body.getvalue())  # type: ignore[arg-type]
+    report = {"destinationBucket": f"arn:aws:s3:::{name}", "fileFormat": kind, "fileSchema": schema, "files": files}
+    manifest = storage.join(bucket, "inventory", "manifest.json")
+    storage.write_text(manifest, json.dumps(report))
+
+    found = list(list_archive(manifest, Selection()))
+    assert [(info.uri, info.size, info.etag) for info in found] == [
+        (f"{bucket}/scans/b c+%.jpg", 7, "e1"),
+        (f"{bucket}/scans/日本", 8, "e5"),
+    ]
+    assert listed(manifest, since=datetime(2026, 11, 2, tzinfo=UTC)) == [f"{bucket}/scans/日本"]
+
+
+def test_what_is_no_archive_is_refused_in_one_line_that_names_it(place: str, tmp_path: Path) -> None:
+    assert "nowhere" in refusal(storage.join(place, "nowhere"))
+    assert "nowhere.csv" in refusal(storage.join(place, "nowhere.csv"))
+    for name, body, said in (
+        ("no_uri.csv", b"path\nx\n", "no column uri"),
+        ("empty_uri.csv", b"uri,x\nx,1\n,2\n", "row 2"),
+        ("broken.parquet", b"PAR1", "cannot be read"),
+        ("manifest.json", b"{}", "no S3 Inventory"),
+        ("binary.txt", b"\xff\xfe\n", "UTF-8"),
+    ):
+        storage.write_bytes(storage.join(place, name), body)
+        message = refusal(storage.join(place, name))
+        assert said in message
+        assert name in message
+    (tmp_path / "void").mkdir()
+    assert "holds no file" in refusal(str(tmp_path / "void"))

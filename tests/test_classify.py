@@ -1,0 +1,222 @@
+"""The classify job: every frame once, only what is new is read, and the answers are those of the classifier."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from btray import lease, runs, storage
+from btray.bulk import classify
+from btray.bulk_worker import read_patiently
+from btray.classifier import Classifier
+from btray.errors import ThresholdExceeded, UserError
+from btray.results import KEY, current
+from btray.settings import ClassifyConfig
+from btray.storage import StorageError
+from tests.classify_helpers import (
+    QUICK_LEASE,
+    actors,
+    job,
+    keys_of,
+    mixed_objects,
+    part_files,
+    plain_rows,
+    start,
+    until,
+    write_objects,
+)
+from tests.scan_corpus import bad_scans
+from tests.tiny_bundle import saved_bundle
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("bundle") / "model")
+    saved_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(s3: Any) -> str:
+    """A bucket with a bad object of every kind among good ones."""
+    s3.make_bucket("test-classify")
+    write_objects("s3://test-classify/scans", mixed_objects(300))
+    return "s3://test-classify/scans"
+
+
+def report_of(output: str) -> dict[str, Any]:
+    """run.json of the latest run."""
+    found = [
+        storage.join(output, "_runs", model, run, runs.RUN)
+        for model in storage.list_names(storage.join(output, "_runs"))
+        for run in storage.list_names(storage.join(output, "_runs", model))
+    ]
+    report: dict[str, Any] = storage.read_json(max(found, key=lambda uri: uri.split("/")[-2]))
+    return report
+
+
+def assert_equal_to_the_classifier(rows: pa.Table, model: str) -> None:
+    by_key = {(row["uri"], row["frame"]): row for row in rows.to_pylist()}
+    uris = sorted({uri for uri, _ in by_key})
+    predictions = Classifier.load(model, batch_size=7).predict(uris)
+    assert len(predictions) == len(by_key)
+    for expected in predictions:
+        row = by_key[str(expected.uri), expected.frame]
+        assert (row["status"], row["error_code"]) == (expected.status, expected.error_code)
+        assert row["label"] == expected.label
+        if expected.status == "ok":
+            assert dict(row["probabilities"]) == pytest.approx(expected.probabilities, abs=1e-5)
+            assert row["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
+        else:
+            assert row["probabilities"] is None
+
+
+@pytest.mark.s3
+def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classifiers(
+    ray_session: None, model: str, archive: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
+    output = "s3://test-classify/killed"
+    config = job(model, archive, output)
+    chance = random.Random(5)
+    for victims in ("worker", "driver", "driver"):
+        before = len(part_files(output))
+        driver = start(config)
+        until(lambda: len(part_files(output)) > before or not driver.is_alive())  # noqa: B023
+        time.sleep(chance.random())
+        assert not {key for key, count in Counter(keys_of(plain_rows(output))).items() if count > 1}
+        if victims == "worker":
+            os.kill(chance.choice(until(actors)), signal.SIGKILL)
+            time.sleep(chance.random())
+        driver.kill()
+        driver.join()
+    classify(config)
+    rows = plain_rows(output)
+    listed = {info.uri for info in storage.list_files(archive)}
+    assert {uri for uri, _ in keys_of(rows)} == listed
+    assert max(Counter(keys_of(rows)).values()) == 1
+    assert len(rows) == len(listed) + 2  # pages.tif has three
+    assert_equal_to_the_classifier(rows, model)
+    report = report_of(output)
+    assert report["objects"] == len(listed)
+    assert report["rejected"] == len(bad_scans())
+    assert report["rejected_by_code"] == dict(Counter(code for _, code in bad_scans().values()))
+    assert sum(report["labels"].values()) == report["frames"] == len(rows) - len(bad_scans())
+    assert not [name for name in storage.list_names(f"{output}/_runs/{report['model_id']}") if "worklist" in name]
+
+
+def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
+    ray_session: None, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans, output = tmp_path / "scans", str(tmp_path / "out")
+    objects = {name: data for name, data in mixed_objects(40).items() if name.endswith((".jpg", "gif", "json"))}
+    write_objects(str(scans), objects)
+    (scans / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    config = job(model, str(scans), output)
+
+    classify(config.model_copy(update={"dry_run": True, "limit": 3}))
+    assert capsys.readouterr().out.startswith("3 new objects, ")
+    assert not Path(output).exists()
+
+    with pytest.raises(ThresholdExceeded, match="--max-rejected"):
+        classify(config.model_copy(update={"max_rejected": 0.0}))
+    count = len(objects) + 1
+    assert len(plain_rows(output)) == count
+    assert report_of(output)["objects"] == count
+    gone = current(output).filter(pa.compute.equal(current(output)["error_code"], "not_found"))
+    assert gone["retryable"].to_pylist() == [True]
+
+    (scans / "gone.jpg").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("btray.bulk.connected", None)  # nothing is new, so there is no need for Ray
+        classify(config)
+    assert report_of(output)["unchanged"] == len(objects)
+    assert len(plain_rows(output)) == count
+
+    name = "day/0001.jpg"
+    (scans / name).write_bytes(objects["day/0002.jpg"])
+    (scans / "gone.jpg").write_bytes(objects["day/0003.jpg"])
+    classify(config)
+    assert report_of(output)["objects"] == 2
+    assert sorted(Counter(plain_rows(output)["uri"].to_pylist()).values())[-3:] == [1, 2, 2]
+    assert len(current(output)) == count + 2
+
+    classify(config.model_copy(update={"retry_rejected": True}))
+    assert report_of(output)["objects"] == report_of(output)["rejected"] == sum(".jpg" not in name for name in objects)
+    classify(config.model_copy(update={"reclassify": True, "include": ("*.jpg",), "limit": 5}))
+    assert report_of(output)["objects"] == 5
+    rows = current(output)
+    assert len(rows) == count + 2
+    assert max(Counter(zip(*(rows[column].to_pylist() for column in KEY), strict=True)).values()) == 1
+    assert_equal_to_the_classifier(
+        rows.filter(pa.array([uri != str(scans / name) and "gone" not in uri for uri in rows["uri"].to_pylist()])),
+        model,
+    )
+
+
+def test_another_model_writes_beside_the_first(ray_session: None, model: str, tmp_path: Path) -> None:
+    other = saved_bundle(tmp_path / "other", seed=9)
+    write_objects(str(tmp_path / "scans"), {"a.jpg": mixed_objects(1)["day/0000.jpg"]})
+    for bundle in (model, str(tmp_path / "other")):
+        classify(job(bundle, str(tmp_path / "scans"), str(tmp_path / "out")))
+    assert len(set(plain_rows(str(tmp_path / "out"))["model_id"].to_pylist())) == 2
+    assert len(current(str(tmp_path / "out"), model_id=other.manifest.model_id)) == 1
+
+
+def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for changes, said in (
+        ({"input": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"model": str(tmp_path)}, "no model bundle"),
+        ({"model_id": "0" * 32}, "0" * 32),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)) as caught:
+            classify(ClassifyConfig(**{"model": model, "input": str(tmp_path), "output": str(output), **changes}))
+        assert "\n" not in str(caught.value)
+        assert not output.exists()
+    (tmp_path / "scan.jpg").write_bytes(b"x")
+    with lease.held(str(output)), pytest.raises(UserError, match="another run"):
+        classify(job(model, str(tmp_path), str(output)))
+
+
+def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btray.bulk_worker._PAUSE", 0.01)
+    up_at = time.monotonic() + 0.3
+    monkeypatch.setattr("btray.bulk_worker._answers_at_all", lambda uri: time.monotonic() > up_at)
+
+    def read(uris: Any) -> list[Any]:
+        down = time.monotonic() < up_at
+        return [StorageError("unavailable", uri) if down or uri == "s3://b/broken" else uri.encode() for uri in uris]
+
+    answers = read_patiently(["s3://b/1", "s3://b/2"], read, 60)
+    assert answers == [b"s3://b/1", b"s3://b/2"]
+    started = time.monotonic()
+    answers = read_patiently(["s3://b/1", "s3://b/broken"], read, 60)
+    assert answers[0] == b"s3://b/1"
+    assert isinstance(answers[1], StorageError)
+    assert time.monotonic() - started < 1
+    up_at = time.monotonic() + 600
+    started = time.monotonic()
+    assert all(isinstance(answer, StorageError) for answer in read_patiently(["s3://b/1"], read, 0.2))
+    assert 0.2 < time.monotonic() - started < 5
+
+
+def test_the_report_is_json_without_nan(ray_session: None, model: str, tmp_path: Path) -> None:
+    write_objects(str(tmp_path / "scans"), {"bad.jpg": b"<html>"})
+    classify(job(model, str(tmp_path / "scans"), str(tmp_path / "out")))
+    report = report_of(str(tmp_path / "out"))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["rejected_by_code"] == {"not_an_image": 1}
+    assert set(report["seconds_by_stage"]) == {"read", "decode", "predict", "write"}

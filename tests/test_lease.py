@@ -1,0 +1,84 @@
+"""One run an output: a live holder is left alone, a dead one is replaced by one of those that wait."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from btray import lease, storage
+from btray.errors import UserError
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.4)
+    monkeypatch.setattr(lease, "EXPIRY", 3.0)  # the store's clock has seconds
+
+
+def test_a_second_run_is_refused_while_the_first_lives_and_let_in_at_once_after_it(place: str, quick: None) -> None:
+    with lease.held(place) as check:
+        for _ in range(2):
+            with pytest.raises(UserError, match="another run") as caught, lease.held(place):
+                pass
+            assert place in str(caught.value)
+            assert "\n" not in str(caught.value)
+        check()
+    started = time.monotonic()
+    with lease.held(place):
+        assert time.monotonic() - started < 1.5
+
+
+def _hold_for_ever(place: str, ready: object) -> None:
+    with lease.held(place):
+        ready.set()  # type: ignore[attr-defined]
+        time.sleep(600)
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold_for_ever, args=(str(tmp_path), ready))
+    holder.start()
+    assert ready.wait(60)
+    with pytest.raises(UserError, match=f"process {holder.pid} "), lease.held(str(tmp_path)):
+        pass
+    holder.kill()
+    holder.join()
+    with lease.held(str(tmp_path)):
+        pass
+
+
+@pytest.mark.s3
+def test_a_dead_holder_is_replaced_by_exactly_one_of_many(bucket: str, quick: None) -> None:
+    dead = lease._Lease(storage.join(bucket, lease.NAME))
+    dead.take()
+    start = threading.Barrier(6)
+    began = time.monotonic()
+    with ThreadPoolExecutor(6) as pool:
+        winners = list(pool.map(_attempt, [(bucket, start)] * 6))
+    assert winners.count(True) == 1
+    assert 2 < time.monotonic() - began < 12
+    dead.keep()  # comes back to life for one heartbeat, and learns that it has lost
+    with pytest.raises(UserError, match="taken over"):
+        dead.check()
+
+
+def _attempt(job: tuple[str, threading.Barrier]) -> bool:
+    bucket, start = job
+    start.wait()
+    try:
+        with lease.held(bucket):
+            time.sleep(2)  # it lives on while the others look
+    except UserError:
+        return False
+    return True

@@ -121,7 +121,7 @@ class PartClassifier:
         started = time.perf_counter()
         found = list(self.decoders.map(self._decode, answers))
         decoded = time.perf_counter()
-        predictions = self.classifier.answer(found, [info.uri for info in lot])
+        predictions = self.classifier.predict_decoded(found, [info.uri for info in lot])
         now = datetime.now(UTC)
         rows = [
             row_of(prediction, lot[prediction.index], run_id=self.run.run_id, classified_at=now)

@@ -108,9 +108,9 @@ class Classifier:
         `rejected`, never an exception. Raises UserError where the model, whatever the input, gives no numbers.
         """
         uris = [None if isinstance(given, bytes | np.ndarray) else str(given) for given in inputs]
-        return self.answer(self._frames(inputs), uris)
+        return self.predict_decoded(self._frames(inputs), uris)
 
-    def answer(self, found: Sequence[list[Frame] | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
+    def predict_decoded(self, found: Sequence[list[Frame] | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
         """What `predict` says of inputs whose frames, or why there are none, are at hand; `uris` are their names."""
         frames: list[Frame] = []
         places: list[dict[str, Any]] = []

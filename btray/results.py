@@ -71,9 +71,9 @@ def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at
         "label": prediction.label,
         "confidence": prediction.confidence,
         "probabilities": list(prediction.probabilities.items()) if prediction.status == "ok" else None,
-        "abstained": False,
-        "out_of_distribution": False,
-        "ood_score": None,
+        "abstained": prediction.abstained,
+        "out_of_distribution": prediction.out_of_distribution,
+        "ood_score": prediction.ood_score,
         "run_id": run_id,
         "classified_at": classified_at,
     }

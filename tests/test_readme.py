@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from btray.results import current
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 # Training by the README takes its time; these make it a minute's work without touching the commands.
@@ -20,6 +22,7 @@ QUICK = {
     "BTRAY_NETWORK__WIDTHS": "[8,16]",
     "BTRAY_NETWORK__DEPTHS": "[1,1]",
     "BTRAY_NUM_WORKERS": "1",
+    "BTRAY_REFIT_EPOCHS": "1",
 }
 
 
@@ -52,6 +55,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> N
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     metrics = json.loads((tmp_path / "reports" / "first" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["n"] == 5 * 10, "the report is of the test split of what the README trains on"
+    assert len(current(str(tmp_path / "results"))) == 5 * 10
     assert (tmp_path / "models" / "second" / "bundle.json").is_file()
 
 

@@ -68,7 +68,13 @@ def main() -> int:
 
 
 def _train_on(data: str, out: Path, flags: list[str]) -> int:
-    return _run_job("train.py", ["--data", data, "--out", str(out / "model"), *flags], os.environ)
+    model = str(out / "model")
+    return _run_job("train.py", ["--data", data, "--out", model, *flags], os.environ) or _classify(data, model, out)
+
+
+def _classify(data: str, model: str, out: Path) -> int:
+    flags = ["--model", model, "--input", data, "--output", str(out / "results")]
+    return _run_job("classify.py", flags, os.environ)
 
 
 def _train_on_phantoms(out: Path, flags: list[str]) -> int:
@@ -87,6 +93,7 @@ def _train_on_phantoms(out: Path, flags: list[str]) -> int:
         code = _run_job("train.py", ["--data", data, "--out", model, *PHANTOM_FLAGS, *flags], os.environ)
         if code == 0:
             _download(model, out / "model")
+            code = _classify(data, model, out)
         return code
 
 
@@ -124,6 +131,10 @@ def _show_result(model: Path, *, phantom: bool) -> None:
     table.add_column("value", justify="right")
     table.add_row("accuracy", f"{metrics['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})")
     table.add_row("macro-F1", f"{metrics['macro_f1']:.3f}")
+    clean = metrics["clean"]
+    if clean["n"] < metrics["n"]:
+        told = f"{clean['accuracy']:.3f}" if clean["n"] else "-"
+        table.add_row("accuracy, clean", f"{told} ({clean['n']} slices with no twin in the training data)")
     table.add_row("AUROC, mean", _number(metrics["auroc_macro"]), end_section=True)
     for label, values in metrics["per_class"].items():
         table.add_row(f"F1 of {label}", f"{_number(values['f1'])} ({values['support']} slices)")
@@ -132,7 +143,9 @@ def _show_result(model: Path, *, phantom: bool) -> None:
         console.print(
             "These are cartoons of slices: the figures show that the machinery works, nothing about patients."
         )
-    console.print(f"report  {model / 'report.html'}\nbundle  {model}", soft_wrap=True)
+    console.print(
+        f"report  {model / 'report.html'}\nbundle  {model}\nresults {model.parent / 'results'}", soft_wrap=True
+    )
 
 
 def _number(value: float | None) -> str:

@@ -5,8 +5,9 @@
     make demo DATA=s3://bucket/scans
 
 Without data it starts a real S3 server on loopback, fills a bucket with phantoms (`btray.phantoms`), trains over
-`s3://` with two workers, brings report and bundle to `runs/demo/<time>/model` and stops the server. It takes a few
-minutes on two cores. With data it trains on them with the job's defaults. A failing job's exit code is passed on.
+`s3://` with two workers, brings report and bundle to `runs/demo/<time>/model`, classifies the bucket to
+`runs/demo/<time>/results` and stops the server. It takes a few minutes on two cores. With data it trains on them with
+the job's defaults. A failing job's exit code is passed on.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _show_result(model: Path, *, phantom: bool) -> None:
     table.add_row("accuracy", f"{metrics['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})")
     table.add_row("macro-F1", f"{metrics['macro_f1']:.3f}")
     clean = metrics["clean"]
-    if clean["n"] < metrics["n"]:
+    if clean and clean["n"] < metrics["n"]:
         told = f"{clean['accuracy']:.3f}" if clean["n"] else "-"
         table.add_row("accuracy, clean", f"{told} ({clean['n']} slices with no twin in the training data)")
     table.add_row("AUROC, mean", _number(metrics["auroc_macro"]), end_section=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,8 +173,22 @@ def model_card_of(manifest: Manifest, metrics: Mapping[str, Any]) -> str:
         counts=manifest.data["counts"],
         details=model_facts(manifest),
         training=training,
+        audited=metrics["clean"] is not None,
         patient_ids=bool(manifest.data["patient_ids"]),
+        limits=list(_leak_limit(metrics)),
     )
+
+
+def _leak_limit(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What the model card says of test images that were learnt from."""
+    clean = metrics["clean"]
+    if clean is None or clean["n"] == metrics["n"]:
+        return
+    said = f"{metrics['n'] - clean['n']} of the {metrics['n']} images show an image that the model learnt from"
+    if clean["n"]:
+        low, high = clean["bootstrap_ci95"]["accuracy"]
+        said += f"; on the other {clean['n']} its accuracy is {clean['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+    yield said + ". Figures over all images partly measure memory."
 
 
 def model_facts(manifest: Manifest) -> dict[str, str]:

@@ -103,8 +103,8 @@ def model_card(
 
     `evaluated_on` names the data behind `metrics`, as "the test split of s3://bucket/data"; `counts` maps split ->
     class -> images; `details` (architecture, versions, licence of the data) and `training` are rows of text. `audited`:
-    duplicates across the splits were looked for and removed; `patient_ids`: the splits keep patients apart. `limits`
-    are added to those that follow from these.
+    duplicates across the splits were looked for, and `limits` says what was found; `patient_ids`: the splits keep
+    patients apart. `limits` are added to those that follow from these.
     """
     counted = dict.fromkeys([*classes, *(name for split in counts.values() for name in split)])
     standing = []

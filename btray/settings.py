@@ -62,6 +62,11 @@ class AugmentConfig(ComponentConfig):
     erase: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Largest area replaced by the mean gray, as a share of the frame."""
 
+    def only_flips(self) -> AugmentConfig:
+        """The same with every strength switched off."""
+        strengths = type(self).model_fields.keys() - {"enabled", "flip_horizontal", "flip_vertical"}
+        return self.model_copy(update=dict.fromkeys(strengths, 0.0))
+
 
 class NetworkConfig(ComponentConfig):
     """A custom 2D CNN, described wholly, or a torchvision backbone by name."""

@@ -159,7 +159,7 @@ class TrainConfig(JobConfig):
     """Seed of every random source."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.15
     """Share of the training images held out, by group, for early stopping; unused where the data have a val split."""
-    refit_epochs: Annotated[int, Field(ge=0)] = 6
+    refit_epochs: Annotated[int, Field(ge=0)] = 10
     """Epochs in which the best network then learns from all images, held-out ones too; 0: none. Unused with a val \
     split of the data's own."""
     patience: Annotated[int, Field(ge=0)] = 15

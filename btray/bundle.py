@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import safetensors.numpy
 import safetensors.torch
 from pydantic import Field, ValidationError, field_validator
@@ -232,7 +233,7 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
 
 def pack_fingerprints(prints: Fingerprints) -> bytes:
     """The file FINGERPRINTS of fingerprints [n, VIEWS, LENGTH]."""
-    return safetensors.numpy.save({"fingerprints": prints})
+    return safetensors.numpy.save({"fingerprints": np.ascontiguousarray(prints)})  # it writes memory as it lies
 
 
 def read_fingerprints(bundle: Bundle) -> Fingerprints | None:

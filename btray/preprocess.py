@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Gray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Frame = npt.NDArray[np.uint8]
 
+# What 160 pixels with a crop need; a fingerprint takes at least that.
+_LEAST_DECODED = 320
 # The head is looked for in a thumbnail with this longer side: fine enough for a box, and text dissolves in it.
 _THUMBNAIL = 96
 # A line of the thumbnail whose gray levels span less than this is border or empty background, not anatomy.
@@ -44,8 +46,11 @@ class Box(NamedTuple):
 
 
 def decode_side(config: PreprocessConfig) -> int:
-    """The shorter side, in pixels, below which decoding must not scale a scan down: a crop needs room to spare."""
-    return 2 * config.size if config.crop else config.size
+    """The shorter side, in pixels, below which decoding must not scale a scan down.
+
+    A crop needs room to spare, and fingerprints must not depend on the size of a small network's frames.
+    """
+    return max(_LEAST_DECODED, 2 * config.size if config.crop else config.size)
 
 
 def make_frame(gray: Gray, config: PreprocessConfig) -> Frame:

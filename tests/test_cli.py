@@ -32,6 +32,10 @@ KEYS = [
     "label",
     "confidence",
     "probabilities",
+    "abstained",
+    "label_set",
+    "out_of_distribution",
+    "ood_score",
     "model_id",
 ]
 

@@ -35,7 +35,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_let_in_at_once_after_
         check()
     started = time.monotonic()
     with lease.held(place):
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < lease.EXPIRY, "a lease that was given back is not waited for"
 
 
 def _hold_for_ever(place: str, ready: object) -> None:
@@ -67,7 +67,7 @@ def test_a_dead_holder_is_replaced_by_exactly_one_of_many(bucket: str, quick: No
     with ThreadPoolExecutor(6) as pool:
         winners = list(pool.map(_attempt, [(bucket, start)] * 6))
     assert winners.count(True) == 1
-    assert 2 < time.monotonic() - began < 12
+    assert time.monotonic() - began > 2, "the lease of a holder that may be alive was taken"
     dead.keep()  # comes back to life for one heartbeat, and learns that it has lost
     with pytest.raises(UserError, match="taken over"):
         dead.check()

@@ -90,7 +90,7 @@ def test_every_copy_of_a_phantom_is_found_and_no_other_image(ray_session: None, 
     require_found(tmp_path / "data", [slice_of(seed) for seed in range(20)], tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.cluster
 @pytest.mark.realdata
 def test_every_copy_of_a_real_slice_is_found_and_no_other_image(

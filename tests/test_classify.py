@@ -83,6 +83,8 @@ def assert_equal_to_the_classifier(rows: pa.Table, model: str) -> None:
             assert row["probabilities"] is None
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
 @pytest.mark.s3
 def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classifiers(
     ray_session: None, model: str, archive: str, monkeypatch: pytest.MonkeyPatch

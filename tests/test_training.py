@@ -310,7 +310,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
     assert loss == pytest.approx(best["val_loss"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_killed_job_that_is_run_again_goes_on_where_it_was(with_val_split: str, tmp_path: Path) -> None:
     flags = {

@@ -62,10 +62,10 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 def test_a_dead_holder_is_replaced_by_exactly_one_of_many(bucket: str, quick: None) -> None:
     dead = lease._Lease(storage.join(bucket, lease.NAME))
     dead.take()
-    start = threading.Barrier(6)
+    start, refused = threading.Barrier(6), threading.Semaphore(0)
     began = time.monotonic()
     with ThreadPoolExecutor(6) as pool:
-        winners = list(pool.map(_attempt, [(bucket, start)] * 6))
+        winners = list(pool.map(_attempt, [(bucket, start, refused)] * 6))
     assert winners.count(True) == 1
     assert time.monotonic() - began > 2, "the lease of a holder that may be alive was taken"
     dead.keep()  # comes back to life for one heartbeat, and learns that it has lost
@@ -73,12 +73,13 @@ def test_a_dead_holder_is_replaced_by_exactly_one_of_many(bucket: str, quick: No
         dead.check()
 
 
-def _attempt(job: tuple[str, threading.Barrier]) -> bool:
-    bucket, start = job
+def _attempt(job: tuple[str, threading.Barrier, threading.Semaphore]) -> bool:
+    bucket, start, refused = job
     start.wait()
     try:
         with lease.held(bucket):
-            time.sleep(2)  # it lives on while the others look
+            assert all(refused.acquire(timeout=60) for _ in range(5)), "a taker was neither refused nor let in"
     except UserError:
+        refused.release()
         return False
     return True

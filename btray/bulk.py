@@ -28,7 +28,7 @@ from btray.cluster import connected, cpus, gpus
 from btray.errors import ThresholdExceeded, UserError
 from btray.listing import Listing, NewObjects, done_before
 from btray.runs import Run
-from btray.settings import ClassifyConfig
+from btray.settings_bulk import ClassifyConfig
 from btray.storage import FileInfo, StorageError
 from btray.worklist_source import WorklistSource
 
@@ -150,6 +150,7 @@ def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
     fitting = math.floor(gpus() / share) if share else int(cpus())
     actors = max(1, min(config.actors or fitting, fitting))
     options = WorkerOptions(
+        engine=config.engine,
         batch_size=config.batch_size,
         threads=config.threads,
         decoders=max(1, int(cpus() / actors)),

@@ -18,6 +18,7 @@ import ray
 
 from btray import runs, s3, storage
 from btray.classifier import Classifier
+from btray.engines import EngineName
 from btray.frames import Rejection
 from btray.preprocess import Frame
 from btray.results import read_tally, row_of, write_part
@@ -27,7 +28,7 @@ from btray.storage import FileInfo, StorageError
 Answer = bytes | StorageError
 
 STAGES = ("read", "decode", "predict", "write")
-# What an actor holds at a time, twice: one lot is read while the one before it is classified.
+# What an actor holds at a time, twice: one lot is read while the one before it is classified. A lot fills a batch.
 _LOT_OBJECTS = 64
 _LOT_BYTES = 64 << 20
 _PAUSE = 1.0  # seconds between two looks whether a store is back
@@ -37,6 +38,8 @@ _PAUSE = 1.0  # seconds between two looks whether a store is back
 class WorkerOptions:
     """How an actor works."""
 
+    engine: EngineName
+    """How the network is run."""
     batch_size: int
     """Images a forward pass."""
     threads: int
@@ -54,7 +57,9 @@ class PartClassifier:
         self.run = run
         self.options = options
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
-        self.classifier = Classifier.load(model, model_id=run.model_id, batch_size=options.batch_size)
+        self.classifier = Classifier.load(
+            model, model_id=run.model_id, batch_size=options.batch_size, engine=options.engine
+        )
         self.reader = ThreadPoolExecutor(1)
         self.decoders = ThreadPoolExecutor(options.decoders)
         with warnings.catch_warnings():
@@ -96,7 +101,7 @@ class PartClassifier:
         self, objects: Sequence[FileInfo], seconds: dict[str, float]
     ) -> Iterator[tuple[list[FileInfo], list[Answer]]]:
         """Lots of objects with their bytes; the next one is read meanwhile. `read` is the time spent waiting for it."""
-        lots = _lots(objects)
+        lots = _lots(objects, max(_LOT_OBJECTS, self.options.batch_size))
         reading = [self.reader.submit(self._read, lot) for lot in lots[:1]]
         for number, lot in enumerate(lots):
             started = time.perf_counter()
@@ -171,11 +176,11 @@ def _answers_at_all(uri: str) -> bool:
     return True
 
 
-def _lots(objects: Sequence[FileInfo]) -> list[list[FileInfo]]:
+def _lots(objects: Sequence[FileInfo], most: int) -> list[list[FileInfo]]:
     lots: list[list[FileInfo]] = []
     size = 0
     for info in objects:
-        if not lots or len(lots[-1]) == _LOT_OBJECTS or size + info.size > _LOT_BYTES:
+        if not lots or len(lots[-1]) == most or size + info.size > _LOT_BYTES:
             lots.append([])
             size = 0
         lots[-1].append(info)

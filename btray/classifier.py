@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -16,9 +17,12 @@ from torch import Tensor
 from btray import storage
 from btray.abstention import label_sets
 from btray.bundle import Bundle, load_bundle
+from btray.engines import EngineName, make_engine
 from btray.errors import UserError
 from btray.frames import FrameSource, Rejection
 from btray.preprocess import Frame, make_frame, to_tensor
+
+_log = logging.getLogger(__name__)
 
 Input = bytes | str | PathLike[str] | npt.NDArray[Any]
 
@@ -70,9 +74,16 @@ class Answers:
 
 
 class Classifier:
-    """Classifies scans with one bundle on one device. Thread-safe: nothing changes after it was made."""
+    """Classifies scans with one bundle on one device. Thread-safe; `batch_size` halves where a GPU's memory is full."""
 
-    def __init__(self, bundle: Bundle, *, device: str | torch.device | None = None, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 64,
+        engine: EngineName = "eager",
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be at least 1")
         self.ood = bundle.ood
@@ -83,6 +94,7 @@ class Classifier:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.source = FrameSource(bundle.manifest.preprocess)
         self.network = bundle.network().to(self.device).to(memory_format=torch.channels_last)
+        self._engine = make_engine(engine, self.network, size=bundle.manifest.preprocess.size, device=self.device)
 
     @classmethod
     def load(
@@ -93,13 +105,15 @@ class Classifier:
         device: str | None = None,
         batch_size: int = 64,
         abstain_below: float | None = None,
+        engine: EngineName = "eager",
     ) -> Self:
         """Load and verify the bundle at `uri`; `model_id` pins which model is meant. Raises UserError.
 
-        `abstain_below` replaces the bundle's own threshold.
+        `abstain_below` replaces the bundle's own threshold. `engine` says how the network is run (see `engines`):
+        `eager` starts at once, `auto` is faster over many scans.
         """
         bundle = load_bundle(str(uri), model_id=model_id).abstaining_below(abstain_below)
-        return cls(bundle, device=device, batch_size=batch_size)
+        return cls(bundle, device=device, batch_size=batch_size, engine=engine)
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
         """Classify encoded images (bytes), paths or URIs (str, Path), or gray arrays ([height, width]).
@@ -129,8 +143,16 @@ class Classifier:
 
     def answer(self, frames: npt.NDArray[np.uint8]) -> Answers:
         """What the network gives for preprocessed frames (uint8 [n, size, size])."""
-        passes = [self._forward(batch) for batch in torch.from_numpy(frames).split(self.batch_size)]
-        return Answers(*(np.concatenate(parts) for parts in zip(*passes, strict=True)))
+        while True:
+            try:
+                passes = [self._forward(batch) for batch in torch.from_numpy(frames).split(self.batch_size)]
+                return Answers(*(np.concatenate(parts) for parts in zip(*passes, strict=True)))
+            except torch.OutOfMemoryError:  # of a GPU's memory, which others may share
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                torch.cuda.empty_cache()
+                _log.warning("the GPU's memory is full: going on with batches of %d", self.batch_size)
 
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Calibrated probabilities [n, classes]. Raises UserError where the model gives no numbers."""
@@ -149,7 +171,7 @@ class Classifier:
     @torch.inference_mode()
     def _forward(self, frames: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         images = to_tensor(frames.to(self.device)).contiguous(memory_format=torch.channels_last)
-        logits, features = self.network.with_summary(images)
+        logits, features = self._engine(images)
         return logits.float().cpu().numpy(), features.float().cpu().numpy()
 
     def _frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:

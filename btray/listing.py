@@ -13,10 +13,11 @@ from btray import runs, storage
 from btray.keys import KeySet, keys_of
 from btray.results import done_keys
 from btray.runs import Run, WorklistWriter
-from btray.settings import ClassifyConfig
-from btray.storage import FileInfo
+from btray.settings_bulk import ClassifyConfig
+from btray.storage import FileInfo, StorageError
 
 _AT_A_TIME = 1024
+_AGAIN = 5.0  # seconds
 
 
 class NewObjects:
@@ -110,11 +111,23 @@ class Listing(threading.Thread):
                     self.begun.set()
                 self._count(len(chunk), sum(info.size for info in chunk))
                 self.unchanged = max(0, new.unchanged - before)
-        except BaseException:
-            writer.end(complete=False)
+            self.unchanged = max(0, new.unchanged - before)
+            writer.end(complete=True)
+        except BaseException as error:
+            self.error = error
+            self._end_incomplete(writer)
             raise
-        self.unchanged = max(0, new.unchanged - before)
-        writer.end(complete=True)
+
+    def _end_incomplete(self, writer: WorklistWriter) -> None:
+        """Tell who reads the worklist that no more comes; until then they wait for more, so it is tried until it works
+        or nobody reads any more."""
+        while True:
+            try:
+                writer.end(complete=False)
+            except StorageError:
+                if not self.cancelled.wait(_AGAIN):
+                    continue
+            return
 
     def _count(self, objects: int, size: int) -> None:
         self.objects += objects

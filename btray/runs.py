@@ -11,6 +11,7 @@ import io
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +34,7 @@ _POLL = 0.5  # seconds
 
 # Attempts at a part by actors that had died before. Ray itself would never give up a part that kills each of them.
 _ATTEMPTS = 5
+_CLOSERS = 16  # threads
 
 _RUNS = "_runs"
 _PLAN = "plan.json"
@@ -80,6 +82,7 @@ def begin(output: str, model_id: str, request: dict[str, Any]) -> tuple[Run, boo
         if run.request == request:
             _remove_temporaries(run)
             return run, True
+        _close(run)
         finish(run, {"state": "given up", "request": run.request})
     now = datetime.now(UTC)
     run = Run(
@@ -106,6 +109,29 @@ def _unfinished(output: str, model_id: str) -> Iterator[Run]:
                 continue
             raise
         yield Run(**plan | {"output": output})
+
+
+def _close(run: Run) -> None:
+    """Take the names of the parts that a given-up run has not written: an empty file stands at each.
+
+    A worker that outlived its driver then finds its part written, whenever it comes, and no row of it gets in between
+    the rows of the run that classifies those objects now.
+    """
+    segments, _ = sealed(run.worklist)
+    written = set(_names(results.partition(run.output, run.model_id, run.run_date)))
+    open_parts = [uri for segment in segments for uri in _part_uris(run, segment) if storage.name(uri) not in written]
+    with ThreadPoolExecutor(_CLOSERS) as pool:
+        list(pool.map(lambda uri: results.write_part(uri, [], {}), open_parts))
+
+
+def _part_uris(run: Run, segment: str) -> list[str]:
+    number = storage.name(segment).partition(".")[0]
+    parts_in_it = pc.max(read_segment(segment)["part"]).as_py() + 1
+    return [run.part_uri(_part_id(int(number), part)) for part in range(parts_in_it)]
+
+
+def _part_id(segment: int, part: int) -> str:
+    return f"{segment:05d}-{part:03d}"
 
 
 def finish(run: Run, report: dict[str, Any]) -> str:
@@ -249,16 +275,20 @@ def parts(folder: str) -> Iterator[pa.Table]:
                 return
             time.sleep(_POLL)
             continue
-        for part in range(pc.max(segment["part"]).as_py() + 1):
-            rows = segment.filter(pc.equal(segment["part"], part))
-            yield pa.table(
-                {"part": [f"{number:05d}-{part:03d}"]}
-                | {name: pa.array([rows[name].to_pylist()], pa.list_(SEGMENT.field(name).type)) for name in _LISTS}
-            )
+        yield from _parts_of(number, segment)
         number += 1
 
 
 _LISTS = ("uri", "etag", "size")
+
+
+def _parts_of(number: int, segment: pa.Table) -> Iterator[pa.Table]:
+    for part in range(pc.max(segment["part"]).as_py() + 1):
+        rows = segment.filter(pc.equal(segment["part"], part))
+        yield pa.table(
+            {"part": [_part_id(number, part)]}
+            | {name: pa.array([rows[name].to_pylist()], pa.list_(SEGMENT.field(name).type)) for name in _LISTS}
+        )
 
 
 def _ends_at(folder: str, number: int) -> bool:

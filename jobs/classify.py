@@ -7,7 +7,7 @@ ray job submit --working-dir . -- python jobs/classify.py --model s3://bucket/mo
 """
 
 from btray.config import run_job
-from btray.settings import ClassifyConfig
+from btray.settings_bulk import ClassifyConfig
 
 
 def main(config: ClassifyConfig) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import ray
 
 from btray import lease, phantoms, storage
-from btray.settings import ClassifyConfig
+from btray.settings_bulk import ClassifyConfig
 from tests.scan_corpus import bad_scans, good_scans
 
 Contents = dict[str, bytes]

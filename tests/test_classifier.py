@@ -16,12 +16,16 @@ import torch
 from PIL import Image
 
 import btray
+from btray import engines
 from btray.classifier import Classifier, Prediction
+from btray.engines import EngineName
 from btray.errors import UserError
+from btray.network import Network
 from btray.phantoms import encoded_phantom, phantom
 from btray.scans import REJECTION_CODES
+from btray.settings import NetworkConfig
 from tests import scan_corpus
-from tests.tiny_bundle import PREPROCESS, random_bundle, saved_bundle
+from tests.tiny_bundle import NETWORK, PREPROCESS, random_bundle, saved_bundle
 
 LABELS = ("glioma", "no_tumor", "pituitary", "metastasis")
 
@@ -172,6 +176,48 @@ def test_an_answer_depends_on_neither_batch_size_nor_neighbours(scans: list[byte
         np.testing.assert_allclose(values(other.predict(scans[::-1]))[::-1], together, atol=1e-5)
     lone = Classifier(bundle, device="cpu")
     np.testing.assert_allclose(values([lone.predict([scan])[0] for scan in scans]), together, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["frozen", "onnx", "auto"])
+@pytest.mark.parametrize("network", [NETWORK, NetworkConfig(architecture="resnet18")], ids=["cnn", "backbone"])
+def test_every_engine_gives_the_answers_of_the_network(
+    scans: list[bytes], engine: EngineName, network: NetworkConfig
+) -> None:
+    bundle = random_bundle(network=network)
+    fast = Classifier(bundle, device="cpu", batch_size=4, engine=engine)
+    assert fast._engine != fast.network.with_summary  # it was not set aside for being wrong
+    frames = np.stack([frame for scan in scans for frame in fast.source.from_bytes(scan)])
+    expected, found = Classifier(bundle, device="cpu").answer(frames), fast.answer(frames)
+    np.testing.assert_allclose(fast.probabilities(found.logits), fast.probabilities(expected.logits), atol=1e-5)
+    np.testing.assert_allclose(found.features, expected.features, atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_with_other_answers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(network: Network, example: torch.Tensor) -> engines.Engine:
+        def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, features = network.with_summary(images)
+            return logits + 0.01, features
+
+        return run
+
+    monkeypatch.setattr(engines, "_frozen", wrong)
+    bundle = random_bundle()
+    used = Classifier(bundle, device="cpu", engine="frozen")
+    assert used._engine == used.network.with_summary
+
+
+def test_full_gpu_memory_halves_the_batch_and_loses_no_answer(scans: list[bytes]) -> None:
+    whole = Classifier(random_bundle(), device="cpu")
+    tight = Classifier(random_bundle(), device="cpu", batch_size=64)
+
+    def limited(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return tight.network.with_summary(images)
+
+    tight._engine = limited
+    np.testing.assert_allclose(values(tight.predict(scans)), values(whole.predict(scans)), atol=1e-5)
+    assert tight.batch_size <= 3
 
 
 def test_arrays_of_every_kind_of_number_show_the_same_picture(classifier: Classifier) -> None:

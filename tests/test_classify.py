@@ -21,7 +21,7 @@ from btray.bulk_worker import read_patiently
 from btray.classifier import Classifier
 from btray.errors import ThresholdExceeded, UserError
 from btray.results import KEY, current
-from btray.settings import ClassifyConfig
+from btray.settings_bulk import ClassifyConfig
 from btray.storage import StorageError
 from tests.classify_helpers import (
     QUICK_LEASE,

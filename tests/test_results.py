@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tracemalloc
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ def test_a_run_is_taken_up_by_the_same_request_and_given_up_by_another(place: st
     runs.finish(second, {"state": "finished", "images_per_second": 9.0})
     assert runs.last_report(place, "m") == {"state": "finished", "images_per_second": 9.0}
     assert not runs.begin(place, "m", {"input": "b"})[1]
+
+
+def test_a_worker_that_outlives_a_given_up_run_adds_no_row(place: str) -> None:
+    run, _ = runs.begin(place, "1e10", {"input": "a"})
+    writer = WorklistWriter(run.worklist)
+    writer.add(objects(1024))
+    names = [part["part"][0].as_py() for part in islice(runs.parts(run.worklist), 8)]
+    assert results.write_part(run.part_uri(names[3]), [row("in time")], {"objects": 1})
+    runs.begin(place, "1e10", {"input": "b"})
+    assert not any(results.write_part(run.part_uri(name), [row("late")], {"objects": 1}) for name in names)
+    assert [uri[-7:] for uri in results.current(place)["uri"].to_pylist()] == ["in time"]
 
 
 def test_a_part_that_kills_its_workers_ends_the_run_with_its_name(tmp_path: Path) -> None:

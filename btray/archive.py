@@ -1,4 +1,4 @@
-"""What an archive holds: prefix, manifest, S3 Inventory or file list, streamed; nothing here grows with the archive.
+"""What an archive holds: prefix, manifest, S3 Inventory, file list or pack, streamed; nothing grows with the archive.
 
 A prefix and an inventory give every object but directory markers and hidden ones; a manifest and a file list give what
 they name, whose size and entity tag are asked for, many at a time.
@@ -23,6 +23,7 @@ import pyarrow.parquet
 
 from btray import storage
 from btray.errors import UserError
+from btray.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError
 from btray.storage_errors import typed
 
@@ -38,7 +39,10 @@ _INVENTORY_COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet
     "LastModifiedDate": "last_modified_date",
     "ETag": "e_tag",
 }
-_KINDS = "a folder or prefix, a manifest (.parquet, .csv) with the column uri, an S3 manifest.json, or a list (.txt)"
+_KINDS = (
+    "a folder or prefix, a manifest (.parquet, .csv) with the column uri, an S3 manifest.json, a list (.txt) or a "
+    "packed archive"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +90,16 @@ def list_archive(uri: str, selection: Selection) -> Iterator[FileInfo]:
         return
     try:
         with typed(root):
-            yield from selection.filter(root.rpartition("/")[0], _readable(root, kind))
+            yield from selection.filter(_top(root, kind), _readable(root, kind))
     except StorageError as error:
         if error.retryable:
             raise
         raise storage.user_error(error) from error
+
+
+def _top(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> str:
+    """Where the paths that globs match begin."""
+    return str(describe_pack(root)["root"]) if kind is list_pack else root.rpartition("/")[0]
 
 
 def _readable(root: str, read: Callable[[str], Iterator[FileInfo]]) -> Iterator[FileInfo]:
@@ -130,7 +139,9 @@ def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
     }
     found = next((read for end, read in kinds.items() if root.lower().endswith(end)), None)
     try:
-        return None if found is None or storage.is_folder(root) else found
+        if found is not None and not storage.is_folder(root):
+            return found
+        return list_pack if is_pack(root) else None
     except StorageError as error:
         raise storage.user_error(error) from error
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from btray.bulk_worker import STAGES
 from btray.listing import Listing
 
 _EVERY = 0.5  # seconds between two progress lines
@@ -24,7 +23,7 @@ class Totals:
         self.bytes = 0
         self.labels: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds: Counter[str] = Counter()
         self.reused = 0
         self.fresh = 0
         self.started = time.monotonic()
@@ -47,8 +46,7 @@ class Totals:
         if counts["reused"]:
             self.reused += counts["objects"]
             return
-        for stage in STAGES:
-            self.seconds[stage] += counts["seconds"][stage]
+        self.seconds.update(counts["seconds"])
         self.fresh += counts["objects"]
         self.last = time.monotonic()
         if self.first is None:
@@ -119,12 +117,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def counts_of(report: Mapping[str, Any], done: str) -> str:
+    """One line for a terminal of what run.json holds; `done` says what was done to the objects."""
+    took = duration(report["seconds"])
+    fine = report["frames"]
+    line = f"{report['objects']} objects in {took}: {fine} {done}, {report['rejected']} rejected"
+    return f"{line}; {report['unchanged']} unchanged"
+
+
 def summary(report: Mapping[str, Any]) -> str:
-    """A few lines for a terminal, of what run.json holds."""
-    lines = [
-        f"{report['objects']} objects in {duration(report['seconds'])}: {report['frames']} frames classified, "
-        f"{report['rejected']} rejected; {report['unchanged']} unchanged"
-    ]
+    """A few lines for a terminal, of what run.json holds of a classification."""
+    lines = [counts_of(report, "frames classified")]
     for title, counts in (("labels", report["labels"]), ("rejected", report["rejected_by_code"])):
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))

@@ -88,7 +88,7 @@ def _onnx(network: Network, example: Tensor) -> Engine:
         torch.onnx.export(
             _WithSummary(network),
             (example.contiguous(),),
-            graph,
+            graph,  # type: ignore[arg-type]  # the annotation knows paths only
             input_names=["images"],
             output_names=names,
             dynamic_axes={name: {0: "n"} for name in ["images", *names]},

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 
 import pyarrow.compute as pc
 
 from btray import runs, storage
 from btray.keys import KeySet, keys_of
-from btray.results import done_keys
 from btray.runs import Run, WorklistWriter
-from btray.settings_bulk import ClassifyConfig
 from btray.storage import FileInfo, StorageError
 
 _AT_A_TIME = 1024
@@ -42,15 +39,6 @@ class NewObjects:
             yield from new
 
 
-def done_before(folder: Path, run: Run, config: ClassifyConfig) -> KeySet:
-    """Keys of what earlier runs have settled, kept in files of `folder`."""
-    done = KeySet(folder)
-    if not config.reclassify:
-        for keys in done_keys(run.output, run.model_id, retry_rejected=config.retry_rejected):
-            done.add(keys)
-    return done
-
-
 class Listing(threading.Thread):
     """Writes the worklist of a run in the background; a run that is taken up goes on behind its last segment.
 
@@ -58,7 +46,16 @@ class Listing(threading.Thread):
     `error` is what stopped it. The counts grow while it runs: `objects` and `bytes` of the worklist, `unchanged` ones.
     """
 
-    def __init__(self, run: Run, found: Iterator[FileInfo], scratch: Path, config: ClassifyConfig) -> None:
+    def __init__(
+        self,
+        run: Run,
+        found: Iterator[FileInfo],
+        done_before: Callable[[], KeySet],
+        *,
+        limit: int | None,
+        part_objects: int,
+        patience: float,
+    ) -> None:
         super().__init__(name="listing", daemon=True)
         self.begun = threading.Event()
         self.cancelled = threading.Event()
@@ -69,12 +66,14 @@ class Listing(threading.Thread):
         self.unchanged = 0
         self._of = run
         self._found = found
-        self._scratch = scratch
-        self._config = config
+        self._done_before = done_before
+        self._limit = limit
+        self._part_objects = part_objects
+        self._patience = patience
 
     def run(self) -> None:
         """The thread."""
-        with storage.patient(self._config.patience):
+        with storage.patient(self._patience):
             try:
                 self._write()
             except BaseException as error:  # it is raised again by the thread that waits for the rows
@@ -89,19 +88,19 @@ class Listing(threading.Thread):
             runs.reopen(folder)
         if segments:
             self.begun.set()
-        done = KeySet(self._scratch) if complete else done_before(self._scratch, self._of, self._config)
+        done = None if complete else self._done_before()
         for uri in segments:
             segment = runs.read_segment(uri)
             self._count(len(segment), pc.sum(segment["size"]).as_py())
-            if not complete:
+            if done is not None:
                 done.add(keys_of(list(zip(segment["uri"].to_pylist(), segment["etag"].to_pylist(), strict=True))))
-        if not complete:
-            self._seal(done, WorklistWriter(folder, len(segments)))
+        if done is not None:
+            self._seal(done, WorklistWriter(folder, self._part_objects, len(segments)))
         self.complete = True
 
     def _seal(self, done: KeySet, writer: WorklistWriter) -> None:
         new = NewObjects(done)
-        before, limit = self.objects, self._config.limit
+        before, limit = self.objects, self._limit
         objects = islice(new.of(self._found), None if limit is None else max(0, limit - before))
         try:
             while chunk := list(islice(objects, _AT_A_TIME)):

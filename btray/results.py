@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.parquet
 
 from btray import storage
 from btray.errors import UserError
 from btray.keys import Keys, keys_of
-from btray.storage import FileInfo, StorageError
+from btray.part_files import Product
+from btray.storage import FileInfo
 from btray.storage_errors import typed
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable"})
 
 A run's prediction is not retryable where the object is missing or forbidden, since asking again at once is useless."""
 
-_TALLY = b"btray_tally"
+_PART_OBJECTS = 512
 
 
 def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at: datetime) -> dict[str, Any]:
@@ -79,32 +77,11 @@ def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at
     }
 
 
-# ---- files
-
-
-def partition(output: str, model_id: str, run_date: str) -> str:
-    """The folder of one model's rows of one day."""
-    return storage.join(output, f"model_id={model_id}", f"run_date={run_date}")
-
-
-def write_part(uri: str, rows: Sequence[Mapping[str, Any]], tally: Mapping[str, Any]) -> bool:
-    """Write one file of the table, with `tally` in its footer, by one put; False where it is there already."""
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata({_TALLY: json.dumps(tally).encode()}))
-    body = io.BytesIO()
-    pa.parquet.write_table(table, body, compression="zstd")
-    return storage.write_new(uri, body.getvalue())
-
-
-def read_tally(uri: str) -> dict[str, Any] | None:
-    """What `write_part` put into the footer of a file; None where there is no such file."""
-    try:
-        body = storage.read_bytes(uri)
-    except StorageError as error:
-        if error.code == "not_found":
-            return None
-        raise
-    tally: dict[str, Any] = json.loads(pa.parquet.read_metadata(pa.BufferReader(body)).metadata[_TALLY])
-    return tally
+def product(model_id: str) -> Product:
+    """The files of one model's rows."""
+    return Product(
+        folder=lambda run_date: f"model_id={model_id}/run_date={run_date}", schema=SCHEMA, part_objects=_PART_OBJECTS
+    )
 
 
 # ---- reading back

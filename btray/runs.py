@@ -1,7 +1,7 @@
-"""What a run of the classify job leaves below OUTPUT/_runs/MODEL/RUN: its plan, its worklist, and at the end run.json.
+"""What a run over an archive leaves below OUTPUT/_runs/GROUP/RUN: its plan, its worklist, and at the end run.json.
 
 The worklist is written while the archive is listed, in sealed segments that are there whole or not at all, cut into
-parts; each part becomes one file of the table, whose name follows from the part. So a run that was killed is taken up
+parts; each part becomes one file of the output, whose name follows from the part. So a run that was killed is taken up
 where it was: segments that are there are not listed again, and a part whose file is there is done.
 """
 
@@ -20,12 +20,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from btray import results, storage
+from btray import storage
 from btray.local_files import TEMPORARY
+from btray.part_files import Product, write_part
 from btray.storage import FileInfo, StorageError
 
-SEGMENT = pa.schema([("part", pa.int32()), ("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
-PART_OBJECTS = 512
+SEGMENT = pa.schema(
+    [
+        ("part", pa.int32()),
+        ("uri", pa.string()),
+        ("etag", pa.string()),
+        ("size", pa.int64()),
+        ("place", pa.string()),
+    ]
+)
 PART_BYTES = 256 << 20
 # The first segments are small, so that the first rows do not wait for the listing.
 _FIRST_SEGMENT = 1024
@@ -48,47 +56,47 @@ class Run:
 
     run_id: str
     """Sorts by the time at which the run began."""
-    model_id: str
-    run_date: str
-    """The day it began, UTC, which a run that is taken up keeps."""
+    group: str
+    """Runs of one group follow one another: the model_id, say."""
+    parts: str
+    """Folder of its files, below the output."""
     output: str
     request: dict[str, Any]
     """What its worklist follows from: the same request takes the run up."""
 
     @property
     def folder(self) -> str:
-        return storage.join(_folder(self.output, self.model_id), self.run_id)
+        return storage.join(_folder(self.output, self.group), self.run_id)
 
     @property
     def worklist(self) -> str:
         return storage.join(self.folder, "worklist")
 
     def part_uri(self, part_id: str) -> str:
-        """The table's file for one part."""
-        name = f"part-{self.run_id}-{part_id}.parquet"
-        return storage.join(results.partition(self.output, self.model_id, self.run_date), name)
+        """The output's file for one part."""
+        return storage.join(self.output, self.parts, f"part-{self.run_id}-{part_id}.parquet")
 
 
-def _folder(output: str, model_id: str) -> str:
-    return storage.join(output, _RUNS, model_id)
+def _folder(output: str, group: str) -> str:
+    return storage.join(output, _RUNS, group)
 
 
-def begin(output: str, model_id: str, request: dict[str, Any]) -> tuple[Run, bool]:
-    """The unfinished run of this model with this request, and True; else a new run, whose plan is written, and False.
+def begin(output: str, group: str, request: dict[str, Any], product: Product) -> tuple[Run, bool]:
+    """The unfinished run of this group with this request, and True; else a new run, whose plan is written, and False.
 
-    An unfinished run with another request is given up: what it has classified stays. Needs the lease.
+    An unfinished run with another request is given up: what it has written stays. Needs the lease.
     """
-    for run in _unfinished(output, model_id):
+    for run in _unfinished(output, group):
         if run.request == request:
             _remove_temporaries(run)
             return run, True
-        _close(run)
+        _close(run, product)
         finish(run, {"state": "given up", "request": run.request})
     now = datetime.now(UTC)
     run = Run(
         run_id=f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}",
-        model_id=model_id,
-        run_date=f"{now:%Y-%m-%d}",
+        group=group,
+        parts=product.folder(f"{now:%Y-%m-%d}"),
         output=output,
         request=request,
     )
@@ -96,10 +104,10 @@ def begin(output: str, model_id: str, request: dict[str, Any]) -> tuple[Run, boo
     return run, False
 
 
-def _unfinished(output: str, model_id: str) -> Iterator[Run]:
+def _unfinished(output: str, group: str) -> Iterator[Run]:
     """From the latest back to the last one that ended: every run settles those before it."""
-    for name in reversed(_names(_folder(output, model_id))):
-        folder = storage.join(_folder(output, model_id), name)
+    for name in reversed(_names(_folder(output, group))):
+        folder = storage.join(_folder(output, group), name)
         if storage.exists(storage.join(folder, RUN)):
             return
         try:
@@ -111,17 +119,17 @@ def _unfinished(output: str, model_id: str) -> Iterator[Run]:
         yield Run(**plan | {"output": output})
 
 
-def _close(run: Run) -> None:
+def _close(run: Run, product: Product) -> None:
     """Take the names of the parts that a given-up run has not written: an empty file stands at each.
 
     A worker that outlived its driver then finds its part written, whenever it comes, and no row of it gets in between
     the rows of the run that classifies those objects now.
     """
     segments, _ = sealed(run.worklist)
-    written = set(_names(results.partition(run.output, run.model_id, run.run_date)))
+    written = set(_names(storage.join(run.output, run.parts)))
     open_parts = [uri for segment in segments for uri in _part_uris(run, segment) if storage.name(uri) not in written]
     with ThreadPoolExecutor(_CLOSERS) as pool:
-        list(pool.map(lambda uri: results.write_part(uri, [], {}), open_parts))
+        list(pool.map(lambda uri: write_part(uri, [], product.schema, {}), open_parts))
 
 
 def _part_uris(run: Run, segment: str) -> list[str]:
@@ -154,15 +162,14 @@ def note_attempt(run: Run, part_id: str, first_uri: str) -> None:
     storage.write_bytes(storage.join(run.worklist, f"attempt-{part_id}-{len(before)}"), b"")
 
 
-def last_report(output: str, model_id: str) -> dict[str, Any] | None:
-    """run.json of the latest run that classified something."""
-    for name in reversed(_names(_folder(output, model_id))):
-        uri = storage.join(_folder(output, model_id), name, RUN)
+def reports(output: str, group: str) -> Iterator[dict[str, Any]]:
+    """run.json of the runs of a group that did something, the latest first."""
+    for name in reversed(_names(_folder(output, group))):
+        uri = storage.join(_folder(output, group), name, RUN)
         if storage.exists(uri):
             report: dict[str, Any] = storage.read_json(uri)
-            if report.get("images_per_second"):
-                return report
-    return None
+            if report.get("objects"):
+                yield report
 
 
 def _names(folder: str) -> list[str]:
@@ -178,7 +185,7 @@ def _remove_temporaries(run: Run) -> None:
     """What a killed writer left beside the files of a local table; object storage has no such thing."""
     if storage.is_remote(run.output):
         return
-    for folder in (results.partition(run.output, run.model_id, run.run_date), run.worklist, run.folder):
+    for folder in (storage.join(run.output, run.parts), run.worklist, run.folder):
         for name in _names(folder):
             if name.startswith(".") and name.endswith(TEMPORARY):
                 storage.delete(storage.join(folder, name))
@@ -188,13 +195,12 @@ def _remove_temporaries(run: Run) -> None:
 
 
 class WorklistWriter:
-    """Seals objects into segments, from number `first` on; `objects` counts those of this writer."""
+    """Seals objects into segments, from number `first` on, cut into parts of at most `part_objects`."""
 
-    def __init__(self, folder: str, first: int = 0) -> None:
+    def __init__(self, folder: str, part_objects: int, first: int = 0) -> None:
         self.folder = folder
+        self.part_objects = part_objects
         self.segments = first
-        self.objects = 0
-        self.bytes = 0
         self._waiting: list[FileInfo] = []
 
     def add(self, objects: Sequence[FileInfo]) -> bool:
@@ -212,10 +218,11 @@ class WorklistWriter:
     def _seal(self) -> bool:
         table = pa.Table.from_pydict(
             {
-                "part": _cut(self._waiting),
+                "part": _cut(self._waiting, self.part_objects),
                 "uri": [info.uri for info in self._waiting],
                 "etag": [info.etag for info in self._waiting],
                 "size": [info.size for info in self._waiting],
+                "place": [info.place for info in self._waiting],
             },
             schema=SEGMENT,
         )
@@ -223,15 +230,13 @@ class WorklistWriter:
         pa.parquet.write_table(table, body, compression="zstd")
         storage.write_bytes(_segment_uri(self.folder, self.segments), body.getvalue())
         self.segments += 1
-        self.objects += len(self._waiting)
-        self.bytes += sum(info.size for info in self._waiting)
         self._waiting = []
         return True
 
 
-def _cut(objects: Sequence[FileInfo]) -> list[int]:
+def _cut(objects: Sequence[FileInfo], limit: int) -> list[int]:
     """The part of each object: so many that a small archive keeps all workers busy, none too large for memory."""
-    most = min(PART_OBJECTS, max(32, -(-len(objects) // 8)))
+    most = min(limit, max(32, -(-len(objects) // 8)))
     parts: list[int] = []
     part = count = size = 0
     for info in objects:
@@ -260,7 +265,7 @@ def read_segment(uri: str) -> pa.Table:
 
 
 def parts(folder: str) -> Iterator[pa.Table]:
-    """Each part of a worklist as one row (part, uri, etag, size; the last three lists), as segments are sealed.
+    """Each part of a worklist as one row (part, and lists of uri, etag, size, place), as segments are sealed.
 
     Ends when the worklist does.
     """
@@ -279,7 +284,7 @@ def parts(folder: str) -> Iterator[pa.Table]:
         number += 1
 
 
-_LISTS = ("uri", "etag", "size")
+_LISTS = ("uri", "etag", "size", "place")
 
 
 def _parts_of(number: int, segment: pa.Table) -> Iterator[pa.Table]:

@@ -108,6 +108,12 @@ def read(uri: str, max_bytes: int | None) -> bytes:
     return data
 
 
+def open_ranges(uri: str) -> Any:
+    """The object as a file of which each read is one GET of just that range. Raises StorageError."""
+    with typed(uri):
+        return client().open("/".join(split(uri)), "rb", cache_type="none")
+
+
 def read_tagged(uri: str) -> tuple[bytes, str, dict[str, str]]:
     """The whole object, its entity tag and the headers of the answer, names in lower case. Raises StorageError."""
     s3 = client()

@@ -11,18 +11,14 @@ from btray.config import JobConfig
 from btray.settings import Positive, Probability
 
 
-class ClassifyConfig(JobConfig):
-    """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
+class ArchiveConfig(JobConfig):
+    """What the jobs on archives have in common."""
 
-    model: str
-    """Model bundle."""
     input: str
-    """Folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory (manifest.json) or file list \
-    (.txt); local or s3://."""
+    """Folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory (manifest.json), file list \
+    (.txt) or packed archive (the folder that jobs/pack.py wrote); local or s3://."""
     output: str
-    """Root of the results table; local or s3://."""
-    model_id: str | None = None
-    """Refuse the bundle unless this is its model_id."""
+    """Where the result is written; local or s3://."""
     include: tuple[str, ...] = ()
     """Only paths below the input that match one of these globs; `*` matches `/` too."""
     exclude: tuple[str, ...] = ()
@@ -31,25 +27,12 @@ class ClassifyConfig(JobConfig):
     """Only objects modified at this time or later, ISO 8601, UTC where no zone is given."""
     limit: Positive | None = None
     """At most so many objects."""
-    reclassify: bool = False
-    """Read all objects again; their new rows supersede the old ones."""
-    retry_rejected: bool = False
-    """Read again what was rejected for good; what failed for the store's sake is read again anyway."""
     dry_run: bool = False
     """Say how many objects would be read, how large they are and how long that takes; write nothing."""
     max_rejected: Probability | None = None
     """Share of rejected objects above which the job, having written everything, ends with exit code 3; default: any."""
-    use_gpu: bool = False
-    """Classify on GPUs."""
-    gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """GPU of each actor with --use-gpu; below 1 several share one."""
     actors: Positive | None = None
-    """Most actors that read, decode and classify; default: one a CPU, or as many as the GPUs hold with --use-gpu."""
-    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
-    """How the network is run: as it is, as a frozen graph, or by ONNX Runtime (extra onnx); auto: frozen on a CPU, \
-    eager on a GPU."""
-    batch_size: Positive = 64
-    """Images a forward pass."""
+    """Most actors that work at a time; default: one a CPU, or as many as the GPUs hold with --use-gpu."""
     threads: Positive = 16
     """Objects that an actor reads at a time."""
     patience: Annotated[float, Field(ge=0)] = 300.0
@@ -59,3 +42,32 @@ class ClassifyConfig(JobConfig):
     @classmethod
     def _utc(cls, value: datetime | None) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class ClassifyConfig(ArchiveConfig):
+    """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
+
+    model: str
+    """Model bundle."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    reclassify: bool = False
+    """Read all objects again; their new rows supersede the old ones."""
+    retry_rejected: bool = False
+    """Read again what was rejected for good; what failed for the store's sake is read again anyway."""
+    use_gpu: bool = False
+    """Classify on GPUs."""
+    gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPU of each actor with --use-gpu; below 1 several share one."""
+    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
+    """How the network is run: as it is, as a frozen graph, or by ONNX Runtime (extra onnx); auto: frozen on a CPU, \
+    eager on a GPU."""
+    batch_size: Positive = 64
+    """Images a forward pass; halved by itself where a GPU's memory is full."""
+
+
+class PackConfig(ArchiveConfig):
+    """Pack many small objects into few Parquet shards, which classify, train and audit read several times faster.
+
+    Run again it packs what is new or changed. Exit code 0 where every object was read, whatever it holds.
+    """

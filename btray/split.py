@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from btray.errors import UserError
+from btray.members import path_of
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def group_rows(table: pa.Table, duplicate_of: np.ndarray | None) -> np.ndarray:
 
 def _sorted_groups(table: pa.Table, duplicate_of: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Rows in the order of their runs, and the group of each row in that order, numbered by first appearance."""
-    uris = _column(table, "uri")
+    uris = [path_of(uri) for uri in _column(table, "uri")]
     keys = [_run_key(uri) for uri in uris]
     order = np.array(sorted(range(len(uris)), key=lambda row: (keys[row], uris[row])), dtype=np.int64)
     patients = _column(table, "patient_id")[order]

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.fs
 
-from btray import local_files, s3
+from btray import local_files, members, s3
 from btray.errors import UserError
 from btray.s3 import reconnect
 from btray.storage_errors import StorageError, check_size, patient, typed, user_error, waits
@@ -37,12 +37,14 @@ __all__ = [
     "delete",
     "describe",
     "exists",
+    "is_file",
     "is_folder",
     "is_remote",
     "join",
     "list_files",
     "list_names",
     "name",
+    "open_ranges",
     "patient",
     "read_bytes",
     "read_json",
@@ -50,6 +52,7 @@ __all__ = [
     "read_text",
     "reconnect",
     "resolve",
+    "typed",
     "upload_file",
     "user_error",
     "write_bytes",
@@ -69,6 +72,8 @@ class FileInfo:
     size: int
     etag: str
     modified: float
+    place: str = ""
+    """Where its bytes are read from, if not from `uri`: its member URI in a packed archive."""
 
 
 # ---- names
@@ -119,6 +124,11 @@ def exists(uri: str) -> bool:
 def is_folder(uri: str) -> bool:
     """Whether `uri` is a local folder, or a bucket or prefix below which an object or marker lies."""
     return _present(lambda: _require_folder(uri))
+
+
+def is_file(uri: str) -> bool:
+    """Whether a file or object is there that is no folder. Raises StorageError where that cannot be told."""
+    return _present(lambda: _require_file(uri)) and not is_folder(uri)
 
 
 def _present(require: Callable[[], None]) -> bool:
@@ -261,6 +271,8 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     Raises:
         StorageError: too_large above `max_bytes` (before the body is fetched), is_directory, not_found and so on.
     """
+    if members.is_member(uri):
+        return members.read(uri, read_bytes, max_bytes)
     return s3.read(uri, max_bytes) if is_remote(uri) else _read_local(uri, max_bytes)
 
 
@@ -314,6 +326,13 @@ def _read_local(path: str, max_bytes: int | None) -> bytes:
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a named pipe that nobody writes to would wait for ever
+
+
+def open_ranges(uri: str) -> IO[bytes]:
+    """The file or object open for reading pieces of it: each read of an object is one request. Raises StorageError."""
+    with typed(uri):
+        file: IO[bytes] = s3.open_ranges(uri) if is_remote(uri) else open(uri, "rb")  # noqa: SIM115 - the caller's
+        return file
 
 
 def read_text(uri: str) -> str:

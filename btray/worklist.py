@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.csv
@@ -13,7 +14,9 @@ import pyarrow.parquet
 from btray import storage
 from btray.errors import UserError
 from btray.labels import canonical_label
-from btray.storage import StorageError
+from btray.members import path_of
+from btray.packs import describe_pack, is_pack, list_pack
+from btray.storage import FileInfo, StorageError
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +48,9 @@ def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
 
     A tree is `CLASS/**/FILE`, or `SPLIT/CLASS/**/FILE` with the split folders of SPLITS in any case; every file counts,
     whatever its name, but hidden ones. A manifest is a .parquet or .csv file with uri,label[,split][,patient_id], or a
-    folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's folder. Labels
-    are canonical; split is null, train, val or test; size (bytes) and etag are null in a manifest's rows.
+    folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's folder. A packed
+    archive gives what was packed into it, by the same rules, with member URIs. Labels are canonical; split is null,
+    train, val or test; size (bytes) and etag are null in a manifest's rows.
 
     Raises:
         UserError: there is nothing, it cannot be read, it is not laid out so, or it has fewer than
@@ -55,7 +59,12 @@ def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
     root = storage.resolve(uri)
     try:
         manifest = _find_manifest(root)
-        table = _read_manifest(manifest) if manifest else _read_tree(root)
+        if manifest:
+            table = _read_manifest(manifest)
+        elif is_pack(root):
+            table = _read_pack(root)
+        else:
+            table = _tree_table(root, ((_below(root, info.uri), info) for info in storage.list_files(root)))
     except StorageError as error:
         raise storage.user_error(error) from error
     classes = table["label"].unique().to_pylist()
@@ -68,6 +77,17 @@ def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
     return table
 
 
+def holds_labels(manifest: str) -> bool:
+    """Whether a .parquet or .csv file has the columns of a labelled manifest."""
+    if not manifest.lower().endswith((".parquet", ".csv")):
+        return False
+    try:
+        _load(manifest, storage.read_bytes(manifest))
+    except UserError:
+        return False
+    return True
+
+
 def _find_manifest(root: str) -> str | None:
     if root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root):
         return root
@@ -78,13 +98,18 @@ def _find_manifest(root: str) -> str | None:
 # ---- folder trees
 
 
-def _read_tree(root: str) -> pa.Table:
+def _below(root: str, uri: str) -> str:
+    if uri == root:
+        raise UserError(f"{root} is a file, neither a folder nor a manifest; give {_LAYOUT}.")
+    return uri.removeprefix(root)
+
+
+def _tree_table(root: str, files: Iterable[tuple[str, FileInfo]]) -> pa.Table:
+    """From the paths of files below the root of a tree."""
     columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
     loose: list[str] = []
-    for info in storage.list_files(root):
-        if info.uri == root:
-            raise UserError(f"{root} is a file, neither a folder nor a manifest; give {_LAYOUT}.")
-        parts = [part for part in info.uri.removeprefix(root).split("/") if part]
+    for path, info in files:
+        parts = [part for part in path.split("/") if part]
         split = SPLITS.get(parts[0].casefold()) if len(parts) > 1 else None
         inner = parts[1:] if split else parts
         if len(inner) < 2:
@@ -110,8 +135,14 @@ def _explain_empty(root: str, loose: Sequence[str]) -> str:
 
 
 def _read_manifest(manifest: str) -> pa.Table:
-    source = _load(manifest)
-    folder = manifest.rpartition("/")[0]
+    rows = _manifest_rows(manifest, manifest.rpartition("/")[0], storage.read_bytes(manifest))
+    known = [(uri, *said, None, None) for uri, said in rows.items()]
+    return pa.table(list(map(list, zip(*known, strict=True))), schema=SCHEMA)
+
+
+def _manifest_rows(manifest: str, folder: str, data: bytes) -> dict[str, tuple[str, str | None, str | None]]:
+    """URI -> label, split and patient; relative URIs start at `folder`."""
+    source = _load(manifest, data)
     rows: dict[str, tuple[int, str, str | None, str | None]] = {}
     for number, (raw_uri, raw_label, raw_split, patient) in enumerate(_rows(source), start=1):
         where = f"{manifest}, row {number}"
@@ -132,13 +163,11 @@ def _read_manifest(manifest: str) -> pa.Table:
             )
     if not rows:
         raise UserError(f"{manifest} has no rows; list the images with the columns uri,label[,split][,patient_id].")
-    known = [(uri, label, split, patient, None, None) for uri, (_, label, split, patient) in rows.items()]
-    return pa.table(list(map(list, zip(*known, strict=True))), schema=SCHEMA)
+    return {uri: (label, split, patient) for uri, (_, label, split, patient) in rows.items()}
 
 
-def _load(manifest: str) -> pa.Table:
+def _load(manifest: str, data: bytes) -> pa.Table:
     """The columns of the manifest that count, as strings, absent ones null."""
-    data = storage.read_bytes(manifest)
     try:
         read = _load_csv if manifest.lower().endswith(".csv") else _load_parquet
         table = read(data)
@@ -190,3 +219,21 @@ def _locate(folder: str, uri: str, where: str) -> str:
         return storage.resolve(storage.join(folder, uri))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+# ---- packed archives
+
+
+def _read_pack(root: str) -> pa.Table:
+    """As what was packed: by its manifest, or else as a tree."""
+    said = describe_pack(root)
+    members = {info.uri: info for info in list_pack(root)}
+    beside = storage.join(root, said["manifest"]) if said["manifest"] else None
+    inside = (members.get(storage.join(said["root"], name)) for name in MANIFESTS)
+    manifest = beside or next((info.place for info in inside if info), None)
+    if manifest is None:
+        return _tree_table(root, ((path_of(info.place), replace(info, uri=info.place)) for info in members.values()))
+    rows = _manifest_rows(manifest, said["root"], storage.read_bytes(manifest))
+    # what the pack does not hold keeps its own URI: reading it tells whether it is there
+    known = [(members[uri].place if uri in members else uri, *values, None, None) for uri, values in rows.items()]
+    return pa.table(list(map(list, zip(*known, strict=True))), schema=SCHEMA)

@@ -17,9 +17,9 @@ import pytest
 
 from btray import lease, runs, storage
 from btray.bulk import classify
-from btray.bulk_worker import read_patiently
 from btray.classifier import Classifier
 from btray.errors import ThresholdExceeded, UserError
+from btray.lots import read_patiently
 from btray.results import KEY, current
 from btray.settings_bulk import ClassifyConfig
 from btray.storage import StorageError
@@ -145,7 +145,7 @@ def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
 
     (scans / "gone.jpg").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("btray.bulk.connected", None)  # nothing is new, so there is no need for Ray
+        patch.setattr("btray.archive_run.connected", None)  # nothing is new, so there is no need for Ray
         classify(config)
     assert report_of(output)["unchanged"] == len(objects)
     assert len(plain_rows(output)) == count
@@ -197,9 +197,9 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
 
 
 def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("btray.bulk_worker._PAUSE", 0.01)
+    monkeypatch.setattr("btray.lots._PAUSE", 0.01)
     up_at = time.monotonic() + 0.3
-    monkeypatch.setattr("btray.bulk_worker._answers_at_all", lambda uri: time.monotonic() > up_at)
+    monkeypatch.setattr("btray.lots._answers_at_all", lambda uri: time.monotonic() > up_at)
 
     def read(uris: Any) -> list[Any]:
         down = time.monotonic() < up_at

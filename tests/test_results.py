@@ -15,10 +15,12 @@ import pytest
 from btray import results, runs, storage
 from btray.classifier import Prediction
 from btray.keys import KeySet, keys_of
+from btray.part_files import read_tally, write_part
 from btray.runs import WorklistWriter
 from btray.storage import FileInfo
 
 ROOT = Path(__file__).resolve().parent.parent
+PART_OBJECTS = results.product("m").part_objects
 NIGHT = datetime(2026, 11, 22, 2, tzinfo=UTC)
 
 
@@ -39,8 +41,12 @@ def row(name: str, code: str | None = None, *, night: int = 0) -> dict[str, Any]
 
 
 def write(place: str, name: str, *rows: dict[str, Any], model: str = "1e10") -> bool:
-    uri = storage.join(results.partition(place, model, "2026-11-22"), f"{name}.parquet")
-    return results.write_part(uri, rows, {"objects": len(rows)})
+    uri = storage.join(place, results.product(model).folder("2026-11-22"), f"{name}.parquet")
+    return write_part(uri, rows, results.SCHEMA, {"objects": len(rows)})
+
+
+def begin(place: str, model: str, request: dict[str, Any]) -> tuple[runs.Run, bool]:
+    return runs.begin(place, model, request, results.product(model))
 
 
 def objects(count: int, size: int = 7) -> list[FileInfo]:
@@ -50,9 +56,9 @@ def objects(count: int, size: int = 7) -> list[FileInfo]:
 def test_of_two_writers_of_a_part_one_wins(place: str) -> None:
     assert write(place, "part", row("a"))
     assert not write(place, "part", row("a"), row("b"))
-    uri = storage.join(results.partition(place, "1e10", "2026-11-22"), "part.parquet")
-    assert results.read_tally(uri) == {"objects": 1}
-    assert results.read_tally(uri + "x") is None
+    uri = storage.join(place, results.product("1e10").folder("2026-11-22"), "part.parquet")
+    assert read_tally(uri) == {"objects": 1}
+    assert read_tally(uri + "x") is None
     assert storage.list_names(uri.rpartition("/")[0]) == ["part.parquet"]
 
 
@@ -100,7 +106,7 @@ def test_the_key_set_answers_right_and_keeps_what_is_old_on_disk(
 
 
 def test_a_worklist_gives_its_parts_in_order_and_ends(place: str) -> None:
-    writer = WorklistWriter(place)
+    writer = WorklistWriter(place, PART_OBJECTS)
     listed = objects(5000)
     for start in range(0, 5000, 700):
         writer.add(listed[start : start + 700])
@@ -110,43 +116,43 @@ def test_a_worklist_gives_its_parts_in_order_and_ends(place: str) -> None:
     found = [part.to_pylist()[0] for part in runs.parts(place)]
     assert [uri for part in found for uri in part["uri"]] == [info.uri for info in listed]
     assert len({part["part"] for part in found}) == len(found)
-    assert max(len(part["uri"]) for part in found) <= runs.PART_OBJECTS
+    assert max(len(part["uri"]) for part in found) <= PART_OBJECTS
 
 
 def test_parts_of_large_objects_are_small() -> None:
-    assert max(np.bincount(runs._cut(objects(100, size=200 << 20)))) == 1
-    assert max(np.bincount(runs._cut(objects(8192)))) == runs.PART_OBJECTS
-    assert len(set(runs._cut(objects(64)))) == 2
+    assert max(np.bincount(runs._cut(objects(100, size=200 << 20), PART_OBJECTS))) == 1
+    assert max(np.bincount(runs._cut(objects(8192), PART_OBJECTS))) == PART_OBJECTS
+    assert len(set(runs._cut(objects(64), PART_OBJECTS))) == 2
 
 
 def test_a_run_is_taken_up_by_the_same_request_and_given_up_by_another(place: str) -> None:
-    first, resumed = runs.begin(place, "m", {"input": "a"})
+    first, resumed = begin(place, "m", {"input": "a"})
     assert not resumed
-    WorklistWriter(first.worklist).end(complete=False)
-    assert runs.begin(place, "m", {"input": "a"}) == (first, True)
-    assert not runs.begin(place, "other model", {"input": "a"})[1]
-    second, resumed = runs.begin(place, "m", {"input": "b"})
+    WorklistWriter(first.worklist, PART_OBJECTS).end(complete=False)
+    assert begin(place, "m", {"input": "a"}) == (first, True)
+    assert not begin(place, "other model", {"input": "a"})[1]
+    second, resumed = begin(place, "m", {"input": "b"})
     assert not resumed
     assert storage.read_json(storage.join(first.folder, runs.RUN))["state"] == "given up"
     assert runs._names(first.worklist) == []
-    runs.finish(second, {"state": "finished", "images_per_second": 9.0})
-    assert runs.last_report(place, "m") == {"state": "finished", "images_per_second": 9.0}
-    assert not runs.begin(place, "m", {"input": "b"})[1]
+    runs.finish(second, {"state": "finished", "objects": 9})
+    assert list(runs.reports(place, "m")) == [{"state": "finished", "objects": 9}]
+    assert not begin(place, "m", {"input": "b"})[1]
 
 
 def test_a_worker_that_outlives_a_given_up_run_adds_no_row(place: str) -> None:
-    run, _ = runs.begin(place, "1e10", {"input": "a"})
-    writer = WorklistWriter(run.worklist)
+    run, _ = begin(place, "1e10", {"input": "a"})
+    writer = WorklistWriter(run.worklist, PART_OBJECTS)
     writer.add(objects(1024))
     names = [part["part"][0].as_py() for part in islice(runs.parts(run.worklist), 8)]
-    assert results.write_part(run.part_uri(names[3]), [row("in time")], {"objects": 1})
-    runs.begin(place, "1e10", {"input": "b"})
-    assert not any(results.write_part(run.part_uri(name), [row("late")], {"objects": 1}) for name in names)
+    assert write_part(run.part_uri(names[3]), [row("in time")], results.SCHEMA, {"objects": 1})
+    begin(place, "1e10", {"input": "b"})
+    assert not any(write_part(run.part_uri(name), [row("late")], results.SCHEMA, {"objects": 1}) for name in names)
     assert [uri[-7:] for uri in results.current(place)["uri"].to_pylist()] == ["in time"]
 
 
 def test_a_part_that_kills_its_workers_ends_the_run_with_its_name(tmp_path: Path) -> None:
-    run, _ = runs.begin(str(tmp_path), "m", {})
+    run, _ = begin(str(tmp_path), "m", {})
     for _ in range(5):
         runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
     runs.note_attempt(run, "00000-004", "s3://b/other.jpg")

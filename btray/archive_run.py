@@ -1,0 +1,203 @@
+"""One run over an archive: list what is new, hand it part by part to actors, count what they say, end with run.json.
+
+One row of the dataset is one part of the worklist: an actor reads its objects, writes the part's file with one put
+that fails where the file is there, and gives back its counts. So a run that is taken up, a task that Ray repeats and
+a worker that outlives its driver all end with the same files. What the actors do with a part is the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from btray import lease, runs, storage
+from btray.archive import Selection, list_archive
+from btray.bulk_report import Progress, Totals, duration
+from btray.cluster import connected, cpus
+from btray.errors import ThresholdExceeded
+from btray.keys import KeySet
+from btray.listing import Listing, NewObjects
+from btray.part_files import Product
+from btray.runs import Run
+from btray.settings_bulk import ArchiveConfig
+from btray.storage import FileInfo, StorageError
+from btray.worklist_source import WorklistSource
+
+_log = logging.getLogger(__name__)
+
+Report = dict[str, Any]
+
+# Less than a CPU each, so that the task that reads the worklist always finds room, on one CPU too.
+_ACTOR_CPUS = 0.9
+_READER_CPUS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a job does with an archive."""
+
+    output: str
+    group: str
+    """Of its runs: see `runs.Run`."""
+    choices: Report
+    """What its worklist follows from besides the selection; an unfinished run with others is given up."""
+    product: Product
+    done: Callable[[Path], KeySet]
+    """Keys of the objects that earlier runs have settled; larger sets are kept in the folder given."""
+    dataset: Callable[[Run], ray.data.Dataset]
+    """Columns part and tally, one row for each part of the run's worklist as it is written: see `parts_through`."""
+    conclude: Callable[[Run, Report], None] = lambda run, report: None
+    """What is left to write once all parts are there, before the run ends."""
+
+
+def run_archive(config: ArchiveConfig, work: Work) -> Report:
+    """Do the work on what is new in the archive, or say how much that is; return what run.json says.
+
+    Raises UserError for unusable input and where another run is writing to this output, ThresholdExceeded above
+    `max_rejected`, after writing.
+    """
+    found = _peeked(list_archive(config.input, _selection(config, work.output)))
+    try:
+        if config.dry_run:
+            return _estimate(config, work, found)
+        with lease.held(work.output) as check:
+            report = _run(config, work, found, check)
+    except StorageError as error:
+        raise storage.user_error(error) from error
+    _enforce(report, config.max_rejected)
+    return report
+
+
+def _selection(config: ArchiveConfig, output: str) -> Selection:
+    return Selection(include=config.include, exclude=config.exclude, since=config.since, outside=output)
+
+
+def _peeked(found: Iterator[FileInfo]) -> Iterator[FileInfo]:
+    """The same, after the first look: an archive that is not there is refused before anything is written."""
+    first = next(found, None)
+    return iter(()) if first is None else chain([first], found)
+
+
+def _request(config: ArchiveConfig, work: Work) -> Report:
+    chosen = config.model_dump(mode="json", include={"include", "exclude", "since", "limit"})
+    return {"input": storage.resolve(config.input)} | chosen | work.choices
+
+
+def _estimate(config: ArchiveConfig, work: Work, found: Iterator[FileInfo]) -> Report:
+    """How much there is to do, printed; nothing is written."""
+    with tempfile.TemporaryDirectory() as scratch:
+        new = NewObjects(work.done(Path(scratch)))
+        objects = size = 0
+        for info in new.of(found):
+            if objects == config.limit:
+                break
+            objects, size = objects + 1, size + info.size
+    rate = next(runs.reports(work.output, work.group), {}).get("images_per_second")
+    took = (
+        f"about {duration(objects / rate)} at the last run's {rate:.0f} images/s" if rate else "unknown time: first run"
+    )
+    print(
+        f"{objects} new objects, {size / 1e6:.1f} MB, {took}; {new.unchanged} unchanged. Nothing was written.",
+        flush=True,
+    )
+    return {"objects": objects, "bytes": size, "unchanged": new.unchanged}
+
+
+def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Callable[[], None]) -> Report:
+    started = datetime.now(UTC)
+    totals = Totals()
+    with storage.patient(config.patience), tempfile.TemporaryDirectory() as scratch:
+        run, resumed = runs.begin(work.output, work.group, _request(config, work), work.product)
+        if resumed:
+            _log.info("taking up run %s, which was cut off", run.run_id)
+        listing = Listing(
+            run,
+            found,
+            lambda: work.done(Path(scratch)),
+            limit=config.limit,
+            part_objects=work.product.part_objects,
+            patience=config.patience,
+        )
+        listing.start()
+        try:
+            listing.begun.wait()
+            if not (listing.complete and listing.objects == 0) and listing.error is None:
+                _through(lambda: work.dataset(run), totals, Progress(totals, listing), check)
+        finally:
+            listing.cancelled.set()
+            listing.join()
+        if listing.error is not None:
+            raise listing.error
+        check()
+        if totals.objects != listing.objects:
+            raise RuntimeError(f"run {run.run_id} counted {totals.objects} objects of {listing.objects}; run it again")
+        report = totals.report(listing.unchanged) | {
+            "state": "finished",
+            "run_id": run.run_id,
+            "started_at": started.isoformat(timespec="seconds"),
+            "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "resumed": resumed,
+            "config": config.model_dump(mode="json"),
+        }
+        work.conclude(run, report)
+        _log.info("details: %s", runs.finish(run, report))
+    return report
+
+
+def _through(
+    dataset: Callable[[], ray.data.Dataset], totals: Totals, progress: Progress, check: Callable[[], None]
+) -> None:
+    with connected():
+        for batch in dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            check()
+            for row in pa.Table.to_pylist(batch):
+                totals.add(row["part"], row["tally"])
+            progress.show()
+        progress.end()
+
+
+def parts_through(
+    worker: type, arguments: tuple[Any, ...], run: Run, *, actors: int, patience: float, gpu_share: float = 0.0
+) -> ray.data.Dataset:
+    """The worklist's parts, one row each, through `actors` of the class `worker`. Needs Ray."""
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    # bytes: each row its own block, or the first parts would wait for 128 MiB of them
+    context.target_max_block_size = 1
+    try:
+        worklist = ray.data.read_datasource(
+            WorklistSource(run.worklist, patience), num_cpus=_READER_CPUS, override_num_blocks=1
+        )
+        return worklist.map_batches(
+            worker,
+            fn_constructor_args=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / actors),
+            num_gpus=gpu_share or None,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=2
+            ),
+        )
+    finally:
+        context.target_max_block_size = before
+
+
+def _enforce(report: Report, limit: float | None) -> None:
+    rejected, objects = report["rejected"], report["objects"]
+    if limit is None or rejected <= limit * objects:
+        return
+    code, count = next(iter(report["rejected_by_code"].items()))
+    raise ThresholdExceeded(
+        f"{rejected} of {objects} objects were rejected ({rejected / objects:.1%}), above --max-rejected "
+        f"{limit:.1%}; most often {code} ({count}); mend the data or raise --max-rejected"
+    )

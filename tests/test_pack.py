@@ -1,0 +1,146 @@
+"""A packed archive gives the rows, labels and refusals of the objects that went into it, and grows by what is new."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from btray import packs, storage
+from btray.archive import Selection, list_archive
+from btray.bulk import classify
+from btray.errors import UserError
+from btray.members import is_member, member_uri, path_of
+from btray.packing import pack
+from btray.settings_bulk import PackConfig
+from btray.split import hold_out
+from btray.worklist import read_labelled
+from tests.classify_helpers import job, mixed_objects, plain_rows, write_objects
+from tests.tiny_bundle import saved_bundle
+from tests.training_helpers import write_tree
+
+pytestmark = pytest.mark.cluster
+
+
+def packed(source: Any, output: Any, **changes: Any) -> str:
+    return pack(PackConfig(input=str(source), output=str(output), actors=1, **changes))
+
+
+def comparable(rows: pa.Table) -> list[tuple[Any, ...]]:
+    """What may not depend on where the bytes came from; messages name the place."""
+    names = ("uri", "etag", "size", "frame", "status", "error_code", "retryable", "label")
+    return sorted(zip(*(rows[name].to_pylist() for name in names), strict=True))
+
+
+@pytest.mark.s3
+def test_the_same_rows_come_out_of_a_pack_and_of_loose_objects(
+    ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, model = f"{bucket}/scans", str(tmp_path / "model")
+    saved_bundle(model)
+    write_objects(scans, mixed_objects(30) | {"a folder/100% #1?.jpg": mixed_objects(1)["day/0000.jpg"]})
+    shards = packed(scans, f"{bucket}/packed")
+    assert "0 rejected" in capsys.readouterr().out
+    for source, output in ((scans, "loose"), (shards, "shards")):
+        classify(job(model, source, f"{bucket}/{output}", exclude=("*0003*",)))
+    rows = comparable(plain_rows(f"{bucket}/loose"))
+    assert len(rows) > 30
+    assert comparable(plain_rows(f"{bucket}/shards")) == rows
+
+    classify(job(model, shards, f"{bucket}/loose", exclude=("*0003*",)))
+    assert comparable(plain_rows(f"{bucket}/loose")) == rows  # the loose objects were known by their uri and etag
+
+
+def test_a_pack_grows_by_what_is_new_and_asks_again_for_what_the_store_withheld(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = tmp_path / "scans"
+    write_objects(str(scans), {f"{number}.jpg": b"first %d" % number for number in range(5)})
+    (scans / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    output = packed(scans, tmp_path / "out")
+    before = {info.uri: info for info in packs.list_pack(output)}
+    assert len(before) == 6
+    with pytest.raises(storage.StorageError, match="not_found"):
+        storage.read_bytes(before[str(scans / "gone.jpg")].place)
+
+    (scans / "gone.jpg").unlink()
+    (scans / "gone.jpg").write_bytes(b"found")
+    (scans / "3.jpg").write_bytes(b"another")
+    capsys.readouterr()
+    packed(scans, output)
+    assert "2 packed, 0 rejected; 4 unchanged" in capsys.readouterr().out
+    listed = list(list_archive(output, Selection()))
+    assert {info.uri: storage.read_bytes(info.place) for info in listed} == {
+        str(path): path.read_bytes() for path in scans.iterdir()
+    }
+    assert len(listed) == 6
+    later = {info.uri: info.etag for info in listed}
+    assert later == {info.uri: info.etag for info in list_archive(str(scans), Selection())}
+
+
+@pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside"])
+def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_path: Path, kind: str) -> None:
+    data = write_tree(tmp_path / "data", {f"Training/{name}": 12 for name in ("glioma", "no_tumor")} | {"Testing/x": 2})
+    if kind != "tree":
+        lines = [
+            f"Training/{label}/{number:03d}.png,{label},train,{label[0]}{number // 4}"
+            for label in ("glioma", "no_tumor")
+            for number in range(12)
+        ]
+        text = "\n".join(["uri,label,split,patient_id", *lines])
+        storage.write_text(storage.join(data, "manifest.csv" if kind == "manifest inside" else "labels.csv"), text)
+    source = storage.join(data, "labels.csv") if kind == "manifest beside" else data
+    loose, members = read_labelled(source), read_labelled(packed(source, tmp_path / "packed"))
+    assert len(members) == len(loose) >= 24
+    assert all(is_member(uri) for uri in members["uri"].to_pylist())
+
+    def said(table: pa.Table, paths: list[str]) -> dict[str, tuple[Any, ...]]:
+        columns = (table[name].to_pylist() for name in ("label", "split", "patient_id"))
+        return dict(zip(paths, zip(*columns, strict=True), strict=True))
+
+    of_loose = [uri.removeprefix(f"{data}/") for uri in loose["uri"].to_pylist()]
+    of_members = [path_of(uri) for uri in members["uri"].to_pylist()]
+    assert said(members, of_members) == said(loose, of_loose)
+    assert storage.read_bytes(members["uri"][0].as_py()) == Path(data, of_members[0]).read_bytes()
+
+    def held(table: pa.Table, paths: list[str]) -> set[str]:
+        out = hold_out(table, fraction=0.25, seed=1, duplicate_of=None)
+        return {path for path, chosen in zip(paths, out, strict=True) if chosen}
+
+    assert held(members, of_members) == held(loose, of_loose) != set()
+
+
+def test_a_damaged_shard_is_an_error_and_no_other_scan(ray_session: None, tmp_path: Path) -> None:
+    write_objects(str(tmp_path / "scans"), {"a.jpg": b"A" * 5000, "b.jpg": b"B" * 5000})
+    output = packed(tmp_path / "scans", tmp_path / "out")
+    place = next(info.place for info in packs.list_pack(output))
+    shard = Path(place.partition("#")[0])
+    body = bytearray(shard.read_bytes())
+    body[body.index(b"A" * 100) + 50] ^= 1
+    damaged = shard.with_name("damaged.parquet")
+    damaged.write_bytes(body)
+    with pytest.raises(storage.StorageError):
+        storage.read_bytes(member_uri(str(damaged), 0, "a.jpg"))
+    with pytest.raises(storage.StorageError, match="not_found"):
+        storage.read_bytes(member_uri(str(shard), 2, "c.jpg"))
+    answers = storage.read_many([place, f"{shard}.no.parquet#0/x", str(tmp_path / "scans" / "a.jpg")])
+    assert [type(answer) for answer in answers] == [bytes, storage.StorageError, bytes]
+
+
+def test_a_pack_of_something_else_or_of_a_pack_is_refused_in_one_line(ray_session: None, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_objects(str(tmp_path / name), {"a.jpg": b"x"})
+    output = packed(tmp_path / "one", tmp_path / "out")
+    with pytest.raises(UserError, match=r"is a pack of .*one, not of .*two"):
+        packed(tmp_path / "two", output)
+    with pytest.raises(UserError, match="packed archive already"):
+        packed(output, tmp_path / "again")
+    newer = {"format_version": 99, "root": str(tmp_path), "manifest": None}
+    storage.write_json(os.path.join(output, packs.DESCRIPTION), newer)
+    with pytest.raises(UserError, match="format 99"):
+        read_labelled(output)
+    assert np.all([name in ("one", "two", "out") for name in os.listdir(tmp_path)])

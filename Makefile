@@ -34,7 +34,7 @@ test: $(READY) ## lint, types and all tests but soak; every step runs, whatever 
 	step ruff check .; \
 	step ruff format --check .; \
 	step mypy; \
-	step pytest -q -m 'not soak' --durations=20; \
+	step pytest -q -m 'not soak' --durations=20 -n 2 --dist loadfile; \
 	echo; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; else echo "all passed"; fi
 

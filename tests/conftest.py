@@ -17,6 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data" / "brain-tumor-mri"
 
 
+# These take longest: begun last, one of two processes would wait for the other.
+_FIRST = ("test_training.py", "test_readme.py", "test_behaviour.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; the order within a file stays."""
+    items.sort(key=lambda item: item.path.name not in _FIRST)
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A running S3 server; until the session ends the process environment points at it and at no other AWS account."""

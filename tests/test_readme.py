@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from btray.results import current
 
@@ -33,14 +34,15 @@ def commands() -> list[str]:
 
 
 def environment_of(command: str) -> dict[str, str]:
-    """The caller's environment with this Python first, and the quick settings where the job knows them."""
+    """The caller's environment with this Python first, the Ray that runs, and the quick settings where they are known."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return os.environ | {"PATH": path} | (QUICK if "jobs/train.py" in command else {})
+    running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return os.environ | running | (QUICK if "jobs/train.py" in command else {})
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+def test_the_commands_of_the_readme_run_one_after_the_other(ray_session: None, tmp_path: Path) -> None:
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     for command in commands():
         done = subprocess.run(

@@ -1,0 +1,214 @@
+"""The classify job beside other ways to do its work, on one archive of real-size JPEG, in one run.
+
+python benchmarks/bulk.py --model BUNDLE --data ../data/brain-tumor-mri [--images 20000] [--more 80000] [--s3] [--daft]
+
+The archive is made of hard links to the images of --data, or of copies in a SeaweedFS of its own (--s3; the store's
+share of the cores is stated). Pipelines run one after the other (see benchmarks/bulk_rivals.py), the job twice more at
+--more images, with the bare loop beside it: cost an image, peak memory. --daft makes a virtual environment with Daft,
+which wants an older pyarrow. Start-up counts in `images_per_s`; `steady` is between the first and last part or batch.
+Run it with nothing else on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from btray import storage
+
+ROOT = Path(__file__).resolve().parent.parent
+Result = dict[str, Any]
+
+
+def main() -> None:
+    """Measure, print each result as it comes, then the comparison as one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="bundle")
+    parser.add_argument("--data", required=True, help="folder of JPEG")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--more", type=int, default=80_000, help="a second size for the job and the bare loop; 0: none")
+    parser.add_argument("--engine", default="frozen")
+    parser.add_argument("--s3", action="store_true", help="read from a SeaweedFS")
+    parser.add_argument("--daft", action="store_true")
+    arguments = parser.parse_args()
+    model = storage.resolve(arguments.model)
+    with tempfile.TemporaryDirectory(prefix="btray-bulk-") as name, _place(Path(name), arguments.s3) as (root, store):
+        folder = Path(name)
+        pictures = sorted(path for path in Path(arguments.data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        uris = _archive(root, pictures, max(arguments.images, arguments.more))
+        results: dict[str, Result] = {}
+        rivals = ["bare", "documented", "dataloader", *(["daft"] if arguments.daft else [])]
+        for size, pipelines in ((arguments.images, [*rivals, "job"]), (arguments.more, ["bare", "job"])):
+            for pipeline in pipelines if size else ():
+                key = f"{pipeline} {size}"
+                results[key] = _measured(pipeline, model, arguments.engine, uris[:size], out=folder / key, store=store)
+                print(key, json.dumps(results[key]), file=sys.stderr, flush=True)
+    print(json.dumps({"results": results} | _compared(results, arguments.images, arguments.more), indent=2))
+
+
+def _compared(results: dict[str, Result], size: int, more: int) -> Result:
+    largest = more or size
+    job, bare = results[f"job {largest}"], results[f"bare {largest}"]
+    said = {
+        "job_over_bare_steady": job["steady"] / bare["steady"],
+        "job_over_bare": job["images_per_s"] / bare["images_per_s"],
+    }
+    for rival in ("documented", "dataloader", "daft"):
+        if (key := f"{rival} {size}") in results:
+            said[f"job_over_{rival}"] = results[f"job {size}"]["images_per_s"] / results[key]["images_per_s"]
+    if more:
+        small = results[f"job {size}"]
+        said["cost_per_image_larger_over_smaller"] = small["images_per_s"] / job["images_per_s"]
+        said["peak_memory_larger_over_smaller"] = job["peak_mb"] / small["peak_mb"]
+    return said
+
+
+# ---- the archive
+
+
+@contextmanager
+def _place(folder: Path, remote: bool) -> Iterator[tuple[str, int | None]]:
+    """Root of the archive, and the process id of its store."""
+    if not remote:
+        yield str(folder / "archive"), None
+        return
+    from tools.s3_server import S3Server
+
+    with S3Server(folder / "store") as server:
+        os.environ.update(server.environment_over(dict(os.environ)))
+        storage.reconnect()
+        server.make_bucket("archive")
+        yield "s3://archive", server.pid
+
+
+def _archive(root: str, pictures: list[Path], count: int) -> list[str]:
+    """So many objects, a thousand to a folder; their URIs."""
+    uris = []
+    for number, picture in enumerate(islice(cycle(pictures), count)):
+        uri = storage.join(root, f"{number // 1000:04d}", f"{number:07d}.jpg")
+        uris.append(uri)
+        if storage.is_remote(root):
+            storage.write_bytes(uri, picture.read_bytes())
+        else:
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
+            os.link(picture, uri)
+    return uris
+
+
+# ---- one pipeline
+
+
+def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: Path, store: int | None) -> Result:
+    """Throughput with start-up, and in the steady state; peak memory (PSS) of all its processes."""
+    out.mkdir()
+    listing = out / "list.txt"
+    listing.write_text("\n".join(uris) + "\n", encoding="utf-8")
+    rival = [str(ROOT / "benchmarks" / "bulk_rivals.py"), pipeline, model, engine, str(out / "table")]
+    job = [str(ROOT / "jobs" / "classify.py"), "--model", model, "--engine", engine, "--output", str(out / "table")]
+    job += ["--input", uris[0].rsplit("/", 2)[0], "--limit", str(len(uris))]
+    python = _daft_python() if pipeline == "daft" else sys.executable
+    mark = uuid.uuid4().hex
+    environment = os.environ | {"BTRAY_BENCHMARK": mark, "PYTHONPATH": str(ROOT)}
+    if pipeline != "dataloader":
+        environment["OMP_NUM_THREADS"] = "1"
+    busy_before = _cpu_seconds(store)
+    started = time.perf_counter()
+    with _Memory(mark) as memory, listing.open() as lines:
+        done = subprocess.run(
+            [python, *(job if pipeline == "job" else rival)],
+            stdin=None if pipeline == "job" else lines,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(f"{pipeline}: {done.stderr[-3000:]}")
+    said = _report_of(out / "table") if pipeline == "job" else json.loads(done.stdout.strip().splitlines()[-1])
+    result = said | {"seconds": seconds, "images_per_s": len(uris) / seconds, "peak_mb": memory.peak / 1e6}
+    if store is not None:
+        result["store_share_of_a_core"] = (_cpu_seconds(store) - busy_before) / seconds
+    return result
+
+
+def _report_of(table: Path) -> Result:
+    (path,) = table.glob("_runs/*/*/run.json")
+    said = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "images": said["frames"] + said["rejected"],
+        "steady": said["images_per_second"],
+        "seconds_to_first_part": said["seconds_to_first_part"],
+        "seconds_by_stage": said["seconds_by_stage"],
+    }
+
+
+def _daft_python() -> str:
+    """A Python with Daft, and behind it all that this one has."""
+    home = ROOT / ".venv" / "daft"
+    python = home / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "daft"], check=True)
+        own = subprocess.run(
+            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+        (Path(own) / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return str(python)
+
+
+class _Memory(threading.Thread):
+    """The most memory that all processes with a mark in their environment held at once, in bytes (PSS)."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._mark = f"BTRAY_BENCHMARK={mark}".encode()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> _Memory:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """The thread; looks seldom, since looking costs."""
+        while not self._ended.wait(2):
+            self.peak = max(self.peak, sum(map(self._held, Path("/proc").iterdir())))
+
+    def _held(self, process: Path) -> int:
+        try:
+            if not process.name.isdigit() or self._mark not in (process / "environ").read_bytes():
+                return 0
+            lines = (process / "smaps_rollup").read_text().splitlines()
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+        except (OSError, StopIteration):
+            return 0
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

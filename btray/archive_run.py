@@ -55,6 +55,8 @@ class Work:
     """Keys of the objects that earlier runs have settled; larger sets are kept in the folder given."""
     dataset: Callable[[Run], ray.data.Dataset]
     """Columns part and tally, one row for each part of the run's worklist as it is written: see `parts_through`."""
+    least_certain: int = 0
+    """How many of the least certain scans the report names."""
     conclude: Callable[[Run, Report], None] = lambda run, report: None
     """What is left to write once all parts are there, before the run ends."""
 
@@ -114,7 +116,7 @@ def _estimate(config: ArchiveConfig, work: Work, found: Iterator[FileInfo]) -> R
 
 def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Callable[[], None]) -> Report:
     started = datetime.now(UTC)
-    totals = Totals()
+    totals = Totals(least_certain=work.least_certain)
     with storage.patient(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(work.output, work.group, _request(config, work), work.product)
         if resumed:

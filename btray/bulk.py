@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from btray.archive_run import Report, Work, parts_through, run_archive
 from btray.bulk_report import summary
 from btray.bulk_worker import PartClassifier, WorkerOptions
 from btray.bundle import load_bundle
+from btray.classifier import Classifier
 from btray.cluster import cpus, gpus
 from btray.errors import UserError
+from btray.explanations import FOLDER, read_frames, write_explanations
 from btray.keys import KeySet
+from btray.night import SHOWN, compare, write_summary
 from btray.runs import Run
 from btray.settings_bulk import ClassifyConfig
+
+_log = logging.getLogger(__name__)
 
 
 def classify(config: ClassifyConfig) -> str:
@@ -26,23 +32,47 @@ def classify(config: ClassifyConfig) -> str:
     `max_rejected`, after writing.
     """
     output = storage.resolve(config.output)
-    model_id = load_bundle(config.model, model_id=config.model_id).manifest.model_id
+    bundle = load_bundle(config.model, model_id=config.model_id)
+    model_id = bundle.manifest.model_id
+    for label in config.explain_labels:
+        if label not in bundle.manifest.classes:
+            known = ", ".join(bundle.manifest.classes)
+            raise UserError(f"--explain-labels {label}: the model does not know it; it knows {known}")
 
     def conclude(run: Run, report: Report) -> None:
         report["model_id"] = model_id
+        profiles = compare(run, report, bundle)
+        if report["objects"]:
+            classifier = Classifier(bundle, device="cpu")
+            uri = write_summary(run, report, profiles, classifier)
+            _explain_least_certain(config, run, report, classifier)
+            _log.info("summary: %s", uri)
         print(summary(report), flush=True)
 
     work = Work(
         output=output,
         group=model_id,
-        choices=config.model_dump(mode="json", include={"reclassify", "retry_rejected"}),
+        choices=config.model_dump(mode="json", include={"reclassify", "retry_rejected", "explain_labels"}),
         product=results.product(model_id),
         done=lambda scratch: _done_before(scratch, output, model_id, config),
         dataset=lambda run: _dataset(config, run),
+        least_certain=_least_certain(config),
         conclude=conclude,
     )
     run_archive(config, work)
     return output
+
+
+def _least_certain(config: ClassifyConfig) -> int:
+    return max(SHOWN, config.explain)
+
+
+def _explain_least_certain(config: ClassifyConfig, run: Run, report: Report, classifier: Classifier) -> None:
+    scans = report["least_certain"][: config.explain]
+    folder = storage.join(run.output, FOLDER, run.run_id)
+    for start in range(0, len(scans), classifier.batch_size):
+        said, frames = read_frames(classifier, scans[start : start + classifier.batch_size])
+        write_explanations(folder, f"least_certain-{start:05d}", said, frames, classifier)
 
 
 def _done_before(scratch: Path, output: str, model_id: str, config: ClassifyConfig) -> KeySet:
@@ -66,6 +96,8 @@ def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
         threads=config.threads,
         decoders=max(1, int(cpus() / actors)),
         patience=config.patience,
+        explain_labels=config.explain_labels,
+        least_certain=_least_certain(config),
     )
     return parts_through(
         PartClassifier,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import sys
 import time
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from btray.drift import Profile
 from btray.listing import Listing
 
 _EVERY = 0.5  # seconds between two progress lines
@@ -17,13 +19,16 @@ _EVERY = 0.5  # seconds between two progress lines
 class Totals:
     """Counts of the parts that are done; each part counts once, however often it is reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, least_certain: int = 0) -> None:
+        self._least_certain = least_certain
         self.objects = 0
         self.frames = 0
         self.bytes = 0
         self.labels: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        self.profile = Profile()
+        self.least_certain: list[dict[str, Any]] = []
         self.reused = 0
         self.fresh = 0
         self.started = time.monotonic()
@@ -43,6 +48,10 @@ class Totals:
         self.bytes += counts["bytes"]
         self.labels.update(counts["labels"])
         self.rejected.update(counts["rejected"])
+        if "profile" in counts:
+            self.profile.add(Profile.from_json(counts["profile"]))
+            scans = [*self.least_certain, *counts["least_certain"]]
+            self.least_certain = heapq.nsmallest(self._least_certain, scans, key=lambda scan: float(scan["confidence"]))
         if counts["reused"]:
             self.reused += counts["objects"]
             return
@@ -70,6 +79,8 @@ class Totals:
             "bytes": self.bytes,
             "labels": dict(self.labels.most_common()),
             "rejected_by_code": dict(self.rejected.most_common()),
+            "profile": self.profile.to_json(),
+            "least_certain": self.least_certain,
             "seconds": round(elapsed, 3),
             "seconds_to_first_part": None if self.first is None else round(self.first - self.started, 3),
             "seconds_by_stage": {stage: round(spent, 3) for stage, spent in self.seconds.items()},

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
-from btray.classifier import Classifier
+import numpy as np
+
+from btray import storage
+from btray.classifier import Classifier, Prediction
+from btray.drift import Profile
 from btray.engines import EngineName
+from btray.explanations import FOLDER, write_explanations
 from btray.frames import Rejection
+from btray.keys import keys_of
 from btray.lots import Answer, LotReader
 from btray.part_worker import PartWorker, Row, Seconds
 from btray.preprocess import Frame
@@ -34,6 +42,10 @@ class WorkerOptions:
     """Objects decoded at a time."""
     patience: float
     """Seconds that a store which is away is waited for."""
+    explain_labels: tuple[str, ...]
+    """Labels whose scans get a picture of what spoke for them."""
+    least_certain: int
+    """How many of the least certain scans of each part are named to the driver."""
 
 
 class PartClassifier(PartWorker):
@@ -46,6 +58,7 @@ class PartClassifier(PartWorker):
         self.classifier = Classifier.load(
             model, model_id=options.model_id, batch_size=options.batch_size, engine=options.engine
         )
+        self.options = options
         self.decoders = ThreadPoolExecutor(options.decoders)
         max_bytes = self.classifier.source.limits.max_bytes
         reader = LotReader(
@@ -65,8 +78,41 @@ class PartClassifier(PartWorker):
             for prediction in predictions
         ]
         seconds["decode"] += decoded - started
-        seconds["predict"] += time.perf_counter() - decoded
+        predicted = time.perf_counter()
+        seconds["predict"] += predicted - decoded
+        if self.options.explain_labels:
+            self._explain(rows, predictions, found)
+            seconds["explain"] += time.perf_counter() - predicted
         return rows
+
+    def _explain(
+        self, rows: Sequence[Row], predictions: Sequence[Prediction], found: Sequence[list[Frame] | Rejection]
+    ) -> None:
+        """Pictures of the frames that got one of the chosen labels."""
+        said: list[Row] = []
+        frames: list[Frame] = []
+        for row, prediction in zip(rows, predictions, strict=True):
+            of_object = found[prediction.index]
+            if prediction.label in self.options.explain_labels and not isinstance(of_object, Rejection):
+                said.append(row)
+                frames.append(of_object[prediction.frame])
+        if said:
+            folder = storage.join(self.run.output, FOLDER, self.run.run_id)
+            first = keys_of([(said[0]["uri"], str(said[0]["frame"]))])[0].hex()
+            write_explanations(folder, f"lot-{first}", said, np.stack(frames), self.classifier)
+
+    def summed_up(self, rows: Sequence[Row], objects: Sequence[FileInfo]) -> dict[str, Any]:
+        """Profile and least certain scans of a part."""
+        classified = [row for row in rows if row["status"] == "ok"]
+        least = heapq.nsmallest(self.options.least_certain, classified, key=lambda row: float(row["confidence"]))
+        places = {info.uri: info.place or info.uri for info in objects}
+        return {
+            "profile": Profile.of(classified).to_json(),
+            "least_certain": [
+                {name: row[name] for name in ("uri", "frame", "label", "confidence")} | {"place": places[row["uri"]]}
+                for row in least
+            ],
+        }
 
     def _decode(self, answer: Answer) -> list[Frame] | Rejection:
         if isinstance(answer, StorageError):

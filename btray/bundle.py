@@ -238,11 +238,14 @@ def pack_fingerprints(prints: Fingerprints) -> bytes:
 
 def read_fingerprints(bundle: Bundle) -> Fingerprints | None:
     """Fingerprints [n, VIEWS, LENGTH] of what a saved bundle was made with; None where it keeps none."""
-    digest = bundle.manifest.files.get(FINGERPRINTS)
-    if digest is None:
-        return None
-    blob = _read_verified(bundle.uri, FINGERPRINTS, digest)
-    return _tensors(bundle.uri, FINGERPRINTS, blob)["fingerprints"].numpy()
+    blob = read_file(bundle, FINGERPRINTS)
+    return None if blob is None else _tensors(bundle.uri, FINGERPRINTS, blob)["fingerprints"].numpy()
+
+
+def read_file(bundle: Bundle, name: str) -> bytes | None:
+    """A file that a saved bundle holds besides, verified; None where it holds none of this name. Raises UserError."""
+    digest = bundle.manifest.files.get(name)
+    return None if digest is None else _read_verified(bundle.uri, name, digest)
 
 
 def _read_distribution(uri: str, blob: bytes) -> Distribution:

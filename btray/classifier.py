@@ -136,7 +136,7 @@ class Classifier:
             places += [place | {"frame": number} for number in range(len(result))]
             frames += result
         answers = self.answer(np.stack(frames)) if frames else None
-        said = iter(self._marked(answers) if answers else ())
+        said = iter(self.marked(answers) if answers else ())
         return [
             self._rejected(place) if "rejection" in place else Prediction(**place, **next(said)) for place in places
         ]
@@ -200,7 +200,7 @@ class Classifier:
             pixels = _spread_over_uint16(pixels)
         return [make_frame(pixels, self.manifest.preprocess)]
 
-    def _marked(self, answers: Answers) -> Iterator[dict[str, Any]]:
+    def marked(self, answers: Answers) -> Iterator[dict[str, Any]]:
         """What a Prediction holds of each answer."""
         limits, classes = self.manifest.thresholds, self.classes
         probabilities = self.probabilities(answers.logits)

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from btray.abstention import NEVER, conformal_threshold, threshold_for_accuracy
-from btray.bundle import Thresholds
+from btray.bundle import Bundle, Thresholds
 from btray.classifier import Classifier
+from btray.drift import Profile
 from btray.evaluation import fit_temperature
 from btray.ood import FLAGGED, Distribution, Features
 from btray.scoring import Scores
@@ -57,6 +58,11 @@ def choose_limits(
         conformal_error=error,
     )
     return Limits(temperature, thresholds, ood)
+
+
+def profile_of(bundle: Bundle, scores: Scores) -> Profile:
+    """What a bundle says of scored frames: what later answers are compared with."""
+    return Profile.of(Classifier(bundle, device="cpu").marked(scores.answers)) if len(scores.row) else Profile()
 
 
 def _ood_threshold(ood: Distribution | None, features: Features) -> float | None:

@@ -43,6 +43,10 @@ class PartWorker:
         """The rows that some objects become; grows the `seconds` of the job's own stages."""
         raise NotImplementedError
 
+    def summed_up(self, rows: Sequence[Row], objects: Sequence[FileInfo]) -> dict[str, Any]:
+        """What else a job wants to know of a part at the end; its numbers are added up by `bulk_report.Totals`."""
+        return {}
+
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Parts as `runs.parts` gives them -> columns part, tally (JSON)."""
         tallies = []
@@ -63,7 +67,7 @@ class PartWorker:
         rows: list[Row] = []
         for lot, answers in self._reader.lots(objects, seconds):
             rows += self.rows(lot, answers, seconds)
-        tally = _tally(rows, objects, seconds)
+        tally = _tally(rows, objects, seconds) | self.summed_up(rows, objects)
         started = time.perf_counter()
         if not write_part(uri, rows, self.schema, tally, **self.write_options):
             # another attempt at this part, whose answer is lost, was quicker

@@ -64,6 +64,10 @@ class ClassifyConfig(ArchiveConfig):
     eager on a GPU."""
     batch_size: Positive = 64
     """Images a forward pass; halved by itself where a GPU's memory is full."""
+    explain: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Write pictures of what spoke for the label (Grad-CAM) of so many of the least certain scans."""
+    explain_labels: tuple[str, ...] = ()
+    """Write such pictures of every scan that gets one of these labels."""
 
 
 class PackConfig(ArchiveConfig):

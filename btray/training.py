@@ -17,12 +17,13 @@ from btray import storage
 from btray.assess import Assessment, assess, model_card_of, summary
 from btray.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, require_free, save_bundle
 from btray.cluster import connected, cpus
+from btray.drift import REFERENCE
 from btray.errors import UserError
 from btray.feeding import Plan
 from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN
 from btray.initial import read_initial_weights
-from btray.limits import Limits, choose_limits
+from btray.limits import Limits, choose_limits, profile_of
 from btray.loop import load_state, train_loop
 from btray.ood import REFERENCE_IMAGES, Distribution
 from btray.planning import (
@@ -161,6 +162,8 @@ def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
     scores = _score(data, trained, np.concatenate([reference_rows, validation_rows]))
     validation, reference = scores.of_rows(validation_rows), scores.of_rows(reference_rows)
     limits = choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference.answers.features)
+    # of the network as it was before it learnt from these images too
+    profile = profile_of(_bundle(data, trained, limits), validation)
     final = _refit(data, trained)
     test_rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) == "test")
     if final is not trained:
@@ -170,7 +173,9 @@ def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
     else:
         test = _score(data, trained, test_rows)
     bundle = _bundle(data, final, limits)
-    return bundle, _assess(data, trained, bundle, test, validation if len(test.row) == 0 else None)
+    assessment = _assess(data, trained, bundle, test, validation if len(test.row) == 0 else None)
+    assessment.files[REFERENCE] = json.dumps(profile.to_json()).encode()
+    return bundle, assessment
 
 
 def _refit(data: TrainingData, trained: _Trained) -> _Trained:

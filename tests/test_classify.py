@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import random
@@ -14,10 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
-from btray import lease, runs, storage
+from btray import lease, phantoms, runs, storage
 from btray.bulk import classify
 from btray.classifier import Classifier
+from btray.drift import Profile
 from btray.errors import ThresholdExceeded, UserError
 from btray.lots import read_patiently
 from btray.results import KEY, current
@@ -36,7 +40,7 @@ from tests.classify_helpers import (
     write_objects,
 )
 from tests.scan_corpus import bad_scans
-from tests.tiny_bundle import saved_bundle
+from tests.tiny_bundle import PREPROCESS, saved_bundle
 
 pytestmark = pytest.mark.cluster
 
@@ -65,6 +69,12 @@ def report_of(output: str) -> dict[str, Any]:
     ]
     report: dict[str, Any] = storage.read_json(max(found, key=lambda uri: uri.split("/")[-2]))
     return report
+
+
+def one_colour(gray: int, side: int) -> bytes:
+    body = io.BytesIO()
+    Image.new("L", (side, 90), gray).save(body, "PNG")
+    return body.getvalue()
 
 
 def assert_equal_to_the_classifier(rows: pa.Table, model: str) -> None:
@@ -218,10 +228,55 @@ def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatc
     assert 0.2 < time.monotonic() - started < 5
 
 
-def test_the_report_is_json_without_nan(ray_session: None, model: str, tmp_path: Path) -> None:
-    write_objects(str(tmp_path / "scans"), {"bad.jpg": b"<html>"})
-    classify(job(model, str(tmp_path / "scans"), str(tmp_path / "out")))
-    report = report_of(str(tmp_path / "out"))
+def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
+    ray_session: None, model: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    good = [name for name in mixed_objects(6) if name.endswith(".jpg") and "bad" not in name]
+    write_objects(str(tmp_path / "scans"), mixed_objects(6) | {"bad.jpg": b"<html>"})
+    classes = Classifier.load(model).classes
+    chosen = Classifier.load(model).predict([str(tmp_path / "scans" / good[0])])[0].label
+    classify(job(model, str(tmp_path / "scans"), output, explain=3, explain_labels=(chosen,)))
+    report = report_of(output)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert report["rejected_by_code"] == {"not_an_image": 1}
-    assert set(report["seconds_by_stage"]) == {"read", "decode", "predict", "write"}
+    assert report["rejected_by_code"]["not_an_image"] >= 1
+    assert set(report["seconds_by_stage"]) == {"read", "decode", "predict", "explain", "write"}
+
+    rows = [row for row in plain_rows(output).to_pylist() if row["status"] == "ok"]
+    assert Profile.from_json(report["profile"]) == Profile.of(rows)
+    least = sorted(row["confidence"] for row in rows)[:24]
+    assert [scan["confidence"] for scan in report["least_certain"]] == pytest.approx(least)
+
+    folder = Path(output, "_explained", report["run_id"])
+    said = [line for path in folder.glob("*.csv") for line in csv.DictReader(path.open())]
+    explained = {(line["uri"], int(line["frame"])) for line in said}
+    assert explained >= {(row["uri"], row["frame"]) for row in rows if row["label"] == chosen}
+    assert len([line for path in folder.glob("least*.csv") for line in csv.DictReader(path.open())]) == 3
+    for line in said:
+        assert line["label"] in classes
+        with Image.open(folder / line["picture"]) as picture:
+            assert picture.size == (PREPROCESS.size, PREPROCESS.size)
+
+    page = Path(output, "_runs", report["model_id"], report["run_id"], "summary.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/png') == 3 + len(report["least_certain"])
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "not_an_image" in page
+
+    with pytest.raises(UserError, match=r"glioblastoma.*it knows glioma"):
+        classify(job(model, str(tmp_path / "scans"), output, explain_labels=("glioblastoma",)))
+
+
+def test_a_change_of_the_answers_is_seen_against_the_runs_before(ray_session: None, model: str, tmp_path: Path) -> None:
+    pictures = {f"{number}.jpg": phantoms.encoded_phantom("glioma", number) for number in range(30)}
+    write_objects(str(tmp_path / "scans"), pictures)
+    output = str(tmp_path / "out")
+    classify(job(model, str(tmp_path / "scans"), output))
+    assert report_of(output)["drift"] == {}  # a first run of a bundle without the profile of its validation images
+    classify(job(model, str(tmp_path / "scans"), output, reclassify=True))
+    assert report_of(output)["drift"]["runs before"]["confidence"] == pytest.approx(0, abs=1e-6)
+    white = {f"{number}.png": one_colour(255, 90 + number) for number in range(30)}
+    write_objects(str(tmp_path / "scans"), white)
+    classify(job(model, str(tmp_path / "scans"), output))
+    found = report_of(output)["drift"]["runs before"]
+    assert (found["frames"], report_of(output)["objects"]) == (60, 30)
+    assert found["confidence"] > 0.25

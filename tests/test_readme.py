@@ -34,7 +34,7 @@ def commands() -> list[str]:
 
 
 def environment_of(command: str) -> dict[str, str]:
-    """The caller's environment with this Python first, the Ray that runs, and the quick settings where they are known."""
+    """The caller's environment with this Python first, the Ray that runs, and quick settings where they are known."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     return os.environ | running | (QUICK if "jobs/train.py" in command else {})

@@ -58,9 +58,9 @@ def keys_of(rows: pa.Table) -> list[tuple[str, int]]:
 # ---- killing
 
 
-def start(config: ClassifyConfig) -> BaseProcess:
-    """The job as a driver of its own, on the test's Ray cluster."""
-    address = ray.get_runtime_context().gcs_address
+def start(config: ClassifyConfig, *, address: str | None = None) -> BaseProcess:
+    """The job as a driver of its own, on the test's Ray cluster or that at `address`."""
+    address = address or ray.get_runtime_context().gcs_address
     process = _forks.Process(target=_drive, args=(config.model_dump(), address, dict(os.environ)))
     process.start()
     return process

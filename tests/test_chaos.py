@@ -100,7 +100,7 @@ def test_a_dozen_kills_and_a_lost_store_lose_nothing_repeat_nothing_and_change_n
     victims = ["store", *(chance.choice(["driver", "worker", "node"]) for _ in range(KILLS - 1))]
     chance.shuffle(victims)
     with LoopbackCluster(cpus=1, settings=s3.environment) as cluster:
-        chaos = Chaos(cluster, s3, job(model, scans, output, batch_size=8))
+        chaos = Chaos(cluster, s3, job(model, scans, output, batch_size=8, actors=2))
         for number, victim in enumerate(victims, start=1):
             chaos.running()
             parts = len(part_files(output))

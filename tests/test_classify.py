@@ -101,7 +101,7 @@ def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classif
 ) -> None:
     monkeypatch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
     output = "s3://test-classify/killed"
-    config = job(model, archive, output)
+    config = job(model, archive, output, actors=2)
     chance = random.Random(5)
     for victims in ("worker", "driver", "driver"):
         before = len(part_files(output))

@@ -23,7 +23,7 @@ QUICK = {
     "BTRAY_NETWORK__WIDTHS": "[8,16]",
     "BTRAY_NETWORK__DEPTHS": "[1,1]",
     "BTRAY_NUM_WORKERS": "1",
-    "BTRAY_REFIT_EPOCHS": "1",
+    "BTRAY_REFIT_EPOCHS": "0",
 }
 
 

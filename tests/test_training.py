@@ -213,6 +213,7 @@ def test_training_stops_at_patience_and_keeps_the_best_epoch(
 # ---- runs of the same name
 
 
+@pytest.mark.soak
 def test_a_finished_run_is_not_trained_again_and_goes_on_with_more_epochs(finished: TrainConfig) -> None:
     history, model_id = history_of(finished), load_bundle(finished.out).manifest.model_id
     train(finished)
@@ -263,7 +264,8 @@ def wait_for(condition: Callable[[], Any], seconds: float, failed: Callable[[], 
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
     ray_session: None, with_val_split: str, tmp_path: Path
 ) -> None:
@@ -552,6 +554,7 @@ def test_a_bundle_is_a_start_and_weights_that_fit_nothing_are_refused(
 # ---- object storage
 
 
+@pytest.mark.soak
 @pytest.mark.s3
 def test_data_run_and_bundle_may_all_lie_in_object_storage(ray_session: None, bucket: str) -> None:
     data = write_tree(f"{bucket}/scans", {"train/glioma": 20, "train/no_tumor": 20, "val/glioma": 5, "val/no_tumor": 5})

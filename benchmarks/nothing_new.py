@@ -1,0 +1,70 @@
+"""How long the nightly job takes where nothing is new: the fixed cost of every night.
+
+python benchmarks/nothing_new.py --model BUNDLE --data ../data/brain-tumor-mri [--objects 100000]
+
+The archive is made of hard links; the table says of every object that it was classified, in files of 512 rows as the
+job writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from itertools import cycle, islice
+from pathlib import Path
+
+from btray import results, storage
+from btray.bundle import load_bundle
+from btray.classifier import Prediction
+from btray.part_files import write_part
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="bundle")
+    parser.add_argument("--data", required=True, help="folder of JPEG")
+    parser.add_argument("--objects", type=int, default=100_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="btray-night-") as name:
+        archive, table = Path(name, "archive"), Path(name, "table")
+        pictures = sorted(path for path in Path(arguments.data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        for number, picture in enumerate(islice(cycle(pictures), arguments.objects)):
+            link = archive / f"{number // 1000:04d}" / f"{number:07d}.jpg"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(picture, link)
+        _fill(str(archive), str(table), load_bundle(arguments.model).manifest.model_id)
+        job = [sys.executable, str(ROOT / "jobs" / "classify.py"), "--model", arguments.model]
+        started = time.perf_counter()
+        done = subprocess.run(
+            [*job, "--input", str(archive), "--output", str(table)], check=True, capture_output=True, text=True
+        )
+        seconds = time.perf_counter() - started
+    said = done.stdout.splitlines()[0]
+    print(json.dumps({"objects": arguments.objects, "seconds": round(seconds, 2), "said": said}, indent=2))
+
+
+def _fill(archive: str, table: str, model_id: str) -> None:
+    """A table in which every object of the archive stands."""
+    product = results.product(model_id)
+    folder = storage.join(table, product.folder("2026-01-01"))
+    now = datetime.now(UTC)
+    found = storage.list_files(archive)
+    number = 0
+    while infos := list(islice(found, product.part_objects)):
+        said = Prediction(index=0, label="glioma", confidence=0.9, probabilities={"glioma": 0.9, "no_tumor": 0.1})
+        rows = [results.row_of(said, info, run_id="earlier", classified_at=now) for info in infos]
+        write_part(storage.join(folder, f"part-earlier-{number:06d}.parquet"), rows, results.SCHEMA, {})
+        number += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from itertools import islice
 from pathlib import Path
 
 import ray.data
 
-from btray import results, storage
-from btray.archive_run import Report, Work, parts_through, run_archive
+from btray import results, runs, storage, telemetry
+from btray.archive_run import Report, Work, actors_for, parts_through, run_archive
 from btray.bulk_report import summary
 from btray.bulk_worker import PartClassifier, WorkerOptions
 from btray.bundle import load_bundle
-from btray.cluster import cpus, gpus
-from btray.errors import UserError
+from btray.cluster import cpus
 from btray.keys import KeySet
 from btray.runs import Run
 from btray.settings_bulk import ClassifyConfig
+
+# Earlier runs that a run's labels and confidences are compared with.
+_COMPARED_RUNS = 30
 
 
 def classify(config: ClassifyConfig) -> str:
@@ -30,9 +32,12 @@ def classify(config: ClassifyConfig) -> str:
 
     def conclude(run: Run, report: Report) -> None:
         report["model_id"] = model_id
+        earlier = islice(runs.reports(output, model_id), _COMPARED_RUNS)
+        report["drift_psi"] = telemetry.drift(report, list(earlier))
         print(summary(report), flush=True)
 
     work = Work(
+        name="classify",
         output=output,
         group=model_id,
         choices=config.model_dump(mode="json", include={"reclassify", "retry_rejected"}),
@@ -55,17 +60,15 @@ def _done_before(scratch: Path, output: str, model_id: str, config: ClassifyConf
 
 def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
     share = config.gpu_share if config.use_gpu else 0.0
-    if config.use_gpu and not gpus():
-        raise UserError("--use-gpu: the cluster has no GPU; leave it out, or connect to one that has (RAY_ADDRESS)")
-    fitting = math.floor(gpus() / share) if share else int(cpus())
-    actors = max(1, min(config.actors or fitting, fitting))
+    actors = actors_for(config.actors, share)
     options = WorkerOptions(
         model_id=run.group,
         engine=config.engine,
         batch_size=config.batch_size,
         threads=config.threads,
-        decoders=max(1, int(cpus() / actors)),
+        decoders=max(1, int(cpus() / actors[0])),
         patience=config.patience,
+        log_format=config.log_format,
     )
     return parts_through(
         PartClassifier,

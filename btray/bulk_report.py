@@ -22,6 +22,7 @@ class Totals:
         self.frames = 0
         self.bytes = 0
         self.labels: Counter[str] = Counter()
+        self.confidences: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
         self.reused = 0
@@ -32,25 +33,27 @@ class Totals:
         self._of_first = 0
         self._parts: set[str] = set()
 
-    def add(self, part: str, tally: str) -> None:
-        """Count one part's `tally`, JSON as the actor gives it."""
+    def add(self, part: str, tally: str) -> dict[str, Any] | None:
+        """Count one part's `tally`, JSON as the actor gives it; gives what it holds, None where it was counted."""
         if part in self._parts:
-            return
+            return None
         self._parts.add(part)
-        counts = json.loads(tally)
+        counts: dict[str, Any] = json.loads(tally)
         self.objects += counts["objects"]
         self.frames += counts["frames"]
         self.bytes += counts["bytes"]
         self.labels.update(counts["labels"])
+        self.confidences.update(counts.get("confidences", {}))  # files of before have none
         self.rejected.update(counts["rejected"])
         if counts["reused"]:
             self.reused += counts["objects"]
-            return
+            return counts
         self.seconds.update(counts["seconds"])
         self.fresh += counts["objects"]
         self.last = time.monotonic()
         if self.first is None:
             self.first, self._of_first = self.last, counts["objects"]
+        return counts
 
     @property
     def rate(self) -> float:
@@ -69,6 +72,7 @@ class Totals:
             "rejected": sum(self.rejected.values()),
             "bytes": self.bytes,
             "labels": dict(self.labels.most_common()),
+            "confidences": dict(sorted(self.confidences.items())),
             "rejected_by_code": dict(self.rejected.most_common()),
             "seconds": round(elapsed, 3),
             "seconds_to_first_part": None if self.first is None else round(self.first - self.started, 3),

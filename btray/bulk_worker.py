@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from btray import logs
 from btray.classifier import Classifier
 from btray.engines import EngineName
 from btray.frames import Rejection
+from btray.logs import LogFormat
 from btray.lots import Answer, LotReader
 from btray.part_worker import PartWorker, Row, Seconds
 from btray.preprocess import Frame
@@ -34,6 +36,8 @@ class WorkerOptions:
     """Objects decoded at a time."""
     patience: float
     """Seconds that a store which is away is waited for."""
+    log_format: LogFormat = "text"
+    """How the actor logs."""
 
 
 class PartClassifier(PartWorker):
@@ -42,6 +46,7 @@ class PartClassifier(PartWorker):
     schema = SCHEMA
 
     def __init__(self, model: str, run: Run, options: WorkerOptions) -> None:
+        logs.begin_in_worker(options.log_format, job="classify", run_id=run.run_id)
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
             model, model_id=options.model_id, batch_size=options.batch_size, engine=options.engine

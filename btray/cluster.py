@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
 
 from btray.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -47,3 +50,22 @@ def cpus() -> float:
 def gpus() -> int:
     """GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def require_gpus() -> int:
+    """GPUs that --use-gpu finds now; 0, with a warning, where the cluster may yet start nodes that have some.
+
+    Raises UserError where this process started its Ray itself: no GPU will ever come there, and waiting has no end.
+    """
+    found = gpus()
+    if found == 0 and is_own():
+        raise UserError("--use-gpu: this machine has no GPU; leave it out, or connect to a cluster (RAY_ADDRESS)")
+    if found == 0:
+        _log.warning("--use-gpu: the cluster has no GPU yet; the job waits until its autoscaler has started one")
+    return found
+
+
+def is_own() -> bool:
+    """Whether this process started the Ray that it uses, rather than joined one: such a Ray never grows."""
+    node: Any = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())

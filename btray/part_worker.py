@@ -79,6 +79,12 @@ def _tally(rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -
         "frames": len(rows) - rejected.total(),
         "bytes": sum(info.size for info in objects),
         "labels": Counter(row["label"] for row in rows if row.get("label") is not None),
+        "confidences": Counter(_tenth(row["confidence"]) for row in rows if row.get("label") is not None),
         "rejected": rejected,
         "seconds": dict(seconds),
     }
+
+
+def _tenth(confidence: float) -> str:
+    """The tenth of the scale in which a confidence lies, by its lower end."""
+    return f"{min(int(confidence * 10), 9) / 10:.1f}"

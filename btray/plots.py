@@ -60,7 +60,7 @@ STYLE: dict[RcKeyType, Any] = {
 P = ParamSpec("P")
 
 
-def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
+def png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     """Let a function that draws a figure return it as PNG bytes, drawn in the style above."""
 
     @wraps(draw)
@@ -73,7 +73,7 @@ def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     return render
 
 
-@_png
+@png
 def confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
     """Counts and row percentages of the confusion matrix in `btray.evaluation.compute_metrics`'s result."""
     names = metrics["confusion_matrix"]["labels"]
@@ -83,7 +83,7 @@ def confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
     # The root lifts the small shares: errors are what one looks for, and few of them are frequent.
     depth = np.where(np.eye(size, dtype=bool), share, np.sqrt(share))
     cell = float(np.interp(size, (2, 5, 12), (1.15, 0.95, 0.66)))
-    figure, body = _canvas(
+    figure, body = canvas(
         (max(5.2, 2.2 + cell * size), 1.6 + cell * size),
         "Confusion matrix",
         f"{_images(metrics['n'])}; percentages are of each row, the true class",
@@ -121,13 +121,13 @@ def confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-@_png
+@png
 def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Figure:
     """ROC curve and AUROC of each class against the rest. `labels` int [n], `probabilities` [n, classes]."""
     labels = np.asarray(labels)
     columns = 2 if len(classes) > 4 else 1
     rows = -(-len(classes) // columns)
-    figure, body = _canvas(
+    figure, body = canvas(
         (6.2, 6.2 + 0.21 * rows), "ROC curves", f"{_images(len(labels))}; each class against the rest"
     )
     axes = body.subplots()
@@ -162,13 +162,13 @@ def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[
     return figure
 
 
-@_png
+@png
 def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     """Accuracy against top confidence in 15 bins, with 95 % intervals and the ECE; below it how confidences spread."""
     table = reliability(labels, probabilities)
     used = table.count > 0
     confidence, accuracy = table.confidence[used], table.accuracy[used]
-    figure, body = _canvas(
+    figure, body = canvas(
         (6.2, 6.9),
         "Reliability of the confidence",
         f"{_images(int(table.count.sum()))} in {len(table.count)} bins; expected calibration error {table.ece:.3f}",
@@ -196,12 +196,12 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure
     return figure
 
 
-@_png
+@png
 def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold: float | None) -> Figure:
     """Accuracy on what is answered against the share answered; the model's own `threshold` is marked, if it has one."""
     curve = risk_coverage(labels, probabilities)
     right = np.rint(curve.accuracy * curve.answered).astype(int)
-    figure, body = _canvas(
+    figure, body = canvas(
         (6.2, 4.6), "Risk and coverage", f"{_images(len(labels))}, answered in order of falling confidence"
     )
     axes = body.subplots()
@@ -233,7 +233,7 @@ def _mark_threshold(axes: Axes, curve: RiskCoverage, step: int) -> None:
     )  # fmt: skip
 
 
-@_png
+@png
 def learning_curves(
     history: Sequence[Mapping[str, Any]], *, best_epoch: int, train_images: int, val_images: int
 ) -> Figure:
@@ -251,7 +251,7 @@ def learning_curves(
         for key in ("train_loss", "val_loss", "val_macro_f1", "learning_rate")
     }
     style: dict[str, Any] = {"marker": "o"} if len(epochs) < 3 else {}
-    figure, body = _canvas(
+    figure, body = canvas(
         (6.6, 6.6), "Learning curves", f"trained on {_images(train_images)}, validated on {_images(val_images)}"
     )
     loss, f1, rate = body.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.1))
@@ -271,7 +271,7 @@ def learning_curves(
     return figure
 
 
-@_png
+@png
 def error_grid(
     frames: np.ndarray,
     true: Sequence[str],
@@ -290,7 +290,7 @@ def error_grid(
     rows = -(-shown // columns)
     width, height = 0.2 + columns * (tile + 0.12), 0.75 + rows * (tile + text)
     title = "Worst errors" if shown else "No error"
-    figure, _ = _canvas(
+    figure, _ = canvas(
         (width, height),
         title,
         f"of {errors} wrong among {_images(images)}, most confident first" if errors else _images(images),
@@ -314,7 +314,7 @@ def error_grid(
     return figure
 
 
-def _canvas(size: tuple[float, float], title: str, subtitle: str) -> tuple[Figure, SubFigure]:
+def canvas(size: tuple[float, float], title: str, subtitle: str) -> tuple[Figure, SubFigure]:
     """Return a figure of `size` inches with its heading, and the part below the heading to draw in."""
     heading = 0.62
     figure = Figure(figsize=size, layout="constrained")

@@ -20,7 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from btray.config import ENV_PREFIX
-from btray.settings import ClassifyConfig, TrainConfig
+from btray.settings import TrainConfig
+from btray.settings_bulk import ClassifyConfig
 from tests.conftest import ROOT
 from tests.kuberay_schema import KINDS, ClusterSpec, RayCluster
 from tests.path_server import PathServer

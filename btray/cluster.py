@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import ray
 import ray.data
 
-from btray.errors import UserError
+from btray.errors import Stopped, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -19,7 +22,8 @@ _log = logging.getLogger(__name__)
 def connected() -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
-    A connection or local cluster made here ends with the block. Raises UserError where RAY_ADDRESS does not answer.
+    A connection or local cluster made here ends with the block. Raises UserError where RAY_ADDRESS does not answer, and
+    Stopped on SIGTERM.
     """
     if ray.is_initialized():
         yield
@@ -30,9 +34,15 @@ def connected() -> Iterator[None]:
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
         yield
     finally:
         ray.shutdown()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped("stopped by SIGTERM, in order")
 
 
 def _quieten() -> None:

@@ -15,10 +15,14 @@ import pytest
 import torch
 
 from btray import cluster as btray_cluster
+from btray import phantoms
 from btray.bundle import load_bundle
 from btray.errors import UserError
+from btray.results import current
 from btray.settings import TrainConfig
+from tests.classify_helpers import part_files
 from tests.conftest import ROOT
+from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import history_of, run_of, write_tree
 from tools.loopback_cluster import LoopbackCluster, until
 from tools.processes import descendants, is_alive
@@ -204,3 +208,31 @@ def test_gpus_are_refused_where_the_job_started_its_ray_and_awaited_where_it_joi
     with caplog.at_level("WARNING"):
         assert btray_cluster.require_gpus() == 0
     assert "waits until its autoscaler" in caplog.text
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_classification_that_is_stopped_ends_in_order_and_the_same_command_goes_on(
+    running: LoopbackCluster, tmp_path: Path
+) -> None:
+    model = saved_bundle(tmp_path / "model")
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for number in range(4000):
+        (archive / f"{number:04d}.jpg").write_bytes(phantoms.encoded_phantom("glioma", number % 8))
+    output = str(tmp_path / "results")
+    command = [sys.executable, str(ROOT / "jobs" / "classify.py"), "--model", model.uri, "--input", str(archive)]
+    command += ["--output", output, "--batch-size=8"]
+    environment = running.environment_of_jobs()
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: part_files(output) or job.poll() is not None, "the first part", 240)
+    job.terminate()
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 143, said
+    assert "stopped by SIGTERM, in order" in said
+    assert "Traceback" not in said
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "taking up run" in done.stderr
+    assert current(output, columns=["uri"]).num_rows == 4000

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -63,7 +64,8 @@ def drain(address: str, taken_at: datetime) -> int:
     print(f"the instance is taken back at {taken_at.isoformat()}: draining, {left} s left", flush=True)
     command = ["ray", "drain-node", "--address", address, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "spot notice", "--deadline-remaining-seconds", str(left)]
-    return subprocess.run(command, check=False).returncode
+    # Without a node's id the command asks Ray which node this is, and finds Ray by its address in the environment.
+    return subprocess.run(command, check=False, env=os.environ | {"RAY_ADDRESS": address}).returncode
 
 
 if __name__ == "__main__":

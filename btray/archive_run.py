@@ -8,7 +8,9 @@ a worker that outlives its driver all end with the same files. What the actors d
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,10 +21,10 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from btray import lease, runs, storage
+from btray import lease, logs, runs, storage, telemetry
 from btray.archive import Selection, list_archive
 from btray.bulk_report import Progress, Totals, duration
-from btray.cluster import connected, cpus
+from btray.cluster import connected, cpus, is_own, require_gpus
 from btray.errors import ThresholdExceeded
 from btray.keys import KeySet
 from btray.listing import Listing, NewObjects
@@ -45,6 +47,8 @@ _READER_CPUS = 0.05
 class Work:
     """What a job does with an archive."""
 
+    name: str
+    """Of the job, in the names of its metrics."""
     output: str
     group: str
     """Of its runs: see `runs.Run`."""
@@ -119,6 +123,7 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
     totals = Totals(least_certain=work.least_certain)
     with storage.patient(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(work.output, work.group, _request(config, work), work.product)
+        logs.bind(run_id=run.run_id)
         if resumed:
             _log.info("taking up run %s, which was cut off", run.run_id)
         listing = Listing(
@@ -133,7 +138,7 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
         try:
             listing.begun.wait()
             if not (listing.complete and listing.objects == 0) and listing.error is None:
-                _through(lambda: work.dataset(run), totals, Progress(totals, listing), check)
+                _through(work, run, totals, listing, check)
         finally:
             listing.cancelled.set()
             listing.join()
@@ -152,25 +157,46 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
         }
         work.conclude(run, report)
         _log.info("details: %s", runs.finish(run, report))
+    if config.metrics_to:
+        telemetry.leave(config.metrics_to, work.name, telemetry.lines_of(work.name, report, time.time()))
     return report
 
 
-def _through(
-    dataset: Callable[[], ray.data.Dataset], totals: Totals, progress: Progress, check: Callable[[], None]
-) -> None:
+def _through(work: Work, run: Run, totals: Totals, listing: Listing, check: Callable[[], None]) -> None:
+    progress = Progress(totals, listing)
     with connected():
-        for batch in dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for batch in work.dataset(run).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()
             for row in pa.Table.to_pylist(batch):
-                totals.add(row["part"], row["tally"])
+                counts = totals.add(row["part"], row["tally"])
+                if counts is not None:
+                    telemetry.part_ended(work.name, run.run_id, counts)
+            telemetry.run_goes_on(work.name, run.run_id, totals, queue=listing.objects - totals.objects)
             progress.show()
         progress.end()
 
 
+def actors_for(wanted: int | None, gpu_share: float = 0.0) -> tuple[int, int]:
+    """Actors to begin with, and most. Needs Ray.
+
+    `wanted` (--actors) is held to what the cluster holds now, one a CPU or as many as its GPUs hold at `gpu_share`,
+    where this job started its Ray itself; a cluster that it joined may grow to hold as many.
+    """
+    fitting = max(1, math.floor(require_gpus() / gpu_share) if gpu_share else int(cpus()))
+    return min(wanted or fitting, fitting), min(wanted or fitting, fitting) if is_own() else wanted or fitting
+
+
 def parts_through(
-    worker: type, arguments: tuple[Any, ...], run: Run, *, actors: int, patience: float, gpu_share: float = 0.0
+    worker: type,
+    arguments: tuple[Any, ...],
+    run: Run,
+    *,
+    actors: tuple[int, int],
+    patience: float,
+    gpu_share: float = 0.0,
 ) -> ray.data.Dataset:
-    """The worklist's parts, one row each, through `actors` of the class `worker`. Needs Ray."""
+    """The worklist's parts, one row each, through actors of the class `worker`: at first, and at most. Needs Ray."""
+    first, most = actors
     context = ray.data.DataContext.get_current()
     before = context.target_max_block_size
     # bytes: each row its own block, or the first parts would wait for 128 MiB of them
@@ -184,10 +210,10 @@ def parts_through(
             fn_constructor_args=arguments,
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / actors),
+            num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / first),
             num_gpus=gpu_share or None,
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=2
+                min_size=1, initial_size=first, max_size=most, max_tasks_in_flight_per_actor=2
             ),
         )
     finally:

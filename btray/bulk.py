@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 
 import ray.data
 
 from btray import results, storage
-from btray.archive_run import Report, Work, parts_through, run_archive
+from btray.archive_run import Report, Work, actors_for, parts_through, run_archive
 from btray.bulk_report import summary
 from btray.bulk_worker import PartClassifier, WorkerOptions
 from btray.bundle import load_bundle
 from btray.classifier import Classifier
-from btray.cluster import cpus, gpus
+from btray.cluster import cpus
 from btray.errors import UserError
 from btray.explanations import FOLDER, read_frames, write_explanations
 from btray.keys import KeySet
@@ -50,6 +49,7 @@ def classify(config: ClassifyConfig) -> str:
         print(summary(report), flush=True)
 
     work = Work(
+        name="classify",
         output=output,
         group=model_id,
         choices=config.model_dump(mode="json", include={"reclassify", "retry_rejected", "explain_labels"}),
@@ -85,19 +85,17 @@ def _done_before(scratch: Path, output: str, model_id: str, config: ClassifyConf
 
 def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
     share = config.gpu_share if config.use_gpu else 0.0
-    if config.use_gpu and not gpus():
-        raise UserError("--use-gpu: the cluster has no GPU; leave it out, or connect to one that has (RAY_ADDRESS)")
-    fitting = math.floor(gpus() / share) if share else int(cpus())
-    actors = max(1, min(config.actors or fitting, fitting))
+    actors = actors_for(config.actors, share)
     options = WorkerOptions(
         model_id=run.group,
         engine=config.engine,
         batch_size=config.batch_size,
         threads=config.threads,
-        decoders=max(1, int(cpus() / actors)),
+        decoders=max(1, int(cpus() / actors[0])),
         patience=config.patience,
         explain_labels=config.explain_labels,
         least_certain=_least_certain(config),
+        log_format=config.log_format,
     )
     return parts_through(
         PartClassifier,

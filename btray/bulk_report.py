@@ -37,12 +37,12 @@ class Totals:
         self._of_first = 0
         self._parts: set[str] = set()
 
-    def add(self, part: str, tally: str) -> None:
-        """Count one part's `tally`, JSON as the actor gives it."""
+    def add(self, part: str, tally: str) -> dict[str, Any] | None:
+        """Count one part's `tally`, JSON as the actor gives it; gives what it holds, None where it was counted."""
         if part in self._parts:
-            return
+            return None
         self._parts.add(part)
-        counts = json.loads(tally)
+        counts: dict[str, Any] = json.loads(tally)
         self.objects += counts["objects"]
         self.frames += counts["frames"]
         self.bytes += counts["bytes"]
@@ -54,12 +54,13 @@ class Totals:
             self.least_certain = heapq.nsmallest(self._least_certain, scans, key=lambda scan: float(scan["confidence"]))
         if counts["reused"]:
             self.reused += counts["objects"]
-            return
+            return counts
         self.seconds.update(counts["seconds"])
         self.fresh += counts["objects"]
         self.last = time.monotonic()
         if self.first is None:
             self.first, self._of_first = self.last, counts["objects"]
+        return counts
 
     @property
     def rate(self) -> float:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from btray import storage
+from btray import logs, storage
 from btray.classifier import Classifier, Prediction
 from btray.drift import Profile
 from btray.engines import EngineName
 from btray.explanations import FOLDER, write_explanations
 from btray.frames import Rejection
 from btray.keys import keys_of
+from btray.logs import LogFormat
 from btray.lots import Answer, LotReader
 from btray.part_worker import PartWorker, Row, Seconds
 from btray.preprocess import Frame
@@ -46,6 +47,8 @@ class WorkerOptions:
     """Labels whose scans get a picture of what spoke for them."""
     least_certain: int
     """How many of the least certain scans of each part are named to the driver."""
+    log_format: LogFormat = "text"
+    """How the actor logs."""
 
 
 class PartClassifier(PartWorker):
@@ -54,6 +57,7 @@ class PartClassifier(PartWorker):
     schema = SCHEMA
 
     def __init__(self, model: str, run: Run, options: WorkerOptions) -> None:
+        logs.begin_in_worker(options.log_format, job="classify", run_id=run.run_id)
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
             model, model_id=options.model_id, batch_size=options.batch_size, engine=options.engine

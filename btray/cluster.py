@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import ray
 import ray.data
 
-from btray.errors import UserError
+from btray.errors import Stopped, UserError
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
 def connected() -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
-    A connection or local cluster made here ends with the block. Raises UserError where RAY_ADDRESS does not answer.
+    A connection or local cluster made here ends with the block. Raises UserError where RAY_ADDRESS does not answer, and
+    Stopped on SIGTERM.
     """
     if ray.is_initialized():
         yield
@@ -27,9 +34,15 @@ def connected() -> Iterator[None]:
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
         yield
     finally:
         ray.shutdown()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped("stopped by SIGTERM, in order")
 
 
 def _quieten() -> None:
@@ -47,3 +60,22 @@ def cpus() -> float:
 def gpus() -> int:
     """GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def require_gpus() -> int:
+    """GPUs that --use-gpu finds now; 0, with a warning, where the cluster may yet start nodes that have some.
+
+    Raises UserError where this process started its Ray itself: no GPU will ever come there, and waiting has no end.
+    """
+    found = gpus()
+    if found == 0 and is_own():
+        raise UserError("--use-gpu: this machine has no GPU; leave it out, or connect to a cluster (RAY_ADDRESS)")
+    if found == 0:
+        _log.warning("--use-gpu: the cluster has no GPU yet; the job waits until its autoscaler has started one")
+    return found
+
+
+def is_own() -> bool:
+    """Whether this process started the Ray that it uses, rather than joined one: such a Ray never grows."""
+    node: Any = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())

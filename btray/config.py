@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -27,7 +26,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from btray.errors import ThresholdExceeded, UserError
+from btray import logs
+from btray.errors import Stopped, ThresholdExceeded, UserError
+from btray.logs import LogFormat
 
 ENV_PREFIX = "BTRAY_"
 _NESTING = "__"
@@ -60,6 +61,9 @@ class JobConfig(BaseSettings):
         cli_parse_none_str="none",
         cli_exit_on_error=False,
     )
+
+    log_format: LogFormat = Field("text", exclude=True)  # no part of what a result was made with
+    """Lines of the log: text for people, or json with time, level, run_id and message for a log store."""
 
     @classmethod
     def settings_customise_sources(
@@ -109,10 +113,13 @@ Config = TypeVar("Config", bound=JobConfig)
 def run_job(config_class: type[Config], job: Callable[[Config], str]) -> None:
     """Run `job` on the config of the command line, print the URI it returns as the last line, exit with its code.
 
-    Exit codes: 0 done, 1 failed, 2 wrong use or unusable input, 3 a threshold was crossed.
+    Exit codes: 0 done, 1 failed, 2 wrong use or unusable input, 3 a threshold was crossed, 143 stopped by SIGTERM.
     """
     with _exit_codes():
-        print(job(config_class.from_command_line()), flush=True)
+        config = config_class.from_command_line()
+        logs.begin(config.log_format)
+        logs.bind(job=Path(sys.argv[0]).stem)
+        print(job(config), flush=True)
 
 
 def run_command(
@@ -126,7 +133,10 @@ def run_command(
     with _exit_codes():
         parsed = parser.parse_args()
         config_class, command = commands[parsed.command]
-        command(config_class.from_command_line(parsed.arguments, f"{prog} {parsed.command}"))
+        config = config_class.from_command_line(parsed.arguments, f"{prog} {parsed.command}")
+        logs.begin(config.log_format)
+        logs.bind(job=parsed.command)
+        command(config)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -137,15 +147,16 @@ class _OneLineParser(argparse.ArgumentParser):
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Log to stderr, and turn what a job raises into one line there and its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("aiobotocore", "botocore", "fsspec", "s3fs", "urllib3", "matplotlib", "fontTools"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.begin()
     try:
         yield
     except UserError as error:
         sys.exit(_report(error, 2))
     except ThresholdExceeded as error:
         sys.exit(_report(error, 3))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        sys.exit(143)
 
 
 def _report(error: Exception, code: int) -> int:

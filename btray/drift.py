@@ -16,6 +16,8 @@ import numpy as np
 
 REFERENCE = "reference.json"
 """The file of a bundle that holds the profile of its validation images."""
+RUNS_BEFORE = "runs before"
+"""What a run is compared with, by its name in reports; the other is the model's validation images."""
 LARGE = 0.25
 """Index from which on the answers have changed."""
 CONFIDENCE_EDGES = tuple(np.linspace(0, 1, 21).round(2).tolist())

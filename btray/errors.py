@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class ThresholdExceeded(Exception):
     """The job did its work and a threshold that the user set was crossed; the job exits with 3."""
+
+
+class Stopped(Exception):
+    """The job was asked to end (SIGTERM) and did so in order; the same command goes on; the job exits with 143."""

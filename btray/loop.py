@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from btray import logs
 from btray.augment import Augmenter
 from btray.feeding import Batch, Feed, MemoryFeed, Plan, StreamFeed
 from btray.network import Network, build_network, load_matching
@@ -33,7 +34,10 @@ from btray.optimise import (
     weighted_losses,
 )
 from btray.preprocess import to_tensor
+from btray.stopping import Notice, Watch
 from btray.tracking import Record, Tracker
+
+_log = logging.getLogger(__name__)
 
 STATE = "state.pt"
 # Validation losses break ties between equal macro-F1 scores, which are common on small sets; they never outweigh one.
@@ -44,6 +48,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs in every worker; `settings` holds the `Plan`."""
     _quieten_reports()
     plan: Plan = settings["plan"]
+    logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
     torch.set_num_threads(settings["threads"])
     TrainingRun(plan).run()
 
@@ -86,51 +91,94 @@ class TrainingRun:
         decay = self.config.optimiser.ema
         self.average: AveragedModel | None = make_average(self.network, decay) if decay else None
         self.history: list[Record] = []
+        self.steps = 0
+        self.totals = torch.zeros(3, dtype=torch.float64)  # of the steps of this epoch: loss, weight, images
+        self.stopping = False
         self._restore()
         self.frozen = self._is_frozen(len(self.history))
         self.parallel = self._parallel()
         self.feed: Feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
+        self.watch = Watch(plan.run_uri, self.rank, self._summed)
 
     def run(self) -> None:
-        """Train until the last epoch or until validation macro-F1 has not risen for `patience` epochs."""
+        """Train until the last epoch, until validation macro-F1 has not risen for `patience` epochs, or until stopped.
+
+        A run that is stopped has written a checkpoint from which it goes on, in the midst of an epoch if need be.
+        """
         tracker = Tracker(self.plan.run_uri, self.config) if self.rank == 0 else None
-        while len(self.history) < self.config.epochs and not self._has_stalled():
+        while len(self.history) < self.config.epochs and not self.stopping and not self._has_stalled():
             epoch = len(self.history)
             if self.frozen != self._is_frozen(epoch):
                 self.frozen = not self.frozen
                 self.parallel = self._parallel()
             started = time.perf_counter()
-            record = {"epoch": epoch + 1, **self._train_epoch(epoch), **self._validate(epoch)}
+            trained = self._train_epoch(epoch)
+            if trained is None:
+                break
+            record = {"epoch": epoch + 1, **trained, **self._validate(epoch)}
             record["rejected"] = self._rejected_since()
             record["seconds"] = time.perf_counter() - started
             self.history.append(record)
-            self._report()
+            self._report(record, f"epoch_{record['epoch']:05d}", ray.train.CheckpointUploadMode.ASYNC)
             if tracker:
                 tracker.epoch_ended(self.history)
         if tracker:
             tracker.close()
 
-    def _train_epoch(self, epoch: int) -> Record:
-        # Dropout draws from torch's generator: seeded here, a resumed run draws what an undisturbed one would.
-        torch.manual_seed((self.config.seed * 1_000_003 + epoch) * 4096 + self.rank)
+    def _train_epoch(self, epoch: int) -> Record | None:
+        """What is known of the epoch's training; None where it was broken off, with a checkpoint."""
+        self._seed(epoch)
         self.network.train()
         if self.frozen:
             freeze_body(self.network, True)
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, weight, images
+        before = self.totals.clone()
         started = time.perf_counter()
-        rate = 0.0
+        rate = waited = 0.0
+        asked = started
         for index, batch in enumerate(self._in_step(self.feed.train(epoch))):
+            waited += time.perf_counter() - asked
+            asked = time.perf_counter()
+            if index < self.steps:  # done before the run was broken off
+                continue
             step = epoch * self.plan.steps_per_epoch + index
             rate = learning_rate(step, self.config.epochs * self.plan.steps_per_epoch, self.config.optimiser)
             set_learning_rate(self.optimiser, rate)
-            totals += self._step(batch, epoch, index)
+            self.totals += self._step(batch, epoch, index)
+            self.steps = index + 1
+            notice = self.watch.after_step()
+            if notice and self.steps < self.plan.steps_per_epoch:
+                self._break_off(notice)
+            self.stopping = self.stopping or notice == "stop"
+            if self.stopping and self.steps < self.plan.steps_per_epoch:
+                return None
+            asked = time.perf_counter()
         seconds = time.perf_counter() - started
-        loss, weight, images = self._summed(totals).tolist()
+        loss, weight, _ = self._summed(self.totals).tolist()
+        fresh = self._summed(self.totals - before)[2].item()
+        self.steps, self.totals = 0, torch.zeros_like(self.totals)
         return {
             "train_loss": loss / max(weight, 1e-12),
             "learning_rate": rate,
-            "images_per_second": images / seconds,
+            "images_per_second": fresh / seconds,
+            "feed_ratio": 1 - waited / seconds,
         }
+
+    def _seed(self, epoch: int) -> None:
+        """Dropout draws from torch's generator: seeded here, a resumed run draws what an undisturbed one would.
+
+        In the midst of an epoch that cannot be had, but the draws are others than those at its beginning.
+        """
+        seed = (self.config.seed * 1_000_003 + epoch) * 4096 + self.rank
+        torch.manual_seed(hash((seed, self.steps)) % 2**63 if self.steps else seed)
+
+    def _break_off(self, notice: Notice) -> None:
+        """Write a checkpoint in the midst of an epoch. It counts as worse than any epoch's, and as the latest."""
+        self.totals = self._summed(self.totals) * (self.rank == 0)
+        epoch = len(self.history)
+        record = {"epoch": epoch, "step": self.steps, "score": -1.0}
+        self._report(record, f"epoch_{epoch:05d}_step_{self.steps:07d}", ray.train.CheckpointUploadMode.SYNC)
+        if self.rank == 0:
+            _log.warning("%s: checkpoint of epoch %d, step %d written", notice, epoch + 1, self.steps)
 
     def _in_step(self, batches: Any) -> Any:
         """Batches for as long as every worker has one: a step that only some take would wait for ever."""
@@ -212,8 +260,7 @@ class TrainingRun:
                 dist.broadcast(buffer, 0)
         return network
 
-    def _report(self) -> None:
-        record = self.history[-1]
+    def _report(self, record: Record, name: str, upload: ray.train.CheckpointUploadMode) -> None:
         checkpoint = None
         if self.rank == 0:
             folder = tempfile.mkdtemp(prefix="btray-checkpoint-")
@@ -222,8 +269,8 @@ class TrainingRun:
         ray.train.report(
             record,
             checkpoint,
-            checkpoint_dir_name=f"epoch_{record['epoch']:05d}",
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=upload,
             delete_local_checkpoint_after_upload=True,
         )
 
@@ -234,6 +281,8 @@ class TrainingRun:
             "average": self.average.state_dict() if self.average is not None else None,
             "evaluated": (self.average.module if self.average is not None else self.network).state_dict(),
             "history": self.history,
+            "steps": self.steps,
+            "totals": self.totals,
         }
 
     def _restore(self) -> None:
@@ -247,6 +296,9 @@ class TrainingRun:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.history = state["history"]
+        self.steps = state.get("steps", 0)  # checkpoints of before had none
+        if self.rank == 0 and self.steps:
+            self.totals = state["totals"]
 
     def _has_stalled(self) -> bool:
         if not self.config.patience or not self.history:

@@ -9,7 +9,7 @@ from typing import Any
 from btray import night_plots, runs, storage
 from btray.bundle import Bundle, read_file
 from btray.classifier import Classifier
-from btray.drift import LARGE, REFERENCE, Profile, drift
+from btray.drift import LARGE, REFERENCE, RUNS_BEFORE, Profile, drift
 from btray.explanations import explain_scans, read_frames
 from btray.page import Section, data_uri, render_page
 from btray.report import NO_DIAGNOSIS
@@ -36,7 +36,7 @@ def compare(run: Run, report: Report, bundle: Bundle) -> dict[str, Profile]:
         if earlier.get("profile"):
             before.add(Profile.from_json(earlier["profile"]))
     if before.frames:
-        profiles["runs before"] = before
+        profiles[RUNS_BEFORE] = before
     report["drift"] = {
         name: drift(profile, observed) for name, profile in profiles.items() if name != "this run" and observed.frames
     }

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from btray import packs, storage
-from btray.archive_run import Report, Work, parts_through, run_archive
+from btray.archive_run import Report, Work, actors_for, parts_through, run_archive
 from btray.bulk_report import counts_of
-from btray.cluster import cpus
 from btray.errors import UserError
 from btray.keys import KeySet
 from btray.lots import Answer, LotReader
@@ -46,6 +45,7 @@ def pack(config: PackConfig) -> str:
         print(counts_of(report, "packed"), flush=True)
 
     work = Work(
+        name="pack",
         output=output,
         group=_GROUP,
         choices={},
@@ -55,7 +55,7 @@ def pack(config: PackConfig) -> str:
             PartPacker,
             (run, root, config.threads, config.patience),
             run,
-            actors=max(1, min(config.actors or int(cpus()), int(cpus()))),
+            actors=actors_for(config.actors),
             patience=config.patience,
         ),
         conclude=conclude,

@@ -17,7 +17,7 @@ import ray.data
 import ray.train
 
 from btray import storage
-from btray.cluster import cpus, gpus
+from btray.cluster import cpus, require_gpus
 from btray.duplicates import group_by_fingerprint
 from btray.errors import UserError
 from btray.feeding import Plan, decode_rows, survey
@@ -173,9 +173,7 @@ def _check_plan(plan: Plan) -> None:
 
 def worker_range(config: TrainConfig) -> tuple[int, int]:
     """Least and most data-parallel workers."""
-    available = gpus() if config.use_gpu else min(4, int(cpus()))
-    if config.use_gpu and available == 0:  # Ray Train would wait for one for ever
-        raise UserError("--use-gpu, but the Ray cluster has no GPU; leave the flag away or start Ray where one is")
+    available = require_gpus() if config.use_gpu else min(4, int(cpus()))
     if config.worker_range:
         return config.worker_range
     return max(1, available), max(1, available)

@@ -31,8 +31,12 @@ class ArchiveConfig(JobConfig):
     """Say how many objects would be read, how large they are and how long that takes; write nothing."""
     max_rejected: Probability | None = None
     """Share of rejected objects above which the job, having written everything, ends with exit code 3; default: any."""
+    metrics_to: str | None = None
+    """Where the run's last numbers are left for Prometheus: a file (.prom) that node-exporter's textfile collector \
+    reads, or the http:// URL of a Pushgateway."""
     actors: Positive | None = None
-    """Most actors that work at a time; default: one a CPU, or as many as the GPUs hold with --use-gpu."""
+    """Most actors that work at a time; default: one a CPU, or as many as the GPUs hold with --use-gpu. On a cluster \
+    that grows, give as many as it may grow to hold."""
     threads: Positive = 16
     """Objects that an actor reads at a time."""
     patience: Annotated[float, Field(ge=0)] = 300.0

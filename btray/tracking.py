@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from btray import storage
+from btray import storage, telemetry
 from btray.errors import UserError
 from btray.settings import TrainConfig
+
+_log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
 
@@ -26,14 +29,20 @@ class Tracker:
     def __init__(self, run_uri: str, config: TrainConfig) -> None:
         self.run_uri = run_uri
         self.epochs = config.epochs
+        self._run_id = config.name
+        self._as_json = config.log_format == "json"
         self._mlflow = _MlflowRun(config) if config.mlflow else None
 
     def epoch_ended(self, history: list[Record]) -> None:
         """Report the last record of `history`, the records of all epochs so far."""
         record = history[-1]
-        # Not print(): Ray Train sends what workers print to its log as well, and the line would come twice.
-        sys.stdout.write(progress_line(history, self.epochs) + "\n")
-        sys.stdout.flush()
+        if self._as_json:
+            _log.info("epoch ended", extra={**record, "epochs": self.epochs})
+        else:
+            # Not print(): Ray Train sends what workers print to its log as well, and the line would come twice.
+            sys.stdout.write(progress_line(history, self.epochs) + "\n")
+            sys.stdout.flush()
+        telemetry.epoch_ended(self._run_id, record)
         storage.write_text(storage.join(self.run_uri, HISTORY), "".join(json.dumps(row) + "\n" for row in history))
         numbers = {key: value for key, value in record.items() if key != "epoch" and value is not None}
         self._write_events(numbers, record["epoch"])

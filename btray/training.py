@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,12 +14,12 @@ import numpy.typing as npt
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from btray import storage
+from btray import logs, storage
 from btray.assess import Assessment, assess, model_card_of, summary
 from btray.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, require_free, save_bundle
 from btray.cluster import connected, cpus
 from btray.drift import REFERENCE
-from btray.errors import UserError
+from btray.errors import Stopped, UserError
 from btray.feeding import Plan
 from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN
@@ -40,6 +41,7 @@ from btray.planning import (
 from btray.rejections import rejections_in, report_rejections
 from btray.scoring import Scores, score
 from btray.settings import TrainConfig
+from btray.stopping import stoppable
 from btray.tracking import Record, require_mlflow
 from btray.worklist import read_labelled
 
@@ -47,27 +49,28 @@ _log = logging.getLogger(__name__)
 
 RUN = "run.json"
 # What may differ between two calls that mean the same run.
-_FREE_TO_CHANGE = {
+RUN_MAY_CHANGE = frozenset({
     "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
     "abstain_target", "conformal_error", "refit_epochs",
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """The best network of a run, and all its epochs."""
 
     weights: dict[str, Any]
     history: list[Record]
 
 
-def train(config: TrainConfig) -> str:
-    """Train by `config` and return the URI of the bundle.
+def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> str:
+    """Train by `config` and return the URI of the bundle, which holds `files` too.
 
     A run of the same name in the same storage is taken up where it was cut off. Raises UserError for unusable input
     and ThresholdExceeded where more than `max_rejected` of the images cannot be read.
     """
     out, run_uri = storage.resolve(config.out), storage.join(storage.resolve(config.storage_uri), config.name)
+    logs.bind(run_id=config.name)
     require_free(out)
     if config.mlflow:
         require_mlflow()
@@ -76,34 +79,37 @@ def train(config: TrainConfig) -> str:
     initial = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
     with connected():
         data = prepare(config, table, classes, run_uri, initial)
-        _claim_run(data)
-        trained = _fit(data)
+        _claim(data)
+        trained = fit(data)
         bundle, assessment = _finish(data, trained)
-    saved = save_bundle(bundle, out, assessment.files)
+    saved = save_bundle(bundle, out, {**assessment.files, **(files or {})})
     print(summary(assessment.metrics), flush=True)
     print(f"model {saved.manifest.model_id}; report {storage.join(out, 'report.html')}; run {run_uri}", flush=True)
     return out
 
 
-def _claim_run(data: TrainingData) -> None:
-    """Write down what the run is, or see that the run of this name is the same one. Raises UserError."""
+def _claim(data: TrainingData) -> None:
     plan = data.plan
     now = {
-        "config": plan.config.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
+        "config": plan.config.model_dump(mode="json", exclude=set(RUN_MAY_CHANGE)),
         "classes": list(plan.classes),
         "data": data_digest(data),
     }
-    where = storage.join(plan.run_uri, RUN)
+    claim_run(plan.run_uri, now, plan.config)
+
+
+def claim_run(folder: str, now: Mapping[str, Any], config: TrainConfig) -> None:
+    """Write down what the run in `folder` is, or see that the run of this name is the same one. Raises UserError."""
+    where = storage.join(folder, RUN)
     if storage.exists(where):
-        then = storage.read_json(where)
-        different = _first_difference(then, now)
+        different = _first_difference(storage.read_json(where), now)
         if different:
             raise UserError(
-                f"run {plan.config.name!r} in {storage.resolve(plan.config.storage_uri)} was started with another "
+                f"run {config.name!r} in {storage.resolve(config.storage_uri)} was started with another "
                 f"{different}; give another --name to start a new run, or the same {different} to go on with it"
             )
     storage.write_json(where, now)
-    storage.write_text(storage.join(plan.run_uri, "config.yaml"), plan.config.to_yaml())
+    storage.write_text(storage.join(folder, "config.yaml"), config.to_yaml())
 
 
 def _first_difference(then: Any, now: Any, key: str = "") -> str | None:
@@ -117,16 +123,21 @@ def _first_difference(then: Any, now: Any, key: str = "") -> str | None:
     return None if then == now else key
 
 
-def _fit(data: TrainingData) -> _Trained:
-    """Run Ray Train and bring back the best epoch's network."""
+def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[Any] = ()) -> Trained:
+    """Run Ray Train and bring back the best epoch's network.
+
+    `within` is how many CPUs the run may take; default: all of the cluster. `callbacks` are Ray Train's. Raises Stopped
+    where the run was asked to end.
+    """
     plan, config = data.plan, data.plan.config
     least, most = worker_range(config)
+    room = cpus() if within is None else within
     # Streaming decodes while the workers train, and must find CPUs left over; else the pipeline waits for ever.
-    share = min(1.0, cpus() * (0.5 if plan.streaming else 1.0) / most)
+    share = min(1.0, room * (0.5 if plan.streaming else 1.0) / most)
     filesystem, path = storage.arrow_filesystem(storage.resolve(config.storage_uri))
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"plan": plan, "threads": max(1, int(cpus() / most))},
+        train_loop_config={"plan": plan, "threads": max(1, int(room / most))},
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # elastic
             use_gpu=config.use_gpu,
@@ -138,16 +149,20 @@ def _fit(data: TrainingData) -> _Trained:
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
+            callbacks=[*callbacks],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train V2 has it
         ),
         datasets=datasets(data),
         dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
-    result = trainer.fit()
+    with stoppable(plan.run_uri) as asked:
+        result = trainer.fit()
+        if asked():
+            raise Stopped(f"run {plan.run_uri} was stopped and has written a checkpoint; the same command goes on")
     if result.checkpoint is None or not result.best_checkpoints:
         raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
     best, _ = max(result.best_checkpoints, key=lambda pair: float(pair[1]["score"]))
-    return _Trained(_read_state(best)["evaluated"], _read_state(result.checkpoint)["history"])
+    return Trained(_read_state(best)["evaluated"], _read_state(result.checkpoint)["history"])
 
 
 def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
@@ -155,7 +170,7 @@ def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
         return load_state(folder)
 
 
-def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
+def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment]:
     """Calibrate on the validation images, refit, then read the labels of the test split, once, and measure."""
     plan, table = data.plan, data.table
     reference_rows, validation_rows = _reference_rows(plan), _rows_at(plan, plan.validation)
@@ -178,23 +193,23 @@ def _finish(data: TrainingData, trained: _Trained) -> tuple[Bundle, Assessment]:
     return bundle, assessment
 
 
-def _refit(data: TrainingData, trained: _Trained) -> _Trained:
+def _refit(data: TrainingData, trained: Trained) -> Trained:
     """Go on with the best network on all images for a few epochs; `trained` itself where that is not wanted."""
     plan = data.plan
     if plan.config.refit_epochs == 0 or "val" in data.table["split"].to_pylist():
         return trained
     _log.info("%d more epochs on all %d images, the held-out ones too", plan.config.refit_epochs, len(plan.samples))
-    return _fit(replace(data, plan=refit_plan(plan, trained.weights, len(trained.history))))
+    return fit(replace(data, plan=refit_plan(plan, trained.weights, len(trained.history))))
 
 
-def _score(data: TrainingData, trained: _Trained, rows: npt.NDArray[np.int64]) -> Scores:
+def _score(data: TrainingData, trained: Trained, rows: npt.NDArray[np.int64]) -> Scores:
     """What the network, not yet calibrated, says of some rows."""
     uris = data.table["uri"].take(rows)
     return score(_bundle(data, trained, Limits()), rows, uris, batch_size=data.plan.config.batch_size)
 
 
 def _assess(
-    data: TrainingData, trained: _Trained, bundle: Bundle, test: Scores, validation: Scores | None
+    data: TrainingData, trained: Trained, bundle: Bundle, test: Scores, validation: Scores | None
 ) -> Assessment:
     """Metrics, plots and texts on the test split; where it has no readable image, on the validation images."""
     plan, table = data.plan, data.table
@@ -246,7 +261,7 @@ def _labels_of(plan: Plan, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
     return np.array([label_of_row[row] for row in rows.tolist()], np.int64)
 
 
-def _bundle(data: TrainingData, trained: _Trained, limits: Limits) -> Bundle:
+def _bundle(data: TrainingData, trained: Trained, limits: Limits) -> Bundle:
     plan = data.plan
     return make_bundle(
         weights=trained.weights,

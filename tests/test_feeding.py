@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from btray.feeding import MemoryFeed, Plan, epoch_order
 from btray.frames import FRAMES_PER_SCAN
 from btray.settings import OptimiserConfig, TrainConfig
-from btray.training import _fit
+from btray.training import fit
 from tests.training_helpers import history_of, prepared, tiny, train_and_collect, write_tree
 
 
@@ -132,7 +132,7 @@ def test_streaming_feeds_every_sample_on_two_cpus(
     assert data.plan.streaming
     assert len(data.plan.validation) == 17
     Path(source, "train/glioma/000.png").unlink()  # it could be read when the run began
-    _fit(data)
+    fit(data)
     assert [record["rejected"] for record in history_of(config)] == [1, 1]
     parts = [json.loads(Path(data.plan.run_uri, f"{rank}.json").read_text()) for rank in range(workers)]
     orders = []

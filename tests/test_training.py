@@ -32,10 +32,8 @@ from btray.training import train
 from tests.conftest import ROOT
 from tests.scan_corpus import bad_scans
 from tests.training_helpers import (
-    descendants,
     easy_picture,
     history_of,
-    is_alive,
     prepared,
     run_of,
     tiny,
@@ -43,6 +41,7 @@ from tests.training_helpers import (
     training_workers,
     write_tree,
 )
+from tools.processes import descendants, is_alive
 
 pytestmark = pytest.mark.cluster
 

@@ -20,6 +20,7 @@ from btray.loop import TrainingRun, load_state, train_loop
 from btray.planning import TrainingData, datasets, prepare, training_classes
 from btray.settings import AugmentConfig, NetworkConfig, OptimiserConfig, PreprocessConfig, TrainConfig
 from btray.worklist import read_labelled
+from tools.processes import command_line, descendants
 
 SIDE = 48
 # All that the golden losses depend on is written out: the defaults may change.
@@ -135,38 +136,6 @@ def prepared(config: TrainConfig) -> TrainingData:
     return prepare(config, table, classes, run_of(config), initial)
 
 
-def descendants(root: int) -> set[int]:
-    """All processes that `root` started, directly or not, and that live."""
-    children: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        children.setdefault(parent, []).append(int(status.parent.name))
-    found: set[int] = set()
-    frontier = [root]
-    while frontier:
-        frontier = [child for pid in frontier for child in children.get(pid, [])]
-        found.update(frontier)
-    return found
-
-
 def training_workers(root: int) -> list[int]:
     """The processes below `root` that Ray Train trains in."""
-    return [pid for pid in sorted(descendants(root)) if b"RayTrainWorker" in _command(pid)]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    return [pid for pid in sorted(descendants(root)) if b"RayTrainWorker" in command_line(pid)]

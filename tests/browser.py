@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Browser:
         port = port_file.read_text().splitlines()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             target = next(entry for entry in json.load(answer) if entry["type"] == "page")
-        self.socket = connect(target["webSocketDebuggerUrl"], max_size=None)
+        self.opened = ExitStack()
+        self.socket = self.opened.enter_context(connect(target["webSocketDebuggerUrl"], max_size=None))
         self.number = 0
         self.events: list[dict[str, Any]] = []
         for domain in ("Page", "Runtime", "Network", "DOM", "Log"):
@@ -51,7 +53,7 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.socket.close()
+        self.opened.close()
         self.process.terminate()
         self.process.wait(20)
         self.log.close()
@@ -91,8 +93,9 @@ class Browser:
     def press(self, key: str, times: int = 1) -> None:
         code = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36}[key]
         for _ in range(times):
-            for kind in ("rawKeyDown", "keyUp"):
-                self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            for kind in ("keyDown", "keyUp"):
+                text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+                self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def accessible(self) -> list[tuple[str, str]]:
         """(role, name) of what a screen reader is told of."""

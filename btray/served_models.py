@@ -143,7 +143,7 @@ class ServedModels:
             if (named.model, named.model_id) == (wanted.model, wanted.model_id) and _alike(config, now):
                 return replace(model, source=_source(model.classifier, config.limits))
         bundle = load_bundle(wanted.model, model_id=wanted.model_id).abstaining_below(config.abstain_below)
-        classifier = Classifier(bundle, batch_size=config.max_batch)
+        classifier = Classifier(bundle, batch_size=config.max_batch, engine=config.engine)
         _warm(classifier, config.max_batch)
         batcher: Batcher[Sequence[Found], list[Prediction]] = Batcher(
             lambda works: _predict(classifier, works),
@@ -164,10 +164,8 @@ def _named(now: Line | None) -> list[tuple[ServedModel, CanaryConfig]]:
 
 def _alike(config: ServiceConfig, now: Line | None) -> bool:
     """Whether a loaded model answers to `config` as one that is loaded anew."""
-    return now is not None and (config.abstain_below, config.max_batch) == (
-        now.config.abstain_below,
-        now.config.max_batch,
-    )
+    names = ("abstain_below", "max_batch", "engine")
+    return now is not None and all(getattr(config, name) == getattr(now.config, name) for name in names)
 
 
 def _source(classifier: Classifier, limits: LimitsConfig) -> FrameSource:
@@ -194,7 +192,7 @@ def _predict(classifier: Classifier, works: Sequence[Sequence[Found]]) -> list[l
 def _warm(classifier: Classifier, largest: int) -> None:
     """Run what requests will run, so that the first ones are as quick as the others. Raises UserError for NaN."""
     side = classifier.manifest.preprocess.size
-    for count in (1, largest):
+    for count in (1, largest, 1, largest):  # a frozen graph is made ready at its second pass
         frames = np.zeros((count, side, side), np.uint8)
         classifier.probabilities(classifier.answer(frames).logits)
     heat_maps(classifier, frames[:1])

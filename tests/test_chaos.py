@@ -13,13 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from tools.loopback_cluster import LoopbackCluster, Node, until
 
 from btray import phantoms, storage
 from btray.settings_bulk import ClassifyConfig
 from tests.classify_helpers import Contents, job, keys_of, part_files, plain_rows, start, write_objects
 from tests.scan_corpus import bad_scans
 from tests.tiny_bundle import saved_bundle
-from tools.loopback_cluster import LoopbackCluster, Node, until
 from tools.s3_server import S3Server
 
 KILLS = 12

@@ -24,12 +24,13 @@ from btray.bulk import classify
 from btray.classifier import Classifier
 from btray.errors import UserError
 from btray.results import current
-from btray.settings_serve import ServiceConfig
+from btray.settings_serve import ServeConfig, ServiceConfig
 from tests.browser import until
 from tests.classify_helpers import job, write_objects
 from tests.conftest import ROOT
 from tests.scan_corpus import bad_scans, good_scans
 from tests.serving_helpers import bundle_at, scan
+from tests.tiny_bundle import saved_bundle
 
 JPEG = {"Content-Type": "image/jpeg"}
 
@@ -229,33 +230,31 @@ def test_monitoring_finds_every_number_of_all_replicas(served: Served) -> None:
 # ---- the job, and the files of a deployment
 
 
-def start_job(*flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "jobs/serve.py", *map(str, flags)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_wrong_use_is_told_in_one_line_before_anything_starts(tmp_path: Path) -> None:
-    model = bundle_at(tmp_path, "model")
-    for flags, said in (
-        (["--model", tmp_path / "nothing"], "no model bundle"),
-        (["--model", model, "--host", "0.0.0.0"], "--insecure"),
-        (["--model", model, "--replicas.min-replicas", 3, "--replicas.max-replicas", 2], "below min_replicas"),
-        (["--model", model, "--keys", tmp_path / "none"], "none"),
-    ):
-        ended = start_job(*flags)
-        assert ended.returncode == 2, ended.stderr
-        assert said in ended.stderr.splitlines()[-1]
-        assert ended.stderr.count("\n") == 1
-
-
-def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+def test_wrong_use_is_told_before_anything_starts(tmp_path: Path) -> None:
     import socket
 
+    from btray.serving import run_service
+
+    model = bundle_at(tmp_path, "model")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ended = start_job("--model", bundle_at(tmp_path, "model"), "--port", taken.getsockname()[1])
+        for flags, said in (
+            ({"model": str(tmp_path / "nothing")}, "no model bundle"),
+            ({"model": model, "model_id": "0" * 32}, "not the pinned"),
+            ({"model": model, "canary": {"model": str(tmp_path / "other")}}, "no model bundle"),
+            ({"model": model, "keys": str(tmp_path / "no keys")}, "no keys"),
+            ({"model": model, "port": taken.getsockname()[1]}, "cannot listen"),
+        ):
+            with pytest.raises(UserError, match=said):
+                run_service(ServeConfig(**flags), lambda: ServeConfig(model=model))
+
+
+def test_an_open_address_is_refused_by_the_job_itself() -> None:
+    command = [sys.executable, "jobs/serve.py", "--model", "m", "--host", "0.0.0.0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 2
-    assert "cannot listen" in ended.stderr
+    assert "--insecure" in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 def test_serve_yaml_is_what_the_application_takes() -> None:
@@ -300,6 +299,16 @@ def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path
         own = [line for line in listeners if any(f"pid={pid}," in line for pid in proxies)]
         assert len(own) >= 3
         assert all(line.split()[3].startswith("127.0.0.1:") for line in own), own
+        before = served.models()["models"][0]["model_id"]
+        with under_load(served) as load:
+            saved_bundle(tmp_path / "model", seed=21)
+            process.send_signal(signal.SIGHUP)
+            until(lambda: load.answers[-1][1] != before, seconds=60)
+            (tmp_path / "model" / "bundle.json").unlink()
+            process.send_signal(signal.SIGHUP)
+            until(lambda: "all stays as it was" in (tmp_path / "log").read_text(), seconds=60)
+        assert (load.retried, load.lost) == (0, 0)
+        saved_bundle(tmp_path / "model", seed=21)
         with under_load(served) as load:
             killed = next(pid for pid in _descendants(process.pid) if _is_replica(pid))
             os.kill(killed, signal.SIGKILL)

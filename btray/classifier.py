@@ -122,7 +122,7 @@ class Classifier:
         `rejected`, never an exception. Raises UserError where the model, whatever the input, gives no numbers.
         """
         uris = [None if isinstance(given, bytes | np.ndarray) else str(given) for given in inputs]
-        return self.predict_decoded(self._frames(inputs), uris)
+        return self.predict_decoded(self.frames(inputs), uris)
 
     def predict_decoded(self, found: Sequence[list[Frame] | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
         """What `predict` says of inputs whose frames, or why there are none, are at hand; `uris` are their names."""
@@ -174,8 +174,8 @@ class Classifier:
         logits, features = self._engine(images)
         return logits.float().cpu().numpy(), features.float().cpu().numpy()
 
-    def _frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:
-        """Frames of each input; stored ones are read together."""
+    def frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:
+        """Frames (uint8 [size, size]) of each input, or why there are none; stored ones are read together."""
         uris = [_uri(given) for given in inputs]
         stored = iter(self.source.from_uris([uri for uri in uris if isinstance(uri, str)]))
         found: list[list[Frame] | Rejection] = []

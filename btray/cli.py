@@ -1,7 +1,8 @@
-"""The console script `btray`: classify scans with a bundle on any laptop, with no Ray in it.
+"""The console script `btray`: classify scans with a bundle on any laptop, with no Ray in it; make keys of the service.
 
 btray predict --model runs/first scan.jpg folder/ s3://bucket/scan.png
 btray predict --model runs/first --json scan.jpg
+btray key --file keys.txt --name radiology
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from btray.config import run_command
+from btray.config import JobConfig, run_command
 from btray.errors import UserError
 from btray.settings import PredictConfig
+from btray.settings_serve import KeyConfig
 
 if TYPE_CHECKING:
     from btray.classifier import Classifier, Prediction
@@ -32,9 +34,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        run_command(
-            "btray", f"Brain-tumor classification of MRI slices. {NOTICE}", {"predict": (PredictConfig, predict)}
-        )
+        commands: dict[str, tuple[type[JobConfig], Callable[[Any], None]]]
+        commands = {"predict": (PredictConfig, predict), "key": (KeyConfig, key)}
+        run_command("btray", f"Brain-tumor classification of MRI slices. {NOTICE}", commands)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, `head` say, has seen enough; without this Python complains when it flushes at exit.
@@ -64,6 +66,18 @@ def predict(config: PredictConfig) -> None:
         raise UserError(f"{config.files[0]} holds no file; name a scan, or a folder of scans")
     if classified == 0:
         raise UserError(f"not one of {total} scans could be classified; each line above says why")
+
+
+def key(config: KeyConfig) -> None:
+    """Make an API key and print it, or revoke one. Raises UserError where the file cannot be used."""
+    from btray.api_keys import make_key, revoke_key
+
+    if config.revoke:
+        revoke_key(config.file, config.name)
+        print(f"revoked {config.name}: the service refuses it within seconds", file=sys.stderr)
+    else:
+        print(make_key(config.file, config.name))
+        print(f"the key of {config.name}; it is not kept: {config.file} has its digest", file=sys.stderr)
 
 
 def _scans(files: Sequence[str]) -> Iterator[str | Prediction]:

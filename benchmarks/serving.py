@@ -1,0 +1,342 @@
+"""The service against what it could cost at least: the same Classifier behind bare uvicorn and FastAPI.
+
+python benchmarks/serving.py --model BUNDLE                       # all of it, side by side
+python benchmarks/serving.py --model BUNDLE --only overload       # 5 times capacity
+python benchmarks/serving.py --model BUNDLE --only autoscale      # replicas 1 -> 2 -> 1
+python benchmarks/serving.py --model BUNDLE --only soak --seconds 600
+
+Clients are processes of their own with keep-alive connections that post a 512x512 JPEG. Each measured server is
+started, warmed and stopped in turn; the machine's load is printed with every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from fastapi import FastAPI, Request
+from PIL import Image
+
+from btray.phantoms import phantom
+from btray.serving import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADERS = {"Content-Type": "image/jpeg"}
+BODIES = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What clients saw."""
+
+    seconds: float
+    latencies: list[float]
+    """Of requests answered 200, in ms, sorted."""
+    codes: dict[int, int]
+    """Answers by status; 0: no answer."""
+
+    @property
+    def rate(self) -> float:
+        """Requests answered 200, a second."""
+        return len(self.latencies) / self.seconds
+
+    def quantile(self, share: float) -> float:
+        """Of the latency, in ms."""
+        return self.latencies[min(len(self.latencies) - 1, int(share * len(self.latencies)))] if self.latencies else 0.0
+
+    def __str__(self) -> str:
+        quantiles = "  ".join(f"p{100 * share:g} {self.quantile(share):6.1f} ms" for share in (0.5, 0.9, 0.99))
+        others = {code: count for code, count in self.codes.items() if code != 200}
+        return f"{self.rate:7.1f} requests/s  {quantiles}  {others or ''}"
+
+
+def bodies() -> list[bytes]:
+    """512x512 JPEGs."""
+    files = []
+    for seed in range(BODIES):
+        file = io.BytesIO()
+        Image.fromarray(phantom("glioma", seed, size=512)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+# ---- clients
+
+
+def measure(url: str, connections: int, seconds: float, rate: float | None = None) -> Measured:
+    """Post as fast as answers come on each connection; with `rate`, so many requests a second in all."""
+    queue: Any = multiprocessing.get_context("spawn").Queue()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_client, args=(url, connections, seconds, rate, queue)
+    )
+    process.start()
+    taken, latencies, codes = queue.get()
+    process.join()
+    return Measured(taken, sorted(latencies), codes)
+
+
+def _client(url: str, connections: int, seconds: float, rate: float | None, queue: Any) -> None:
+    queue.put(asyncio.run(_post(url, connections, seconds, rate)))
+
+
+async def _post(url: str, connections: int, seconds: float, rate: float | None) -> Any:
+    files, latencies, codes = bodies(), [], Counter[int]()
+    started = time.perf_counter()
+    turns = iter(range(1 << 60))
+
+    async def one(session: aiohttp.ClientSession) -> None:
+        while (now := time.perf_counter()) < started + seconds:
+            turn = next(turns)
+            due = started + turn / rate if rate else now
+            if due > now:
+                await asyncio.sleep(due - now)
+            begun = time.perf_counter()
+            try:
+                async with session.post(url, data=files[turn % BODIES], headers=HEADERS) as answer:
+                    await answer.read()
+                    codes[answer.status] += 1
+                    if answer.status == 200:
+                        latencies.append((time.perf_counter() - begun) * 1000)
+            except aiohttp.ClientError:
+                codes[0] += 1
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections)) as session:
+        await asyncio.gather(*(one(session) for _ in range(connections)))
+    return time.perf_counter() - started, latencies, dict(codes)
+
+
+# ---- servers
+
+
+def bare(model: str, port: int) -> None:
+    """(a) uvicorn and FastAPI alone: decode and forward of each request on one of two threads."""
+    import torch
+    import uvicorn
+
+    from btray.classifier import Classifier
+
+    torch.set_num_threads(1)
+    classifier, pool, app = Classifier.load(model), ThreadPoolExecutor(2), FastAPI()
+
+    @app.post("/v1/classify")
+    async def classify(request: Request) -> dict[str, Any]:
+        body = await request.body()
+        (prediction,) = await asyncio.get_running_loop().run_in_executor(pool, classifier.predict, [body])
+        return {"label": prediction.label, "probabilities": prediction.probabilities}
+
+    @app.get("/readyz")
+    def ready() -> str:
+        return "ready"
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+def plain_serve(model: str, port: int) -> None:
+    """(b) the same handler as a Serve deployment with Serve's default settings."""
+    import ray
+    from ray import serve
+
+    app = FastAPI()
+
+    @serve.deployment
+    @serve.ingress(app)
+    class Plain:
+        def __init__(self) -> None:
+            from btray.classifier import Classifier
+
+            self.classifier = Classifier.load(model)
+
+        @app.post("/v1/classify")
+        async def classify(self, request: Request) -> dict[str, Any]:
+            (prediction,) = self.classifier.predict([await request.body()])
+            return {"label": prediction.label, "probabilities": prediction.probabilities}
+
+        @app.get("/readyz")
+        def ready(self) -> str:
+            return "ready"
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"port": port})
+    serve.run(Plain.bind())  # type: ignore[attr-defined]
+    signal.pause()
+
+
+@contextmanager
+def server(kind: str, model: str, *flags: str) -> Iterator[tuple[str, int]]:
+    """The URL of a running server and its process id; `kind` is bare, plain, or a --proxy of jobs/serve.py."""
+    port = free_port()
+    command = [sys.executable, "jobs/serve.py", "--model", model, "--port", str(port), "--proxy", kind, *flags]
+    if kind in ("bare", "plain"):
+        command = [sys.executable, __file__, "--model", model, "--serve", kind, "--port", str(port)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(url, process)
+        yield url, process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if requests.get(url + "/readyz", timeout=5).status_code == 200:
+                return
+        except requests.RequestException:
+            time.sleep(0.3)
+    raise SystemExit(f"{process.args!r} did not come up")
+
+
+def processes_below(pid: int) -> list[int]:
+    """`pid` and all that it started."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(child): int(parent) for child, parent in (line.split() for line in table.splitlines())}
+    found = {pid}
+    for _ in range(20):
+        found |= {child for child, parent in parents.items() if parent in found}
+    return sorted(found)
+
+
+def replicas_of(pid: int) -> list[int]:
+    """Process ids of the replicas below the job `pid`."""
+    titles = {child: _title(child) for child in processes_below(pid)}
+    return [child for child, title in titles.items() if "ServeReplica:btray" in title]
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def resident(pids: list[int]) -> float:
+    """Memory of these processes together, in MB."""
+    total = 0
+    for pid in pids:
+        try:
+            found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        total += int(found[1]) if found else 0
+    return total / 1000
+
+
+def beside() -> str:
+    """What else the machine does."""
+    return f"load {os.getloadavg()[0]:.1f}"
+
+
+# ---- what is shown
+
+
+def side_by_side(model: str, seconds: float, kinds: list[str]) -> None:
+    """Requests a second and latency at 1, 8 and 32 connections."""
+    for kind in kinds:
+        flags = [] if kind in ("bare", "plain") else ["--replicas.min-replicas", "2"]
+        with server(kind, model, *flags) as (url, _):
+            measure(url + "/v1/classify", 8, 5)
+            for connections in (1, 8, 32):
+                result = measure(url + "/v1/classify", connections, seconds)
+                print(f"{kind:8} {connections:3} connections  {result}  {beside()}", flush=True)
+
+
+def overload(model: str, seconds: float) -> None:
+    """Capacity, then five times that, then whether it is well."""
+    with server("haproxy", model, "--replicas.min-replicas", "2") as (url, _):
+        post = url + "/v1/classify"
+        measure(post, 8, 5)
+        capacity = measure(post, 16, seconds)
+        print(f"capacity      {capacity}  {beside()}", flush=True)
+        flood = measure(post, 512, seconds, rate=5 * capacity.rate)
+        asked = sum(flood.codes.values()) / flood.seconds
+        print(f"overload      {flood}  asked {asked:.0f}/s  {beside()}", flush=True)
+        print(f"afterwards    {measure(post, 1, 5)}  {beside()}", flush=True)
+
+
+def autoscale(model: str, seconds: float) -> None:
+    """Replicas before, under and after load."""
+    flags = ["--replicas.max-replicas", "2", "--replicas.upscale-delay", "3", "--replicas.downscale-delay", "10"]
+    with server("haproxy", model, *flags) as (url, pid), ThreadPoolExecutor(1) as pool:
+        print(f"idle          {len(replicas_of(pid))} replica", flush=True)
+        load = pool.submit(measure, url + "/v1/classify", 24, max(40.0, seconds))
+        while not load.done():
+            time.sleep(5)
+            print(f"under load    {len(replicas_of(pid))} replicas", flush=True)
+        print(f"              {load.result()}  {beside()}", flush=True)
+        deadline = time.monotonic() + 120
+        while len(replicas_of(pid)) > 1 and time.monotonic() < deadline:
+            time.sleep(2)
+        print(f"after load    {len(replicas_of(pid))} replica", flush=True)
+
+
+def soak(model: str, seconds: float) -> None:
+    """At 80 % of capacity: errors, latency and memory."""
+    with server("haproxy", model, "--replicas.min-replicas", "2") as (url, pid):
+        post = url + "/v1/classify"
+        measure(post, 16, 10)
+        capacity = statistics.median(measure(post, 16, 5).rate for _ in range(3))
+        parts, started = max(4, int(seconds / 30)), time.monotonic()
+        memory: list[float] = []
+        for part in range(parts):
+            result = measure(post, 32, seconds / parts, rate=0.8 * capacity)
+            memory.append(resident(replicas_of(pid)))
+            said = f"{time.monotonic() - started:6.0f} s  {result}  replicas {memory[-1]:.0f} MB  {beside()}"
+            print(said, flush=True)
+            if set(result.codes) != {200}:
+                raise SystemExit(f"part {part} had errors: {result.codes}")
+        settled = memory[len(memory) // 4 :]
+        print(json.dumps({"capacity": capacity, "memory_growth": max(settled) / settled[0] - 1}))
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--kinds", nargs="+", default=["bare", "haproxy", "ray", "plain"])
+    parser.add_argument("--only", choices=["compare", "overload", "autoscale", "soak"])
+    parser.add_argument("--serve", choices=["bare", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    model = str(Path(options.model).resolve()) if "://" not in options.model else options.model
+    if options.serve:
+        {"bare": bare, "plain": plain_serve}[options.serve](model, options.port)
+        return
+    shows = {"overload": overload, "autoscale": autoscale, "soak": soak}
+    if options.only in (None, "compare"):
+        side_by_side(model, options.seconds, options.kinds)
+    for name, show in shows.items():
+        if options.only == name or (options.only is None and name != "soak"):
+            show(model, options.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Dynamic batches without a clock: what waits while one forward pass runs goes together into the next one.
+
+A single caller waits for nobody, and under load batches grow by themselves up to the largest size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Generic, TypeVar
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+class Batcher(Generic[Work, Result]):
+    """Hands lists of work to `run`, one list at a time, on a thread of `executor`. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Work]], Sequence[Result]],
+        executor: Executor,
+        *,
+        largest: int,
+        weight: Callable[[Work], int],
+        watch: Callable[[int, int], None],
+    ) -> None:
+        """`weight` is how much of `largest` a piece of work takes; one that takes more goes alone.
+
+        `watch` is told the weight of each batch and of what goes on waiting.
+        """
+        self.run = run
+        self.executor = executor
+        self.largest = largest
+        self.weight = weight
+        self.watch = watch
+        self._waiting: deque[tuple[Work, asyncio.Future[Result]]] = deque()
+        self._running: asyncio.Future[Sequence[Result]] | None = None
+
+    async def submit(self, work: Work) -> Result:
+        """What `run` gives for `work`. Whoever is cancelled while waiting takes the work along."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, future))
+        self._start()
+        return await future
+
+    def _start(self) -> None:
+        if self._running is not None:
+            return
+        batch, size = self._next()
+        if not batch:
+            return
+        self.watch(size, sum(self.weight(work) for work, _ in self._waiting))
+        works = [work for work, _ in batch]
+        self._running = asyncio.get_running_loop().run_in_executor(self.executor, self.run, works)
+        self._running.add_done_callback(lambda done: self._finish(done, batch))
+
+    def _next(self) -> tuple[list[tuple[Work, asyncio.Future[Result]]], int]:
+        batch: list[tuple[Work, asyncio.Future[Result]]] = []
+        size = 0
+        while self._waiting:
+            work, future = self._waiting[0]
+            if batch and size + self.weight(work) > self.largest:
+                break
+            self._waiting.popleft()
+            if not future.done():
+                batch.append((work, future))
+                size += self.weight(work)
+        return batch, size
+
+    def _finish(self, done: asyncio.Future[Sequence[Result]], batch: list[tuple[Work, asyncio.Future[Result]]]) -> None:
+        self._running = None
+        error = None if done.cancelled() else done.exception()
+        results = () if done.cancelled() or error else done.result()
+        for place, (_, future) in enumerate(batch):
+            if future.done():
+                continue
+            if error is not None:
+                future.set_exception(error)
+            elif done.cancelled():
+                future.cancel()
+            else:
+                future.set_result(results[place])
+        self._start()

@@ -1,0 +1,210 @@
+"""What every request passes before a route sees it: who asks, how much is in work, how large it is; and what it leaves.
+
+A pure ASGI layer: it decides from the headers alone where it can, and nothing is read of a request that it refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from btray.api_keys import KeyRing
+from btray.problems import Problem
+from btray.settings_serve import LimitsConfig, is_loopback
+
+_log = logging.getLogger(__name__)
+
+OPEN_PATHS: Final = frozenset(
+    ("/", "/page.css", "/page.js", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+)
+"""What is answered without a key: the page, which holds no data, and whether the service is well."""
+
+_HEADERS: Final = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"x-frame-options", b"DENY"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
+    (b"cache-control", b"no-store"),
+]
+
+
+_CLIENT_WENT: Final = 499
+"""What nginx and Ray Serve write of a client that did not wait for its answer."""
+
+
+class Watcher(Protocol):
+    """What is told of every answer."""
+
+    def request(self, route: str, code: int, seconds: float) -> None:
+        """A request to `route` was answered with `code` after `seconds`."""
+
+    def in_work(self, requests: int) -> None:
+        """So many requests are in work."""
+
+
+class Access:
+    """Who may ask: whoever has a key; where there are no keys, this machine alone, unless all may."""
+
+    def __init__(self, keys: KeyRing | None, *, insecure: bool) -> None:
+        self.keys = keys
+        self.insecure = insecure
+
+    async def check(self, scope: Scope) -> None:
+        """Raise Problem unless the caller may ask."""
+        headers = dict(scope["headers"])
+        if self.keys is not None:
+            if self.keys.stale:
+                await asyncio.to_thread(self.keys.refresh)
+            if not self.keys.accepts(_key_in(headers)):
+                raise Problem(401, "unauthorized", "no key, or none that is known: send Authorization: Bearer KEY")
+        elif not self.insecure:
+            _check_local(scope, headers)
+
+
+class Gate:
+    """ASGI middleware around the routes. `access` and `limits` are asked for each request, for they may change."""
+
+    def __init__(
+        self, app: ASGIApp, access: Callable[[], Access], limits: Callable[[], LimitsConfig], watcher: Watcher
+    ) -> None:
+        self.app = app
+        self.access = access
+        self.limits = limits
+        self.watcher = watcher
+        self.working = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        started = time.perf_counter()
+        try:
+            await self._admitted(scope, receive, answer)
+        except Problem as problem:
+            await _respond(problem, scope, receive, answer)
+        except Exception:
+            _log.exception("a request to %s failed", route_of(scope))
+            await _respond(Problem(500, "internal", "the service failed; its log says why"), scope, receive, answer)
+        finally:
+            status = answer.status or _CLIENT_WENT
+            self.watcher.request(route_of(scope), status, time.perf_counter() - started)
+
+    async def _admitted(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        if scope["path"] not in OPEN_PATHS:
+            await self.access().check(scope)
+        if scope["method"] != "POST":
+            await self.app(scope, receive, answer)
+            return
+        limits = self.limits()
+        if self.working >= limits.max_requests:
+            raise Problem(503, "busy", f"{self.working} requests are in work already", retry_after=1)
+        _check_length(scope, limits.max_body)
+        self.working += 1
+        self.watcher.in_work(self.working)
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            self.working -= 1
+            self.watcher.in_work(self.working)
+
+
+async def read_body(request: Request, limits: LimitsConfig) -> bytes:
+    """The whole body, unpacked where it is gzip or deflate. Raises Problem where it is too large, late or damaged."""
+    _check_length(request.scope, limits.max_body)
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(limits.timeout):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limits.max_body:
+                    raise _too_large(limits.max_body)
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise Problem(408, "timeout", f"the body did not arrive within {limits.timeout:g} seconds") from error
+    body = b"".join(chunks)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    return body if encoding in ("identity", "") else await asyncio.to_thread(_unpacked, body, encoding, limits.max_body)
+
+
+def route_of(scope: Scope) -> str:
+    """The route's own path, which has no caller's text in it and so makes few metrics; `other` where there is none."""
+    return str(getattr(scope.get("route"), "path", "other"))
+
+
+class _Answer:
+    """`send` with the security headers, remembering the status."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            given = {name for name, _ in message["headers"]}
+            message["headers"] = [*message["headers"], *(header for header in _HEADERS if header[0] not in given)]
+        await self.send(message)
+
+
+async def _respond(problem: Problem, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    if not answer.status:  # else the answer is on its way already
+        await problem.response()(scope, receive, answer)
+
+
+def _key_in(headers: dict[bytes, bytes]) -> str:
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get(b"x-api-key", b"").decode("latin-1").strip()
+
+
+def _check_local(scope: Scope, headers: dict[bytes, bytes]) -> None:
+    """Raise Problem unless the request comes from this machine, and names it: a page on another site, whose name was
+    made to point here, is not answered either."""
+    client: Any = scope.get("client")
+    host = headers.get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+    if client is None or not is_loopback(client[0]) or not is_loopback(name):
+        raise Problem(403, "forbidden", "this service has no API keys and answers requests to localhost alone")
+
+
+def _check_length(scope: Scope, largest: int) -> None:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and (len(value) > 18 or not value.isdigit() or int(value) > largest):
+            raise _too_large(largest)
+
+
+def _too_large(largest: int) -> Problem:
+    return Problem(413, "too_large", f"the body has more than {largest} bytes")
+
+
+def _unpacked(body: bytes, encoding: str, largest: int) -> bytes:
+    if encoding not in ("gzip", "deflate"):
+        raise Problem(
+            415, "unsupported_media_type", f"content encoding {encoding[:40]!r} is not read; use gzip or none"
+        )
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # told by the header, gzip or zlib
+    try:
+        unpacked = unpacker.decompress(body, largest + 1)
+    except zlib.error as error:
+        raise Problem(400, "bad_body", f"the body is no {encoding}: {error}") from error
+    if len(unpacked) > largest:
+        raise _too_large(largest)
+    if not unpacker.eof:
+        raise Problem(400, "bad_body", f"the {encoding} body ends too early")
+    return unpacked

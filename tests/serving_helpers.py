@@ -1,0 +1,126 @@
+"""The service over real HTTP, without Ray: the routes behind uvicorn in a thread, for tests that need no replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+import uvicorn
+from PIL import Image
+
+from btray.phantoms import encoded_phantom
+from btray.serving_api import Service, build_app
+from btray.settings_serve import ServiceConfig
+from tests.browser import until
+from tests.tiny_bundle import saved_bundle
+
+PNG = "image/png"
+
+
+class Running:
+    """A service that runs, and a client of it."""
+
+    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop, port: int) -> None:
+        self.service = service
+        self.loop = loop
+        self.url = f"http://127.0.0.1:{port}"
+        self.session = requests.Session()
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return self.session.get(self.url + path, timeout=60, **options)
+
+    def post(self, path: str, data: Any = None, kind: str | None = None, **options: Any) -> requests.Response:
+        headers = options.pop("headers", {}) | ({"Content-Type": kind} if kind else {})
+        return self.session.post(self.url + path, data=data, headers=headers, timeout=60, **options)
+
+    def configure(self, **config: Any) -> None:
+        """As Serve does where user_config was changed."""
+        done = asyncio.run_coroutine_threadsafe(self.service.configure(ServiceConfig(**config)), self.loop)
+        done.result(60)
+
+    def switched(self) -> dict[str, str]:
+        """What became of the latest switch, once something has."""
+
+        def ended() -> Any:
+            switch = self.get("/v1/models").json()["switch"]
+            return switch if switch["state"] != "loading" else None
+
+        return until(ended)
+
+    def served(self) -> list[str]:
+        return [model["model_id"] for model in self.get("/v1/models").json()["models"]]
+
+
+@contextmanager
+def running(**config: Any) -> Iterator[Running]:
+    """The service of a ServiceConfig, on a free port of loopback."""
+    service = Service()
+    ready = threading.Event()
+    found: dict[str, Any] = {}
+
+    async def run() -> None:
+        found["loop"] = asyncio.get_running_loop()
+        await service.configure(ServiceConfig(**config))
+        options = uvicorn.Config(build_app(service), host="127.0.0.1", port=0, log_level="warning")
+        found["server"] = server = uvicorn.Server(options)
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        found["port"] = server.servers[0].sockets[0].getsockname()[1]
+        ready.set()
+        await task
+
+    def main() -> None:
+        try:
+            asyncio.run(run())
+        except Exception as error:
+            found["error"] = error
+            ready.set()
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    ready.wait(60)
+    try:
+        if "error" in found:
+            raise found["error"]
+        yield Running(service, found["loop"], found["port"])
+    finally:
+        if "server" in found:
+            found["server"].should_exit = True
+        thread.join(30)
+
+
+def bundle_at(folder: Path, name: str, **options: Any) -> str:
+    """A tiny bundle in `folder`."""
+    path = folder / name
+    saved_bundle(path, **options)
+    return str(path)
+
+
+@lru_cache(64)
+def scan(seed: int = 1, label: str = "glioma") -> bytes:
+    return encoded_phantom(label, seed)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def problem(answer: requests.Response, status: int, code: str) -> dict[str, Any]:
+    """The problem that an answer must be."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    content = answer.json()
+    assert (content["status"], content["code"]) == (status, code), content
+    assert content["detail"] == content["error"]
+    return content

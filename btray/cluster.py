@@ -49,6 +49,7 @@ def _quieten() -> None:
     """Leave Ray Data's own progress and logs in its log files; the job prints its own lines."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 

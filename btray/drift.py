@@ -86,7 +86,10 @@ def psi_terms(reference: Sequence[float], observed: Sequence[float]) -> list[flo
 
 
 def drift(reference: Profile, observed: Profile) -> dict[str, Any]:
-    """PSI of `observed` against `reference`: of the label mix, in all and by label, of confidence and of the score."""
+    """PSI of `observed` against `reference`: of the label mix, in all and by label, of confidence and of the score.
+
+    The score's is None where the model gives none.
+    """
     names = sorted({*reference.labels, *observed.labels})
     terms = psi_terms([reference.labels[name] for name in names], [observed.labels[name] for name in names])
     return {
@@ -94,7 +97,7 @@ def drift(reference: Profile, observed: Profile) -> dict[str, Any]:
         "labels": sum(terms),
         "by_label": dict(zip(names, terms, strict=True)),
         "confidence": sum(psi_terms(reference.confidence, observed.confidence)),
-        "ood_score": sum(psi_terms(reference.ood_score, observed.ood_score)),
+        "ood_score": sum(psi_terms(reference.ood_score, observed.ood_score)) if sum(observed.ood_score) else None,
     }
 
 

@@ -82,7 +82,7 @@ def _cards(report: Report, profile: Profile) -> list[tuple[str, str, str]]:
 def _notes(report: Report) -> list[str]:
     said = []
     for name, found in report["drift"].items():
-        changed = [what for what in ("labels", "confidence", "ood_score") if found[what] > LARGE]
+        changed = [what for what in ("labels", "confidence", "ood_score") if (found[what] or 0) > LARGE]
         if changed:
             said.append(
                 f"Against the {name} ({found['frames']:,} frames) there is a large change (PSI above {LARGE}) of: "
@@ -95,7 +95,7 @@ def _tables(report: Report) -> list[Section]:
     names = list(report["drift"])
     labels = sorted({label for found in report["drift"].values() for label in found["by_label"]})
     rows = [
-        (title, *(f"{report['drift'][name][key]:.3f}" for name in names))
+        (title, *(_number(report["drift"][name][key]) for name in names))
         for title, key in (("label mix", "labels"), ("confidence", "confidence"), ("out-of-distribution", "ood_score"))
     ]
     rows += [
@@ -117,6 +117,10 @@ def _tables(report: Report) -> list[Section]:
             )
         )
     return sections
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _outcomes(report: Report) -> list[tuple[str, str]]:

@@ -62,7 +62,7 @@ class JobConfig(BaseSettings):
         cli_exit_on_error=False,
     )
 
-    log_format: LogFormat = Field("text", exclude=True)  # no part of what a result was made with
+    log_format: LogFormat = Field(default="text", exclude=True)  # no part of what a result was made with
     """Lines of the log: text for people, or json with time, level, run_id and message for a log store."""
 
     @classmethod

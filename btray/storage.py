@@ -301,7 +301,7 @@ def read_many(uris: Sequence[str], *, threads: int = 16, max_bytes: int | None =
             dead = result
         return result
 
-    if len(uris) < 2 or threads < 2:
+    if len(uris) < 2 or threads < 2 or all(map(members.is_member, uris)):  # a shard is read once for all its members
         return [read(uri) for uri in uris]
     with ThreadPoolExecutor(min(threads, len(uris))) as pool:
         return list(pool.map(read, uris))

@@ -11,5 +11,8 @@ class ThresholdExceeded(Exception):
     """The job did its work and a threshold that the user set was crossed; the job exits with 3."""
 
 
-class Stopped(Exception):
-    """The job was asked to end (SIGTERM) and did so in order; the same command goes on; the job exits with 143."""
+class Stopped(BaseException):
+    """The job was asked to end (SIGTERM) and did so in order; the job exits with 143.
+
+    No Exception, as KeyboardInterrupt is none: whoever catches errors on the way must not take it for one.
+    """

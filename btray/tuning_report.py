@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from btray.plots import BLUE, INK, MUTED, PALE, VERMILLION, canvas, png
 
@@ -82,9 +82,12 @@ def accuracy_against_cost(rows: Sequence[Row], chosen: Mapping[str, Any], *, ima
     axes.scatter([chosen["gflop"]], [chosen["val_macro_f1"]], s=150, facecolors="none", edgecolors=VERMILLION,
                  linewidths=2, label=f"chosen: {chosen['val_macro_f1']:.3f}", zorder=4)  # fmt: skip
     axes.set_xscale("log")
+    axes.margins(x=0.08, y=0.1)
+    for locate, subs in ((axes.xaxis.set_major_locator, (1.0,)), (axes.xaxis.set_minor_locator, (2.0, 5.0))):
+        locate(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.tick_params(axis="x", which="minor", labelsize=8, labelcolor=INK)
+    axes.tick_params(axis="x", which="minor", labelcolor=INK)
     axes.set(xlabel="GFLOP an image (a multiply-add counts as two)", ylabel="validation macro-F1")
-    axes.legend(loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

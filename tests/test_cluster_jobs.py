@@ -27,10 +27,14 @@ from tests.training_helpers import history_of, run_of, write_tree
 from tools.loopback_cluster import LoopbackCluster, until
 from tools.processes import descendants, is_alive
 
-SMALL = [
-    "--num-workers=1", "--batch-size=4", "--preprocess.size=32", "--network.stem-width=8", "--network.widths=8,16",
-    "--network.depths=1,1", "--refit-epochs=0",
-]  # fmt: skip
+
+def small(**changes: object) -> list[str]:
+    """Flags of a training of seconds; `changes` by name, with `__` for a dot and `_` for a hyphen."""
+    flags = {
+        "num_workers": 1, "batch_size": 4, "preprocess__size": 32, "network__stem_width": 8, "network__widths": "8,16",
+        "network__depths": "1,1", "refit_epochs": 0, **changes,
+    }  # fmt: skip
+    return [f"--{name.replace('__', '.').replace('_', '-')}={value}" for name, value in flags.items()]
 
 
 def package(folder: Path, target: Path) -> list[str]:
@@ -92,7 +96,7 @@ def test_a_submitted_job_trains_says_so_in_its_log_and_leaves_no_worker(
     out = tmp_path / "model"
     submitted = running.ray(
         "job", "submit", "--working-dir", ".", "--runtime-env", "runtime-env.yaml", "--submission-id", "first", "--",
-        sys.executable, "jobs/train.py", "--data", pictures, "--out", str(out), "--epochs=2", *SMALL, timeout=400,
+        sys.executable, "jobs/train.py", "--data", pictures, "--out", str(out), *small(epochs=2), timeout=400,
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     load_bundle(str(out))
@@ -166,7 +170,7 @@ def test_a_job_finds_the_cluster_that_runs_here_by_itself(
     running: LoopbackCluster, pictures: str, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", pictures, "--out", str(tmp_path / "model")]
-    job = subprocess.Popen([*command, "--epochs=2", *SMALL], env=running.environment, stdout=subprocess.PIPE,
+    job = subprocess.Popen([*command, *small(epochs=2)], env=running.environment, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
     seen_there = until(lambda: workers_of(running) or job.poll() is not None, "workers in the cluster", 240)
     started = descendants(job.pid)
@@ -184,7 +188,7 @@ def test_a_job_without_a_cluster_starts_one_and_leaves_no_process(pictures: str,
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", pictures, "--out", str(tmp_path / "model")]
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     started: set[int] = set()
-    job = subprocess.Popen([*command, "--epochs=1", *SMALL], env=environment, stdout=subprocess.DEVNULL,
+    job = subprocess.Popen([*command, *small(epochs=1)], env=environment, stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL)  # fmt: skip
     while job.poll() is None:
         started |= descendants(job.pid)

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from btray.config import ENV_PREFIX
 from btray.settings import TrainConfig
 from btray.settings_bulk import ClassifyConfig
+from btray.settings_serve import ServiceConfig
 from tests.conftest import ROOT
 from tests.kuberay_schema import KINDS, ClusterSpec, RayCluster
 from tests.path_server import PathServer
@@ -152,6 +153,21 @@ def test_entry_points_are_jobs_of_this_checkout_with_flags_that_they_take() -> N
             assert (ROOT / script).is_file(), f"{name}: {script}"
             job = {"train": TrainConfig, "classify": ClassifyConfig}[Path(script).stem]
             job.from_command_line(words[2:], Path(script).name)
+
+
+def test_the_service_is_the_one_of_serve_yaml_with_settings_that_it_takes() -> None:
+    kubernetes = next(document for document in documents(DEPLOY / "kuberay" / "rayservice.yaml")
+                      if document["kind"] == "RayService")  # fmt: skip
+    (here,) = yaml.safe_load((ROOT / "serve.yaml").read_text(encoding="utf-8"))["applications"]
+    (there,) = yaml.safe_load(kubernetes["spec"]["serveConfigV2"])["applications"]
+    assert there["import_path"] == here["import_path"]
+    module, _, name = there["import_path"].partition(":")
+    assert re.search(rf"^(def {name}\(|{name} =)", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.MULTILINE)
+    for application in (here, there):
+        (deployment,) = application["deployments"]
+        assert deployment["name"] == here["deployments"][0]["name"]
+        ServiceConfig.model_validate(deployment["user_config"])
+        assert deployment["autoscaling_config"].keys() == here["deployments"][0]["autoscaling_config"].keys()
 
 
 def test_network_policy_opens_no_port_to_everyone() -> None:

@@ -18,7 +18,7 @@ from btray.results import current
 from btray.settings import TrainConfig
 from tests.classify_helpers import part_files
 from tests.conftest import ROOT
-from tests.test_cluster_jobs import SMALL, many_times, workers_of
+from tests.test_cluster_jobs import many_times, small, workers_of
 from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import history_of, run_of, write_tree
 from tools.loopback_cluster import LoopbackCluster, Node, until
@@ -62,7 +62,7 @@ def workers_on(node: Node) -> set[int]:
 def test_training_goes_on_with_the_workers_that_are_left_when_a_node_dies(pictures: str, tmp_path: Path) -> None:
     config = TrainConfig(data=pictures, out=str(tmp_path / "model"))
     log = tmp_path / "log"
-    flags = ["--data", pictures, "--out", config.out, "--epochs=40", *SMALL, "--num-workers=1:2", "--patience=0"]
+    flags = ["--data", pictures, "--out", config.out, *small(epochs=40, num_workers="1:2", patience=0)]
     with LoopbackCluster(cpus=1) as cluster:
         other = cluster.add(cpus=1)
         with job(cluster, "train.py", *flags, log=log) as process:
@@ -84,8 +84,8 @@ def test_a_spot_notice_is_answered_by_a_checkpoint_within_the_epoch_from_which_a
     config = TrainConfig(data=pictures, out=str(tmp_path / "model"))
     log = tmp_path / "log"
     manifest = many_times(pictures, 40, tmp_path / "many.csv")
-    flags = ["--data", manifest, "--out", config.out, "--epochs=1", *SMALL, "--batch-size=2", "--preprocess.size=96",
-             "--network.depths=2,2"]  # fmt: skip
+    slow = {"batch_size": 2, "preprocess__size": 96, "network__depths": "2,2"}
+    flags = ["--data", manifest, "--out", config.out, *small(epochs=1, **slow)]
     with LoopbackCluster(cpus=0) as cluster:
         first = cluster.add(cpus=1)
         with job(cluster, "train.py", *flags, log=log) as process:
@@ -157,6 +157,7 @@ def test_a_head_that_comes_back_with_its_stored_state_finds_its_nodes_and_actors
     """Ray's embedded store; with Redis the same, but that the store may lie on another machine."""
     settings = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(tmp_path / "gcs"),
                 "RAY_gcs_rpc_server_reconnect_timeout_s": "120"}  # fmt: skip
+    (tmp_path / "gcs").mkdir()
     with LoopbackCluster(cpus=0, settings=settings) as cluster:
         cluster.add(cpus=1)
 

@@ -173,6 +173,7 @@ def test_a_stopped_job_ends_with_143_and_a_second_signal_ends_one_that_hangs(
 
 
 @pytest.mark.cluster
+@pytest.mark.soak
 def test_a_training_that_is_stopped_within_an_epoch_goes_on_at_that_step_as_if_nothing_had_been(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,10 +130,10 @@ class LoopbackCluster:
 
     def add(self, *, cpus: int = 1, **resources: float) -> Node:
         """Add a node and wait until it counts."""
-        before = self.alive()
+        before = set(self.node_ids())
         more = [f"--resources={json.dumps(resources)}"] if resources else []
         node = self._start(f"--address={self.address}", f"--num-cpus={cpus}", *more, agents=free_ports(3))
-        until(lambda: self.alive() > before, "a node to join", 90)
+        until(lambda: set(self.node_ids()) - before, "a node to join", 90)
         return node
 
     def _start(self, *options: str, agents: list[int]) -> Node:

@@ -325,6 +325,7 @@ def main() -> None:
     parser.add_argument("--serve", choices=["bare", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends too
     model = str(Path(options.model).resolve()) if "://" not in options.model else options.model
     if options.serve:
         {"bare": bare, "plain": plain_serve}[options.serve](model, options.port)

@@ -143,7 +143,8 @@ def deploy(replicas: ReplicasConfig, service: ServiceConfig) -> None:
         "deployments": [{"name": DEPLOYMENT, "user_config": service.model_dump(mode="json")}],
     }
     schema = ServeDeploySchema.model_validate({"applications": [application_schema]})
-    _get_global_client().deploy_apps(schema)
+    client: Any = _get_global_client()
+    client.deploy_apps(schema)
 
 
 def _wait_until_running() -> None:

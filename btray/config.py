@@ -129,6 +129,11 @@ def run_command(
         command(config_class.from_command_line(parsed.arguments, f"{prog} {parsed.command}"))
 
 
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Set environment variables for the processes that are started from now on, where nothing else can tell them."""
+    os.environ.update(variables)
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

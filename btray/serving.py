@@ -7,7 +7,6 @@ in `user_config` (a `ServiceConfig`); see `btray.serving_api` for the routes.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import tempfile
@@ -28,7 +27,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 
 from btray.api_keys import KeyRing
 from btray.bundle import load_bundle
-from btray.config import ComponentConfig
+from btray.config import ComponentConfig, set_environment
 from btray.errors import UserError
 from btray.haproxy_guard import wrapper
 from btray.http_gate import Gate
@@ -202,7 +201,7 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
     """A Ray of this service's own, with the proxy that was asked for."""
     with tempfile.TemporaryDirectory(prefix="btray-") as folder:
         # Serve's processes read these where they start, and there is no other way to tell them.
-        os.environ.update(_environment(config, Path(folder)))
+        set_environment(_environment(config, Path(folder)))
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
         try:
             yield

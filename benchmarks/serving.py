@@ -25,9 +25,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,6 @@ import aiohttp
 import requests
 from fastapi import FastAPI, Request
 from PIL import Image
-
-from btray.phantoms import phantom
-from btray.serving import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = {"Content-Type": "image/jpeg"}
@@ -69,8 +67,11 @@ class Measured:
         return f"{self.rate:7.1f} requests/s  {quantiles}  {others or ''}"
 
 
+@cache
 def bodies() -> list[bytes]:
     """512x512 JPEGs."""
+    from btray.phantoms import phantom  # here and below: clients import nothing heavy, so that they start at once
+
     files = []
     for seed in range(BODIES):
         file = io.BytesIO()
@@ -84,22 +85,18 @@ def bodies() -> list[bytes]:
 
 def measure(url: str, connections: int, seconds: float, rate: float | None = None) -> Measured:
     """Post as fast as answers come on each connection; with `rate`, so many requests a second in all."""
-    queue: Any = multiprocessing.get_context("spawn").Queue()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_client, args=(url, connections, seconds, rate, queue)
-    )
-    process.start()
-    taken, latencies, codes = queue.get()
-    process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client:
+        taken, latencies, codes = client.submit(_client, url, bodies(), connections, seconds, rate).result()
     return Measured(taken, sorted(latencies), codes)
 
 
-def _client(url: str, connections: int, seconds: float, rate: float | None, queue: Any) -> None:
-    queue.put(asyncio.run(_post(url, connections, seconds, rate)))
+def _client(url: str, files: list[bytes], connections: int, seconds: float, rate: float | None) -> Any:
+    return asyncio.run(_post(url, files, connections, seconds, rate))
 
 
-async def _post(url: str, connections: int, seconds: float, rate: float | None) -> Any:
-    files, latencies, codes = bodies(), [], Counter[int]()
+async def _post(url: str, files: list[bytes], connections: int, seconds: float, rate: float | None) -> Any:
+    latencies: list[float] = []
+    codes = Counter[int]()
     started = time.perf_counter()
     turns = iter(range(1 << 60))
 
@@ -135,7 +132,7 @@ def bare(model: str, port: int) -> None:
     from btray.classifier import Classifier
 
     torch.set_num_threads(1)
-    classifier, pool, app = Classifier.load(model), ThreadPoolExecutor(2), FastAPI()
+    classifier, pool, app = Classifier.load(model, engine="auto"), ThreadPoolExecutor(2), FastAPI()
 
     @app.post("/v1/classify")
     async def classify(request: Request) -> dict[str, Any]:
@@ -163,7 +160,7 @@ def plain_serve(model: str, port: int) -> None:
         def __init__(self) -> None:
             from btray.classifier import Classifier
 
-            self.classifier = Classifier.load(model)
+            self.classifier = Classifier.load(model, engine="auto")
 
         @app.post("/v1/classify")
         async def classify(self, request: Request) -> dict[str, Any]:
@@ -183,6 +180,8 @@ def plain_serve(model: str, port: int) -> None:
 @contextmanager
 def server(kind: str, model: str, *flags: str) -> Iterator[tuple[str, int]]:
     """The URL of a running server and its process id; `kind` is bare, plain, or a --proxy of jobs/serve.py."""
+    from btray.serving import free_port
+
     port = free_port()
     command = [sys.executable, "jobs/serve.py", "--model", model, "--port", str(port), "--proxy", kind, *flags]
     if kind in ("bare", "plain"):
@@ -326,6 +325,7 @@ def main() -> None:
     parser.add_argument("--serve", choices=["bare", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends too
     model = str(Path(options.model).resolve()) if "://" not in options.model else options.model
     if options.serve:
         {"bare": bare, "plain": plain_serve}[options.serve](model, options.port)

@@ -139,6 +139,11 @@ def run_command(
         command(config)
 
 
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Set environment variables for the processes that are started from now on, where nothing else can tell them."""
+    os.environ.update(variables)
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

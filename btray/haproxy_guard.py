@@ -44,7 +44,8 @@ def narrowed(configuration: str) -> str:
 def wrapper(folder: Path, binary: str) -> Path:
     """Write the executable that Ray is to start in place of `binary` into `folder`, and return it."""
     path = folder / "haproxy"
-    command = shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__), binary])
+    program = "from runpy import run_path; from sys import argv; run_path(argv[1])['main'](argv[2], argv[3:])"
+    command = shlex.join([sys.executable, "-I", "-S", "-c", program, os.path.abspath(__file__), binary])
     path.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     path.chmod(0o700)
     return path
@@ -58,7 +59,3 @@ def main(binary: str, arguments: list[str]) -> None:
             file = Path(value)
             file.write_text(narrowed(file.read_text(encoding="utf-8")), encoding="utf-8")
     os.execv(binary, [binary, *arguments])  # noqa: S606 - no shell; Ray asks after the process that it started
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

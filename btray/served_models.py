@@ -131,7 +131,8 @@ class ServedModels:
 
     def _report(self, state: str, config: ServiceConfig, why: str = "") -> None:
         self.switch = {"state": state, "detail": why}
-        _log.info("bundle %s: %s%s", config.model, state, why and f": {why}; the one before it goes on serving")
+        level = logging.WARNING if why else logging.INFO
+        _log.log(level, "bundle %s: %s%s", config.model, state, why and f": {why}; the one before it goes on serving")
 
     def _load(self, config: ServiceConfig, now: Line | None) -> Line:
         main = self._served(CanaryConfig(model=config.model, model_id=config.model_id), config, now)

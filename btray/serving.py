@@ -7,10 +7,10 @@ in `user_config` (a `ServiceConfig`); see `btray.serving_api` for the routes.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +22,17 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
-from ray.serve.schema import LoggingConfig
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 
 from btray.api_keys import KeyRing
 from btray.bundle import load_bundle
-from btray.config import ComponentConfig
+from btray.config import ComponentConfig, set_environment
 from btray.errors import UserError
 from btray.haproxy_guard import wrapper
 from btray.http_gate import Gate
 from btray.serving_api import Service, build_app
-from btray.settings_serve import ApplicationConfig, ServeConfig, ServiceConfig
+from btray.settings_serve import ApplicationConfig, ReplicasConfig, ServeConfig, ServiceConfig
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Replica:
 
 
 def application(arguments: dict[str, Any]) -> Application:
-    """The application, for `serve run btray.serving:application` and for serve.yaml.
+    """The application, for serve.yaml and for `serve run btray.serving:application model=BUNDLE`.
 
     `arguments` are the fields of an `ApplicationConfig`. Raises UserError for one that it does not have.
     """
@@ -92,7 +93,7 @@ def application(arguments: dict[str, Any]) -> Application:
             upscale_delay_s=config.upscale_delay,
             downscale_delay_s=config.downscale_delay,
         ),
-        user_config=config.service.model_dump(mode="json") if config.service else None,
+        user_config={"model": config.model} if config.model else None,
     )
     return deployment(serve.ingress()(Replica)).bind()
 
@@ -110,7 +111,7 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
 
     Raises UserError where a bundle cannot be used or the port is taken.
     """
-    arguments = _arguments(config)
+    service = _checked(config)
     _require_free(config.host, config.port)
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
     signals: SimpleQueue[int] = SimpleQueue()
@@ -118,7 +119,8 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
         signal.signal(number, lambda number, _: signals.put(number))
     with _local_ray(config):
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
-        serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+        deploy(config.replicas, service)
+        _wait_until_running()
         _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
         while signals.get() == signal.SIGHUP:
             _reload(reload)
@@ -127,24 +129,52 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
     return url
 
 
+def deploy(replicas: ReplicasConfig, service: ServiceConfig) -> None:
+    """Give Serve the application as `serve deploy` does: a new `service` is taken over by the replicas that run.
+
+    `serve.run` would replace them. Serve must be started; its client for this has no public name in Ray 2.60.
+    """
+    application_schema = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": f"{__name__}:{application.__name__}",
+        "args": replicas.model_dump(mode="json", exclude_unset=True),
+        "deployments": [{"name": DEPLOYMENT, "user_config": service.model_dump(mode="json")}],
+    }
+    schema = ServeDeploySchema.model_validate({"applications": [application_schema]})
+    client: Any = _get_global_client()
+    client.deploy_apps(schema)
+
+
+def _wait_until_running() -> None:
+    """Raises UserError where the application fails."""
+    while True:
+        status = serve.status().applications[APPLICATION]
+        if status.status == ApplicationStatus.RUNNING:
+            return
+        if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise UserError(f"the service does not start: {' '.join(status.message.split())[-400:]}")
+        time.sleep(0.2)
+
+
 def _reload(reload: Callable[[], ServeConfig]) -> None:
     """Deploy what is configured now; where it is bad, say why and go on as before."""
     try:
         config = reload()
-        serve.run(application(_arguments(config)), name=APPLICATION, route_prefix="/")
+        deploy(config.replicas, _checked(config))
     except UserError as error:
         _log.error("error: %s; all stays as it was", error)
     else:
         _log.info("taking over %s", config.model)
 
 
-def _arguments(config: ServeConfig) -> dict[str, Any]:
-    """What `application` takes, with what it names read and verified once here: a mistake is told in one line.
+def _checked(config: ServeConfig) -> ServiceConfig:
+    """What the replicas are given, with what it names read and verified once here: a mistake is told in one line.
 
     Replicas run in another folder, so that URIs are resolved, and they are told which model was found there: all load
     the same one, also where the bundle was replaced meanwhile, and a replaced one is news.
     """
-    service = config.service.model_dump(mode="json")
+    service = config.service.model_dump()
     wanted = [(service, config.model, config.model_id)]
     if config.canary:
         wanted.append((service["canary"], config.canary.model, config.canary.model_id))
@@ -153,7 +183,7 @@ def _arguments(config: ServeConfig) -> dict[str, Any]:
         entry |= {"model": bundle.uri, "model_id": bundle.manifest.model_id}
     if config.keys:
         service["keys"] = KeyRing.of(config.keys).uri
-    return config.replicas.model_dump(mode="json") | {"service": service}
+    return ServiceConfig(**service)
 
 
 def _require_free(host: str, port: int) -> None:
@@ -171,7 +201,7 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
     """A Ray of this service's own, with the proxy that was asked for."""
     with tempfile.TemporaryDirectory(prefix="btray-") as folder:
         # Serve's processes read these where they start, and there is no other way to tell them.
-        os.environ.update(_environment(config, Path(folder)))
+        set_environment(_environment(config, Path(folder)))
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
         try:
             yield

@@ -101,8 +101,8 @@ class ReplicasConfig(ComponentConfig):
 class ApplicationConfig(ReplicasConfig):
     """What the application takes where it is deployed."""
 
-    service: ServiceConfig | None = None
-    """The service; None: it stands in the deployment's user_config."""
+    model: str | None = None
+    """Model bundle, where nothing else is to be set; None: it stands in the deployment's user_config."""
 
 
 class ServeConfig(JobConfig):

@@ -24,7 +24,7 @@ from btray.bulk import classify
 from btray.classifier import Classifier
 from btray.errors import UserError
 from btray.results import current
-from btray.settings_serve import ServeConfig, ServiceConfig
+from btray.settings_serve import ReplicasConfig, ServeConfig, ServiceConfig
 from tests.browser import until
 from tests.classify_helpers import job, write_objects
 from tests.conftest import ROOT
@@ -44,13 +44,22 @@ class Served:
     session: requests.Session = field(default_factory=requests.Session)
 
     def deploy(self, **service: Any) -> None:
+        from btray.serving import deploy
+
+        config = ServiceConfig(**{"model": self.model, **service})
+        deploy(ReplicasConfig(min_replicas=2, max_replicas=2), config)
+
+    def wait(self) -> None:
         from ray import serve
 
-        from btray.serving import APPLICATION, application
+        from btray.serving import APPLICATION
 
-        config = ServiceConfig(**{"model": self.model, **service}).model_dump(mode="json")
-        arguments = {"min_replicas": 2, "max_replicas": 2, "service": config}
-        serve.run(application(arguments), name=APPLICATION, route_prefix="/")
+        def running() -> bool:
+            application = serve.status().applications[APPLICATION]
+            states = application.deployments["Classifier"].replica_states if application.deployments else {}
+            return application.status == "RUNNING" and states == {"RUNNING": 2}
+
+        until(running, seconds=90)
 
     def classify(self, data: bytes) -> requests.Response:
         return self.session.post(self.url + "/v1/classify", data, headers=JPEG, timeout=60)
@@ -70,6 +79,7 @@ def served(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=port))
     made = Served(f"http://127.0.0.1:{port}", bundle_at(tmp_path_factory.mktemp("bundle"), "model"))
     made.deploy()
+    made.wait()
     yield made
     serve.shutdown()
 
@@ -172,12 +182,14 @@ def without_replicas(served: Served) -> Iterator[None]:
     serve.delete(APPLICATION)
     yield
     served.deploy()
+    served.wait()
 
 
 @pytest.mark.cluster
 def test_a_switch_under_load_costs_no_request_and_a_bad_bundle_changes_nothing(served: Served, tmp_path: Path) -> None:
     other = bundle_at(tmp_path, "other", seed=5)
     wanted = Classifier.load(other).model_id
+    before = sorted(replicas())
     with under_load(served) as load:
         served.deploy(model=other)
         until(lambda: load.answers[-1][1] == wanted)
@@ -189,6 +201,7 @@ def test_a_switch_under_load_costs_no_request_and_a_bad_bundle_changes_nothing(s
         assert {model_id for _, model_id in load.answers[seen:]} == {wanted}
         served.deploy()
     assert (load.retried, load.lost) == (0, 0)
+    assert sorted(replicas()) == before, "a switch is no restart"
 
 
 @pytest.mark.cluster

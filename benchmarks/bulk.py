@@ -121,7 +121,7 @@ def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: P
     job += ["--input", uris[0].rsplit("/", 2)[0], "--limit", str(len(uris))]
     python = _daft_python() if pipeline == "daft" else sys.executable
     mark = uuid.uuid4().hex
-    environment = os.environ | {"BTRAY_BENCHMARK": mark, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"BENCHMARK_MARK": mark, "PYTHONPATH": str(ROOT)}
     if pipeline != "dataloader":
         environment["OMP_NUM_THREADS"] = "1"
     busy_before = _cpu_seconds(store)
@@ -162,7 +162,7 @@ def _daft_python() -> str:
     python = home / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "daft"], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-qq", "daft"], check=True, cwd=home)
         own = subprocess.run(
             [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
             check=True, capture_output=True, text=True,
@@ -177,7 +177,7 @@ class _Memory(threading.Thread):
     def __init__(self, mark: str) -> None:
         super().__init__(daemon=True)
         self.peak = 0
-        self._mark = f"BTRAY_BENCHMARK={mark}".encode()
+        self._mark = f"BENCHMARK_MARK={mark}".encode()
         self._ended = threading.Event()
 
     def __enter__(self) -> _Memory:

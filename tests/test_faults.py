@@ -83,9 +83,9 @@ def test_a_spot_notice_is_answered_by_a_checkpoint_within_the_epoch_from_which_a
 ) -> None:
     config = TrainConfig(data=pictures, out=str(tmp_path / "model"))
     log = tmp_path / "log"
-    manifest = many_times(pictures, 40, tmp_path / "many.csv")
+    data = many_times(pictures, 80, tmp_path / "many")
     slow = {"batch_size": 2, "preprocess__size": 96, "network__depths": "2,2"}
-    flags = ["--data", manifest, "--out", config.out, *small(epochs=1, **slow)]
+    flags = ["--data", data, "--out", config.out, *small(epochs=1, **slow)]
     with LoopbackCluster(cpus=0) as cluster:
         first = cluster.add(cpus=1)
         with job(cluster, "train.py", *flags, log=log) as process:

@@ -141,7 +141,7 @@ def test_a_stopped_job_has_written_a_checkpoint_within_the_epoch_and_goes_on_fro
 
 
 def many_times(tree: str, times: int, folder: Path) -> str:
-    """A tree with so many copies of each training picture of `tree`, and its held-out ones once, so that epochs last."""
+    """A tree with so many copies of each training picture of `tree`, and its held-out ones once: long epochs."""
     for path in sorted(Path(tree).rglob("*.png")):
         below = path.relative_to(tree)
         for number in range(times if below.parts[0] == "train" else 1):

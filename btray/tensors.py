@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     """Read a request. `header_length` is the HTTP header of that name. Raises Problem where it is none."""
     head, tail = body, b""
     if header_length is not None:
-        length = int(header_length) if header_length.isdigit() and len(header_length) < 12 else -1
+        length = int(header_length) if re.fullmatch("[0-9]{1,11}", header_length) else -1
         if not 0 < length <= len(body):
             raise Problem(400, "bad_body", f"{LENGTH_HEADER} {header_length[:40]!r} does not fit {len(body)} bytes")
         head, tail = body[:length], body[length:]

@@ -208,9 +208,9 @@ def test_what_is_no_number_is_a_rejected_image(service: Running) -> None:
     problem(answer, 415, "unsupported")
 
 
-@pytest.mark.parametrize("length", ["-1", "0", "999999", "x", "9" * 30, "2"])
+@pytest.mark.parametrize("length", ["-1", "0", "999999", "x", "9" * 30, "2", "\xb9"])
 def test_a_header_length_that_does_not_fit_is_refused(service: Running, length: str) -> None:
-    answer = service.post(INFER, json.dumps({"inputs": [entry()]}), headers={LENGTH_HEADER: length})
+    answer = service.post(INFER, json.dumps({"inputs": [entry()]}), headers={LENGTH_HEADER: length.encode("latin-1")})
     problem(answer, 400, "bad_body")
 
 

@@ -69,7 +69,31 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def objects() -> dict[str, bytes]:
+    return {name: data for name, (data, _) in list(bad_scans().items())[:12]} | good_scans()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
+
+
+@pytest.fixture(scope="module")
+def rows(
+    ray_session: None, model: str, objects: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """What bulk classification says of `objects`, by name; it has run before the replicas take all CPUs."""
+    folder = tmp_path_factory.mktemp("archive")
+    write_objects(str(folder / "scans"), objects)
+    classify(job(model, str(folder / "scans"), str(folder / "table"), actors=1))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(current(str(folder / "table")).to_pylist(), key=lambda row: row["frame"]):
+        found.setdefault(Path(row["uri"]).name, []).append(row)
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(rows: dict[str, list[dict[str, Any]]], model: str) -> Iterator[Served]:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -77,7 +101,7 @@ def served(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=port))
-    made = Served(f"http://127.0.0.1:{port}", bundle_at(tmp_path_factory.mktemp("bundle"), "model"))
+    made = Served(f"http://127.0.0.1:{port}", model)
     made.deploy()
     made.wait()
     yield made
@@ -148,14 +172,9 @@ def _ancestors(pid: int) -> list[str]:
 
 
 @pytest.mark.cluster
-def test_answers_equal_those_of_bulk_classification(served: Served, tmp_path: Path) -> None:
-    objects = {name: data for name, (data, _) in list(bad_scans().items())[:12]} | good_scans()
-    write_objects(str(tmp_path / "scans"), objects)
-    rows: dict[str, list[dict[str, Any]]] = {}
-    with without_replicas(served):
-        classify(job(served.model, str(tmp_path / "scans"), str(tmp_path / "table"), actors=1))
-    for row in sorted(current(str(tmp_path / "table")).to_pylist(), key=lambda row: row["frame"]):
-        rows.setdefault(Path(row["uri"]).name, []).append(row)
+def test_answers_equal_those_of_bulk_classification(
+    served: Served, objects: dict[str, bytes], rows: dict[str, list[dict[str, Any]]]
+) -> None:
     for name, data in objects.items():
         answer = served.classify(data)
         if rows[name][0]["status"] == "rejected":
@@ -170,19 +189,6 @@ def test_answers_equal_those_of_bulk_classification(served: Served, tmp_path: Pa
                 row["abstained"],
                 row["out_of_distribution"],
             )
-
-
-@contextmanager
-def without_replicas(served: Served) -> Iterator[None]:
-    """The job needs the CPUs that two replicas hold."""
-    from ray import serve
-
-    from btray.serving import APPLICATION
-
-    serve.delete(APPLICATION)
-    yield
-    served.deploy()
-    served.wait()
 
 
 @pytest.mark.cluster
@@ -341,7 +347,7 @@ def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path
 def _ready(served: Served) -> bool:
     try:
         return served.session.get(served.url + "/readyz", timeout=5).status_code == 200
-    except requests.ConnectionError:
+    except requests.RequestException:
         return False
 
 

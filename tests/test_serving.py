@@ -323,11 +323,11 @@ def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path
             saved_bundle(tmp_path / "model", seed=21)
             process.send_signal(signal.SIGHUP)
             until(lambda: load.answers[-1][1] != before, seconds=60)
-            (tmp_path / "model" / "bundle.json").unlink()
+            manifest = (tmp_path / "model" / "bundle.json").rename(tmp_path / "bundle.json")
             process.send_signal(signal.SIGHUP)
             until(lambda: "all stays as it was" in (tmp_path / "log").read_text(), seconds=60)
         assert (load.retried, load.lost) == (0, 0)
-        saved_bundle(tmp_path / "model", seed=21)
+        manifest.rename(tmp_path / "model" / "bundle.json")
         with under_load(served) as load:
             killed = next(pid for pid in _descendants(process.pid) if _is_replica(pid))
             os.kill(killed, signal.SIGKILL)

@@ -266,6 +266,7 @@ def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
         classify(job(model, str(tmp_path / "scans"), output, explain_labels=("glioblastoma",)))
 
 
+@pytest.mark.soak
 def test_a_change_of_the_answers_is_seen_against_the_runs_before(ray_session: None, model: str, tmp_path: Path) -> None:
     pictures = {f"{number}.jpg": phantoms.encoded_phantom("glioma", number) for number in range(30)}
     write_objects(str(tmp_path / "scans"), pictures)

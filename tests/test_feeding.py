@@ -116,9 +116,9 @@ def test_a_batch_is_never_larger_than_the_training_data() -> None:
     assert (plan.batch_size, plan.steps_per_epoch) == (9, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.cluster
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_streaming_feeds_every_sample_on_two_cpus(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

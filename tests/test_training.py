@@ -172,6 +172,7 @@ def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_an
     assert all(p.label in p.label_set for p in said)
 
 
+@pytest.mark.soak
 def test_the_refit_goes_on_from_the_best_network_with_every_image_and_leaves_the_first_run_as_it_was(
     ray_session: None, unbalanced: str, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_the_refit_goes_on_from_the_best_network_with_every_image_and_leaves_the
     assert storage.read_json(storage.join(config.out, "metrics.json"))["n"] == 18
 
 
+@pytest.mark.soak
 def test_training_stops_at_patience_and_keeps_the_best_epoch(
     ray_session: None, with_val_split: str, tmp_path: Path
 ) -> None:

@@ -33,12 +33,12 @@ from tools.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "btray-demo"
-PER_CLASS = {"Training": 300, "Testing": 80}
+PER_CLASS = {"Training": 240, "Testing": 60}
 SEED = 1
 # Sized for two cores and five minutes in all; the phantoms need neither the job's resolution nor its patience.
 PHANTOM_FLAGS = (
     "--epochs",
-    "14",
+    "11",
     "--batch-size",
     "32",
     "--num-workers",

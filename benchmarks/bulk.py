@@ -189,8 +189,9 @@ class _Memory(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """The thread; looks seldom, since looking costs."""
-        while not self._ended.wait(2):
+        """The thread; looks seldom, since looking costs: every 2 s it took a sixth of a core from a pipeline of many
+        processes."""
+        while not self._ended.wait(15):
             self.peak = max(self.peak, sum(map(self._held, Path("/proc").iterdir())))
 
     def _held(self, process: Path) -> int:

@@ -35,8 +35,8 @@ class WorkerOptions:
     model_id: str
     engine: EngineName
     """How the network is run."""
-    batch_size: int
-    """Images a forward pass."""
+    batch_size: int | None
+    """Images a forward pass; None: as many as suit the device."""
     threads: int
     """Objects read at a time."""
     decoders: int
@@ -66,7 +66,7 @@ class PartClassifier(PartWorker):
         self.decoders = ThreadPoolExecutor(options.decoders)
         max_bytes = self.classifier.source.limits.max_bytes
         reader = LotReader(
-            threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=options.batch_size
+            threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=self.classifier.batch_size
         )
         super().__init__(run, reader, options.patience)
 

@@ -30,7 +30,8 @@ def connected() -> Iterator[None]:
         return
     _quieten()
     try:
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, configure_logging=True)
+        # A dashboard that ends with the job has no reader and takes a tenth of a core; a running cluster has its own.
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, configure_logging=True, include_dashboard=False)
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from error
     try:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from btray.settings import NetworkConfig
@@ -223,6 +222,8 @@ def _initialise(module: nn.Module) -> None:
 
 def _backbone(name: str) -> tuple[list[nn.Module], dict[str, str], int]:
     """The feature extractor of a torchvision model, cut into parts from input to output, their aliases, its width."""
+    import torchvision  # takes two seconds, in every process, and only these networks need it
+
     model = torchvision.models.get_model(name, weights=None)
     if name.startswith("resnet"):
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)

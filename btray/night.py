@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btray import night_plots, runs, storage
+from btray import runs, storage
 from btray.bundle import Bundle, read_file
 from btray.classifier import Classifier
 from btray.drift import LARGE, REFERENCE, RUNS_BEFORE, Profile, drift
 from btray.explanations import explain_scans, read_frames
-from btray.page import Section, data_uri, render_page
-from btray.report import NO_DIAGNOSIS
+from btray.page import NO_DIAGNOSIS, Section, data_uri, render_page
 from btray.runs import Run
 
 SUMMARY = "summary.html"
@@ -131,6 +130,8 @@ def _outcomes(report: Report) -> list[tuple[str, str]]:
 
 def _figures(profiles: Mapping[str, Profile]) -> list[tuple[str, str]]:
     """PNG as data URI, and caption."""
+    from btray import night_plots  # matplotlib: nothing needs it before the night has ended
+
     counts = {name: profile.frames for name, profile in profiles.items()}
     compared = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
     drawn = [

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from btray.drift import CONFIDENCE_EDGES, OOD_EDGES
-from btray.plots import BLUE, INK, VERMILLION, canvas, png
+from btray.plot_style import BLUE, INK, VERMILLION, canvas, png
 
 _COLOURS = (BLUE, INK, VERMILLION)
 

@@ -12,6 +12,11 @@ from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
+NO_DIAGNOSIS = (
+    "This model supports a reader; it is no diagnosis. It sees single slices, knows only the classes listed here, and "
+    "was not assessed as a medical device. A qualified person decides, with the whole study and the patient at hand."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:

@@ -1,76 +1,24 @@
-"""The figures of a report as PNG bytes, in one visual language. Each says how many images it rests on."""
+"""The figures of a report as PNG bytes. Each says how many images it rests on."""
 
 from __future__ import annotations
 
-import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from sklearn.metrics import roc_curve
 
 from btray.abstention import RiskCoverage, risk_coverage
 from btray.evaluation import auroc, reliability, wilson_interval
+from btray.plot_style import BLUE, INK, LINES, MUTED, PALE, PALETTE, VERMILLION, canvas, png
 
 if TYPE_CHECKING:
-    from matplotlib.typing import RcKeyType
-
-INK, MUTED, PALE = "#1f2933", "#5f6b7a", "#9aa5b1"
-BLUE, VERMILLION = "#0072b2", "#d55e00"
-# Okabe & Ito's palette, which readers with any kind of colour vision tell apart, without its yellow: too pale on white.
-PALETTE = (BLUE, VERMILLION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
-LINES = ("-", (0, (5, 1.6)))
-
-STYLE: dict[RcKeyType, Any] = {
-    "font.family": "DejaVu Sans",  # it comes with matplotlib: the same figure on every machine
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,  # a class or file name may hold a dollar sign
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#aab4c0",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e9ee",
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "lines.linewidth": 2,
-    "legend.facecolor": "white",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
-    "legend.fontsize": 9.5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "savefig.dpi": 200,  # twice the 100 that figure sizes are thought in
-}
-
-P = ParamSpec("P")
-
-
-def png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
-    """Let a function that draws a figure return it as PNG bytes, drawn in the style above."""
-
-    @wraps(draw)
-    def render(*args: P.args, **kwargs: P.kwargs) -> bytes:
-        with mpl.rc_context(STYLE):
-            target = io.BytesIO()
-            draw(*args, **kwargs).savefig(target, format="png")
-            return target.getvalue()
-
-    return render
+    pass
 
 
 @png
@@ -312,17 +260,6 @@ def error_grid(
         for line, (content, look) in enumerate(caption):
             figure.text(left / width, (top - tile - 0.06 - 0.155 * line) / height, content, va="top", **look)
     return figure
-
-
-def canvas(size: tuple[float, float], title: str, subtitle: str) -> tuple[Figure, SubFigure]:
-    """Return a figure of `size` inches with its heading, and the part below the heading to draw in."""
-    heading = 0.62
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=(heading, size[1] - heading))
-    head, body = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    head.text(0.16 / size[0], 0.8, title, va="top", fontsize=14, fontweight="bold")
-    head.text(0.16 / size[0], 0.12, subtitle, va="bottom", fontsize=10, color=MUTED)
-    return figure, body
 
 
 def _percent(count: int, total: int) -> str:

@@ -228,9 +228,9 @@ def _stretch(gray: Gray, counts: npt.NDArray[np.int64], percentiles: tuple[float
     """Map two `percentiles` of the histogram `counts` to black and white through a look-up table."""
     cumulative = np.cumsum(counts)
     low, high = (int(np.searchsorted(cumulative, cumulative[-1] * percentile / 100)) for percentile in percentiles)
-    levels = np.arange(1 + int(np.iinfo(gray.dtype).max), dtype=np.int64)
+    levels = np.arange(len(counts), dtype=np.int64)  # no level above them occurs
     table = np.clip((levels - low) * 255 // max(high - low, 1), 0, 255).astype(np.uint8)
-    return np.asarray(table[gray])
+    return np.asarray(table.take(gray))
 
 
 def _fit(gray: Frame, size: int) -> Frame:

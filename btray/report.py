@@ -10,12 +10,7 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from btray.evaluation import ECE_BINS, wilson_interval
-from btray.page import OPTIONS, Section, data_uri, images, percent, render_page, writable
-
-NO_DIAGNOSIS = (
-    "This model supports a reader; it is no diagnosis. It sees single slices, knows only the classes listed here, and "
-    "was not assessed as a medical device. A qualified person decides, with the whole study and the patient at hand."
-)
+from btray.page import NO_DIAGNOSIS, OPTIONS, Section, data_uri, images, percent, render_page, writable
 
 # What a figure shows and how it was computed; `{n}` is the number of images behind the metrics.
 FIGURES = {

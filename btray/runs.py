@@ -38,6 +38,7 @@ PART_BYTES = 256 << 20
 # The first segments are small, so that the first rows do not wait for the listing.
 _FIRST_SEGMENT = 1024
 _LARGEST_SEGMENT = 32_768
+_LEAST_PART = 32  # objects
 _POLL = 0.5  # seconds
 
 # Attempts at a part by actors that had died before. Ray itself would never give up a part that kills each of them.
@@ -212,13 +213,13 @@ class WorklistWriter:
     def end(self, *, complete: bool) -> None:
         """Say that no segment follows: because the archive is listed, or because listing it failed."""
         if complete and self._waiting:
-            self._seal()
+            self._seal(last=True)
         storage.write_json(storage.join(self.folder, _END), {"segments": self.segments, "complete": complete})
 
-    def _seal(self) -> bool:
+    def _seal(self, *, last: bool = False) -> bool:
         table = pa.Table.from_pydict(
             {
-                "part": _cut(self._waiting, self.part_objects),
+                "part": _cut(self._waiting, self.part_objects, taper=last),
                 "uri": [info.uri for info in self._waiting],
                 "etag": [info.etag for info in self._waiting],
                 "size": [info.size for info in self._waiting],
@@ -234,14 +235,19 @@ class WorklistWriter:
         return True
 
 
-def _cut(objects: Sequence[FileInfo], limit: int) -> list[int]:
-    """The part of each object: so many that a small archive keeps all workers busy, none too large for memory."""
-    most = min(limit, max(32, -(-len(objects) // 8)))
+def _cut(objects: Sequence[FileInfo], limit: int, *, taper: bool) -> list[int]:
+    """The part of each object: so many that a small archive keeps all workers busy, none too large for memory.
+
+    With `taper` each part is an eighth of what is left: the last ones are small, so that no worker idles long while
+    another ends (guided self-scheduling, Polychronopoulos & Kuck, IEEE Trans. Comput. 1987).
+    """
     parts: list[int] = []
-    part = count = size = 0
-    for info in objects:
-        if count and (count == most or size + info.size > PART_BYTES):
-            part, count, size = part + 1, 0, 0
+    part = count = size = most = 0
+    for number, info in enumerate(objects):
+        if count in (0, most) or size + info.size > PART_BYTES:
+            left = len(objects) - number * taper
+            most = min(limit, max(_LEAST_PART, -(-left // 8)))
+            part, count, size = part + (count > 0), 0, 0
         parts.append(part)
         count, size = count + 1, size + info.size
     return parts

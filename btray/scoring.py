@@ -46,7 +46,9 @@ class Scores:
         return Scores(self.row[chosen], answers, self.fingerprints[chosen], rejected)
 
 
-def score(bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *, batch_size: int = 64) -> Scores:
+def score(
+    bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *, batch_size: int | None = None
+) -> Scores:
     """Classify every scan of `uris`, which stand in `rows` of some table; each gives an entry a frame or a rejection.
 
     Needs a connection to Ray. Actors read, decode and predict in one go and take less than a CPU each, so that they
@@ -90,7 +92,7 @@ def _matrix(lists: pa.ChunkedArray) -> npt.NDArray[np.float32]:
 class _Scorer:
     """One actor: a classifier on its device."""
 
-    def __init__(self, bundle: Bundle, batch_size: int) -> None:
+    def __init__(self, bundle: Bundle, batch_size: int | None) -> None:
         self.classifier = Classifier(bundle, batch_size=batch_size)
 
     def __call__(self, batch: Arrays) -> pa.Table:

@@ -274,8 +274,8 @@ class EvaluateConfig(JobConfig):
     """Confidence below which the model abstains; default: the bundle's own."""
     max_rejected: Probability = 0.05
     """Share of unreadable images above which the job ends with exit code 3."""
-    batch_size: Positive = 64
-    """Images a forward pass."""
+    batch_size: Positive | None = None
+    """Images a forward pass; default: 16 on a CPU, 64 on a GPU."""
 
 
 class PredictConfig(JobConfig):

@@ -66,8 +66,8 @@ class ClassifyConfig(ArchiveConfig):
     engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
     """How the network is run: as it is, as a frozen graph, or by ONNX Runtime (extra onnx); auto: frozen on a CPU, \
     eager on a GPU."""
-    batch_size: Positive = 64
-    """Images a forward pass; halved by itself where a GPU's memory is full."""
+    batch_size: Positive | None = None
+    """Images a forward pass; default: 16 on a CPU, 64 on a GPU, where it halves by itself when the memory is full."""
     explain: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Write pictures of what spoke for the label (Grad-CAM) of so many of the least certain scans."""
     explain_labels: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from btray.plots import BLUE, INK, MUTED, PALE, VERMILLION, canvas, png
+from btray.plot_style import BLUE, INK, MUTED, PALE, VERMILLION, canvas, png
 
 Row = dict[str, Any]
 """One trial; the columns of `table_csv`."""

@@ -65,7 +65,7 @@ class Chaos:
 
     def _store(self) -> None:
         self.store.kill()
-        time.sleep(3)
+        time.sleep(30)
         self.store.start()
 
 

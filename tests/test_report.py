@@ -15,8 +15,8 @@ from scipy.special import softmax
 
 from btray import plots
 from btray.evaluation import compute_metrics
-from btray.page import Section
-from btray.report import NO_DIAGNOSIS, model_card, render_report
+from btray.page import NO_DIAGNOSIS, Section
+from btray.report import model_card, render_report
 
 CLASSES = ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor")
 HOSTILE = (

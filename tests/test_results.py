@@ -53,6 +53,12 @@ def objects(count: int, size: int = 7) -> list[FileInfo]:
     return [FileInfo(f"s3://b/{number}", size, "e", 0.0) for number in range(count)]
 
 
+def part_sizes(listed: list[FileInfo], *, taper: bool) -> list[int]:
+    parts = runs._cut(listed, PART_OBJECTS, taper=taper)
+    assert sorted(set(parts)) == list(range(parts[-1] + 1))
+    return np.bincount(parts).tolist()
+
+
 def test_of_two_writers_of_a_part_one_wins(place: str) -> None:
     assert write(place, "part", row("a"))
     assert not write(place, "part", row("a"), row("b"))
@@ -120,9 +126,19 @@ def test_a_worklist_gives_its_parts_in_order_and_ends(place: str) -> None:
 
 
 def test_parts_of_large_objects_are_small() -> None:
-    assert max(np.bincount(runs._cut(objects(100, size=200 << 20), PART_OBJECTS))) == 1
-    assert max(np.bincount(runs._cut(objects(8192), PART_OBJECTS))) == PART_OBJECTS
-    assert len(set(runs._cut(objects(64), PART_OBJECTS))) == 2
+    assert max(part_sizes(objects(100, size=200 << 20), taper=False)) == 1
+    assert max(part_sizes(objects(100, size=200 << 20), taper=True)) == 1
+
+
+def test_parts_are_many_and_the_last_ones_of_an_archive_small() -> None:
+    assert max(part_sizes(objects(8192), taper=False)) == PART_OBJECTS
+    assert part_sizes(objects(64), taper=False) == [32, 32]
+    for count in (1, 31, 33, 1000, 15_000):
+        sizes = part_sizes(objects(count), taper=True)
+        assert sum(sizes) == count
+        assert sizes == sorted(sizes, reverse=True), "a large part at the end keeps one worker busy while others idle"
+        assert sizes[-1] <= 32
+        assert sizes[0] <= PART_OBJECTS
 
 
 def test_a_run_is_taken_up_by_the_same_request_and_given_up_by_another(place: str) -> None:

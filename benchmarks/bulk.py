@@ -27,9 +27,12 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from btray import storage
+import checkout
 
-ROOT = Path(__file__).resolve().parent.parent
+from btray import storage
+from tools.s3_server import S3Server
+
+ROOT: Path = checkout.ROOT
 Result = dict[str, Any]
 
 
@@ -85,8 +88,6 @@ def _place(folder: Path, remote: bool) -> Iterator[tuple[str, int | None]]:
     if not remote:
         yield str(folder / "archive"), None
         return
-    from tools.s3_server import S3Server
-
     with S3Server(folder / "store") as server:
         os.environ.update(server.environment_over(dict(os.environ)))
         storage.reconnect()

@@ -180,7 +180,6 @@ def _measured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     """Rates from one core, and how well they predict one core and two."""
     if not arguments.model or not arguments.input:
         parser.error("give --model and --input to measure, or --rates")
-    sys.path.insert(0, str(HERE.parent))
     from btray.bundle import load_bundle
     from btray.network import count_flops
 

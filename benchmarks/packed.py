@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401 - `tools` is found
+
 from btray import storage
 from btray.archive import Selection, list_archive
 from btray.lots import LotReader

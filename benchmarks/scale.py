@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import checkout  # noqa: F401 - `tools` is found
 
-from tools.loopback_cluster import LoopbackCluster  # noqa: E402 - the checkout must be on the path first
+from tools.loopback_cluster import LoopbackCluster
+
+HERE = Path(__file__).resolve().parent
 
 _BARE = """
 import json, sys, time

@@ -33,9 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import checkout  # noqa: F401 - `tools` is found
 import requests
 from fastapi import FastAPI, Request
 from PIL import Image
+
+from tools.processes import named
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = {"Content-Type": "image/jpeg"}
@@ -213,27 +216,9 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit(f"{process.args!r} did not come up")
 
 
-def processes_below(pid: int) -> list[int]:
-    """`pid` and all that it started."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(child): int(parent) for child, parent in (line.split() for line in table.splitlines())}
-    found = {pid}
-    for _ in range(20):
-        found |= {child for child, parent in parents.items() if parent in found}
-    return sorted(found)
-
-
 def replicas_of(pid: int) -> list[int]:
     """Process ids of the replicas below the job `pid`."""
-    titles = {child: _title(child) for child in processes_below(pid)}
-    return [child for child, title in titles.items() if "ServeReplica:btray" in title]
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return named(b"ServeReplica:btray", pid)
 
 
 def resident(pids: list[int]) -> float:

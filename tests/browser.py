@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from websockets.sync.client import connect
+
+from tools.processes import until
 
 
 def find_chromium() -> str | None:
@@ -125,13 +125,3 @@ class Browser:
         found = [event for event in self.events if event.get("method") == "Runtime.exceptionThrown"]
         logged = [event["params"]["entry"] for event in self.events if event.get("method") == "Log.entryAdded"]
         return [str(event) for event in found] + [entry["text"] for entry in logged if entry["level"] == "error"]
-
-
-def until(condition: Callable[[], Any], *, seconds: float = 30) -> Any:
-    """What `condition` gives once it is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise TimeoutError(condition)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +14,7 @@ import ray
 from btray import lease, phantoms, storage
 from btray.settings_bulk import ClassifyConfig
 from tests.scan_corpus import bad_scans, good_scans
+from tools.processes import named
 
 Contents = dict[str, bytes]
 
@@ -78,29 +76,7 @@ def _drive(config: dict[str, Any], address: str, environment: dict[str, str]) ->
 
 def actors() -> list[int]:
     """Process ids of the actors of this test's own cluster that classify."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            title = (entry / "cmdline").read_bytes()
-            if b"PartClassifier" in title and _parent(_parent(int(entry.name))) == os.getpid():
-                found.append(int(entry.name))
-        except (ValueError, OSError):
-            continue
-    return found
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def until(condition: Callable[[], Any], *, seconds: float = 120) -> Any:
-    """What `condition` gives once it is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise TimeoutError(condition)
+    return named(b"PartClassifier", os.getpid())
 
 
 def part_files(output: str) -> list[str]:

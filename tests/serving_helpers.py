@@ -19,8 +19,8 @@ from PIL import Image
 from btray.phantoms import encoded_phantom
 from btray.serving_api import Service, build_app
 from btray.settings_serve import ServiceConfig
-from tests.browser import until
 from tests.tiny_bundle import saved_bundle
+from tools.processes import until
 
 PNG = "image/png"
 

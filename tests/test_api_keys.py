@@ -15,8 +15,8 @@ from btray import api_keys, http_gate
 from btray.api_keys import KeyRing, make_key, revoke_key
 from btray.errors import UserError
 from btray.settings_serve import ServeConfig, is_loopback
-from tests.browser import until
 from tests.serving_helpers import Running, bundle_at, problem, running, scan
+from tools.processes import until
 
 JPEG = "image/jpeg"
 

@@ -19,7 +19,8 @@ from btray.settings_bulk import ClassifyConfig
 from tests.classify_helpers import Contents, job, keys_of, part_files, plain_rows, start, write_objects
 from tests.scan_corpus import bad_scans
 from tests.tiny_bundle import saved_bundle
-from tools.loopback_cluster import LoopbackCluster, Node, until
+from tools.loopback_cluster import LoopbackCluster, Node
+from tools.processes import command_line, until
 from tools.s3_server import S3Server
 
 KILLS = 12
@@ -54,7 +55,7 @@ class Chaos:
         self.driver.join()
 
     def _worker(self) -> None:
-        pids = [pid for node in self.cluster.nodes for pid in node.pids() if b"PartClassifier" in title_of(pid)]
+        pids = [pid for node in self.cluster.nodes for pid in node.pids() if b"PartClassifier" in command_line(pid)]
         if pids:
             os.kill(random.Random(len(pids)).choice(pids), signal.SIGKILL)
 
@@ -67,13 +68,6 @@ class Chaos:
         self.store.kill()
         time.sleep(30)
         self.store.start()
-
-
-def title_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def batch_of_objects(number: int, good: int) -> Contents:

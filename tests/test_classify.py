@@ -36,11 +36,11 @@ from tests.classify_helpers import (
     part_files,
     plain_rows,
     start,
-    until,
     write_objects,
 )
 from tests.scan_corpus import bad_scans
 from tests.tiny_bundle import PREPROCESS, saved_bundle
+from tools.processes import until
 
 pytestmark = pytest.mark.cluster
 

@@ -24,8 +24,8 @@ from tests.classify_helpers import part_files
 from tests.conftest import ROOT
 from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import history_of, run_of, write_tree
-from tools.loopback_cluster import LoopbackCluster, until
-from tools.processes import descendants, is_alive
+from tools.loopback_cluster import LoopbackCluster
+from tools.processes import descendants, is_alive, until
 
 
 def small(**changes: object) -> list[str]:

@@ -21,7 +21,8 @@ from tests.conftest import ROOT
 from tests.test_cluster_jobs import many_times, small, workers_of
 from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import history_of, run_of, write_tree
-from tools.loopback_cluster import LoopbackCluster, Node, until
+from tools.loopback_cluster import LoopbackCluster, Node
+from tools.processes import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(1500)]
 

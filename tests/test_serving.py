@@ -25,12 +25,12 @@ from btray.classifier import Classifier
 from btray.errors import UserError
 from btray.results import current
 from btray.settings_serve import ReplicasConfig, ServeConfig, ServiceConfig
-from tests.browser import until
 from tests.classify_helpers import job, write_objects
 from tests.conftest import ROOT
 from tests.scan_corpus import bad_scans, good_scans
 from tests.serving_helpers import bundle_at, scan
 from tests.tiny_bundle import saved_bundle
+from tools.processes import named, until
 
 JPEG = {"Content-Type": "image/jpeg"}
 
@@ -150,25 +150,9 @@ def under_load(served: Served, clients: int = 3) -> Iterator[Load]:
             future.result()
 
 
-def replicas() -> list[int]:
-    """Process ids of the replicas of this test's own Serve."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            title = (entry / "cmdline").read_bytes()
-            if b"ServeReplica:btray" in title and str(os.getpid()) in _ancestors(int(entry.name)):
-                found.append(int(entry.name))
-        except (ValueError, OSError):
-            continue
-    return found
-
-
-def _ancestors(pid: int) -> list[str]:
-    found = []
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        found.append(str(pid))
-    return found
+def replicas(root: int | None = None) -> list[int]:
+    """Process ids of the replicas below a process; by default those of this test's own Serve."""
+    return named(b"ServeReplica:btray", root or os.getpid())
 
 
 @pytest.mark.cluster
@@ -312,7 +296,7 @@ def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path
         until(lambda: process.poll() is not None or _ready(served), seconds=120)
         assert process.poll() is None, (tmp_path / "log").read_text()
         assert served.classify(scan()).status_code == 200
-        proxies = [pid for pid in _descendants(process.pid) if _is_haproxy(pid)]
+        proxies = named(b"haproxy.cfg", process.pid)
         assert proxies, "HAProxy does not run"
         listeners = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
         own = [line for line in listeners if any(f"pid={pid}," in line for pid in proxies)]
@@ -329,9 +313,9 @@ def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path
         assert (load.retried, load.lost) == (0, 0)
         manifest.rename(tmp_path / "model" / "bundle.json")
         with under_load(served) as load:
-            killed = next(pid for pid in _descendants(process.pid) if _is_replica(pid))
+            killed = replicas(process.pid)[0]
             os.kill(killed, signal.SIGKILL)
-            until(lambda: sum(map(_is_replica, _descendants(process.pid))) == 2, seconds=90)
+            until(lambda: len(replicas(process.pid)) == 2, seconds=90)
         assert load.lost == 0
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
@@ -349,29 +333,3 @@ def _ready(served: Served) -> bool:
         return served.session.get(served.url + "/readyz", timeout=5).status_code == 200
     except requests.RequestException:
         return False
-
-
-def _descendants(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if str(pid) in _ancestors(int(entry.name)):
-                found.append(int(entry.name))
-        except (ValueError, OSError):
-            continue
-    return found
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-    except OSError:
-        return ""
-
-
-def _is_haproxy(pid: int) -> bool:
-    return "haproxy.cfg" in _title(pid)
-
-
-def _is_replica(pid: int) -> bool:
-    return "ServeReplica:btray" in _title(pid)

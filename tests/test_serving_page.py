@@ -17,8 +17,9 @@ from PIL import Image
 from btray.api_keys import make_key
 from btray.bundle import Thresholds
 from btray.ood import Distribution
-from tests.browser import Browser, find_chromium, until
+from tests.browser import Browser, find_chromium
 from tests.serving_helpers import Running, bundle_at, running, scan
+from tools.processes import until
 
 INSTALL_SECONDS = 240
 FEATURES = 32

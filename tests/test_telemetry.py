@@ -26,7 +26,8 @@ from tests.conftest import ROOT
 from tests.path_server import PathServer
 from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import write_tree
-from tools.loopback_cluster import LoopbackCluster, free_ports, until
+from tools.loopback_cluster import LoopbackCluster, free_ports
+from tools.processes import until
 
 DEPLOY = ROOT / "deploy"
 # What the service counts (btray/serving_metrics.py), as Prometheus has it.

@@ -20,7 +20,7 @@ from btray.loop import TrainingRun, load_state, train_loop
 from btray.planning import TrainingData, datasets, prepare, training_classes
 from btray.settings import AugmentConfig, NetworkConfig, OptimiserConfig, PreprocessConfig, TrainConfig
 from btray.worklist import read_labelled
-from tools.processes import command_line, descendants
+from tools.processes import named
 
 SIDE = 48
 # All that the golden losses depend on is written out: the defaults may change.
@@ -138,4 +138,4 @@ def prepared(config: TrainConfig) -> TrainingData:
 
 def training_workers(root: int) -> list[int]:
     """The processes below `root` that Ray Train trains in."""
-    return [pid for pid in sorted(descendants(root)) if b"RayTrainWorker" in command_line(pid)]
+    return named(b"RayTrainWorker", root)

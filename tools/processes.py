@@ -1,8 +1,11 @@
-"""Processes of this machine, by their number: what one started, and whether it lives."""
+"""Processes of this machine, by their number: what one started, whether it lives, and waiting for what they do."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def descendants(root: int) -> set[int]:
@@ -22,6 +25,11 @@ def descendants(root: int) -> set[int]:
     return found
 
 
+def named(word: bytes, root: int) -> list[int]:
+    """Those that `root` started whose command line, or Ray's title, holds `word`."""
+    return [pid for pid in sorted(descendants(root)) if word in command_line(pid)]
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that only waits to be reaped does not."""
     try:
@@ -36,3 +44,13 @@ def command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def until(condition: Callable[[], Any], what: str = "a condition", seconds: float = 120) -> Any:
+    """What `condition` gives once it is true; raises TimeoutError, which names `what`, after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds} s in vain for {what}")
+        time.sleep(0.05)
+    return found

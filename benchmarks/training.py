@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from btray.fingerprint import fingerprint_of
 from btray.frames import FrameSource, Rejection
 from btray.settings import PreprocessConfig
 from btray.worklist import read_labelled
@@ -76,7 +77,10 @@ def _manifest(data: str, images: int, folder: Path) -> Path:
 
 
 def _plain_loader(manifest: Path, folder: Path) -> float:
-    """Images a second of two processes that read and decode; keeps the training frames for the bare loop."""
+    """Images a second of two processes that do what the job's loader does: read, decode, preprocess, fingerprint.
+
+    Keeps the training frames for the bare loop.
+    """
     table = read_labelled(str(manifest))
     uris = table["uri"].to_pylist()
     parts = [uris[start : start + 128] for start in range(0, len(uris), 128)]
@@ -92,8 +96,11 @@ def _plain_loader(manifest: Path, folder: Path) -> float:
 
 
 def _decode(uris: list[str]) -> np.ndarray:
-    found = FrameSource(PreprocessConfig()).from_uris(uris)
-    return np.stack([frames[0] for frames in found if not isinstance(frames, Rejection)])
+    source = FrameSource(PreprocessConfig())
+    scans = [scan for scan in source.scans(uris) if not isinstance(scan, Rejection)]
+    for scan in scans:
+        fingerprint_of(scan.frames)
+    return np.stack([source.frames_of(scan)[0] for scan in scans])
 
 
 def _ray_loader(manifest: Path) -> float:

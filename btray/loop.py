@@ -323,7 +323,7 @@ class TrainingRun:
         """The sum over all workers."""
         if self.workers == 1:
             return tensor
-        total = tensor.to(self.device)
+        total = tensor.to(self.device, copy=True)  # it is summed in place
         dist.all_reduce(total)
         return total.to(tensor.device)
 

@@ -104,6 +104,12 @@ def test_two_workers_with_half_the_batch_learn_like_one_with_the_whole(
     assert losses(history_of(finished)) == pytest.approx(losses(alone), rel=1e-4)
 
 
+def test_images_a_second_are_those_that_were_trained_on(finished: TrainConfig, unbalanced: str) -> None:
+    images = sum("Training" in info.uri for info in storage.list_files(unbalanced))
+    for record in history_of(finished):
+        assert 0 < record["images_per_second"] * record["seconds"] <= images
+
+
 def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
     ray_session: None, unbalanced: str, tmp_path: Path
 ) -> None:

@@ -1,10 +1,11 @@
 """The classify job beside other ways to do its work, on one archive of real-size JPEG, in one run.
 
-python benchmarks/bulk.py --model BUNDLE --data ../data/brain-tumor-mri [--images 20000] [--more 80000] [--s3] [--daft]
+python benchmarks/bulk.py --model BUNDLE --data ../data/brain-tumor-mri [--images 20000] [--more 80000] [--s3]
+                            [--rivals bare documented dataloader daft]
 
 The archive is made of hard links to the images of --data, or of copies in a SeaweedFS of its own (--s3; the store's
 share of the cores is stated). Pipelines run one after the other (see benchmarks/bulk_rivals.py), the job twice more at
---more images, with the bare loop beside it: cost an image, peak memory. --daft makes a virtual environment with Daft,
+--more images, with the bare loop beside it: cost an image, peak memory. daft makes a virtual environment with Daft,
 which wants an older pyarrow. Start-up counts in `images_per_s`; `steady` is between the first and last part or batch.
 Run it with nothing else on the machine.
 """
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=80_000, help="a second size for the job and the bare loop; 0: none")
     parser.add_argument("--engine", default="frozen")
     parser.add_argument("--s3", action="store_true", help="read from a SeaweedFS")
-    parser.add_argument("--daft", action="store_true")
+    parser.add_argument("--rivals", nargs="*", default=["bare", "documented", "dataloader"], help="and daft")
     arguments = parser.parse_args()
     model = storage.resolve(arguments.model)
     with tempfile.TemporaryDirectory(prefix="btray-bulk-") as name, _place(Path(name), arguments.s3) as (root, store):
@@ -53,9 +54,9 @@ def main() -> None:
         pictures = sorted(path for path in Path(arguments.data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         uris = _archive(root, pictures, max(arguments.images, arguments.more))
         results: dict[str, Result] = {}
-        rivals = ["bare", "documented", "dataloader", *(["daft"] if arguments.daft else [])]
-        for size, pipelines in ((arguments.images, [*rivals, "job"]), (arguments.more, ["bare", "job"])):
-            for pipeline in pipelines if size else ():
+        at_more = [name for name in arguments.rivals if name == "bare"]
+        for size, rivals in ((arguments.images, arguments.rivals), (arguments.more, at_more)):
+            for pipeline in [*rivals, "job"] if size else ():
                 key = f"{pipeline} {size}"
                 results[key] = _measured(pipeline, model, arguments.engine, uris[:size], out=folder / key, store=store)
                 print(key, json.dumps(results[key]), file=sys.stderr, flush=True)
@@ -64,11 +65,11 @@ def main() -> None:
 
 def _compared(results: dict[str, Result], size: int, more: int) -> Result:
     largest = more or size
-    job, bare = results[f"job {largest}"], results[f"bare {largest}"]
-    said = {
-        "job_over_bare_steady": job["steady"] / bare["steady"],
-        "job_over_bare": job["images_per_s"] / bare["images_per_s"],
-    }
+    job, bare = results[f"job {largest}"], results.get(f"bare {largest}")
+    said = {}
+    if bare:
+        said["job_over_bare_steady"] = job["steady"] / bare["steady"]
+        said["job_over_bare"] = job["images_per_s"] / bare["images_per_s"]
     for rival in ("documented", "dataloader", "daft"):
         if (key := f"{rival} {size}") in results:
             said[f"job_over_{rival}"] = results[f"job {size}"]["images_per_s"] / results[key]["images_per_s"]

@@ -1,11 +1,13 @@
-"""What a second node brings: the classify job on one Ray node and on two (one core each), beside bare processes.
+"""What a second node brings: a job on archives on one Ray node and on two (one core each), beside bare processes.
 
 python benchmarks/scale.py --model runs/first --input ../data/brain-tumor-mri/Testing [--rounds 5] [--times 4]
+python benchmarks/scale.py --job pack --input ../data/brain-tumor-mri/Testing --times 100
 
 Every round measures, in turn: one bare process, two bare processes (each pinned to a core of its own: read, decode,
-forward pass, nothing written), the job on a cluster of one node with one CPU, and on two such nodes, each pinned to a
-core. The head has no CPU and coordinates. Rates are from the first part to the last, so that start-up is not counted.
-What is asked for: two nodes over one are at least 0.9 times what two bare processes are over one; medians.
+forward pass, nothing written; or read and write shards), the job on a cluster of one node with one CPU, and on two such
+nodes, each pinned to a core. The head has no CPU and coordinates. Rates are from the first part to the last, so that
+start-up is not counted. What is asked for: two nodes over one are at least 0.9 times what two bare processes are over
+one; medians.
 """
 
 from __future__ import annotations
@@ -28,33 +30,65 @@ from tools.loopback_cluster import LoopbackCluster
 
 HERE = Path(__file__).resolve().parent
 
-_BARE = """
+_BARE = {
+    "classify": """
 import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from btray.classifier import Classifier
 model, paths = sys.argv[1], json.load(sys.stdin)
-classifier = Classifier.load(model, batch_size=64)
-def classify(some):
+classifier = Classifier.load(model, engine="auto")
+def work(some):
     found = [classifier.source.from_bytes(Path(path).read_bytes()) for path in some]
     classifier.predict_decoded(found, some)
-classify(paths[:64])
+work(paths[:64])
 started = time.perf_counter()
 for start in range(0, len(paths), 64):
-    classify(paths[start:start + 64])
+    work(paths[start:start + 64])
 print(time.perf_counter() - started, flush=True)
-"""
+""",
+    "pack": """
+import json, os, sys, tempfile, time
+from collections import defaultdict
+from btray.lots import LotReader
+from btray.packing import PartPacker
+from btray.packs import SCHEMA
+from btray.part_files import write_part
+from btray.scans import ScanLimits
+from btray.settings_bulk import PackConfig
+from btray.storage import FileInfo
+paths = json.load(sys.stdin)
+reader = LotReader(threads=PackConfig.model_fields["threads"].default, patience=10, max_bytes=ScanLimits().max_bytes)
+rest = {"etag": "", "error_code": None, "error": None, "retryable": False}
+def work(some, uri):
+    objects = [FileInfo(path, os.path.getsize(path), "", 0.0) for path in some]
+    rows = [
+        {"data": answer, "uri": info.uri, "path": info.uri, "size": info.size} | rest
+        for lot, answers in reader.lots(objects, defaultdict(float)) for info, answer in zip(lot, answers)
+    ]
+    write_part(uri, rows, SCHEMA, {}, **PartPacker.write_options)
+with tempfile.TemporaryDirectory() as out:
+    work(paths[:64], out + "/warm.parquet")
+    started = time.perf_counter()
+    for start in range(0, len(paths), 512):
+        work(paths[start:start + 512], f"{out}/{start}.parquet")
+    print(time.perf_counter() - started, flush=True)
+""",
+}
 
 
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="bundle")
+    parser.add_argument("--job", choices=list(_BARE), default="classify")
+    parser.add_argument("--model", help="bundle, for classify")
     parser.add_argument("--input", required=True, help="local folder of scans")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--times", type=int, default=4, help="how often the folder is read in one run")
     arguments = parser.parse_args()
+    if arguments.job == "classify" and not arguments.model:
+        parser.error("classify needs --model")
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         parser.error("two cores are needed")
@@ -67,9 +101,9 @@ def main() -> None:
         paths = [str(path) for top in sorted(archive.iterdir()) for path in sorted(top.rglob("*")) if path.is_file()]
         for number in range(arguments.rounds):
             for count in (1, 2):
-                rates[f"bare_{count}"].append(bare(arguments.model, paths, cores[:count]))
+                rates[f"bare_{count}"].append(bare(arguments, paths, cores[:count]))
                 output = Path(name, f"results{number}-{count}")
-                rates[f"nodes_{count}"].append(on_nodes(arguments.model, archive, output, cores[:count]))
+                rates[f"nodes_{count}"].append(on_nodes(arguments, archive, output, cores[:count]))
             print(json.dumps({key: round(values[-1], 1) for key, values in rates.items()}), file=sys.stderr, flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
     bare_gain, node_gain = median["bare_2"] / median["bare_1"], median["nodes_2"] / median["nodes_1"]
@@ -84,24 +118,24 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def bare(model: str, paths: list[str], cores: list[int]) -> float:
+def bare(arguments: argparse.Namespace, paths: list[str], cores: list[int]) -> float:
     """Images a second of one process a core, each with its share of the paths; imports and warm-up not counted."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     with ThreadPoolExecutor(len(cores)) as pool:
         seconds = pool.map(
-            lambda place: _bare_process(model, paths[place :: len(cores)], cores[place], environment),
+            lambda place: _bare_process(arguments, paths[place :: len(cores)], cores[place], environment),
             range(len(cores)),
         )
         return len(paths) / max(seconds)
 
 
-def _bare_process(model: str, paths: list[str], core: int, environment: dict[str, str]) -> float:
-    command = ["taskset", "--cpu-list", str(core), sys.executable, "-c", _BARE, model]
+def _bare_process(arguments: argparse.Namespace, paths: list[str], core: int, environment: dict[str, str]) -> float:
+    command = ["taskset", "--cpu-list", str(core), sys.executable, "-c", _BARE[arguments.job], str(arguments.model)]
     done = subprocess.run(command, input=json.dumps(paths), capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout)
 
 
-def on_nodes(model: str, archive: Path, output: Path, cores: list[int]) -> float:
+def on_nodes(arguments: argparse.Namespace, archive: Path, output: Path, cores: list[int]) -> float:
     """Images a second of the job on a cluster of one node a core, from its first part to its last."""
     with LoopbackCluster(cpus=0) as cluster:
         for core in cores:
@@ -110,8 +144,9 @@ def on_nodes(model: str, archive: Path, output: Path, cores: list[int]) -> float
                 subprocess.run(["taskset", "--all-tasks", "--cpu-list", "--pid", str(core), str(pid)], check=False,
                                capture_output=True)  # fmt: skip
         time.sleep(2)  # until the nodes' own processes are at rest
-        command = [sys.executable, str(HERE.parent / "jobs" / "classify.py"), "--model", model]
+        command = [sys.executable, str(HERE.parent / "jobs" / f"{arguments.job}.py")]
         command += ["--input", str(archive), "--output", str(output)]
+        command += ["--model", arguments.model] if arguments.job == "classify" else []
         subprocess.run(command, check=True, capture_output=True, env=cluster.environment_of_jobs())
     (path,) = output.glob("_runs/*/*/run.json")
     return float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"])

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from btray import storage
 from btray.findings import GRADES, ORDER, conflicting_groups, effective_splits, leaking_rows
 from btray.fingerprint import reduced, representative
 from btray.inspection import NOT_MRI
 from btray.page import Section, data_uri, images, percent, render_page
+from btray.reading import read_many
 from btray.scans import ScanLimits, ScanRejected, decode
 from btray.storage import StorageError
 
@@ -214,7 +214,7 @@ def _pictures(uris: Sequence[str]) -> list[tuple[str, str]]:
     limits = ScanLimits()
     return [
         (uri, "" if isinstance(data, StorageError) else _thumbnail(data, limits))
-        for uri, data in zip(uris, storage.read_many(uris, max_bytes=limits.max_bytes), strict=True)
+        for uri, data in zip(uris, read_many(uris, max_bytes=limits.max_bytes), strict=True)
     ]
 
 

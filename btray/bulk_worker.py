@@ -20,9 +20,10 @@ from btray.explanations import FOLDER, write_explanations
 from btray.frames import Rejection
 from btray.keys import keys_of
 from btray.logs import LogFormat
-from btray.lots import Answer, LotReader
+from btray.lots import LotReader
 from btray.part_worker import PartWorker, Row, Seconds
 from btray.preprocess import Frame
+from btray.reading import Answer
 from btray.results import SCHEMA, row_of
 from btray.runs import Run
 from btray.storage import FileInfo, StorageError

@@ -29,7 +29,7 @@ _WINDOW = 24
 # Rounds of `verified_pairs`; on the public data set the first one finds every group.
 _ROUNDS = 4
 # Pairs compared at a time, so that memory stays bounded.
-_CHUNK = 100_000
+_CHUNK = 10_000
 
 
 def near_pairs(prints: Fingerprints, *, within: float) -> tuple[Pairs, npt.NDArray[np.float32]]:

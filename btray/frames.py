@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from btray import storage
 from btray.preprocess import Frame, decode_side, make_frame
+from btray.reading import read_many
 from btray.scans import Scan, ScanLimits, ScanRejected, decode
 from btray.settings import PreprocessConfig
 from btray.storage import StorageError
@@ -42,7 +42,7 @@ class FrameSource:
 
     def scans(self, uris: Sequence[str]) -> Iterator[Scan | Rejection]:
         """Stored scans before preprocessing, read concurrently and decoded one by one; one entry for each of `uris`."""
-        for data in storage.read_many(uris, max_bytes=self.limits.max_bytes):
+        for data in read_many(uris, max_bytes=self.limits.max_bytes):
             if isinstance(data, StorageError):
                 yield Rejection(data.code, str(data), data.retryable)
             else:

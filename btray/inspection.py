@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from btray import storage
 from btray.fingerprint import (
     LENGTH,
     VIEWS,
@@ -29,6 +28,7 @@ from btray.fingerprint import (
     thumbnails,
 )
 from btray.preprocess import Gray
+from btray.reading import Answer, read_many
 from btray.scans import FileFacts, Scan, ScanLimits, ScanRejected, decode, examine
 from btray.storage import StorageError
 
@@ -133,7 +133,7 @@ class CorrelateBlock:
         return pa.table({"place": pairs["place"], "correlation": values})
 
 
-def inspect(data: bytes | StorageError, limits: ScanLimits) -> tuple[dict[str, Any], Thumbnails]:
+def inspect(data: Answer, limits: ScanLimits) -> tuple[dict[str, Any], Thumbnails]:
     """What FOUND holds of one file, but for its row, code and fingerprint, and its thumbnails.
 
     Raises StorageError where `data` is one, and ScanRejected.
@@ -208,10 +208,10 @@ def unpacked_fingerprints(found: pa.Table) -> Fingerprints:
     return np.frombuffer(packed, np.float16).reshape(-1, VIEWS, LENGTH)
 
 
-def _read(names: Sequence[int], uris: Sequence[str], limits: ScanLimits) -> Iterator[tuple[int, bytes | StorageError]]:
+def _read(names: Sequence[int], uris: Sequence[str], limits: ScanLimits) -> Iterator[tuple[int, Answer]]:
     for start in range(0, len(uris), _READ_ROWS):
         part = slice(start, start + _READ_ROWS)
-        yield from zip(names[part], storage.read_many(uris[part], max_bytes=limits.max_bytes), strict=True)
+        yield from zip(names[part], read_many(uris[part], max_bytes=limits.max_bytes), strict=True)
 
 
 def _shown_frame(scan: Scan) -> Gray:

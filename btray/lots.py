@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from btray import s3, storage
+from btray.reading import Answer, read_many
 from btray.storage import FileInfo, StorageError
-
-Answer = bytes | StorageError
 
 # What an actor holds at a time, twice: one lot is read while the one before it is worked on.
 _LOT_OBJECTS = 64
@@ -51,7 +50,7 @@ class LotReader:
     def _read(self, lot: Sequence[FileInfo]) -> list[Answer]:
         return read_patiently(
             [info.place or info.uri for info in lot],
-            lambda uris: storage.read_many(uris, threads=self._threads, max_bytes=self._max_bytes),
+            lambda uris: read_many(uris, threads=self._threads, max_bytes=self._max_bytes),
             self._patience,
         )
 

@@ -10,8 +10,9 @@ from btray.archive_run import Report, Work, actors_for, parts_through, run_archi
 from btray.bulk_report import counts_of
 from btray.errors import UserError
 from btray.keys import KeySet
-from btray.lots import Answer, LotReader
+from btray.lots import LotReader
 from btray.part_worker import PartWorker, Row, Seconds
+from btray.reading import Answer
 from btray.results import RETRIED
 from btray.runs import Run
 from btray.scans import ScanLimits

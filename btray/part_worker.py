@@ -13,8 +13,9 @@ import pyarrow as pa
 import ray
 
 from btray import runs, storage
-from btray.lots import Answer, LotReader, objects_of
+from btray.lots import LotReader, objects_of
 from btray.part_files import read_tally, write_part
+from btray.reading import Answer
 from btray.runs import Run
 from btray.storage import FileInfo
 

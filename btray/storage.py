@@ -17,8 +17,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -48,7 +47,6 @@ __all__ = [
     "patient",
     "read_bytes",
     "read_json",
-    "read_many",
     "read_text",
     "reconnect",
     "resolve",
@@ -274,37 +272,6 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     if members.is_member(uri):
         return members.read(uri, read_bytes, max_bytes)
     return s3.read(uri, max_bytes) if is_remote(uri) else _read_local(uri, max_bytes)
-
-
-def read_many(uris: Sequence[str], *, threads: int = 16, max_bytes: int | None = None) -> list[bytes | StorageError]:
-    """What `read_bytes` gives or raises for each URI, in their order, read by up to `threads` at a time.
-
-    Once a store has not answered for PATIENCE seconds while nothing else could be read either, the rest is not asked
-    for: it is `unavailable` at once, so that a dead store costs seconds and not seconds for each URI.
-    """
-    answers = 0
-    dead: StorageError | None = None
-
-    def read(uri: str) -> bytes | StorageError:
-        nonlocal answers, dead
-        if dead is not None:
-            return StorageError(dead.code, uri, f"not tried after {dead}")
-        before = answers
-        result: bytes | StorageError
-        try:
-            result = read_bytes(uri, max_bytes=max_bytes)
-        except StorageError as error:
-            result = error
-        if not isinstance(result, StorageError) or result.code != "unavailable":
-            answers += 1
-        elif answers == before:
-            dead = result
-        return result
-
-    if len(uris) < 2 or threads < 2 or all(map(members.is_member, uris)):  # a shard is read once for all its members
-        return [read(uri) for uri in uris]
-    with ThreadPoolExecutor(min(threads, len(uris))) as pool:
-        return list(pool.map(read, uris))
 
 
 def _read_local(path: str, max_bytes: int | None) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import ray.train
 from ray.train.torch import TorchTrainer
 
@@ -38,7 +39,7 @@ from btray.planning import (
     training_classes,
     worker_range,
 )
-from btray.rejections import rejections_in, report_rejections
+from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
 from btray.scoring import Scores, score
 from btray.settings import TrainConfig
 from btray.stopping import stoppable
@@ -67,7 +68,8 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     """Train by `config` and return the URI of the bundle, which holds `files` too.
 
     A run of the same name in the same storage is taken up where it was cut off. Raises UserError for unusable input
-    and ThresholdExceeded where more than `max_rejected` of the images cannot be read.
+    and ThresholdExceeded where more than `max_rejected` of the images cannot be read; of the test split's, which are
+    read last, after the bundle is written.
     """
     out, run_uri = storage.resolve(config.out), storage.join(storage.resolve(config.storage_uri), config.name)
     logs.bind(run_id=config.name)
@@ -81,10 +83,11 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
         data = prepare(config, table, classes, run_uri, initial)
         _claim(data)
         trained = fit(data)
-        bundle, assessment = _finish(data, trained)
+        bundle, assessment, unread = _finish(data, trained)
     saved = save_bundle(bundle, out, {**assessment.files, **(files or {})})
     print(summary(assessment.metrics), flush=True)
     print(f"model {saved.manifest.model_id}; report {storage.join(out, 'report.html')}; run {run_uri}", flush=True)
+    enforce_max_rejected(unread, table["split"].to_pylist().count("test"), config.max_rejected)
     return out
 
 
@@ -170,8 +173,11 @@ def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
         return load_state(folder)
 
 
-def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment]:
-    """Calibrate on the validation images, refit, then read the labels of the test split, once, and measure."""
+def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment, pa.Table]:
+    """Calibrate on the validation images, refit, then read the labels of the test split, once, and measure.
+
+    Third, the test images that could not be read: columns row, code, message.
+    """
     plan, table = data.plan, data.table
     reference_rows, validation_rows = _reference_rows(plan), _rows_at(plan, plan.validation)
     scores = _score(data, trained, np.concatenate([reference_rows, validation_rows]))
@@ -190,7 +196,10 @@ def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment]:
     bundle = _bundle(data, final, limits)
     assessment = _assess(data, trained, bundle, test, validation if len(test.row) == 0 else None)
     assessment.files[REFERENCE] = json.dumps(profile.to_json()).encode()
-    return bundle, assessment
+    if len(test.rejected):
+        rejected = pa.concat_tables([rejections_in(data.survey), test.rejected])
+        storage.write_bytes(storage.join(plan.run_uri, REJECTED), rejections_csv(rejected, table))
+    return bundle, assessment, test.rejected
 
 
 def _refit(data: TrainingData, trained: Trained) -> Trained:

@@ -16,6 +16,7 @@ from btray.bulk import classify
 from btray.errors import UserError
 from btray.members import is_member, member_uri, path_of
 from btray.packing import pack
+from btray.reading import read_many
 from btray.settings_bulk import PackConfig
 from btray.split import hold_out
 from btray.worklist import read_labelled
@@ -127,7 +128,7 @@ def test_a_damaged_shard_is_an_error_and_no_other_scan(ray_session: None, tmp_pa
         storage.read_bytes(member_uri(str(damaged), 0, "a.jpg"))
     with pytest.raises(storage.StorageError, match="not_found"):
         storage.read_bytes(member_uri(str(shard), 2, "c.jpg"))
-    answers = storage.read_many([place, f"{shard}.no.parquet#0/x", str(tmp_path / "scans" / "a.jpg")])
+    answers = read_many([place, f"{shard}.no.parquet#0/x", str(tmp_path / "scans" / "a.jpg")])
     assert [type(answer) for answer in answers] == [bytes, storage.StorageError, bytes]
 
 

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from btray import reading, storage
 from btray import s3 as client
-from btray import storage
 from btray.errors import UserError
+from btray.reading import read_many
 from btray.storage import StorageError
 from tools.s3_server import S3Server
 
@@ -153,14 +154,35 @@ def test_many_reads_keep_order_and_give_each_failure_its_place(place: str) -> No
     uris = [storage.join(place, f"{number}.bin") for number in range(60)]
     for uri in uris[::2]:
         storage.write_bytes(uri, uri.encode())
-    answers = storage.read_many(uris, threads=8)
+    answers = read_many(uris, threads=8)
     for number, (uri, answer) in enumerate(zip(uris, answers, strict=True)):
         if number % 2:
             assert isinstance(answer, StorageError)
             assert (answer.code, answer.uri) == ("not_found", uri)
         else:
             assert answer == uri.encode()
-    assert storage.read_many([]) == []
+    assert read_many([]) == []
+
+
+@pytest.mark.parametrize(("seconds", "waited_for"), [(0.0, False), (0.01, True)])
+def test_threads_are_woken_only_for_files_that_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, waited_for: bool
+) -> None:
+    uris = [str(tmp_path / f"{number}.bin") for number in range(60)]
+    for uri in uris:
+        storage.write_bytes(uri, uri.encode())
+    threads = set()
+    read_bytes = storage.read_bytes
+
+    def watched(uri: str, *, max_bytes: int | None = None) -> bytes:
+        threads.add(threading.get_ident())
+        time.sleep(seconds)
+        return read_bytes(uri, max_bytes=max_bytes)
+
+    monkeypatch.setattr(storage, "read_bytes", watched)
+    monkeypatch.setattr(reading, "_QUICK", 0.005)  # a noisy machine is not a slow disk
+    assert read_many(uris, threads=8) == [uri.encode() for uri in uris]
+    assert (len(threads) > 1) == waited_for
 
 
 def test_text_and_json_make_the_round_trip_and_broken_ones_say_so(place: str) -> None:
@@ -377,7 +399,7 @@ def test_a_killed_server_is_unavailable_within_seconds_for_one_and_for_many_and_
         started = time.monotonic()
         assert code_of(lambda: storage.read_bytes(uris[0])) == "unavailable"
         assert code_of(lambda: list(storage.list_files(remote))) == "unavailable"
-        answers = storage.read_many(uris, threads=8)
+        answers = read_many(uris, threads=8)
         assert {answer.code for answer in answers if isinstance(answer, StorageError)} == {"unavailable"}
         assert [answer.uri for answer in answers if isinstance(answer, StorageError)] == uris
         assert time.monotonic() - started < 10
@@ -526,8 +548,8 @@ def test_ray_workers_and_their_threads_read_what_the_driver_wrote(ray_session: N
 
     @ray.remote(num_cpus=0.5)
     def read(some: list[str], filesystem: object) -> tuple[list[bytes | StorageError], int, str]:
-        missing = storage.read_many([f"{some[0]}-missing"])[0]
-        return storage.read_many(some), pq.read_table(path, filesystem=filesystem)["a"][0].as_py(), repr(missing)
+        missing = read_many([f"{some[0]}-missing"])[0]
+        return read_many(some), pq.read_table(path, filesystem=filesystem)["a"][0].as_py(), repr(missing)
 
     for data, value, missing in ray.get([read.remote(uris, filesystem) for _ in range(2)]):
         assert data == [uri.encode() for uri in uris]

@@ -418,6 +418,23 @@ def test_too_many_bad_files_stop_the_job_and_the_commonest_code_is_named(
     assert not storage.exists(storage.join(config.out, "bundle.json"))
 
 
+@pytest.mark.soak
+def test_unreadable_test_images_are_named_and_too_many_of_them_are_told_after_the_bundle_is_written(
+    ray_session: None, tmp_path: Path
+) -> None:
+    root = write_tree(
+        tmp_path / "data", {f"{split}/{label}": 20 for split in ("train", "test") for label in ("glioma", "no_tumor")}
+    )
+    bad = {storage.join(root, f"test/glioma/bad{n}.jpg"): b"" for n in range(3)}
+    for uri, data in bad.items():
+        storage.write_bytes(uri, data)
+    config = tiny(root, tmp_path / "model", epochs=1)
+    with pytest.raises(ThresholdExceeded, match=r"^3 of 43 inputs .*empty \(3\)"):
+        train(config)
+    assert read_rejected(config) == dict.fromkeys(bad, "empty")
+    assert storage.read_json(storage.join(config.out, "metrics.json"))["n"] == 40
+
+
 @pytest.mark.parametrize(
     ("counts", "changes", "message"),
     [

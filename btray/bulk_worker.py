@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from btray import logs, storage
+from btray.allocator import keep_freed_memory
 from btray.classifier import Classifier, Prediction
 from btray.drift import Profile
 from btray.engines import EngineName
@@ -59,12 +60,14 @@ class PartClassifier(PartWorker):
 
     def __init__(self, model: str, run: Run, options: WorkerOptions) -> None:
         logs.begin_in_worker(options.log_format, job="classify", run_id=run.run_id)
+        keep_freed_memory()
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
             model, model_id=options.model_id, batch_size=options.batch_size, engine=options.engine
         )
         self.options = options
-        self.decoders = ThreadPoolExecutor(options.decoders)
+        # One decoder is this thread itself: nothing else is done meanwhile.
+        self.decoded = ThreadPoolExecutor(options.decoders).map if options.decoders > 1 else map
         max_bytes = self.classifier.source.limits.max_bytes
         reader = LotReader(
             threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=self.classifier.batch_size
@@ -74,7 +77,7 @@ class PartClassifier(PartWorker):
     def rows(self, lot: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
         """One a frame, or one for an object that gives none."""
         started = time.perf_counter()
-        found = list(self.decoders.map(self._decode, answers))
+        found = list(self.decoded(self._decode, answers))
         decoded = time.perf_counter()
         predictions = self.classifier.predict_decoded(found, [info.uri for info in lot])
         now = datetime.now(UTC)

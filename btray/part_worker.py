@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ Seconds = defaultdict[str, float]
 """Time spent by stage."""
 
 
-class PartWorker:
+class PartWorker(ABC):
     """Reads the objects of one part after another and writes one file for each. A job says what their rows are."""
 
     schema: pa.Schema
@@ -40,9 +41,9 @@ class PartWorker:
             warnings.simplefilter("ignore")  # Ray's own code behind this property warns of its age
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
 
+    @abstractmethod
     def rows(self, lot: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
         """The rows that some objects become; grows the `seconds` of the job's own stages."""
-        raise NotImplementedError
 
     def summed_up(self, rows: Sequence[Row], objects: Sequence[FileInfo]) -> dict[str, Any]:
         """What else a job wants to know of a part at the end; its numbers are added up by `bulk_report.Totals`."""

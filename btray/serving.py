@@ -25,6 +25,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 
+from btray.allocator import keep_freed_memory
 from btray.api_keys import KeyRing
 from btray.bundle import load_bundle
 from btray.config import ComponentConfig, set_environment
@@ -50,6 +51,7 @@ class Replica:
     """One process with its models."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self.service = Service()
 
     def __serve_build_asgi_app__(self) -> Gate:

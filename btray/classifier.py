@@ -24,8 +24,7 @@ from btray.preprocess import Frame, make_frame, to_tensor
 
 _log = logging.getLogger(__name__)
 
-_BATCH_SIZES = {"cpu": 16}
-_OTHER_BATCH_SIZE = 64
+_CPU_BATCH, _GPU_BATCH = 16, 64
 """Images a forward pass where nothing else is said. On a CPU the activations of more images than that no longer fit
 what the C library keeps of freed memory, and every layer pays page faults for its output: 10 to 20 % of the time."""
 
@@ -91,7 +90,7 @@ class Classifier:
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if batch_size is None:
-            batch_size = _BATCH_SIZES.get(self.device.type, _OTHER_BATCH_SIZE)
+            batch_size = _CPU_BATCH if self.device.type == "cpu" else _GPU_BATCH
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be at least 1")
         self.ood = bundle.ood

@@ -164,7 +164,7 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
 
 def _through(work: Work, run: Run, totals: Totals, listing: Listing, check: Callable[[], None]) -> None:
     progress = Progress(totals, listing)
-    with connected():
+    with connected(dashboard=False):
         for batch in work.dataset(run).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()
             for row in pa.Table.to_pylist(batch):

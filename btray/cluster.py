@@ -19,10 +19,11 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(*, dashboard: bool = True) -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
-    A connection or local cluster made here ends with the block. Raises UserError where RAY_ADDRESS does not answer, and
+    A connection or local cluster made here ends with the block. Without `dashboard` a local cluster has no state API
+    either, which Ray Train asks, and saves a tenth of a core. Raises UserError where RAY_ADDRESS does not answer, and
     Stopped on SIGTERM.
     """
     if ray.is_initialized():
@@ -30,8 +31,12 @@ def connected() -> Iterator[None]:
         return
     _quieten()
     try:
-        # A dashboard that ends with the job has no reader and takes a tenth of a core; a running cluster has its own.
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, configure_logging=True, include_dashboard=False)
+        ray.init(
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            configure_logging=True,
+            include_dashboard=None if dashboard else False,
+        )
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from error
     try:

@@ -159,6 +159,7 @@ class TrainingRun:
         return {
             "train_loss": loss / max(weight, 1e-12),
             "learning_rate": rate,
+            "images": int(fresh),
             "images_per_second": fresh / seconds,
             "feed_ratio": 1 - waited / seconds,
         }

@@ -20,7 +20,8 @@ _log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 
 Record = dict[str, Any]
-"""One epoch: epoch (from 1), train_loss, val_loss, val_macro_f1, val_accuracy, learning_rate, images_per_second, ..."""
+"""One epoch: epoch (from 1), train_loss, val_loss, val_macro_f1, val_accuracy, learning_rate, images (that all workers
+trained on, without those of before a checkpoint in its midst), images_per_second, ..."""
 
 
 class Tracker:

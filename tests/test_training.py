@@ -46,10 +46,12 @@ from tools.processes import descendants, is_alive
 pytestmark = pytest.mark.cluster
 
 # Training and validation loss of the epochs of `unbalanced`, measured when the loop was written: no refactor may change
-# them.
+# them. One curve for each kind of oneDNN's convolutions: AVX2, and AVX-512 (ONEDNN_MAX_CPU_ISA chooses). They round
+# differently, and Adam's first steps go by the signs of gradients, also of those that are nothing but rounding.
 GOLDEN = [
-    1.14843, 0.97853, 1.07164, 0.82766, 0.82968, 0.64055, 0.66428, 0.49332, 0.53371, 0.38604, 0.48006, 0.32567,
-]  # fmt: skip
+    [1.14843, 0.97853, 1.07164, 0.82766, 0.82968, 0.64055, 0.66428, 0.49332, 0.53371, 0.38604, 0.48006, 0.32567],
+    [1.14838, 0.97918, 1.07365, 0.83406, 0.8389, 0.64739, 0.6754, 0.49258, 0.5502, 0.39547, 0.48911, 0.33786],
+]
 LOSSES = ("train_loss", "val_loss")
 
 
@@ -89,6 +91,10 @@ def losses(history: list[dict[str, Any]]) -> list[float]:
     return [record[name] for record in history for name in LOSSES]
 
 
+def is_golden(curve: list[float]) -> bool:
+    return any(curve == pytest.approx(golden, rel=1e-3) for golden in GOLDEN)
+
+
 def read_rejected(config: TrainConfig) -> dict[str, str]:
     rows = csv.DictReader(io.StringIO(storage.read_text(storage.join(run_of(config), "rejected.csv"))))
     return {row["uri"]: row["error_code"] for row in rows}
@@ -104,10 +110,12 @@ def test_two_workers_with_half_the_batch_learn_like_one_with_the_whole(
     assert losses(history_of(finished)) == pytest.approx(losses(alone), rel=1e-4)
 
 
-def test_images_a_second_are_those_that_were_trained_on(finished: TrainConfig, unbalanced: str) -> None:
+def test_every_image_counts_once_however_many_workers_train(finished: TrainConfig, unbalanced: str) -> None:
     images = sum("Training" in info.uri for info in storage.list_files(unbalanced))
     for record in history_of(finished):
-        assert 0 < record["images_per_second"] * record["seconds"] <= images
+        assert images / 2 < record["images"] <= images  # the rest is held out
+        # `seconds` are those of the whole epoch, training and validation
+        assert record["images_per_second"] > record["images"] / record["seconds"]
 
 
 def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
@@ -118,7 +126,7 @@ def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
     other, _ = train_here(tiny(unbalanced, tmp_path / "other", seed=1))
     assert losses(first) == pytest.approx(losses(again), rel=1e-6)
     assert losses(first) != pytest.approx(losses(other), rel=1e-2)
-    assert losses(first) == pytest.approx(GOLDEN, rel=1e-3)
+    assert is_golden(losses(first)), losses(first)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +145,7 @@ def test_each_way_of_training_learns_and_is_no_other(
 ) -> None:
     history, _ = train_here(tiny(unbalanced, tmp_path, **change))
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert losses(history) != pytest.approx(GOLDEN, rel=1e-3)
+    assert not is_golden(losses(history))
 
 
 def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finished: TrainConfig) -> None:

@@ -48,9 +48,13 @@ class LotReader:
             yield lot, answers
 
     def _read(self, lot: Sequence[FileInfo]) -> list[Answer]:
+        places = [info.place or info.uri for info in lot]
+        etags = dict(zip(places, (info.etag for info in lot), strict=True))
         return read_patiently(
-            [info.place or info.uri for info in lot],
-            lambda uris: read_many(uris, threads=self._threads, max_bytes=self._max_bytes),
+            places,
+            lambda uris: read_many(
+                uris, etags=[etags[uri] for uri in uris], threads=self._threads, max_bytes=self._max_bytes
+            ),
             self._patience,
         )
 

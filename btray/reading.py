@@ -17,8 +17,12 @@ _QUICK = 0.001
 _GRACE = 8
 
 
-def read_many(uris: Sequence[str], *, threads: int = 16, max_bytes: int | None = None) -> list[Answer]:
+def read_many(
+    uris: Sequence[str], *, etags: Sequence[str] | None = None, threads: int = 16, max_bytes: int | None = None
+) -> list[Answer]:
     """What `storage.read_bytes` gives or raises for each URI, in their order, read by up to `threads` at a time.
+
+    `etags` are those that the objects were listed with, where no others are wanted; an empty one: any is.
 
     Local files are read one after the other for as long as that is quick: to wake a thread takes as long as to read six
     files that the system has at hand.
@@ -26,17 +30,18 @@ def read_many(uris: Sequence[str], *, threads: int = 16, max_bytes: int | None =
     Once a store has not answered for PATIENCE seconds while nothing else could be read either, the rest is not asked
     for: it is `unavailable` at once, so that a dead store costs seconds and not seconds for each URI.
     """
+    wanted = etags or [""] * len(uris)
     answers = 0
     dead: StorageError | None = None
 
-    def read(uri: str) -> Answer:
+    def read(uri: str, etag: str) -> Answer:
         nonlocal answers, dead
         if dead is not None:
             return StorageError(dead.code, uri, f"not tried after {dead}")
         before = answers
         result: Answer
         try:
-            result = storage.read_bytes(uri, max_bytes=max_bytes)
+            result = storage.read_bytes(uri, max_bytes=max_bytes, etag=etag)
         except StorageError as error:
             result = error
         if not isinstance(result, StorageError) or result.code != "unavailable":
@@ -46,21 +51,21 @@ def read_many(uris: Sequence[str], *, threads: int = 16, max_bytes: int | None =
         return result
 
     if len(uris) < 2 or threads < 2 or all(map(members.is_member, uris)):  # a shard is read once for all its members
-        return [read(uri) for uri in uris]
-    quickly = _while_quick(read, uris)
-    left = uris[len(quickly) :]
+        return list(map(read, uris, wanted))
+    quickly = _while_quick(read, uris, wanted)
+    left = len(uris) - len(quickly)
     if not left:
         return quickly
-    with ThreadPoolExecutor(min(threads, len(left))) as pool:
-        return quickly + list(pool.map(read, left))
+    with ThreadPoolExecutor(min(threads, left)) as pool:
+        return quickly + list(pool.map(read, uris[-left:], wanted[-left:]))
 
 
-def _while_quick(read: Callable[[str], Answer], uris: Sequence[str]) -> list[Answer]:
+def _while_quick(read: Callable[[str, str], Answer], uris: Sequence[str], etags: Sequence[str]) -> list[Answer]:
     """What `read` gives for the first of `uris`, up to an object in a store or until local reading turns out slow."""
     answers: list[Answer] = []
     started = time.perf_counter()
-    for uri in uris:
+    for uri, etag in zip(uris, etags, strict=True):
         if storage.is_remote(uri) or time.perf_counter() - started > _QUICK * (len(answers) + _GRACE):
             break
-        answers.append(read(uri))
+        answers.append(read(uri, etag))
     return answers

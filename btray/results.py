@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
 PARTITIONS = pa.schema([("model_id", pa.string()), ("run_date", pa.string())])
 KEY = ("uri", "frame", "etag", "model_id")
 
-RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable"})
+RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable", "changed"})
 """Codes of rejections that say something of the store or of its permissions, not of the bytes: a later run tries again.
 
 A run's prediction is not retryable where the object is missing or forbidden, since asking again at once is useless."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import s3fs
 from fsspec.asyn import sync, sync_wrapper
 
-from btray.storage_errors import FAILURES, StorageError, as_storage_error, check_size, typed, waits
+from btray import s3_bodies
+from btray.storage_errors import FAILURES, StorageError, as_storage_error, check_found, typed, waits
 
 
 class _Client(s3fs.S3FileSystem):
@@ -51,6 +52,7 @@ def client() -> _Client:
 def reconnect() -> None:
     """Forget the client, so that the next request finds endpoint and credentials anew: they changed, say in a test."""
     _Client.clear_instance_cache()
+    s3_bodies.forget()
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -90,15 +92,18 @@ def require_folder(uri: str) -> None:
         raise StorageError("not_found", uri, "no object below this prefix")
 
 
-def read(uri: str, max_bytes: int | None) -> bytes:
-    """The whole object, with one GET. Raises StorageError."""
-    key = split(uri)[1]
+def read(uri: str, max_bytes: int | None, etag: str = "") -> bytes:
+    """The whole object, with one GET. Raises StorageError, also where its entity tag is not `etag`; empty: any is."""
+    bucket, key = split(uri)
     if not key:
         raise StorageError("is_directory", uri, "a bucket")
-    s3 = client()
+
+    def check(size: int, tag: str) -> None:
+        check_found(uri, size, tag, max_bytes=max_bytes, etag=etag)
+
     try:
-        with typed(uri):
-            data: bytes = sync(s3.loop, _get, s3, uri, max_bytes)
+        found = s3_bodies.fetch(bucket, key, check)
+        data = _got(uri, check) if found is None else found
     except StorageError as error:
         if error.code == "not_found" and "NoSuchBucket" not in error.detail and _is_folder(uri):
             raise StorageError("is_directory", uri, "a prefix of other objects") from error
@@ -151,13 +156,19 @@ def _is_folder(uri: str) -> bool:
     return True
 
 
-async def _get(s3: _Client, uri: str, max_bytes: int | None) -> bytes:
-    bucket, key = split(uri)
+def _got(uri: str, check: Callable[[int, str], None]) -> bytes:
+    s3 = client()
+    with typed(uri):
+        data: bytes = sync(s3.loop, _get, s3, *split(uri), check)
+        return data
+
+
+async def _get(s3: _Client, bucket: str, key: str, check: Callable[[int, str], None]) -> bytes:
     pauses = waits()
     while True:
         answer = await s3._call_s3("get_object", Bucket=bucket, Key=key)
         try:
-            check_size(uri, answer.get("ContentLength", 0), max_bytes)
+            check(answer.get("ContentLength", 0), s3_bodies.plain(answer.get("ETag")))
             data: bytes = await answer["Body"].read()
             return data
         except FAILURES:  # the body broke off

@@ -39,6 +39,7 @@ REJECTION_CODES: Final[dict[str, str]] = {
     "forbidden": "The credentials may not read the object: mend the policy or the credentials and run again.",
     "throttled": "The store asked to slow down and retries did not help: run again with less concurrency.",
     "unavailable": "The store could not be reached and retries did not help: run again when it is up.",
+    "changed": "The object was written anew after the listing: the next run lists and reads it as it is then.",
     "is_directory": "The name is a folder or a directory marker, not a file: leave it out of the worklist.",
     "failed": "The store answered with an error of no known kind: see the message.",
 }

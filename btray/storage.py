@@ -27,7 +27,7 @@ import pyarrow.fs
 from btray import local_files, members, s3
 from btray.errors import UserError
 from btray.s3 import reconnect
-from btray.storage_errors import StorageError, check_size, patient, typed, user_error, waits
+from btray.storage_errors import StorageError, check_found, patient, typed, user_error, waits
 
 __all__ = [
     "FileInfo",
@@ -229,7 +229,11 @@ def _walk(folder: str, above: set[tuple[int, int]]) -> Iterator[FileInfo]:
 
 
 def _info_local(path: str, status: os.stat_result) -> FileInfo:
-    return FileInfo(_readable(path), status.st_size, f"{status.st_size}-{status.st_mtime_ns}", status.st_mtime)
+    return FileInfo(_readable(path), status.st_size, _etag_of(status), status.st_mtime)
+
+
+def _etag_of(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def _readable(path: str) -> str:
@@ -263,18 +267,21 @@ def list_names(uri: str) -> list[str]:
 # ---- reading
 
 
-def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int | None = None, etag: str = "") -> bytes:
     """The whole file or object. A store that throttles or does not answer is asked again for PATIENCE seconds.
 
+    `etag` is the one that it was listed with, where other bytes than those are not wanted; members of packs have none.
+
     Raises:
-        StorageError: too_large above `max_bytes` (before the body is fetched), is_directory, not_found and so on.
+        StorageError: too_large above `max_bytes` or changed where the etag differs (both before the body is fetched),
+            is_directory, not_found and so on.
     """
     if members.is_member(uri):
         return members.read(uri, read_bytes, max_bytes)
-    return s3.read(uri, max_bytes) if is_remote(uri) else _read_local(uri, max_bytes)
+    return s3.read(uri, max_bytes, etag) if is_remote(uri) else _read_local(uri, max_bytes, etag)
 
 
-def _read_local(path: str, max_bytes: int | None) -> bytes:
+def _read_local(path: str, max_bytes: int | None, etag: str) -> bytes:
     pauses = waits()
     while True:
         try:
@@ -282,7 +289,7 @@ def _read_local(path: str, max_bytes: int | None) -> bytes:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError(errno.EINVAL, "not a regular file")
-                check_size(path, status.st_size, max_bytes)
+                check_found(path, status.st_size, _etag_of(status), max_bytes=max_bytes, etag=etag)
                 return file.read()
         except StorageError as error:  # retryable: a network file system, say, that comes back
             pause = next(pauses, None)

@@ -27,6 +27,7 @@ _REMEDIES = {
     "unavailable": "the store does not answer; try again when it does",
     "is_directory": "this is a folder; name a file",
     "too_large": "this is larger than allowed",
+    "changed": "this was written anew in the meantime; run again",
     "failed": "this could not be read or written",
 }
 _AWS_REMEDIES = {
@@ -39,8 +40,8 @@ _AWS_REMEDIES = {
 class StorageError(Exception):
     """A path or object that could not be read, listed or written.
 
-    `code` is not_found, forbidden, throttled, unavailable, is_directory, too_large or failed; `uri` says where;
-    `retryable` is true where the same request may succeed later (throttled, unavailable).
+    `code` is not_found, forbidden, throttled, unavailable, changed, is_directory, too_large or failed; `uri` says
+    where; `retryable` is true where the same request may succeed later (throttled, unavailable).
     """
 
     def __init__(self, code: str, uri: str, detail: str = "") -> None:
@@ -165,6 +166,13 @@ def check_size(uri: str, size: int, max_bytes: int | None) -> None:
     """Raise StorageError too_large where `size` is above `max_bytes`; None: no limit."""
     if max_bytes is not None and size > max_bytes:
         raise StorageError("too_large", uri, f"{size} bytes, more than {max_bytes}")
+
+
+def check_found(uri: str, size: int, found: str, *, max_bytes: int | None, etag: str) -> None:
+    """Raise StorageError: too_large, or changed where the entity tag `found` is not `etag`; empty: any is welcome."""
+    if etag and found != etag:
+        raise StorageError("changed", uri, f"its etag is {found or 'missing'}, it was listed with {etag}")
+    check_size(uri, size, max_bytes)
 
 
 @contextmanager

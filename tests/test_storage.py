@@ -6,6 +6,7 @@ import errno
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -16,12 +17,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from btray import reading, storage
+from btray import reading, s3_bodies, storage
 from btray import s3 as client
 from btray.errors import UserError
 from btray.reading import read_many
@@ -174,10 +176,10 @@ def test_threads_are_woken_only_for_files_that_are_waited_for(
     threads = set()
     read_bytes = storage.read_bytes
 
-    def watched(uri: str, *, max_bytes: int | None = None) -> bytes:
+    def watched(uri: str, **options: Any) -> bytes:
         threads.add(threading.get_ident())
         time.sleep(seconds)
-        return read_bytes(uri, max_bytes=max_bytes)
+        return read_bytes(uri, **options)
 
     monkeypatch.setattr(storage, "read_bytes", watched)
     monkeypatch.setattr(reading, "_QUICK", 0.005)  # a noisy machine is not a slow disk
@@ -448,6 +450,8 @@ class _Faulty(http.server.BaseHTTPRequestHandler):
     def _answer(self, status: int, body: bytes, length: int | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("ETag", '"tag"')
         self.end_headers()
         self.wfile.write(body)
 
@@ -518,7 +522,7 @@ def test_a_lasting_fault_has_its_code(
     assert (caught.value.code, caught.value.retryable) == (code, retryable)
     assert time.monotonic() - started < 5
     if not retryable:
-        assert len(faulty.script) == 999, "what will not change is asked for once"
+        assert len(faulty.script) == 998, "what will not change is asked for once by each client"
 
 
 def test_a_write_waits_out_faults_too(faulty: type[_Faulty]) -> None:
@@ -530,6 +534,51 @@ def test_a_write_waits_out_faults_too(faulty: type[_Faulty]) -> None:
 def test_too_large_an_object_is_refused_before_its_body_is_fetched(faulty: type[_Faulty]) -> None:
     faulty.script += ["cut"]
     assert code_of(lambda: storage.read_bytes("s3://bucket/k", max_bytes=999)) == "too_large"
+
+
+def test_other_bytes_than_those_that_were_listed_are_told(place: str) -> None:
+    uri = storage.join(place, "scan.png")
+    storage.write_bytes(uri, b"before")
+    listed = storage.describe(uri).etag
+    assert storage.read_bytes(uri, etag=listed) == b"before"
+    storage.write_bytes(uri, b"afterwards")
+    assert code_of(lambda: storage.read_bytes(uri, etag=listed)) == "changed"
+    (answer,) = read_many([uri], etags=[listed])
+    assert isinstance(answer, StorageError)
+    assert answer.code == "changed"
+    assert not answer.retryable, "asking again at once gives the same"
+    assert storage.read_bytes(uri, etag=storage.describe(uri).etag) == b"afterwards"
+
+
+# ---- the lean client
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_the_lean_client_fetches_bodies_under_any_name(remote: str, name: str) -> None:
+    uri = storage.join(remote, name)
+    storage.write_bytes(uri, name.encode())
+    seen: list[tuple[int, str]] = []
+    assert s3_bodies.fetch(*client.split(uri), lambda *found: seen.append(found)) == name.encode()
+    assert seen == [(len(name.encode()), storage.describe(uri).etag)]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", ["a//b", "tab\tin it"])
+def test_names_that_the_lean_client_would_change_are_left_to_the_other(remote: str, name: str) -> None:
+    uri = f"{remote}/{name}"
+    storage.write_bytes(uri, b"x")
+    assert s3_bodies.fetch(*client.split(uri), lambda *_: None) is None
+    assert storage.read_bytes(uri) == b"x"
+
+
+@pytest.mark.s3
+def test_a_forked_process_reads_too(remote: str) -> None:
+    uri = f"{remote}/x"
+    storage.write_bytes(uri, b"x")
+    assert storage.read_bytes(uri) == b"x"  # the lean client's threads run from here on
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(storage.read_bytes, (uri,)).get(30) == b"x"
 
 
 # ---- Ray

@@ -1,12 +1,13 @@
 """The classify job beside other ways to do its work, on one archive of real-size JPEG, in one run.
 
 python benchmarks/bulk.py --model BUNDLE --data ../data/brain-tumor-mri [--images 20000] [--more 80000] [--s3]
-                            [--rivals bare documented dataloader daft]
+                            [--rivals bare documented dataloader daft] [--rivals-at-more bare daft]
 
 The archive is made of hard links to the images of --data, or of copies in a SeaweedFS of its own (--s3; the store's
-share of the cores is stated). Pipelines run one after the other (see benchmarks/bulk_rivals.py), the job twice more at
---more images, with the bare loop beside it: cost an image, peak memory. daft makes a virtual environment with Daft,
-which wants an older pyarrow. Start-up counts in `images_per_s`; `steady` is between the first and last part or batch.
+share of the cores is stated). Pipelines run one after the other (see benchmarks/bulk_rivals.py), first over --images,
+then some of them and the job again over --more: cost an image, peak memory, and the job with its start-up beside the
+rivals, at the largest size that each was run at. daft makes a virtual environment with Daft, which wants an older
+pyarrow. Start-up counts in `images_per_s`; `steady` is between the first and last part or batch.
 Run it with nothing else on the machine.
 """
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--engine", default="frozen")
     parser.add_argument("--s3", action="store_true", help="read from a SeaweedFS")
     parser.add_argument("--rivals", nargs="*", default=["bare", "documented", "dataloader"], help="and daft")
+    parser.add_argument("--rivals-at-more", nargs="*", default=["bare"])
     arguments = parser.parse_args()
     model = storage.resolve(arguments.model)
     with tempfile.TemporaryDirectory(prefix="btray-bulk-") as name, _place(Path(name), arguments.s3) as (root, store):
@@ -54,8 +56,7 @@ def main() -> None:
         pictures = sorted(path for path in Path(arguments.data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         uris = _archive(root, pictures, max(arguments.images, arguments.more))
         results: dict[str, Result] = {}
-        at_more = [name for name in arguments.rivals if name == "bare"]
-        for size, rivals in ((arguments.images, arguments.rivals), (arguments.more, at_more)):
+        for size, rivals in ((arguments.images, arguments.rivals), (arguments.more, arguments.rivals_at_more)):
             for pipeline in [*rivals, "job"] if size else ():
                 key = f"{pipeline} {size}"
                 results[key] = _measured(pipeline, model, arguments.engine, uris[:size], out=folder / key, store=store)
@@ -64,15 +65,14 @@ def main() -> None:
 
 
 def _compared(results: dict[str, Result], size: int, more: int) -> Result:
-    largest = more or size
-    job, bare = results[f"job {largest}"], results.get(f"bare {largest}")
+    job = results[f"job {more or size}"]
     said = {}
-    if bare:
-        said["job_over_bare_steady"] = job["steady"] / bare["steady"]
-        said["job_over_bare"] = job["images_per_s"] / bare["images_per_s"]
-    for rival in ("documented", "dataloader", "daft"):
-        if (key := f"{rival} {size}") in results:
-            said[f"job_over_{rival}"] = results[f"job {size}"]["images_per_s"] / results[key]["images_per_s"]
+    for rival in ("bare", "documented", "dataloader", "daft"):
+        found = results.get(f"{rival} {more}") or results.get(f"{rival} {size}")
+        if found:
+            said[f"job_over_{rival}"] = job["images_per_s"] / found["images_per_s"]
+        if found and rival == "bare":
+            said["job_over_bare_steady"] = job["steady"] / found["steady"]
     if more:
         small = results[f"job {size}"]
         said["cost_per_image_larger_over_smaller"] = small["images_per_s"] / job["images_per_s"]

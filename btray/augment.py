@@ -17,8 +17,9 @@ from btray.settings import AugmentConfig
 # One random number each: a name here is a column of the table that `_draw` makes.
 _DRAWS = (
     "flip_horizontal", "flip_vertical", "rotation", "scale", "shear", "shift_x", "shift_y", "contrast", "gamma",
-    "bias_field", "noise", "blur", "erase", "erase_shape", "erase_x", "erase_y",
+    "bias_field", "noise", "blur", "erase", "erase_shape", "erase_x", "erase_y", "tone",
 )  # fmt: skip
+_TONES = 4  # points, evenly spread up to white, through which a random gray curve goes
 _WAVES = 4  # cosine waves along each edge that make up a bias field
 _MASK = 0xFFFFFFFF
 
@@ -39,7 +40,7 @@ class Augmenter:
         draws = dict(zip(_DRAWS, keyed_uniform(keys, len(_DRAWS)).unbind(1), strict=True))
         images = frames.unsqueeze(1).float() / 255.0
         images = self._move(images, draws)
-        images = self._change_gray(images, draws)
+        images = self._change_gray(images, draws, keys)
         images = self._degrade(images, draws, keys)
         if self.config.erase:
             images = _erase(images, draws, self.config.erase)
@@ -65,7 +66,7 @@ class Augmenter:
         grid = torch.stack([across, down], 3)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    def _change_gray(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
+    def _change_gray(self, images: Tensor, draws: dict[str, Tensor], keys: Tensor) -> Tensor:
         config = self.config
         if config.contrast:
             mean = images.mean((2, 3), keepdim=True)
@@ -74,6 +75,9 @@ class Augmenter:
             images = images.clamp(0.0, 1.0)
         if config.gamma:
             images = images.clamp(min=1e-4) ** torch.exp(_column(_around_zero(draws["gamma"])) * config.gamma)
+        if config.tone:
+            weights = _column(config.tone * _half_of_the_time(draws["tone"]))
+            images = images + weights * (_through_curve(images, keyed_uniform(_mix(keys + 3), _TONES)) - images)
         return images
 
     def _degrade(self, images: Tensor, draws: dict[str, Tensor], keys: Tensor) -> Tensor:
@@ -141,6 +145,17 @@ def _pixel_centres(images: Tensor) -> Tensor:
     """Where the pixels of a row lie when the row spans [-1, 1]."""
     size = images.shape[-1]
     return (torch.arange(size, device=images.device) * 2 + 1) / size - 1.0
+
+
+def _through_curve(images: Tensor, points: Tensor) -> Tensor:
+    """Gray levels in [0, 1] through curves of straight pieces from black to `points` [n, pieces]."""
+    pieces = points.shape[1]
+    ends = F.pad(points, (1, 0))
+    slopes = (ends[:, 1:] - ends[:, :-1]) * pieces
+    curved = torch.zeros_like(images)
+    for piece, slope in enumerate(slopes.unbind(1)):
+        curved.addcmul_((images - piece / pieces).clamp(0.0, 1.0 / pieces), _column(slope))
+    return curved
 
 
 def _smooth_field(images: Tensor, keys: Tensor) -> Tensor:

@@ -52,6 +52,9 @@ class AugmentConfig(ComponentConfig):
     """Largest change of contrast about the mean, as a share; what passes black or white is cut off."""
     gamma: Annotated[float, Field(ge=0, le=2)] = 0.4
     """Largest exponent of the gray curve: gamma lies within exp(-value) and exp(+value)."""
+    tone: Share = 0.8
+    """Largest weight of a random gray curve with black at black, in half of the images: other sequences show other
+    tissues bright (Zhou et al. 2019, arXiv:1908.06912)."""
     bias_field: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Largest smooth gain across the frame, as a share: the coil's uneven sensitivity."""
     noise: Annotated[float, Field(ge=0, le=1)] = 0.04

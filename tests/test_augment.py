@@ -20,13 +20,13 @@ OFF: dict[str, float] = {
 }  # every strength at which nothing changes
 STRONG = {
     "flip_horizontal": 0.5, "flip_vertical": 0.5, "rotation": 180, "scale": 0.5, "shear": 30, "translation": 0.3,
-    "contrast": 0.9, "gamma": 1.0, "bias_field": 0.9, "noise": 0.5, "blur": 4.0, "erase": 0.5,
+    "contrast": 0.9, "gamma": 1.0, "tone": 0.9, "bias_field": 0.9, "noise": 0.5, "blur": 4.0, "erase": 0.5,
 }  # fmt: skip
 
 # No defaults: those may change, and these pictures must not.
 MILD = {
     "flip_horizontal": 0.5, "flip_vertical": 0.5, "rotation": 15, "scale": 0.15, "shear": 6, "translation": 0.06,
-    "contrast": 0.25, "gamma": 0.3, "bias_field": 0.2, "noise": 0.03, "blur": 0.7, "erase": 0.2,
+    "contrast": 0.25, "gamma": 0.3, "tone": 0.0, "bias_field": 0.2, "noise": 0.03, "blur": 0.7, "erase": 0.2,
 }  # fmt: skip
 # Three pixels and the mean size of three pictures: a change here changes what every seed trains on.
 GOLDEN = [
@@ -121,7 +121,7 @@ def test_each_strength_does_something_alone_and_nothing_at_zero(frames: torch.Te
     plain = to_tensor(frames)
     changed = (only(**{name: STRONG[name]})(frames, numbers(24), 2) - plain).abs().amax((1, 2, 3))
     assert (changed > 0.05).sum() >= 5
-    if name in {"flip_horizontal", "flip_vertical", "noise", "blur", "erase"}:  # as documented: not every time
+    if name in {"flip_horizontal", "flip_vertical", "tone", "noise", "blur", "erase"}:  # as documented: not every time
         assert (changed < 1e-4).sum() >= 4
     without = Augmenter(AugmentConfig(**{**STRONG, name: 0.0}), seed=5)(frames, numbers(24), 2)
     assert (without - Augmenter(AugmentConfig(**STRONG), seed=5)(frames, numbers(24), 2)).abs().max() > 0.05
@@ -249,3 +249,13 @@ def test_pictures_of_the_past_come_out_again(frames: torch.Tensor) -> None:
         [images[:, 0, 10, 20], images[:, 0, 32, 32], images[:, 0, 50, 40], images.abs().mean((1, 2, 3))]
     )
     torch.testing.assert_close(found, torch.tensor(GOLDEN), atol=1e-4, rtol=0)
+
+
+def test_a_gray_curve_keeps_black_black_and_equal_grays_equal_and_may_turn_the_order_round() -> None:
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).repeat(SIZE, 1)[None].repeat(64, 1, 1)  # a gray level a column
+    curved = only(tone=0.99)(ramp, numbers(64), 0)[:, 0]
+    assert (curved.std(1) < 1e-4).all(), "one level stays one level"
+    assert (curved[:, 0, 0] - curved.amin((1, 2)) < 1e-5).all(), "nothing is darker than the background"
+    steps = curved[:, 0].diff(dim=1)
+    turned = (steps.amin(1) < -1e-3).sum()
+    assert 8 <= turned <= 40, "in a good part of the half that is changed at all, some darker tissue gets brighter"

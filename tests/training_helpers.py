@@ -34,7 +34,7 @@ OPTIMISER = OptimiserConfig(
 )  # fmt: skip
 AUGMENT = AugmentConfig(
     flip_horizontal=0.5, flip_vertical=0.0, rotation=15.0, scale=0.15, shear=6.0, translation=0.06, contrast=0.25,
-    gamma=0.3, bias_field=0.2, noise=0.03, blur=0.7, erase=0.0,
+    gamma=0.3, tone=0.0, bias_field=0.2, noise=0.03, blur=0.7, erase=0.0,
 )  # fmt: skip
 PREPROCESS = PreprocessConfig(size=32, crop=True, margin=0.02, low_percentile=0.5, high_percentile=99.5)
 

@@ -182,10 +182,10 @@ def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment, p
     reference_rows, validation_rows = _reference_rows(plan), _rows_at(plan, plan.validation)
     scores = _score(data, trained, np.concatenate([reference_rows, validation_rows]))
     validation, reference = scores.of_rows(validation_rows), scores.of_rows(reference_rows)
-    limits = choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference.answers.features)
+    first_limits = choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference.answers.features)
     # of the network as it was before it learnt from these images too
-    profile = profile_of(_bundle(data, trained, limits), validation)
-    final = _refit(data, trained)
+    profile = profile_of(_bundle(data, trained, first_limits), validation)
+    final, limits = _refit(data, trained), first_limits
     test_rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) == "test")
     if final is not trained:
         scores = _score(data, final, np.concatenate([reference_rows, test_rows]))
@@ -194,7 +194,10 @@ def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment, p
     else:
         test = _score(data, trained, test_rows)
     bundle = _bundle(data, final, limits)
-    assessment = _assess(data, trained, bundle, test, validation if len(test.row) == 0 else None)
+    if len(test.row):
+        assessment = _assess(data, trained, bundle, test, None)
+    else:  # what the first network answers is measured by what it knew of itself
+        assessment = _assess(data, trained, replace(bundle, ood=first_limits.ood), test, validation)
     assessment.files[REFERENCE] = json.dumps(profile.to_json()).encode()
     if len(test.rejected):
         rejected = pa.concat_tables([rejections_in(data.survey), test.rejected])

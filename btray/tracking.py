@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ HISTORY = "history.jsonl"
 
 Record = dict[str, Any]
 """One epoch: epoch (from 1), train_loss, val_loss, val_macro_f1, val_accuracy, learning_rate, images (that all workers
-trained on, without those of before a checkpoint in its midst), images_per_second, ..."""
+trained on, without those of before a checkpoint in its midst), images_per_second, ... A loss that is not finite is
+None."""
 
 
 class Tracker:
@@ -44,7 +47,7 @@ class Tracker:
             sys.stdout.write(progress_line(history, self.epochs) + "\n")
             sys.stdout.flush()
         telemetry.epoch_ended(self._run_id, record)
-        storage.write_text(storage.join(self.run_uri, HISTORY), "".join(json.dumps(row) + "\n" for row in history))
+        storage.write_text(storage.join(self.run_uri, HISTORY), as_lines(history))
         numbers = {key: value for key, value in record.items() if key != "epoch" and value is not None}
         self._write_events(numbers, record["epoch"])
         if self._mlflow:
@@ -68,21 +71,35 @@ class Tracker:
             self._mlflow.end()
 
 
+def finite(record: Record) -> Record:
+    """The record with None for numbers that are not finite, which JSON does not have."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
+
+
+def as_lines(history: Sequence[Mapping[str, Any]]) -> str:
+    """The text of HISTORY: a line of JSON an epoch."""
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
+
+
 def progress_line(history: list[Record], epochs: int) -> str:
     """One epoch for a human: loss, validation macro-F1 and its best where there is one, images/s, time left."""
     record = history[-1]
     left = (epochs - record["epoch"]) * sum(row["seconds"] for row in history[-5:]) / len(history[-5:])
     held_out = "  on all images"
-    if record["val_loss"] is not None:
+    if record["val_macro_f1"] is not None:
         best = max(history, key=lambda row: row["score"])
         held_out = (
-            f"  val loss {record['val_loss']:.3f}  "
+            f"  val loss {_shown(record['val_loss'])}  "
             f"val macro-F1 {record['val_macro_f1']:.3f} (best {best['val_macro_f1']:.3f} in epoch {best['epoch']})"
         )
     return (
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.3f}{held_out}  "
+        f"epoch {record['epoch']}/{epochs}  loss {_shown(record['train_loss'])}{held_out}  "
         f"{record['images_per_second']:.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
     )
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 class _MlflowRun:

@@ -26,7 +26,7 @@ from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN
 from btray.initial import read_initial_weights
 from btray.limits import Limits, choose_limits, profile_of
-from btray.loop import load_state, train_loop
+from btray.loop import DIVERGED, load_state, train_loop
 from btray.ood import REFERENCE_IMAGES, Distribution
 from btray.planning import (
     StreamSplit,
@@ -43,7 +43,7 @@ from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rej
 from btray.scoring import Scores, score
 from btray.settings import TrainConfig
 from btray.stopping import stoppable
-from btray.tracking import Record, require_mlflow
+from btray.tracking import HISTORY, Record, as_lines, require_mlflow
 from btray.worklist import read_labelled
 
 _log = logging.getLogger(__name__)
@@ -164,8 +164,20 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
             raise Stopped(f"run {plan.run_uri} was stopped and has written a checkpoint; the same command goes on")
     if result.checkpoint is None or not result.best_checkpoints:
         raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
-    best, _ = max(result.best_checkpoints, key=lambda pair: float(pair[1]["score"]))
-    return Trained(_read_state(best)["evaluated"], _read_state(result.checkpoint)["history"])
+    return Trained(best_weights(result.best_checkpoints, config.name), _read_state(result.checkpoint)["history"])
+
+
+def best_weights(checkpoints: Sequence[tuple[ray.train.Checkpoint, dict[str, Any]]], run: str) -> dict[str, Any]:
+    """The network of the checkpoint with the highest score. Raises UserError where training diverged before it."""
+    best, record = max(checkpoints, key=lambda pair: float(pair[1]["score"]))
+    weights: dict[str, Any] = _read_state(best)["evaluated"]
+    if record["score"] <= DIVERGED or not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(
+            f"training diverged: run {run!r} has no epoch with a finite loss and finite weights; lower "
+            "--optimiser.learning-rate, or set --optimiser.clip-norm, and give another --name; where the refit alone "
+            "diverged, --refit-epochs 0 does without it"
+        )
+    return weights
 
 
 def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
@@ -250,7 +262,7 @@ def _assess(
     files = assessment.files | {
         "MODEL_CARD.md": model_card_of(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": plan.config.to_yaml().encode(),
-        "history.jsonl": "".join(json.dumps(record) + "\n" for record in trained.history).encode(),
+        HISTORY: as_lines(trained.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),
     }
     return Assessment(assessment.metrics, files)

@@ -56,6 +56,13 @@ def test_the_progress_line_says_loss_best_epoch_speed_and_time_left() -> None:
         assert part in line
 
 
+def test_the_progress_line_of_a_diverged_epoch_says_so_and_names_the_best() -> None:
+    diverged = {**record(4, 0.1), "train_loss": None, "val_loss": None, "score": -1.0}
+    line = progress_line([*HISTORY_OF_THREE, diverged], epochs=7)
+    assert "loss not finite  val loss not finite" in line
+    assert "best 0.900 in epoch 2" in line
+
+
 def test_every_epoch_is_in_the_history_and_in_the_events_when_it_has_ended(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y"))
     for count in (1, 2, 3):

@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray.train
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from btray import phantoms, storage, training, worklist
+from btray import loop, phantoms, storage, training, worklist
 from btray.bundle import load_bundle, read_fingerprints
 from btray.classifier import Classifier
 from btray.errors import ThresholdExceeded, UserError
 from btray.frames import FrameSource, Rejection
+from btray.optimise import weighted_losses
 from btray.settings import TrainConfig
 from btray.training import train
 from tests.conftest import ROOT
@@ -184,6 +186,44 @@ def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_an
     assert sum(p.out_of_distribution for p in said) == metrics["out_of_distribution"]["flagged"]
     assert sum(not p.abstained for p in said) == metrics["abstention"]["answered"]
     assert all(p.label in p.label_set for p in said)
+
+
+def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_the_best_of_none(
+    ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses_of_steps = iter(range(1000))
+
+    def break_in_the_third_epoch(*arguments: Any) -> torch.Tensor:  # 80 images in batches of 16 are 5 steps
+        return weighted_losses(*arguments) * (float("nan") if next(losses_of_steps) >= 12 else 1.0)
+
+    monkeypatch.setattr(loop, "weighted_losses", break_in_the_third_epoch)
+    config = tiny(with_val_split, tmp_path / "model", epochs=6, num_workers="1")
+    history, _ = train_here(config)
+    assert [record["train_loss"] is None for record in history] == [False, False, True]
+    assert history[2]["val_loss"] is None
+    assert history[2]["score"] < 0.0 <= history[0]["val_macro_f1"]
+    assert "NaN" not in storage.read_text(storage.join(run_of(config), "history.jsonl"))
+
+
+def test_a_score_is_finite_and_that_of_a_diverged_epoch_below_every_other() -> None:
+    for loss in (float("nan"), float("inf")):
+        assert loop.score_of(1.0, loss) < loop.score_of(0.0, 1e9)
+
+
+def test_the_best_finite_checkpoint_is_kept_and_where_there_is_none_the_remedy_is_named(tmp_path: Path) -> None:
+    def checkpoint(epoch: int, value: float) -> ray.train.Checkpoint:
+        folder = tmp_path / str(epoch)
+        folder.mkdir()
+        torch.save({"evaluated": {"w": torch.tensor([value])}}, folder / loop.STATE)
+        return ray.train.Checkpoint.from_directory(folder)
+
+    nan = float("nan")
+    good, late = checkpoint(1, 3.0), checkpoint(2, nan)
+    ranked = [(late, {"score": loop.score_of(0.9, nan)}), (good, {"score": loop.score_of(0.5, 0.7)})]
+    assert training.best_weights(ranked, "train")["w"].item() == 3.0
+    for score in (loop.score_of(0.9, nan), 4.0):  # 4.0: of a refit's fifth epoch, which is not validated
+        with pytest.raises(UserError, match=r"diverged.*--optimiser\.learning-rate.*--optimiser\.clip-norm.*--name"):
+            training.best_weights([(late, {"score": score})], "train")
 
 
 @pytest.mark.soak

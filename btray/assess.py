@@ -53,6 +53,7 @@ def evaluate(config: EvaluateConfig) -> str:
     if split:
         table = table.filter(pc.equal(table["split"], split))
     require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
+    storage.require_writable(out, "--out")
     with connected():
         scores = score(bundle, np.arange(len(table)), table["uri"], batch_size=config.batch_size)
     report_rejections(scores.rejected, table)

@@ -162,6 +162,20 @@ def _exit_codes() -> Iterator[None]:
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         sys.exit(143)
+    except Exception as error:
+        known = _storage_failure(error)
+        if known is None:
+            raise
+        sys.exit(_report(*known))
+
+
+def _storage_failure(error: Exception) -> tuple[UserError, int] | None:
+    """One line and the exit code where the error is of storage; None for any other, whose traceback is wanted."""
+    from btray.storage_errors import StorageError, user_error  # heavy, and only a failure needs it
+
+    if not isinstance(error, StorageError):
+        return None
+    return user_error(error), 1 if error.retryable else 2
 
 
 def _report(error: Exception, code: int) -> int:

@@ -73,7 +73,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     """
     out, run_uri = storage.resolve(config.out), storage.join(storage.resolve(config.storage_uri), config.name)
     logs.bind(run_id=config.name)
-    require_free(out)
+    require_destinations(config)
     if config.mlflow:
         require_mlflow()
     table = read_labelled(config.data)
@@ -89,6 +89,15 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     print(f"model {saved.manifest.model_id}; report {storage.join(out, 'report.html')}; run {run_uri}", flush=True)
     enforce_max_rejected(unread, table["split"].to_pylist().count("test"), config.max_rejected)
     return out
+
+
+def require_destinations(config: TrainConfig) -> None:
+    """Raise UserError unless the bundle can be written to --out, and the run to --storage."""
+    out = storage.resolve(config.out)
+    require_free(out)
+    storage.require_writable(out, "--out")
+    if config.storage is not None:
+        storage.require_writable(storage.resolve(config.storage), "--storage")
 
 
 def _claim(data: TrainingData) -> None:

@@ -19,7 +19,6 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from btray import storage
-from btray.bundle import require_free
 from btray.cluster import connected, cpus, gpus
 from btray.errors import UserError
 from btray.initial import read_initial_weights
@@ -28,7 +27,7 @@ from btray.planning import TrainingData, data_digest, prepare, training_classes,
 from btray.settings import NetworkConfig, TrainConfig
 from btray.settings_tune import SpaceConfig, TuneConfig
 from btray.tracking import HISTORY, require_mlflow
-from btray.training import RUN_MAY_CHANGE, claim_run, fit, train
+from btray.training import RUN_MAY_CHANGE, claim_run, fit, require_destinations, train
 from btray.tuning_report import Row, accuracy_against_cost, by_score, table_csv, table_text
 from btray.worklist import read_labelled
 
@@ -52,7 +51,7 @@ def tune(config: TuneConfig) -> str:
     """
     folder = storage.join(storage.resolve(config.storage_uri), config.name)
     config = config.model_copy(update={"search": _search_kind(config)})
-    require_free(storage.resolve(config.out))
+    require_destinations(config)
     if config.mlflow:
         require_mlflow()
     table = read_labelled(config.data)

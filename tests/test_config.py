@@ -17,6 +17,7 @@ from btray import phantoms, storage
 from btray.config import ComponentConfig, JobConfig, run_job
 from btray.errors import ThresholdExceeded, UserError
 from btray.settings import EvaluateConfig, PredictConfig, TrainConfig
+from btray.storage import StorageError
 from tests.forked_jobs import ROOT, Ended, run_all
 from tests.tiny_bundle import saved_bundle
 from tools.s3_server import S3Server
@@ -213,6 +214,22 @@ def test_each_ending_has_its_exit_code(
         assert capsys.readouterr() == ("", "error: a line\n")
 
 
+@pytest.mark.parametrize(("code", "exit_code"), [("forbidden", 2), ("not_found", 2), ("unavailable", 1)])
+def test_a_storage_error_that_no_one_caught_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str, exit_code: int
+) -> None:
+    def job(config: TrainConfig) -> str:
+        raise StorageError(code, "s3://bucket/x")
+
+    monkeypatch.setattr(sys, "argv", ["job", *NEEDED])
+    with pytest.raises(SystemExit) as caught:
+        run_job(TrainConfig, job)
+    assert caught.value.code == exit_code
+    said = capsys.readouterr().err
+    assert said.startswith("error: s3://bucket/x: ")
+    assert said.count("\n") == 1
+
+
 def test_only_the_config_layer_reads_arguments_and_environment() -> None:
     for path in (ROOT / "btray").glob("*.py"):
         found = re.findall(r"sys\.argv|os\.environ|os\.getenv", path.read_text())
@@ -259,6 +276,7 @@ def test_unusable_input_of_a_job_is_one_line_and_exit_code_2(tmp_path: Path) -> 
     foreign.mkdir()
     (foreign / "thesis.doc").write_text("mine")
     saved_bundle(tmp_path / "model", classes=("glioma", "no_tumor"))
+    saved_bundle(tmp_path / "five")
     out = str(tmp_path / "out")
     cases = {
         "absent data": ("train", ["--data", str(tmp_path / "absent"), "--out", out], ["absent"]),
@@ -267,6 +285,21 @@ def test_unusable_input_of_a_job_is_one_line_and_exit_code_2(tmp_path: Path) -> 
         "one class folder": ("train", ["--data", str(single), "--out", out], ["glioma"]),
         "foreign out": ("train", ["--data", data, "--out", str(foreign)], ["--out", "thesis.doc"]),
         "out is a file": ("train", ["--data", data, "--out", str(foreign / "thesis.doc")], ["--out", "thesis.doc"]),
+        "out below a file": (
+            "evaluate",
+            ["--model", str(tmp_path / "five"), "--data", data, "--out", str(foreign / "thesis.doc" / "x")],
+            ["--out", "thesis.doc is no folder"],
+        ),
+        "audit below a file": (
+            "audit",
+            ["--data", data, "--out", str(foreign / "thesis.doc" / "x")],
+            ["--out", "thesis.doc is no folder"],
+        ),
+        "storage is a file": (
+            "train",
+            ["--data", data, "--out", out, "--storage", str(foreign / "thesis.doc")],
+            ["--storage", "thesis.doc is no folder"],
+        ),
         "other scheme": ("train", ["--data", "gs://bucket/x", "--out", out], ["gs://"]),
         "no bundle": ("evaluate", ["--model", str(tmp_path / "absent"), "--data", data, "--out", out], ["bundle.json"]),
         "wrong pin": (
@@ -299,6 +332,7 @@ def test_a_store_that_refuses_is_one_line_and_exit_code_2(s3: S3Server, bucket: 
         ("jobs/train.py", ["--data", f"{bucket}/data", "--out", out]),
         ("jobs/train.py", ["--data", f"{bucket}/data", "--out", f"{absent}/out"]),
         ("jobs/evaluate.py", ["--model", f"{bucket}/model", "--data", f"{bucket}/data", "--out", out]),
+        ("jobs/train.py", ["--data", f"{bucket}/data", "--out", out, "--storage", f"{absent}/runs"]),
     ]
     endings = run_all(cases, case2=wrong, case4=wrong)
     assert_one_line(endings[0], "no-such-bucket-of-btray")
@@ -306,6 +340,7 @@ def test_a_store_that_refuses_is_one_line_and_exit_code_2(s3: S3Server, bucket: 
     assert_one_line(endings[2], bucket, "AWS_")
     assert_one_line(endings[3], "no-such-bucket-of-btray")
     assert_one_line(endings[4], bucket, "AWS_")
+    assert_one_line(endings[5], "--storage", "no-such-bucket-of-btray")
 
 
 def test_every_setting_says_what_it_is() -> None:

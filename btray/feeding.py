@@ -18,6 +18,7 @@ from torch import Tensor
 
 from btray.fingerprint import NO_FINGERPRINT, fingerprint_of
 from btray.frames import FRAMES_PER_SCAN, FrameSource, Rejection
+from btray.scans import Scan
 from btray.settings import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -120,23 +121,45 @@ class _Decode:
     def __init__(self, source: FrameSource) -> None:
         self.source = source
 
-    def __call__(self, batch: Arrays) -> Arrays:
-        size = self.source.preprocess.size
-        columns: dict[str, list[Any]] = {name: [] for name in [*_SURVEYED, "frame"]}
+    def __call__(self, batch: Arrays) -> Iterator[Arrays]:
+        """Blocks of some _BLOCK_ROWS frames each, as they are decoded: scans of many frames do not fill the memory."""
+        rows: list[dict[str, Any]] = []
         scans = self.source.scans([str(uri) for uri in batch["uri"]])
         for row, label, scan in zip(batch["row"], batch["label"], scans, strict=True):
-            rejection = scan if isinstance(scan, Rejection) else None
-            shown = [np.zeros((size, size), np.uint8)] if isinstance(scan, Rejection) else self.source.frames_of(scan)
-            fingerprint = NO_FINGERPRINT if isinstance(scan, Rejection) else fingerprint_of(scan.frames)
-            for number, frame in enumerate(shown):
-                columns["sample"].append(int(row) * FRAMES_PER_SCAN + number)
-                columns["label"].append(int(label))
-                columns["frame"].append(frame)
-                columns["digest"].append(hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest())
-                columns["fingerprint"].append(fingerprint)
-                columns["code"].append(rejection.code if rejection else "")
-                columns["message"].append(rejection.message if rejection else "")
-        return {name: _as_array(name, values) for name, values in columns.items()}
+            rows += self._frames(int(row), int(label), _numberable(scan))
+            if len(rows) >= _BLOCK_ROWS:
+                yield _as_columns(rows)
+                rows = []
+        if rows:
+            yield _as_columns(rows)
+
+    def _frames(self, row: int, label: int, scan: Scan | Rejection) -> Iterator[dict[str, Any]]:
+        rejection = scan if isinstance(scan, Rejection) else None
+        size = self.source.preprocess.size
+        shown = [np.zeros((size, size), np.uint8)] if isinstance(scan, Rejection) else self.source.frames_of(scan)
+        fingerprint = NO_FINGERPRINT if isinstance(scan, Rejection) else fingerprint_of(scan.frames)
+        for number, frame in enumerate(shown):
+            yield {
+                "sample": row * FRAMES_PER_SCAN + number,
+                "label": label,
+                "digest": hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest(),
+                "fingerprint": fingerprint,
+                "code": rejection.code if rejection else "",
+                "message": rejection.message if rejection else "",
+                "frame": frame,
+            }
+
+
+def _numberable(scan: Scan | Rejection) -> Scan | Rejection:
+    """The scan, rejected where its last frames would have the sample numbers of the next scan."""
+    if isinstance(scan, Rejection) or len(scan.frames) <= FRAMES_PER_SCAN:
+        return scan
+    said = f"{len(scan.frames)} frames, more than the {FRAMES_PER_SCAN} that training takes of a scan: split it"
+    return Rejection("bomb", said, retryable=False)
+
+
+def _as_columns(rows: list[dict[str, Any]]) -> Arrays:
+    return {name: _as_array(name, [row[name] for row in rows]) for name in rows[0]}
 
 
 def _as_array(name: str, values: list[Any]) -> npt.NDArray[Any]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import ray
 import ray.data
 import ray.train
 import torch
@@ -113,6 +114,25 @@ def survey(frames: ray.data.Dataset) -> pa.Table:
     """Everything about decoded rows but the frames: sample, label, digest, fingerprint, code, message; by sample."""
     batches = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables(batches).sort_by("sample")
+
+
+def keep(frames: ray.data.Dataset, most: int) -> tuple[ray.data.Dataset | None, pa.Table]:
+    """The decoded frames in Ray's object store, None where they are more than `most`; and their `survey`.
+
+    Frames are counted, not scans, of which some have hundreds; those past the limit are let go as they come.
+    """
+    kept: list[Any] = []
+    seen, count = [], 0
+    blocks: Iterator[Any] = iter(frames.iter_batches(batch_size=None, batch_format="pyarrow"))
+    for block in blocks:
+        seen.append(block.select(_SURVEYED).take(np.arange(len(block))))  # a copy, which does not hold the frames
+        count += len(block)
+        if count <= most:
+            kept.append(ray.put(block))
+        else:
+            kept.clear()
+    found = pa.concat_tables(seen).sort_by("sample")
+    return (ray.data.from_arrow_refs(kept) if kept else None), found
 
 
 class _Decode:

@@ -20,7 +20,7 @@ from btray import storage
 from btray.cluster import cpus, require_gpus
 from btray.duplicates import group_by_fingerprint
 from btray.errors import UserError
-from btray.feeding import Plan, decode_rows, survey
+from btray.feeding import Plan, decode_rows, keep, survey
 from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN, FrameSource
 from btray.labels import class_order, require_known_labels
@@ -71,13 +71,13 @@ def prepare(
     rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) != "test")
     source = FrameSource(config.preprocess)
     numbered = _numbered(table, rows, classes)
-    streaming = len(rows) * config.preprocess.size**2 > config.cache_gb * 1e9
-    _check_streaming(config, streaming)
+    most = int(config.cache_gb * 1e9 / config.preprocess.size**2)
+    too_many = len(rows) > most
+    _check_streaming(config, too_many)
     _log.info("reading %d images of %d classes from %s", len(rows), len(classes), config.data)
-    frames = decode_rows(numbered, source)
-    if not streaming:
-        frames = frames.materialize()
-    found = survey(frames)
+    decoded = decode_rows(numbered, source)
+    frames, found = (None, survey(decoded)) if too_many else keep(decoded, most)
+    _check_streaming(config, frames is None)
     rejected = rejections_in(found)
     report_rejections(rejected, table)
     if len(rejected):
@@ -93,11 +93,11 @@ def prepare(
         labels=used["label"].to_numpy(),
         train=np.flatnonzero(~validation),
         validation=np.flatnonzero(validation),
-        streaming=streaming,
+        streaming=frames is None,
         initial_weights=initial,
     )
     _check_plan(plan)
-    return TrainingData(table, None if streaming else frames, found, used, leak, plan)
+    return TrainingData(table, frames, found, used, leak, plan)
 
 
 def _settle_leak(

@@ -152,6 +152,20 @@ def test_blocks_hold_few_frames_however_many_a_scan_has(tmp_path: Path, monkeypa
     assert np.concatenate([block["label"] for block in blocks]).tolist() == [0] * 5 + [1] * 5 + [2] + [3] * 5 + [4] * 5
 
 
+@pytest.mark.cluster
+def test_frames_are_kept_while_they_fit_however_few_scans_they_are_of(ray_session: None, tmp_path: Path) -> None:
+    root = Path(write_tree(tmp_path / "data", {"train/glioma": 6, "train/no_tumor": 6, "val/glioma": 2}))
+    Path(root, "train", "no_tumor", "many.tiff").write_bytes(tiff(50))
+    frames = 6 + 6 + 2 + 50
+    for room, streaming in ((frames, False), (frames - 1, True)):
+        data = prepared(tiny(str(root), tmp_path / "out", cache_gb=room * PREPROCESS.size**2 / 1e9))
+        assert data.plan.streaming == streaming
+        assert len(data.plan.samples) == frames
+        assert (data.frames is None) == streaming
+        if data.frames is not None:
+            assert sorted(row["sample"] for row in data.frames.take_all()) == data.plan.samples.tolist()
+
+
 @pytest.mark.soak
 @pytest.mark.cluster
 @pytest.mark.parametrize("workers", [1, 2])

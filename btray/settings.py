@@ -265,7 +265,7 @@ class EvaluateConfig(JobConfig):
     model: str
     """Model bundle."""
     data: str
-    """Labelled data, as for training; its test split where it has one, else all of it."""
+    """Labelled data, as for training; its test split where it has one, else all of it. One class is enough."""
     out: str
     """Where the report is written; local or s3://."""
     model_id: str | None = None

@@ -319,10 +319,10 @@ def _is_below(folder: str, top: str) -> bool:
 
 
 def _manifest(uri: str) -> Contents:
-    """The files that a manifest names, wherever they lie, put into folders by split and label."""
+    """The files that a manifest names, wherever they lie, put into folders by split and label; one class is enough."""
     contents = Contents()
     taken: set[str] = set()
-    for row in read_labelled(uri).to_pylist():
+    for row in read_labelled(uri, least_classes=1).to_pylist():
         folders = [_folder_name(part) for part in (row["split"], row["label"]) if part]
         path = _free_path("/".join([*folders, storage.name(row["uri"])]), taken)
         contents.files.append(

@@ -241,6 +241,13 @@ def test_a_manifest_is_a_source_and_its_names_do_not_collide(tmp_path: Path) -> 
     assert {row["patient_id"] for row in rows_of(manifest)} == {"7", "8", None}
 
 
+def test_a_manifest_of_one_class_is_a_source_beside_others(tmp_path: Path) -> None:
+    make_tree(tmp_path / "x", {"1.png": b"m1"})
+    (tmp_path / "list.csv").write_text("uri,label\nx/1.png,metastasis\n")
+    manifest = run(tmp_path, tmp_path / "list.csv", make_tree(tmp_path / "one", SPLITS))
+    assert content_of(manifest)["list", "metastasis", None] == [b"m1"]
+
+
 def test_an_acquired_data_set_is_a_source_again(tmp_path: Path) -> None:
     first = run(tmp_path, make_tree(tmp_path / "one", SPLITS))
     second = run(tmp_path, first, out=str(tmp_path / "second"))

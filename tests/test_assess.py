@@ -146,6 +146,17 @@ def test_data_without_a_test_split_are_measured_whole_and_classes_may_be_absent(
     assert metrics["per_class"]["no_tumor"]["recall"] is None
 
 
+def test_data_of_one_class_are_measured(ray_session: None, model: str, data: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    one.mkdir()
+    (data / "Training" / "no_tumor").rename(one / "no_tumor")
+    evaluate(settings(model, one, tmp_path / "out"))
+    metrics = strict_json(str(tmp_path / "out" / "metrics.json"))
+    assert (metrics["n"], metrics["per_class"]["no_tumor"]["support"]) == (2, 2)
+    assert metrics["auroc_macro"] is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == PLOTS | PAGES
+
+
 def test_a_label_that_the_model_does_not_know_is_refused_before_anything_is_written(
     model: str, data: Path, tmp_path: Path
 ) -> None:

@@ -150,7 +150,6 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
 
     Raises `UserError` where the source cannot be fetched, is unsafe or holds no labelled images.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     if source.kind == "kaggle":
         yield _tree(_from_kaggle(source.uri), source.shown)
     elif source.kind == "folder":
@@ -158,6 +157,8 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
     elif source.kind == "manifest":
         yield _manifest(source.uri)
     else:
+        with typed(str(cache)):
+            cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as folder:
             archive = _archive_of(source, cache, Path(folder))
             sha256 = digest(archive)

@@ -152,6 +152,17 @@ def test_a_failing_source_leaves_no_manifest(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("unpack-*"))
 
 
+def test_a_cache_that_cannot_be_is_named_before_anything_is_brought(tmp_path: Path) -> None:
+    one = make_tree(tmp_path / "one", SPLITS)
+    (tmp_path / "two.zip").write_bytes(zipped(CLASSES))
+    (tmp_path / "cache").write_text("mine")
+    with pytest.raises(UserError, match=r"^--cache .*cache is no folder") as caught:
+        run(tmp_path, one, tmp_path / "two.zip")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "images").exists()
+    run(tmp_path, one)  # a folder needs none
+
+
 def test_the_same_source_twice_is_kept_apart(tmp_path: Path) -> None:
     one, other = make_tree(tmp_path / "a/set", CLASSES), make_tree(tmp_path / "b/SET", SPLITS)
     manifest = run(tmp_path, one, one, other)

@@ -231,7 +231,19 @@ def _read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(content).__name__}")
+    _refuse_odd_keys(content, path)
     return content
+
+
+def _refuse_odd_keys(content: dict[Any, Any], path: str) -> None:
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise UserError(
+                f"--config {path}: the key {key!r} is no name of a setting (YAML reads no and on as false and true); "
+                "see --help"
+            )
+        if isinstance(value, dict):
+            _refuse_odd_keys(value, path)
 
 
 def _refuse_unknown_environment(cls: type[JobConfig]) -> None:

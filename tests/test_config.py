@@ -118,6 +118,10 @@ def test_a_wrong_flag_is_named_in_one_line(arguments: list[str], named: str) -> 
         ("epochs: [", "YAML"),
         ("!!python/object/apply:os.mkdir [trace]", "YAML"),
         ("\x00", "YAML"),
+        ("no: 3", "False"),
+        ("1: 3", "1"),
+        ("network: {on: 3}", "True"),
+        ("network: {1: 3}", "config.yaml: the key 1 is no name"),
     ],
 )
 def test_a_wrong_key_in_the_file_is_named_in_one_line(tmp_path: Path, text: str, named: str) -> None:

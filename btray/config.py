@@ -247,10 +247,19 @@ def _refuse_odd_keys(content: dict[Any, Any], path: str) -> None:
 
 
 def _refuse_unknown_environment(cls: type[JobConfig]) -> None:
+    """What another job knows may be exported for it, and is none of this job's business."""
     for key in os.environ:
         name = key.removeprefix(ENV_PREFIX).split(_NESTING)[0].lower()
-        if key.startswith(ENV_PREFIX) and name not in cls.model_fields:
-            raise UserError(f"environment variable {key} names no setting of this job; unset it (see --help)")
+        if key.startswith(ENV_PREFIX) and name not in cls.model_fields and name not in _names_of_all_jobs():
+            raise UserError(f"environment variable {key} names no setting of any job; unset it (see --help)")
+
+
+def _names_of_all_jobs() -> set[str]:
+    from btray import settings, settings_bulk, settings_serve, settings_tune  # they are built on this module
+
+    modules = (settings, settings_bulk, settings_serve, settings_tune)
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return {name for value in found if issubclass(value, JobConfig) for name in value.model_fields}
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -152,6 +152,16 @@ def test_a_wrong_variable_is_named_in_one_line(
     assert named in refusal(NEEDED)
 
 
+def test_a_variable_of_another_job_is_none_of_this_ones_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTRAY_EPOCHS", "3")
+    monkeypatch.setenv("BTRAY_NETWORK__DROPOUT", "0.1")
+    monkeypatch.setenv("BTRAY_MAX_REJECTED", "0.5")
+    assert EvaluateConfig.from_command_line(["--model", "m", "--data", "d", "--out", "o"]).max_rejected == 0.5
+    assert TrainConfig.from_command_line(NEEDED).epochs == 3
+    monkeypatch.setenv("BTRAY_EPOCH", "3")
+    assert "BTRAY_EPOCH " in refusal(["--model", "m", "--data", "d", "--out", "o"], EvaluateConfig)
+
+
 class Part(ComponentConfig):
     """A part."""
 

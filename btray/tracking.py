@@ -20,6 +20,7 @@ from btray.settings import TrainConfig
 _log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
+_MLFLOW = "mlflow_run"
 
 Record = dict[str, Any]
 """One epoch: epoch (from 1), train_loss, val_loss, val_macro_f1, val_accuracy, learning_rate, images (that all workers
@@ -35,7 +36,7 @@ class Tracker:
         self.epochs = config.epochs
         self._run_id = config.name
         self._as_json = config.log_format == "json"
-        self._mlflow = _MlflowRun(config) if config.mlflow else None
+        self._mlflow = _MlflowRun(config, run_uri) if config.mlflow else None
 
     def epoch_ended(self, history: list[Record]) -> None:
         """Report the last record of `history`, the records of all epochs so far."""
@@ -103,15 +104,31 @@ def _shown(loss: float | None) -> str:
 
 
 class _MlflowRun:
-    """The same numbers in MLflow, where the extra is installed."""
+    """The same numbers in MLflow, where the extra is installed; one run there for a run here, however often resumed."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, run_uri: str) -> None:
         self._client = require_mlflow().MlflowClient(tracking_uri=config.mlflow)
+        kept = storage.join(run_uri, _MLFLOW)
+        before = storage.read_text(kept) if storage.exists(kept) else None
+        if before is not None and self._goes_on(before):
+            self._run_id = before
+            self._client.update_run(before, status="RUNNING")
+            return
         experiment = self._client.get_experiment_by_name("btray")
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment("btray")
         self._run_id = self._client.create_run(experiment_id, run_name=config.name).info.run_id
+        storage.write_text(kept, self._run_id)
         for key, value in _flat(config.model_dump(mode="json")).items():
             self._client.log_param(self._run_id, key, value)
+
+    def _goes_on(self, run_id: str) -> bool:
+        """Whether the server has the run: it may be another server than before, or the run was deleted there."""
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except require_mlflow().exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def log(self, numbers: Record, epoch: int) -> None:
         for key, value in numbers.items():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from btray.config import ComponentConfig, JobConfig
@@ -181,7 +182,7 @@ class TrainConfig(JobConfig):
     init_from: str | None = None
     """Bundle or weights file (.safetensors, or a torch state dict) to start from."""
     mlflow: str | None = None
-    """MLflow tracking URI to log to (extra `mlflow`)."""
+    """MLflow tracking URI to log to (extra `mlflow`); what is written down of it has no user and no password."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """Preprocessing."""
     augment: AugmentConfig = AugmentConfig()
@@ -203,6 +204,11 @@ class TrainConfig(JobConfig):
         if not 1 <= int(bounds[0]) <= int(bounds[-1]):
             raise ValueError("N, or MIN:MAX with 1 <= MIN <= MAX")
         return str(value)
+
+    @field_serializer("mlflow")
+    def _without_password(self, value: str | None) -> str | None:
+        """A config stands in bundles and beside results, for whoever may read those."""
+        return value and re.sub(r"(?<=://)[^/?#]*@", "", value)
 
     @model_validator(mode="after")
     def _one_way_to_abstain(self) -> Self:

@@ -17,6 +17,7 @@ from btray import phantoms, storage
 from btray.config import ComponentConfig, JobConfig, run_job
 from btray.errors import ThresholdExceeded, UserError
 from btray.settings import EvaluateConfig, PredictConfig, TrainConfig
+from btray.settings_tune import TuneConfig
 from btray.storage import StorageError
 from tests.forked_jobs import ROOT, Ended, run_all
 from tests.tiny_bundle import saved_bundle
@@ -201,6 +202,16 @@ def test_configs_do_not_change() -> None:
     config = TrainConfig(data="d", out="o")
     with pytest.raises(ValueError, match="frozen"):
         config.epochs = 3
+
+
+def test_the_password_of_mlflow_is_used_and_never_written_down() -> None:
+    config = TrainConfig(data="d", out="o", mlflow="https://me:p%40ss@w@host:5000/x@y")
+    assert config.mlflow == "https://me:p%40ss@w@host:5000/x@y"
+    assert config.model_copy(update={"epochs": 2}).mlflow == config.mlflow
+    for written_down in (config.to_yaml(), str(config.model_dump(mode="json")), TuneConfig(**dict(config)).to_yaml()):
+        assert "https://host:5000/x@y" in written_down
+        assert "p%40ss" not in written_down
+    assert "file:/runs/a@b" in TrainConfig(data="d", out="o", mlflow="file:/runs/a@b").to_yaml()
 
 
 @pytest.mark.parametrize(

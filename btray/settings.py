@@ -282,6 +282,8 @@ class EvaluateConfig(JobConfig):
     """Share of unreadable images above which the job ends with exit code 3."""
     batch_size: Positive | None = None
     """Images a forward pass; default: 16 on a CPU, 64 on a GPU."""
+    use_gpu: bool = False
+    """One actor a GPU."""
 
 
 class PredictConfig(JobConfig):

@@ -237,8 +237,9 @@ def _refit(data: TrainingData, trained: Trained) -> Trained:
 
 def _score(data: TrainingData, trained: Trained, rows: npt.NDArray[np.int64]) -> Scores:
     """What the network, not yet calibrated, says of some rows."""
-    uris = data.table["uri"].take(rows)
-    return score(_bundle(data, trained, Limits()), rows, uris, batch_size=data.plan.config.batch_size)
+    config, uris = data.plan.config, data.table["uri"].take(rows)
+    bundle = _bundle(data, trained, Limits())
+    return score(bundle, rows, uris, batch_size=config.batch_size, use_gpu=config.use_gpu)
 
 
 def _assess(

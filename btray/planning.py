@@ -68,6 +68,7 @@ def prepare(
     config: TrainConfig, table: pa.Table, classes: tuple[str, ...], run_uri: str, initial: dict[str, Any] | None
 ) -> TrainingData:
     """Decode the training images once, see which are readable, and choose which are held out."""
+    _check_workers(config, config.batch_size)
     rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) != "test")
     source = FrameSource(config.preprocess)
     numbered = _numbered(table, rows, classes)
@@ -154,6 +155,12 @@ def _check_streaming(config: TrainConfig, streaming: bool) -> None:
         )
 
 
+def _check_workers(config: TrainConfig, batch_size: int) -> None:
+    workers = worker_range(config)[1]
+    if batch_size < workers:
+        raise UserError(f"--batch-size {batch_size} cannot feed --num-workers {workers}; use fewer workers")
+
+
 def _check_plan(plan: Plan) -> None:
     counts = dict(zip(plan.classes, plan.class_counts(), strict=True))
     empty = [label for label, count in counts.items() if count == 0]
@@ -163,9 +170,7 @@ def _check_plan(plan: Plan) -> None:
         raise UserError(
             "no image can be held out for validation without cutting a group; add images or give a val split"
         )
-    workers = worker_range(plan.config)[1]
-    if plan.batch_size < workers:
-        raise UserError(f"--batch-size {plan.batch_size} cannot feed --num-workers {workers}; use fewer workers")
+    _check_workers(plan.config, plan.batch_size)
     held_out = np.bincount(plan.labels[plan.validation], minlength=len(plan.classes)).tolist()
     for label, count, validated in zip(plan.classes, counts.values(), held_out, strict=True):
         _log.info("  %-16s %6d to train on, %5d held out", label, count, validated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     initial = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
     with connected():
         data = prepare(config, table, classes, run_uri, initial)
-        _claim(data)
+        claim_run(run_uri, data, config, RUN_MAY_CHANGE)
         trained = fit(data)
         bundle, assessment, unread = _finish(data, trained)
     saved = save_bundle(bundle, out, {**assessment.files, **(files or {})})
@@ -100,18 +100,14 @@ def require_destinations(config: TrainConfig) -> None:
         storage.require_writable(storage.resolve(config.storage), "--storage")
 
 
-def _claim(data: TrainingData) -> None:
-    plan = data.plan
-    now = {
-        "config": plan.config.model_dump(mode="json", exclude=set(RUN_MAY_CHANGE)),
-        "classes": list(plan.classes),
-        "data": data_digest(data),
-    }
-    claim_run(plan.run_uri, now, plan.config)
+def claim_run(folder: str, data: TrainingData, config: TrainConfig, may_change: Set[str]) -> None:
+    """Write down what the run in `folder` is, or see that the run of this name is the same one. Raises UserError.
 
-
-def claim_run(folder: str, now: Mapping[str, Any], config: TrainConfig) -> None:
-    """Write down what the run in `folder` is, or see that the run of this name is the same one. Raises UserError."""
+    Files count by where they lie, not by how the way there is written.
+    """
+    said = config.model_dump(mode="json", exclude=set(may_change))
+    places = {name: storage.resolve(said[name]) for name in ("data", "init_from") if said[name]}
+    now = {"config": said | places, "classes": list(data.plan.classes), "data": data_digest(data)}
     where = storage.join(folder, RUN)
     if storage.exists(where):
         different = _first_difference(storage.read_json(where), now)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from btray import loop, phantoms, storage, training, worklist
+from btray import loop, phantoms, planning, storage, training, worklist
 from btray.bundle import load_bundle, read_fingerprints
 from btray.classifier import Classifier
 from btray.errors import ThresholdExceeded, UserError
@@ -306,6 +306,19 @@ def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
     assert history_of(finished) == before
 
 
+def test_the_same_files_by_another_way_are_the_same_run(
+    ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(with_val_split, tmp_path / "model")
+    data, folder = prepared(config), storage.join(str(tmp_path), "run")
+    training.claim_run(folder, data, config, training.RUN_MAY_CHANGE)
+    monkeypatch.chdir(Path(with_val_split).parent)
+    for way in (Path(with_val_split).name, f"./{Path(with_val_split).name}/"):
+        training.claim_run(folder, data, config.model_copy(update={"data": way}), training.RUN_MAY_CHANGE)
+    with pytest.raises(UserError, match="another data;"):
+        training.claim_run(folder, data, config.model_copy(update={"data": "elsewhere"}), training.RUN_MAY_CHANGE)
+
+
 # ---- kills
 
 
@@ -491,9 +504,7 @@ def test_unreadable_test_images_are_named_and_too_many_of_them_are_told_after_th
     [
         ({"glioma": 9, "Testing/glioma": 3, "Testing/no_tumor": 3}, {}, "at least two classes outside val and test"),
         ({"glioma": 9, "no_tumor": 9, "Testing/other": 3}, {}, "other"),
-        ({"glioma": 9, "no_tumor": 9}, {"batch_size": 1, "num_workers": "2"}, "--batch-size 1 cannot feed"),
         ({"glioma": 9, "no_tumor": 9}, {"cache_gb": 0, "optimiser": {"class_balance": "sampling"}}, "--cache-gb"),
-        ({"glioma": 9, "no_tumor": 9}, {"use_gpu": True}, "no GPU"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -503,6 +514,19 @@ def test_unusable_input_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         train(tiny(write_tree(tmp_path / "data", counts), tmp_path / "model", **changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"batch_size": 1, "num_workers": "2"}, "--batch-size 1 cannot feed"), ({"use_gpu": True}, "--use-gpu: .*no GPU")],
+    ids=["batch", "gpu"],
+)
+def test_what_no_image_is_needed_to_refuse_is_refused_before_one_is_read(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(planning, "decode_rows", None)
+    with pytest.raises(UserError, match=message):
+        train(tiny(write_tree(tmp_path / "data", {"glioma": 9, "no_tumor": 9}), tmp_path / "model", **changes))
 
 
 def test_a_class_whose_images_are_all_broken_is_named(ray_session: None, tmp_path: Path) -> None:

@@ -61,16 +61,18 @@ def acquire(config: AcquireConfig) -> str:
     out = storage.resolve(config.out)
     try:
         sources = parse_sources(config, out)
+        cache = Path(config.cache or "~/.cache/btray").expanduser().absolute()
+        if any(source.kind in {"http", "archive"} for source in sources):
+            storage.require_writable(str(cache), "--cache")
         shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
         storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
-        brought = [_bring(source, config, out) for source in sources]
+        brought = [_bring(source, config, cache, out) for source in sources]
         return _write(brought, out)
     except StorageError as error:
         raise user_error(error) from error
 
 
-def _bring(source: Source, config: AcquireConfig, out: str) -> _Brought:
-    cache = Path(config.cache or "~/.cache/btray").expanduser()
+def _bring(source: Source, config: AcquireConfig, cache: Path, out: str) -> _Brought:
     limits = UnpackLimits(
         max_bytes=int(config.max_unpacked_gb * 1e9), max_files=config.max_files, max_ratio=config.max_ratio
     )

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from btray import plots, storage
 from btray.bundle import Bundle, Manifest, load_bundle, read_fingerprints
 from btray.classifier import Classifier
-from btray.cluster import connected
+from btray.cluster import connected, require_gpus
 from btray.errors import UserError
 from btray.evaluation import worst_errors
 from btray.fingerprint import Fingerprints
@@ -48,13 +48,18 @@ def evaluate(config: EvaluateConfig) -> str:
     """
     out = storage.resolve(config.out)
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
-    table = read_labelled(config.data)
+    table = read_labelled(config.data, least_classes=1)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))
     require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
+    storage.require_writable(out, "--out")
     with connected():
-        scores = score(bundle, np.arange(len(table)), table["uri"], batch_size=config.batch_size)
+        if config.use_gpu:
+            require_gpus()
+        scores = score(
+            bundle, np.arange(len(table)), table["uri"], batch_size=config.batch_size, use_gpu=config.use_gpu
+        )
     report_rejections(scores.rejected, table)
     storage.write_bytes(storage.join(out, REJECTED), rejections_csv(scores.rejected, table))
     measured_on = f"the test split of {config.data}" if split else f"all of {config.data}"

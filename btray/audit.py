@@ -48,6 +48,7 @@ def audit(config: AuditConfig) -> str:
     """
     out = storage.resolve(config.out)
     table = read_labelled(config.data, least_classes=1)
+    storage.require_writable(out, "--out")
     with connected():
         found = inspect_files(table["uri"])
         readable = found.filter(pc.equal(found["code"], ""))

@@ -162,6 +162,20 @@ def _exit_codes() -> Iterator[None]:
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         sys.exit(143)
+    except Exception as error:
+        known = _storage_failure(error)
+        if known is None:
+            raise
+        sys.exit(_report(*known))
+
+
+def _storage_failure(error: Exception) -> tuple[UserError, int] | None:
+    """One line and the exit code where the error is of storage; None for any other, whose traceback is wanted."""
+    from btray.storage_errors import StorageError, user_error  # heavy, and only a failure needs it
+
+    if not isinstance(error, StorageError):
+        return None
+    return user_error(error), 1 if error.retryable else 2
 
 
 def _report(error: Exception, code: int) -> int:
@@ -217,14 +231,35 @@ def _read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(content).__name__}")
+    _refuse_odd_keys(content, path)
     return content
 
 
+def _refuse_odd_keys(content: dict[Any, Any], path: str) -> None:
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise UserError(
+                f"--config {path}: the key {key!r} is no name of a setting (YAML reads no and on as false and true); "
+                "see --help"
+            )
+        if isinstance(value, dict):
+            _refuse_odd_keys(value, path)
+
+
 def _refuse_unknown_environment(cls: type[JobConfig]) -> None:
+    """What another job knows may be exported for it, and is none of this job's business."""
     for key in os.environ:
         name = key.removeprefix(ENV_PREFIX).split(_NESTING)[0].lower()
-        if key.startswith(ENV_PREFIX) and name not in cls.model_fields:
-            raise UserError(f"environment variable {key} names no setting of this job; unset it (see --help)")
+        if key.startswith(ENV_PREFIX) and name not in cls.model_fields and name not in _names_of_all_jobs():
+            raise UserError(f"environment variable {key} names no setting of any job; unset it (see --help)")
+
+
+def _names_of_all_jobs() -> set[str]:
+    from btray import settings, settings_bulk, settings_serve, settings_tune  # they are built on this module
+
+    modules = (settings, settings_bulk, settings_serve, settings_tune)
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return {name for value in found if issubclass(value, JobConfig) for name in value.model_fields}
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import ray
 import ray.data
 import ray.train
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from btray.fingerprint import NO_FINGERPRINT, fingerprint_of
 from btray.frames import FRAMES_PER_SCAN, FrameSource, Rejection
+from btray.scans import Scan
 from btray.settings import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -114,29 +116,70 @@ def survey(frames: ray.data.Dataset) -> pa.Table:
     return pa.concat_tables(batches).sort_by("sample")
 
 
+def keep(frames: ray.data.Dataset, most: int) -> tuple[ray.data.Dataset | None, pa.Table]:
+    """The decoded frames in Ray's object store, None where they are more than `most`; and their `survey`.
+
+    Frames are counted, not scans, of which some have hundreds; those past the limit are let go as they come.
+    """
+    kept: list[Any] = []
+    seen, count = [], 0
+    blocks: Iterator[Any] = iter(frames.iter_batches(batch_size=None, batch_format="pyarrow"))
+    for block in blocks:
+        seen.append(block.select(_SURVEYED).take(np.arange(len(block))))  # a copy, which does not hold the frames
+        count += len(block)
+        if count <= most:
+            kept.append(ray.put(block))
+        else:
+            kept.clear()
+    found = pa.concat_tables(seen).sort_by("sample")
+    return (ray.data.from_arrow_refs(kept) if kept else None), found
+
+
 class _Decode:
     """Turns a block of URIs into a block of frames; picklable."""
 
     def __init__(self, source: FrameSource) -> None:
         self.source = source
 
-    def __call__(self, batch: Arrays) -> Arrays:
-        size = self.source.preprocess.size
-        columns: dict[str, list[Any]] = {name: [] for name in [*_SURVEYED, "frame"]}
+    def __call__(self, batch: Arrays) -> Iterator[Arrays]:
+        """Blocks of some _BLOCK_ROWS frames each, as they are decoded: scans of many frames do not fill the memory."""
+        rows: list[dict[str, Any]] = []
         scans = self.source.scans([str(uri) for uri in batch["uri"]])
         for row, label, scan in zip(batch["row"], batch["label"], scans, strict=True):
-            rejection = scan if isinstance(scan, Rejection) else None
-            shown = [np.zeros((size, size), np.uint8)] if isinstance(scan, Rejection) else self.source.frames_of(scan)
-            fingerprint = NO_FINGERPRINT if isinstance(scan, Rejection) else fingerprint_of(scan.frames)
-            for number, frame in enumerate(shown):
-                columns["sample"].append(int(row) * FRAMES_PER_SCAN + number)
-                columns["label"].append(int(label))
-                columns["frame"].append(frame)
-                columns["digest"].append(hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest())
-                columns["fingerprint"].append(fingerprint)
-                columns["code"].append(rejection.code if rejection else "")
-                columns["message"].append(rejection.message if rejection else "")
-        return {name: _as_array(name, values) for name, values in columns.items()}
+            rows += self._frames(int(row), int(label), _numberable(scan))
+            if len(rows) >= _BLOCK_ROWS:
+                yield _as_columns(rows)
+                rows = []
+        if rows:
+            yield _as_columns(rows)
+
+    def _frames(self, row: int, label: int, scan: Scan | Rejection) -> Iterator[dict[str, Any]]:
+        rejection = scan if isinstance(scan, Rejection) else None
+        size = self.source.preprocess.size
+        shown = [np.zeros((size, size), np.uint8)] if isinstance(scan, Rejection) else self.source.frames_of(scan)
+        fingerprint = NO_FINGERPRINT if isinstance(scan, Rejection) else fingerprint_of(scan.frames)
+        for number, frame in enumerate(shown):
+            yield {
+                "sample": row * FRAMES_PER_SCAN + number,
+                "label": label,
+                "digest": hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest(),
+                "fingerprint": fingerprint,
+                "code": rejection.code if rejection else "",
+                "message": rejection.message if rejection else "",
+                "frame": frame,
+            }
+
+
+def _numberable(scan: Scan | Rejection) -> Scan | Rejection:
+    """The scan, rejected where its last frames would have the sample numbers of the next scan."""
+    if isinstance(scan, Rejection) or len(scan.frames) <= FRAMES_PER_SCAN:
+        return scan
+    said = f"{len(scan.frames)} frames, more than the {FRAMES_PER_SCAN} that training takes of a scan: split it"
+    return Rejection("bomb", said, retryable=False)
+
+
+def _as_columns(rows: list[dict[str, Any]]) -> Arrays:
+    return {name: _as_array(name, [row[name] for row in rows]) for name in rows[0]}
 
 
 def _as_array(name: str, values: list[Any]) -> npt.NDArray[Any]:

@@ -34,11 +34,12 @@ def choose_limits(
 ) -> Limits:
     """Fit temperature and thresholds on scored validation frames (`labels` int [n]).
 
-    `reference` are features [m, features] of training images. Without a readable validation frame nothing is chosen.
+    `reference` are features [m, features] of training images. Without a readable validation frame nothing is chosen but
+    what the user chose: --abstain-below.
     """
     ood = Distribution.fit(reference) if len(reference) else None
     if len(labels) == 0:
-        return Limits(ood=ood)
+        return Limits(thresholds=Thresholds(abstain_below=config.abstain_below), ood=ood)
     temperature = fit_temperature(validation.answers.logits, labels)
     probabilities = Classifier.calibrated(validation.answers.logits, temperature)
     abstain_below = config.abstain_below

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from btray.storage_errors import typed
+from btray.storage_errors import StorageError, typed
 
 TEMPORARY = ".tmp"
 
@@ -34,6 +34,17 @@ def create(path: str, data: bytes) -> bool:
         finally:
             Path(temporary).unlink(missing_ok=True)
     return True
+
+
+def require_writable(folder: str) -> None:
+    """Raise StorageError unless `folder`, or the one in which it would be made, may be written to. Makes nothing."""
+    there = folder
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise StorageError("failed", folder, f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError("forbidden", folder, f"{there} may not be written to")
 
 
 @contextmanager

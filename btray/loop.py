@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -35,13 +36,16 @@ from btray.optimise import (
 )
 from btray.preprocess import to_tensor
 from btray.stopping import Notice, Watch
-from btray.tracking import Record, Tracker
+from btray.tracking import Record, Tracker, finite
 
 _log = logging.getLogger(__name__)
 
 STATE = "state.pt"
 # Validation losses break ties between equal macro-F1 scores, which are common on small sets; they never outweigh one.
 _TIE_BREAK = 1e-4
+DIVERGED = -1.0
+"""Score of an epoch whose loss is not finite, below that of every other; NaN, as a score, would pass for any."""
+_BROKEN_OFF = -2.0
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -67,7 +71,9 @@ def load_state(folder: str) -> dict[str, Any]:
 
 
 def score_of(macro_f1: float, loss: float) -> float:
-    """What makes an epoch the best one: validation macro-F1, then a lower validation loss."""
+    """What makes an epoch the best one: validation macro-F1, then a lower validation loss; both finite."""
+    if not math.isfinite(loss):
+        return DIVERGED
     return macro_f1 - _TIE_BREAK * min(loss, 10.0)
 
 
@@ -103,10 +109,11 @@ class TrainingRun:
     def run(self) -> None:
         """Train until the last epoch, until validation macro-F1 has not risen for `patience` epochs, or until stopped.
 
-        A run that is stopped has written a checkpoint from which it goes on, in the midst of an epoch if need be.
+        A loss that is not finite ends the run too: no later step mends the weights. A run that is stopped has written a
+        checkpoint from which it goes on, in the midst of an epoch if need be.
         """
         tracker = Tracker(self.plan.run_uri, self.config) if self.rank == 0 else None
-        while len(self.history) < self.config.epochs and not self.stopping and not self._has_stalled():
+        while len(self.history) < self.config.epochs and not (self.stopping or self._is_over()):
             epoch = len(self.history)
             if self.frozen != self._is_frozen(epoch):
                 self.frozen = not self.frozen
@@ -115,7 +122,7 @@ class TrainingRun:
             trained = self._train_epoch(epoch)
             if trained is None:
                 break
-            record = {"epoch": epoch + 1, **trained, **self._validate(epoch)}
+            record: Record = {"epoch": epoch + 1, **finite(trained | self._validate(epoch))}
             record["rejected"] = self._rejected_since()
             record["seconds"] = time.perf_counter() - started
             self.history.append(record)
@@ -176,7 +183,7 @@ class TrainingRun:
         """Write a checkpoint in the midst of an epoch. It counts as worse than any epoch's, and as the latest."""
         self.totals = self._summed(self.totals) * (self.rank == 0)
         epoch = len(self.history)
-        record = {"epoch": epoch, "step": self.steps, "score": -1.0}
+        record = {"epoch": epoch, "step": self.steps, "score": _BROKEN_OFF}
         self._report(record, f"epoch_{epoch:05d}_step_{self.steps:07d}", ray.train.CheckpointUploadMode.SYNC)
         if self.rank == 0:
             _log.warning("%s: checkpoint of epoch %d, step %d written", notice, epoch + 1, self.steps)
@@ -301,8 +308,13 @@ class TrainingRun:
         if self.rank == 0 and self.steps:
             self.totals = state["totals"]
 
-    def _has_stalled(self) -> bool:
-        if not self.config.patience or not self.history:
+    def _is_over(self) -> bool:
+        if not self.history:
+            return False
+        if self.history[-1]["train_loss"] is None:
+            _log.warning("training diverged in epoch %d: it ends here, and a better epoch is kept", len(self.history))
+            return True
+        if not self.config.patience:
             return False
         best = max(self.history, key=lambda record: record["score"])
         return self.history[-1]["epoch"] - best["epoch"] >= self.config.patience

@@ -20,7 +20,7 @@ from btray import storage
 from btray.cluster import cpus, require_gpus
 from btray.duplicates import group_by_fingerprint
 from btray.errors import UserError
-from btray.feeding import Plan, decode_rows, survey
+from btray.feeding import Plan, decode_rows, keep, survey
 from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN, FrameSource
 from btray.labels import class_order, require_known_labels
@@ -68,16 +68,17 @@ def prepare(
     config: TrainConfig, table: pa.Table, classes: tuple[str, ...], run_uri: str, initial: dict[str, Any] | None
 ) -> TrainingData:
     """Decode the training images once, see which are readable, and choose which are held out."""
+    _check_workers(config, config.batch_size)
     rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) != "test")
     source = FrameSource(config.preprocess)
     numbered = _numbered(table, rows, classes)
-    streaming = len(rows) * config.preprocess.size**2 > config.cache_gb * 1e9
-    _check_streaming(config, streaming)
+    most = int(config.cache_gb * 1e9 / config.preprocess.size**2)
+    too_many = len(rows) > most
+    _check_streaming(config, too_many)
     _log.info("reading %d images of %d classes from %s", len(rows), len(classes), config.data)
-    frames = decode_rows(numbered, source)
-    if not streaming:
-        frames = frames.materialize()
-    found = survey(frames)
+    decoded = decode_rows(numbered, source)
+    frames, found = (None, survey(decoded)) if too_many else keep(decoded, most)
+    _check_streaming(config, frames is None)
     rejected = rejections_in(found)
     report_rejections(rejected, table)
     if len(rejected):
@@ -93,11 +94,11 @@ def prepare(
         labels=used["label"].to_numpy(),
         train=np.flatnonzero(~validation),
         validation=np.flatnonzero(validation),
-        streaming=streaming,
+        streaming=frames is None,
         initial_weights=initial,
     )
     _check_plan(plan)
-    return TrainingData(table, None if streaming else frames, found, used, leak, plan)
+    return TrainingData(table, frames, found, used, leak, plan)
 
 
 def _settle_leak(
@@ -154,6 +155,12 @@ def _check_streaming(config: TrainConfig, streaming: bool) -> None:
         )
 
 
+def _check_workers(config: TrainConfig, batch_size: int) -> None:
+    workers = worker_range(config)[1]
+    if batch_size < workers:
+        raise UserError(f"--batch-size {batch_size} cannot feed --num-workers {workers}; use fewer workers")
+
+
 def _check_plan(plan: Plan) -> None:
     counts = dict(zip(plan.classes, plan.class_counts(), strict=True))
     empty = [label for label, count in counts.items() if count == 0]
@@ -163,9 +170,7 @@ def _check_plan(plan: Plan) -> None:
         raise UserError(
             "no image can be held out for validation without cutting a group; add images or give a val split"
         )
-    workers = worker_range(plan.config)[1]
-    if plan.batch_size < workers:
-        raise UserError(f"--batch-size {plan.batch_size} cannot feed --num-workers {workers}; use fewer workers")
+    _check_workers(plan.config, plan.batch_size)
     held_out = np.bincount(plan.labels[plan.validation], minlength=len(plan.classes)).tolist()
     for label, count, validated in zip(plan.classes, counts.values(), held_out, strict=True):
         _log.info("  %-16s %6d to train on, %5d held out", label, count, validated)

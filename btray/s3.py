@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,6 +91,22 @@ def require_folder(uri: str) -> None:
     prefix = prefix_of(uri)
     if not call(uri, "list_objects_v2", Prefix=prefix, MaxKeys=1).get("Contents") and prefix:
         raise StorageError("not_found", uri, "no object below this prefix")
+
+
+def require_writable(uri: str) -> None:
+    """Raise StorageError unless objects can be written below `uri`: an empty one is, and is deleted again."""
+    bucket, _ = split(uri)
+    try:
+        require_folder(f"s3://{bucket}")  # some stores make a bucket that is written to
+    except StorageError as error:
+        if error.code == "not_found":
+            raise StorageError("not_found", uri, f"there is no bucket {bucket}") from error
+        if error.code != "forbidden":  # whoever may write below a prefix may be forbidden to list the bucket
+            raise
+    key = f"{prefix_of(uri)}_writable"
+    call(uri, "put_object", Key=key, Body=b"")
+    with contextlib.suppress(StorageError):  # nor need they be allowed to delete
+        call(uri, "delete_object", Key=key)
 
 
 def read(uri: str, max_bytes: int | None, etag: str = "") -> bytes:

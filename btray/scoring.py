@@ -13,7 +13,7 @@ import ray.data
 
 from btray.bundle import Bundle
 from btray.classifier import Answers, Classifier
-from btray.cluster import cpus
+from btray.cluster import cpus, gpus
 from btray.fingerprint import Fingerprints, fingerprint_of, unpack
 from btray.frames import Rejection
 
@@ -47,24 +47,26 @@ class Scores:
 
 
 def score(
-    bundle: Bundle, rows: npt.NDArray[np.int64], uris: pa.ChunkedArray, *, batch_size: int | None = None
+    bundle: Bundle,
+    rows: npt.NDArray[np.int64],
+    uris: pa.ChunkedArray,
+    *,
+    batch_size: int | None = None,
+    use_gpu: bool = False,
 ) -> Scores:
     """Classify every scan of `uris`, which stand in `rows` of some table; each gives an entry a frame or a rejection.
 
-    Needs a connection to Ray. Actors read, decode and predict in one go and take less than a CPU each, so that they
-    never starve what feeds them.
+    Needs a connection to Ray. Actors read, decode and predict in one go, each on a GPU of its own with `use_gpu`.
     """
     if len(rows) == 0:
         return _no_scores()
     wanted = pa.table({"row": rows, "uri": uris})
     blocks = [wanted.slice(start, _BLOCK_ROWS) for start in range(0, len(wanted), _BLOCK_ROWS)]
-    actors = max(1, min(int(cpus()), len(blocks)))
     scored = ray.data.from_arrow(blocks).map_batches(
         _Scorer,
         fn_constructor_args=(bundle, batch_size),
         batch_size=None,
-        num_cpus=min(0.9, 0.9 * cpus() / actors),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+        **scorers(len(blocks), use_gpu=use_gpu),
     )
     table = pa.concat_tables(scored.iter_batches(batch_size=None, batch_format="pyarrow"))
     table = table.sort_by([("row", "ascending"), ("frame", "ascending")])
@@ -75,6 +77,19 @@ def score(
         fingerprints=unpack(answered["fingerprint"].to_pylist()),
         rejected=table.filter(pc.not_equal(table["code"], "")).select(["row", "code", "message"]),
     )
+
+
+def scorers(blocks: int, *, use_gpu: bool) -> dict[str, Any]:
+    """What the actors are, as `map_batches` takes it: no more than GPUs or CPUs, or blocks to score.
+
+    They take less than a CPU each, so that they never starve what feeds them.
+    """
+    actors = max(1, min(gpus() if use_gpu else int(cpus()), blocks))
+    return {
+        "num_cpus": min(0.9, 0.9 * cpus() / actors),
+        "num_gpus": 1 if use_gpu else None,
+        "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+    }
 
 
 def _no_scores() -> Scores:

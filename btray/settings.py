@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from btray.config import ComponentConfig, JobConfig
@@ -184,7 +185,7 @@ class TrainConfig(JobConfig):
     init_from: str | None = None
     """Bundle or weights file (.safetensors, or a torch state dict) to start from."""
     mlflow: str | None = None
-    """MLflow tracking URI to log to (extra `mlflow`)."""
+    """MLflow tracking URI to log to (extra `mlflow`); what is written down of it has no user and no password."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """Preprocessing."""
     augment: AugmentConfig = AugmentConfig()
@@ -206,6 +207,11 @@ class TrainConfig(JobConfig):
         if not 1 <= int(bounds[0]) <= int(bounds[-1]):
             raise ValueError("N, or MIN:MAX with 1 <= MIN <= MAX")
         return str(value)
+
+    @field_serializer("mlflow")
+    def _without_password(self, value: str | None) -> str | None:
+        """A config stands in bundles and beside results, for whoever may read those."""
+        return value and re.sub(r"(?<=://)[^/?#]*@", "", value)
 
     @model_validator(mode="after")
     def _one_way_to_abstain(self) -> Self:
@@ -268,7 +274,7 @@ class EvaluateConfig(JobConfig):
     model: str
     """Model bundle."""
     data: str
-    """Labelled data, as for training; its test split where it has one, else all of it."""
+    """Labelled data, as for training; its test split where it has one, else all of it. One class is enough."""
     out: str
     """Where the report is written; local or s3://."""
     model_id: str | None = None
@@ -279,6 +285,8 @@ class EvaluateConfig(JobConfig):
     """Share of unreadable images above which the job ends with exit code 3."""
     batch_size: Positive | None = None
     """Images a forward pass; default: 16 on a CPU, 64 on a GPU."""
+    use_gpu: bool = False
+    """One actor a GPU."""
 
 
 class PredictConfig(JobConfig):

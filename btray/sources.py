@@ -150,7 +150,6 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
 
     Raises `UserError` where the source cannot be fetched, is unsafe or holds no labelled images.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     if source.kind == "kaggle":
         yield _tree(_from_kaggle(source.uri), source.shown)
     elif source.kind == "folder":
@@ -158,6 +157,8 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
     elif source.kind == "manifest":
         yield _manifest(source.uri)
     else:
+        with typed(str(cache)):
+            cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as folder:
             archive = _archive_of(source, cache, Path(folder))
             sha256 = digest(archive)
@@ -319,10 +320,10 @@ def _is_below(folder: str, top: str) -> bool:
 
 
 def _manifest(uri: str) -> Contents:
-    """The files that a manifest names, wherever they lie, put into folders by split and label."""
+    """The files that a manifest names, wherever they lie, put into folders by split and label; one class is enough."""
     contents = Contents()
     taken: set[str] = set()
-    for row in read_labelled(uri).to_pylist():
+    for row in read_labelled(uri, least_classes=1).to_pylist():
         folders = [_folder_name(part) for part in (row["split"], row["label"]) if part]
         path = _free_path("/".join([*folders, storage.name(row["uri"])]), taken)
         contents.files.append(

@@ -49,6 +49,7 @@ __all__ = [
     "read_json",
     "read_text",
     "reconnect",
+    "require_writable",
     "resolve",
     "typed",
     "upload_file",
@@ -324,6 +325,20 @@ def read_json(uri: str) -> Any:
 
 
 # ---- writing
+
+
+def require_writable(folder: str, flag: str) -> None:
+    """Raise UserError, naming `flag`, unless files can be written below `folder`: before hours of work, not after them.
+
+    Locally nothing is made for it; in a bucket an empty object is, and deleted again. A store that does not answer
+    raises StorageError.
+    """
+    try:
+        (s3 if is_remote(folder) else local_files).require_writable(folder)
+    except StorageError as error:
+        if error.retryable:
+            raise
+        raise UserError(f"{flag} {user_error(StorageError(error.code, folder, error.detail))}") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:

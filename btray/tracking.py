@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from btray.settings import TrainConfig
 _log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
+_MLFLOW = "mlflow_run"
 
 Record = dict[str, Any]
 """One epoch: epoch (from 1), train_loss, val_loss, val_macro_f1, val_accuracy, learning_rate, images (that all workers
-trained on, without those of before a checkpoint in its midst), images_per_second, ..."""
+trained on, without those of before a checkpoint in its midst), images_per_second, ... A loss that is not finite is
+None."""
 
 
 class Tracker:
@@ -32,7 +36,7 @@ class Tracker:
         self.epochs = config.epochs
         self._run_id = config.name
         self._as_json = config.log_format == "json"
-        self._mlflow = _MlflowRun(config) if config.mlflow else None
+        self._mlflow = _MlflowRun(config, run_uri) if config.mlflow else None
 
     def epoch_ended(self, history: list[Record]) -> None:
         """Report the last record of `history`, the records of all epochs so far."""
@@ -44,7 +48,7 @@ class Tracker:
             sys.stdout.write(progress_line(history, self.epochs) + "\n")
             sys.stdout.flush()
         telemetry.epoch_ended(self._run_id, record)
-        storage.write_text(storage.join(self.run_uri, HISTORY), "".join(json.dumps(row) + "\n" for row in history))
+        storage.write_text(storage.join(self.run_uri, HISTORY), as_lines(history))
         numbers = {key: value for key, value in record.items() if key != "epoch" and value is not None}
         self._write_events(numbers, record["epoch"])
         if self._mlflow:
@@ -68,33 +72,63 @@ class Tracker:
             self._mlflow.end()
 
 
+def finite(record: Record) -> Record:
+    """The record with None for numbers that are not finite, which JSON does not have."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
+
+
+def as_lines(history: Sequence[Mapping[str, Any]]) -> str:
+    """The text of HISTORY: a line of JSON an epoch."""
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
+
+
 def progress_line(history: list[Record], epochs: int) -> str:
     """One epoch for a human: loss, validation macro-F1 and its best where there is one, images/s, time left."""
     record = history[-1]
     left = (epochs - record["epoch"]) * sum(row["seconds"] for row in history[-5:]) / len(history[-5:])
     held_out = "  on all images"
-    if record["val_loss"] is not None:
+    if record["val_macro_f1"] is not None:
         best = max(history, key=lambda row: row["score"])
         held_out = (
-            f"  val loss {record['val_loss']:.3f}  "
+            f"  val loss {_shown(record['val_loss'])}  "
             f"val macro-F1 {record['val_macro_f1']:.3f} (best {best['val_macro_f1']:.3f} in epoch {best['epoch']})"
         )
     return (
-        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.3f}{held_out}  "
+        f"epoch {record['epoch']}/{epochs}  loss {_shown(record['train_loss'])}{held_out}  "
         f"{record['images_per_second']:.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
     )
 
 
-class _MlflowRun:
-    """The same numbers in MLflow, where the extra is installed."""
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
-    def __init__(self, config: TrainConfig) -> None:
+
+class _MlflowRun:
+    """The same numbers in MLflow, where the extra is installed; one run there for a run here, however often resumed."""
+
+    def __init__(self, config: TrainConfig, run_uri: str) -> None:
         self._client = require_mlflow().MlflowClient(tracking_uri=config.mlflow)
+        kept = storage.join(run_uri, _MLFLOW)
+        before = storage.read_text(kept) if storage.exists(kept) else None
+        if before is not None and self._goes_on(before):
+            self._run_id = before
+            self._client.update_run(before, status="RUNNING")
+            return
         experiment = self._client.get_experiment_by_name("btray")
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment("btray")
         self._run_id = self._client.create_run(experiment_id, run_name=config.name).info.run_id
+        storage.write_text(kept, self._run_id)
         for key, value in _flat(config.model_dump(mode="json")).items():
             self._client.log_param(self._run_id, key, value)
+
+    def _goes_on(self, run_id: str) -> bool:
+        """Whether the server has the run: it may be another server than before, or the run was deleted there."""
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except require_mlflow().exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def log(self, numbers: Record, epoch: int) -> None:
         for key, value in numbers.items():

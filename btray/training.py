@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +26,7 @@ from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN
 from btray.initial import read_initial_weights
 from btray.limits import Limits, choose_limits, profile_of
-from btray.loop import load_state, train_loop
+from btray.loop import DIVERGED, load_state, train_loop
 from btray.ood import REFERENCE_IMAGES, Distribution
 from btray.planning import (
     StreamSplit,
@@ -43,7 +43,7 @@ from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rej
 from btray.scoring import Scores, score
 from btray.settings import TrainConfig
 from btray.stopping import stoppable
-from btray.tracking import Record, require_mlflow
+from btray.tracking import HISTORY, Record, as_lines, require_mlflow
 from btray.worklist import read_labelled
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     """
     out, run_uri = storage.resolve(config.out), storage.join(storage.resolve(config.storage_uri), config.name)
     logs.bind(run_id=config.name)
-    require_free(out)
+    require_destinations(config)
     if config.mlflow:
         require_mlflow()
     table = read_labelled(config.data)
@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     initial = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
     with connected():
         data = prepare(config, table, classes, run_uri, initial)
-        _claim(data)
+        claim_run(run_uri, data, config, RUN_MAY_CHANGE)
         trained = fit(data)
         bundle, assessment, unread = _finish(data, trained)
     saved = save_bundle(bundle, out, {**assessment.files, **(files or {})})
@@ -91,18 +91,23 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     return out
 
 
-def _claim(data: TrainingData) -> None:
-    plan = data.plan
-    now = {
-        "config": plan.config.model_dump(mode="json", exclude=set(RUN_MAY_CHANGE)),
-        "classes": list(plan.classes),
-        "data": data_digest(data),
-    }
-    claim_run(plan.run_uri, now, plan.config)
+def require_destinations(config: TrainConfig) -> None:
+    """Raise UserError unless the bundle can be written to --out, and the run to --storage."""
+    out = storage.resolve(config.out)
+    require_free(out)
+    storage.require_writable(out, "--out")
+    if config.storage is not None:
+        storage.require_writable(storage.resolve(config.storage), "--storage")
 
 
-def claim_run(folder: str, now: Mapping[str, Any], config: TrainConfig) -> None:
-    """Write down what the run in `folder` is, or see that the run of this name is the same one. Raises UserError."""
+def claim_run(folder: str, data: TrainingData, config: TrainConfig, may_change: Set[str]) -> None:
+    """Write down what the run in `folder` is, or see that the run of this name is the same one. Raises UserError.
+
+    Files count by where they lie, not by how the way there is written.
+    """
+    said = config.model_dump(mode="json", exclude=set(may_change))
+    places = {name: storage.resolve(said[name]) for name in ("data", "init_from") if said[name]}
+    now = {"config": said | places, "classes": list(data.plan.classes), "data": data_digest(data)}
     where = storage.join(folder, RUN)
     if storage.exists(where):
         different = _first_difference(storage.read_json(where), now)
@@ -164,8 +169,20 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
             raise Stopped(f"run {plan.run_uri} was stopped and has written a checkpoint; the same command goes on")
     if result.checkpoint is None or not result.best_checkpoints:
         raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
-    best, _ = max(result.best_checkpoints, key=lambda pair: float(pair[1]["score"]))
-    return Trained(_read_state(best)["evaluated"], _read_state(result.checkpoint)["history"])
+    return Trained(best_weights(result.best_checkpoints, config.name), _read_state(result.checkpoint)["history"])
+
+
+def best_weights(checkpoints: Sequence[tuple[ray.train.Checkpoint, dict[str, Any]]], run: str) -> dict[str, Any]:
+    """The network of the checkpoint with the highest score. Raises UserError where training diverged before it."""
+    best, record = max(checkpoints, key=lambda pair: float(pair[1]["score"]))
+    weights: dict[str, Any] = _read_state(best)["evaluated"]
+    if record["score"] <= DIVERGED or not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(
+            f"training diverged: run {run!r} has no epoch with a finite loss and finite weights; lower "
+            "--optimiser.learning-rate, or set --optimiser.clip-norm, and give another --name; where the refit alone "
+            "diverged, --refit-epochs 0 does without it"
+        )
+    return weights
 
 
 def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
@@ -182,10 +199,10 @@ def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment, p
     reference_rows, validation_rows = _reference_rows(plan), _rows_at(plan, plan.validation)
     scores = _score(data, trained, np.concatenate([reference_rows, validation_rows]))
     validation, reference = scores.of_rows(validation_rows), scores.of_rows(reference_rows)
-    limits = choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference.answers.features)
+    first_limits = choose_limits(plan.config, validation, _labels_of(plan, validation.row), reference.answers.features)
     # of the network as it was before it learnt from these images too
-    profile = profile_of(_bundle(data, trained, limits), validation)
-    final = _refit(data, trained)
+    profile = profile_of(_bundle(data, trained, first_limits), validation)
+    final, limits = _refit(data, trained), first_limits
     test_rows = np.flatnonzero(np.array(table["split"].to_pylist(), object) == "test")
     if final is not trained:
         scores = _score(data, final, np.concatenate([reference_rows, test_rows]))
@@ -194,7 +211,10 @@ def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment, p
     else:
         test = _score(data, trained, test_rows)
     bundle = _bundle(data, final, limits)
-    assessment = _assess(data, trained, bundle, test, validation if len(test.row) == 0 else None)
+    if len(test.row):
+        assessment = _assess(data, trained, bundle, test, None)
+    else:  # what the first network answers is measured by what it knew of itself
+        assessment = _assess(data, trained, replace(bundle, ood=first_limits.ood), test, validation)
     assessment.files[REFERENCE] = json.dumps(profile.to_json()).encode()
     if len(test.rejected):
         rejected = pa.concat_tables([rejections_in(data.survey), test.rejected])
@@ -213,8 +233,9 @@ def _refit(data: TrainingData, trained: Trained) -> Trained:
 
 def _score(data: TrainingData, trained: Trained, rows: npt.NDArray[np.int64]) -> Scores:
     """What the network, not yet calibrated, says of some rows."""
-    uris = data.table["uri"].take(rows)
-    return score(_bundle(data, trained, Limits()), rows, uris, batch_size=data.plan.config.batch_size)
+    config, uris = data.plan.config, data.table["uri"].take(rows)
+    bundle = _bundle(data, trained, Limits())
+    return score(bundle, rows, uris, batch_size=config.batch_size, use_gpu=config.use_gpu)
 
 
 def _assess(
@@ -247,7 +268,7 @@ def _assess(
     files = assessment.files | {
         "MODEL_CARD.md": model_card_of(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": plan.config.to_yaml().encode(),
-        "history.jsonl": "".join(json.dumps(record) + "\n" for record in trained.history).encode(),
+        HISTORY: as_lines(trained.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),
     }
     return Assessment(assessment.metrics, files)

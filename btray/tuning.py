@@ -19,16 +19,15 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from btray import storage
-from btray.bundle import require_free
 from btray.cluster import connected, cpus, gpus
 from btray.errors import UserError
 from btray.initial import read_initial_weights
 from btray.network import build_network, count_flops, count_parameters
-from btray.planning import TrainingData, data_digest, prepare, training_classes, worker_range
+from btray.planning import TrainingData, prepare, training_classes, worker_range
 from btray.settings import NetworkConfig, TrainConfig
 from btray.settings_tune import SpaceConfig, TuneConfig
 from btray.tracking import HISTORY, require_mlflow
-from btray.training import RUN_MAY_CHANGE, claim_run, fit, train
+from btray.training import RUN_MAY_CHANGE, claim_run, fit, require_destinations, train
 from btray.tuning_report import Row, accuracy_against_cost, by_score, table_csv, table_text
 from btray.worklist import read_labelled
 
@@ -52,7 +51,7 @@ def tune(config: TuneConfig) -> str:
     """
     folder = storage.join(storage.resolve(config.storage_uri), config.name)
     config = config.model_copy(update={"search": _search_kind(config)})
-    require_free(storage.resolve(config.out))
+    require_destinations(config)
     if config.mlflow:
         require_mlflow()
     table = read_labelled(config.data)
@@ -60,7 +59,7 @@ def tune(config: TuneConfig) -> str:
     initial = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
     with connected():
         data = prepare(config, table, classes, folder, initial)
-        _claim(config, data, folder)
+        claim_run(folder, data, config, _SEARCH_MAY_CHANGE)
         rows = _search(config, data, folder)
         best = by_score(rows)[0]
         if best["score"] is None:
@@ -84,15 +83,6 @@ def _search_kind(config: TuneConfig) -> str:
     kind = config.search or ("optuna" if installed else "random")
     _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if kind == "optuna" else "random")
     return kind
-
-
-def _claim(config: TuneConfig, data: TrainingData, folder: str) -> None:
-    now = {
-        "config": config.model_dump(mode="json", exclude=set(_SEARCH_MAY_CHANGE)),
-        "classes": list(data.plan.classes),
-        "data": data_digest(data),
-    }
-    claim_run(folder, now, config)
 
 
 # ---- the space

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
 from btray.abstention import NEVER, conformal_threshold, label_sets, risk_coverage, threshold_for_accuracy
+from btray.bundle import Thresholds
+from btray.classifier import Answers
+from btray.fingerprint import unpack
+from btray.limits import choose_limits
+from btray.scoring import Scores
+from btray.settings import TrainConfig
 
 
 def random_case(seed: int, n: int, classes: int = 4, *, steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -83,3 +90,12 @@ def test_too_few_images_for_the_error_rate_rule_nothing_out() -> None:
     labels, probabilities = random_case(0, 8)
     assert conformal_threshold(labels, probabilities, 0.1) == 0
     assert label_sets(probabilities, 0).all()
+
+
+def test_a_threshold_of_the_users_stands_also_where_no_validation_image_is_readable() -> None:
+    config = TrainConfig(data="d", out="o", abstain_below=0.7)
+    nothing = np.zeros((0, 0), np.float32)
+    rejected = pa.table({"row": [0], "code": ["empty"], "message": [""]})
+    scores = Scores(np.zeros(0, np.int64), Answers(nothing, nothing), unpack([]), rejected)
+    limits = choose_limits(config, scores, np.zeros(0, np.int64), nothing)
+    assert limits.thresholds == Thresholds(abstain_below=0.7)

@@ -152,6 +152,17 @@ def test_a_failing_source_leaves_no_manifest(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("unpack-*"))
 
 
+def test_a_cache_that_cannot_be_is_named_before_anything_is_brought(tmp_path: Path) -> None:
+    one = make_tree(tmp_path / "one", SPLITS)
+    (tmp_path / "two.zip").write_bytes(zipped(CLASSES))
+    (tmp_path / "cache").write_text("mine")
+    with pytest.raises(UserError, match=r"^--cache .*cache is no folder") as caught:
+        run(tmp_path, one, tmp_path / "two.zip")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "images").exists()
+    run(tmp_path, one)  # a folder needs none
+
+
 def test_the_same_source_twice_is_kept_apart(tmp_path: Path) -> None:
     one, other = make_tree(tmp_path / "a/set", CLASSES), make_tree(tmp_path / "b/SET", SPLITS)
     manifest = run(tmp_path, one, one, other)
@@ -239,6 +250,13 @@ def test_a_manifest_is_a_source_and_its_names_do_not_collide(tmp_path: Path) -> 
         ("list", "no_tumor", "test"): [b"q2"],
     }
     assert {row["patient_id"] for row in rows_of(manifest)} == {"7", "8", None}
+
+
+def test_a_manifest_of_one_class_is_a_source_beside_others(tmp_path: Path) -> None:
+    make_tree(tmp_path / "x", {"1.png": b"m1"})
+    (tmp_path / "list.csv").write_text("uri,label\nx/1.png,metastasis\n")
+    manifest = run(tmp_path, tmp_path / "list.csv", make_tree(tmp_path / "one", SPLITS))
+    assert content_of(manifest)["list", "metastasis", None] == [b"m1"]
 
 
 def test_an_acquired_data_set_is_a_source_again(tmp_path: Path) -> None:

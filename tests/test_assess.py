@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image, ImageOps
 
-from btray import phantoms, storage
+from btray import phantoms, scoring, storage
 from btray.assess import evaluate
 from btray.bundle import FINGERPRINTS, pack_fingerprints, save_bundle
 from btray.classifier import Classifier
@@ -144,6 +144,30 @@ def test_data_without_a_test_split_are_measured_whole_and_classes_may_be_absent(
     assert "all of" in metrics["measured_on"]
     assert metrics["per_class"]["no_tumor"]["support"] == 0
     assert metrics["per_class"]["no_tumor"]["recall"] is None
+
+
+def test_data_of_one_class_are_measured(ray_session: None, model: str, data: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    one.mkdir()
+    (data / "Training" / "no_tumor").rename(one / "no_tumor")
+    evaluate(settings(model, one, tmp_path / "out"))
+    metrics = strict_json(str(tmp_path / "out" / "metrics.json"))
+    assert (metrics["n"], metrics["per_class"]["no_tumor"]["support"]) == (2, 2)
+    assert metrics["auroc_macro"] is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == PLOTS | PAGES
+
+
+def test_a_gpu_is_asked_for_where_it_is_wanted_and_refused_where_there_is_none(
+    ray_session: None, model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"^--use-gpu: this machine has no GPU"):
+        evaluate(settings(model, data, tmp_path / "out", use_gpu=True))
+    monkeypatch.setattr(scoring, "cpus", lambda: 8.0)
+    for gpus, blocks, use_gpu, actors in ((2, 9, True, 2), (4, 3, True, 3), (0, 9, True, 1), (2, 9, False, 8)):
+        monkeypatch.setattr(scoring, "gpus", lambda found=gpus: found)
+        wanted = scoring.scorers(blocks, use_gpu=use_gpu)
+        assert (wanted["num_gpus"], wanted["compute"].max_size) == (1 if use_gpu else None, actors)
+        assert wanted["num_cpus"] < 1
 
 
 def test_a_label_that_the_model_does_not_know_is_refused_before_anything_is_written(

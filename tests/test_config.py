@@ -17,6 +17,8 @@ from btray import phantoms, storage
 from btray.config import ComponentConfig, JobConfig, run_job
 from btray.errors import ThresholdExceeded, UserError
 from btray.settings import EvaluateConfig, PredictConfig, TrainConfig
+from btray.settings_tune import TuneConfig
+from btray.storage import StorageError
 from tests.forked_jobs import ROOT, Ended, run_all
 from tests.tiny_bundle import saved_bundle
 from tools.s3_server import S3Server
@@ -117,6 +119,10 @@ def test_a_wrong_flag_is_named_in_one_line(arguments: list[str], named: str) -> 
         ("epochs: [", "YAML"),
         ("!!python/object/apply:os.mkdir [trace]", "YAML"),
         ("\x00", "YAML"),
+        ("no: 3", "False"),
+        ("1: 3", "1"),
+        ("network: {on: 3}", "True"),
+        ("network: {1: 3}", "config.yaml: the key 1 is no name"),
     ],
 )
 def test_a_wrong_key_in_the_file_is_named_in_one_line(tmp_path: Path, text: str, named: str) -> None:
@@ -145,6 +151,16 @@ def test_a_wrong_variable_is_named_in_one_line(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert named in refusal(NEEDED)
+
+
+def test_a_variable_of_another_job_is_none_of_this_ones_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTRAY_EPOCHS", "3")
+    monkeypatch.setenv("BTRAY_NETWORK__DROPOUT", "0.1")
+    monkeypatch.setenv("BTRAY_MAX_REJECTED", "0.5")
+    assert EvaluateConfig.from_command_line(["--model", "m", "--data", "d", "--out", "o"]).max_rejected == 0.5
+    assert TrainConfig.from_command_line(NEEDED).epochs == 3
+    monkeypatch.setenv("BTRAY_EPOCH", "3")
+    assert "BTRAY_EPOCH " in refusal(["--model", "m", "--data", "d", "--out", "o"], EvaluateConfig)
 
 
 class Part(ComponentConfig):
@@ -188,6 +204,16 @@ def test_configs_do_not_change() -> None:
         config.epochs = 3
 
 
+def test_the_password_of_mlflow_is_used_and_never_written_down() -> None:
+    config = TrainConfig(data="d", out="o", mlflow="https://me:p%40ss@w@host:5000/x@y")
+    assert config.mlflow == "https://me:p%40ss@w@host:5000/x@y"
+    assert config.model_copy(update={"epochs": 2}).mlflow == config.mlflow
+    for written_down in (config.to_yaml(), str(config.model_dump(mode="json")), TuneConfig(**dict(config)).to_yaml()):
+        assert "https://host:5000/x@y" in written_down
+        assert "p%40ss" not in written_down
+    assert "file:/runs/a@b" in TrainConfig(data="d", out="o", mlflow="file:/runs/a@b").to_yaml()
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(UserError("a line"), 2), (ThresholdExceeded("a line"), 3), (None, 0), (RuntimeError("bug"), 1)]
 )
@@ -211,6 +237,22 @@ def test_each_ending_has_its_exit_code(
             run_job(TrainConfig, job)
         assert caught.value.code == code
         assert capsys.readouterr() == ("", "error: a line\n")
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [("forbidden", 2), ("not_found", 2), ("unavailable", 1)])
+def test_a_storage_error_that_no_one_caught_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str, exit_code: int
+) -> None:
+    def job(config: TrainConfig) -> str:
+        raise StorageError(code, "s3://bucket/x")
+
+    monkeypatch.setattr(sys, "argv", ["job", *NEEDED])
+    with pytest.raises(SystemExit) as caught:
+        run_job(TrainConfig, job)
+    assert caught.value.code == exit_code
+    said = capsys.readouterr().err
+    assert said.startswith("error: s3://bucket/x: ")
+    assert said.count("\n") == 1
 
 
 def test_only_the_config_layer_reads_arguments_and_environment() -> None:
@@ -259,6 +301,7 @@ def test_unusable_input_of_a_job_is_one_line_and_exit_code_2(tmp_path: Path) -> 
     foreign.mkdir()
     (foreign / "thesis.doc").write_text("mine")
     saved_bundle(tmp_path / "model", classes=("glioma", "no_tumor"))
+    saved_bundle(tmp_path / "five")
     out = str(tmp_path / "out")
     cases = {
         "absent data": ("train", ["--data", str(tmp_path / "absent"), "--out", out], ["absent"]),
@@ -267,6 +310,21 @@ def test_unusable_input_of_a_job_is_one_line_and_exit_code_2(tmp_path: Path) -> 
         "one class folder": ("train", ["--data", str(single), "--out", out], ["glioma"]),
         "foreign out": ("train", ["--data", data, "--out", str(foreign)], ["--out", "thesis.doc"]),
         "out is a file": ("train", ["--data", data, "--out", str(foreign / "thesis.doc")], ["--out", "thesis.doc"]),
+        "out below a file": (
+            "evaluate",
+            ["--model", str(tmp_path / "five"), "--data", data, "--out", str(foreign / "thesis.doc" / "x")],
+            ["--out", "thesis.doc is no folder"],
+        ),
+        "audit below a file": (
+            "audit",
+            ["--data", data, "--out", str(foreign / "thesis.doc" / "x")],
+            ["--out", "thesis.doc is no folder"],
+        ),
+        "storage is a file": (
+            "train",
+            ["--data", data, "--out", out, "--storage", str(foreign / "thesis.doc")],
+            ["--storage", "thesis.doc is no folder"],
+        ),
         "other scheme": ("train", ["--data", "gs://bucket/x", "--out", out], ["gs://"]),
         "no bundle": ("evaluate", ["--model", str(tmp_path / "absent"), "--data", data, "--out", out], ["bundle.json"]),
         "wrong pin": (
@@ -299,6 +357,7 @@ def test_a_store_that_refuses_is_one_line_and_exit_code_2(s3: S3Server, bucket: 
         ("jobs/train.py", ["--data", f"{bucket}/data", "--out", out]),
         ("jobs/train.py", ["--data", f"{bucket}/data", "--out", f"{absent}/out"]),
         ("jobs/evaluate.py", ["--model", f"{bucket}/model", "--data", f"{bucket}/data", "--out", out]),
+        ("jobs/train.py", ["--data", f"{bucket}/data", "--out", out, "--storage", f"{absent}/runs"]),
     ]
     endings = run_all(cases, case2=wrong, case4=wrong)
     assert_one_line(endings[0], "no-such-bucket-of-btray")
@@ -306,6 +365,7 @@ def test_a_store_that_refuses_is_one_line_and_exit_code_2(s3: S3Server, bucket: 
     assert_one_line(endings[2], bucket, "AWS_")
     assert_one_line(endings[3], "no-such-bucket-of-btray")
     assert_one_line(endings[4], bucket, "AWS_")
+    assert_one_line(endings[5], "--storage", "no-such-bucket-of-btray")
 
 
 def test_every_setting_says_what_it_is() -> None:

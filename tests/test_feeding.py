@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import ray.train
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from btray.feeding import MemoryFeed, Plan, epoch_order
-from btray.frames import FRAMES_PER_SCAN
+from btray import feeding
+from btray.feeding import MemoryFeed, Plan, _Decode, epoch_order
+from btray.frames import FRAMES_PER_SCAN, FrameSource
 from btray.settings import OptimiserConfig, TrainConfig
 from btray.training import fit
-from tests.training_helpers import history_of, prepared, tiny, train_and_collect, write_tree
+from tests.training_helpers import PREPROCESS, history_of, prepared, tiny, train_and_collect, write_tree
 
 
 def plan_of(labels: list[int], train: list[int], **settings: Any) -> Plan:
@@ -114,6 +117,53 @@ def test_each_frame_keeps_its_label_and_sample_number(monkeypatch: pytest.Monkey
 def test_a_batch_is_never_larger_than_the_training_data() -> None:
     plan = plan_of([0, 1] * 5, list(range(9)), batch_size=64)
     assert (plan.batch_size, plan.steps_per_epoch) == (9, 1)
+
+
+def tiff(pages: int) -> bytes:
+    """Pages that all differ."""
+    first, *others = (Image.new("L", (40, 40), 10 + page) for page in range(pages))
+    body = io.BytesIO()
+    first.save(body, "TIFF", save_all=True, append_images=others)
+    return body.getvalue()
+
+
+def decoded(folder: Path, pages: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """The blocks that decoding makes of a TIFF for each of `pages`, labelled 0, 1, ..."""
+    uris = [str(folder / f"{number}.tiff") for number in range(len(pages))]
+    for uri, count in zip(uris, pages, strict=True):
+        Path(uri).write_bytes(tiff(count))
+    places = np.arange(len(pages))
+    return list(_Decode(FrameSource(PREPROCESS))({"uri": np.array(uris), "row": places, "label": places}))
+
+
+def test_no_frame_has_the_sample_number_of_another_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "FRAMES_PER_SCAN", 4)
+    (block,) = decoded(tmp_path, [4, 5, 2])
+    assert block["sample"].tolist() == [0, 1, 2, 3, 4, 8, 9]
+    assert block["label"].tolist() == (block["sample"] // 4).tolist()
+    assert block["code"].tolist() == [""] * 4 + ["bomb"] + [""] * 2
+    assert "5 frames" in block["message"][4]
+
+
+def test_blocks_hold_few_frames_however_many_a_scan_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "_BLOCK_ROWS", 6)
+    blocks = decoded(tmp_path, [5, 5, 1, 5, 5])
+    assert [len(block["frame"]) for block in blocks] == [10, 6, 5]
+    assert np.concatenate([block["label"] for block in blocks]).tolist() == [0] * 5 + [1] * 5 + [2] + [3] * 5 + [4] * 5
+
+
+@pytest.mark.cluster
+def test_frames_are_kept_while_they_fit_however_few_scans_they_are_of(ray_session: None, tmp_path: Path) -> None:
+    root = Path(write_tree(tmp_path / "data", {"train/glioma": 6, "train/no_tumor": 6, "val/glioma": 2}))
+    Path(root, "train", "no_tumor", "many.tiff").write_bytes(tiff(50))
+    frames = 6 + 6 + 2 + 50
+    for room, streaming in ((frames, False), (frames - 1, True)):
+        data = prepared(tiny(str(root), tmp_path / "out", cache_gb=room * PREPROCESS.size**2 / 1e9))
+        assert data.plan.streaming == streaming
+        assert len(data.plan.samples) == frames
+        assert (data.frames is None) == streaming
+        if data.frames is not None:
+            assert sorted(row["sample"] for row in data.frames.take_all()) == data.plan.samples.tolist()
 
 
 @pytest.mark.soak

@@ -241,6 +241,30 @@ def test_a_killed_or_failing_write_leaves_the_old_file_whole(tmp_path: Path) -> 
     assert [info.uri for info in storage.list_files(str(tmp_path))] == [str(target)]
 
 
+def test_a_place_that_can_be_written_to_is_told_from_others_and_nothing_is_made(tmp_path: Path) -> None:
+    storage.require_writable(str(tmp_path / "new" / "below"), "--out")
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match=r"^--out .*file is no folder"):
+            storage.require_writable(str(tmp_path / place), "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match=r"^--out .*permissions"):
+        storage.require_writable(str(tmp_path / "new"), "--out")
+
+
+@pytest.mark.s3
+def test_a_bucket_that_can_be_written_to_is_told_from_one_that_is_not_there(bucket: str) -> None:
+    storage.require_writable(f"{bucket}/new", "--out")
+    assert not storage.exists(f"{bucket}/new/_writable")
+    with pytest.raises(UserError, match=r"^--storage s3://no-such-bucket-of-btray/runs: "):
+        storage.require_writable("s3://no-such-bucket-of-btray/runs", "--storage")
+
+
 def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     assert code_of(lambda: storage.write_bytes(str(tmp_path / "folder"), b"x")) == "is_directory"

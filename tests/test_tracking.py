@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from btray import storage
 from btray.settings import TrainConfig
-from btray.tracking import HISTORY, Record, Tracker, progress_line
+from btray.tracking import HISTORY, Record, Tracker, progress_line, require_mlflow
 
 
 def record(epoch: int, f1: float) -> Record:
@@ -56,6 +57,13 @@ def test_the_progress_line_says_loss_best_epoch_speed_and_time_left() -> None:
         assert part in line
 
 
+def test_the_progress_line_of_a_diverged_epoch_says_so_and_names_the_best() -> None:
+    diverged = {**record(4, 0.1), "train_loss": None, "val_loss": None, "score": -1.0}
+    line = progress_line([*HISTORY_OF_THREE, diverged], epochs=7)
+    assert "loss not finite  val loss not finite" in line
+    assert "best 0.900 in epoch 2" in line
+
+
 def test_every_epoch_is_in_the_history_and_in_the_events_when_it_has_ended(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y"))
     for count in (1, 2, 3):
@@ -85,16 +93,43 @@ def test_history_and_events_go_to_object_storage_too(bucket: str) -> None:
     assert storage.list_names(run) == [HISTORY, "tensorboard"]
 
 
-def test_mlflow_gets_the_config_and_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="MLFLOW ABSENT: that runs are logged to it is NOT shown here")
+@pytest.fixture
+def mlflow_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    pytest.importorskip("mlflow", reason="MLFLOW ABSENT: that runs are logged to it is NOT shown here")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what the light client can write without a server
-    uri = f"file:{tmp_path / 'mlruns'}"
-    tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=uri))
+    return f"file:{tmp_path / 'mlruns'}"
+
+
+def mlflow_runs(uri: str) -> tuple[Any, list[Any]]:
+    """A client, and the runs that it finds."""
+    client = require_mlflow().MlflowClient(tracking_uri=uri)
+    return client, list(client.search_runs([client.get_experiment_by_name("btray").experiment_id]))
+
+
+def test_mlflow_gets_the_config_and_every_number(mlflow_uri: str, tmp_path: Path) -> None:
+    tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=mlflow_uri))
     for count in (1, 2):
         tracker.epoch_ended(HISTORY_OF_THREE[:count])
     tracker.close()
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("btray").experiment_id])
+    client, (run,) = mlflow_runs(mlflow_uri)
     assert run.data.params["network.architecture"] == "cnn"
     assert [point.value for point in client.get_metric_history(run.info.run_id, "val_macro_f1")] == [0.5, 0.9]
     assert run.info.status == "FINISHED"
+
+
+def test_a_run_that_is_taken_up_goes_on_in_the_same_run_of_mlflow(mlflow_uri: str, tmp_path: Path) -> None:
+    for epochs in (1, 2):  # the config may change, which a parameter of MLflow may not
+        tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=mlflow_uri, epochs=epochs))
+        tracker.epoch_ended(HISTORY_OF_THREE[:epochs])
+    client, (run,) = mlflow_runs(mlflow_uri)
+    assert run.info.status == "RUNNING"
+    assert [point.value for point in client.get_metric_history(run.info.run_id, "val_macro_f1")] == [0.5, 0.9]
+    tracker.close()
+    Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=mlflow_uri))
+    assert mlflow_runs(mlflow_uri)[1][0].info.status == "RUNNING"
+    client.delete_run(run.info.run_id)
+    Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=mlflow_uri))
+    assert [found.info.run_id == run.info.run_id for found in mlflow_runs(mlflow_uri)[1]] == [False]
+    other = mlflow_uri + "-elsewhere"
+    Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=other))
+    assert len(mlflow_runs(other)[1]) == 1

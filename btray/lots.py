@@ -62,25 +62,29 @@ class LotReader:
 def read_patiently(uris: Sequence[str], read: Callable[[Sequence[str]], list[Answer]], patience: float) -> list[Answer]:
     """What `read` gives for `uris`; those that a store left unanswered are read again once it is back.
 
-    A store that is away for `patience` seconds is given up. One that answers, but not for these objects, is asked for
-    them once more: a single broken object costs no waiting.
+    A store that is away, or refuses all of `uris` as too many requests (as what stands before one does while it is
+    away), for `patience` seconds is given up. One that answers, but not for these objects, is asked for them once more:
+    a single broken object costs no waiting.
     """
     answers = read(uris)
     deadline = time.monotonic() + patience
-    while away := [number for number, answer in enumerate(answers) if _is_unavailable(answer)]:
+    while away := [number for number, answer in enumerate(answers) if _is_unanswered(answer)]:
         late = time.monotonic() > deadline
-        if not late and not _answers_at_all(uris[away[0]]):
-            time.sleep(_PAUSE)
-            continue
-        for number, answer in zip(away, read([uris[number] for number in away]), strict=True):
-            answers[number] = answer
         if late or _answers_at_all(uris[away[0]]):
-            break
+            for number, answer in zip(away, read([uris[number] for number in away]), strict=True):
+                answers[number] = answer
+            if late or (_answers_at_all(uris[away[0]]) and not all(map(_is_throttled, answers))):
+                break
+        time.sleep(_PAUSE)
     return answers
 
 
-def _is_unavailable(answer: Answer) -> bool:
-    return isinstance(answer, StorageError) and answer.code == "unavailable"
+def _is_unanswered(answer: Answer) -> bool:
+    return isinstance(answer, StorageError) and answer.code in ("unavailable", "throttled")
+
+
+def _is_throttled(answer: Answer) -> bool:
+    return isinstance(answer, StorageError) and answer.code == "throttled"
 
 
 def _answers_at_all(uri: str) -> bool:

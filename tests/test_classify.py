@@ -228,6 +228,28 @@ def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatc
     assert 0.2 < time.monotonic() - started < 5
 
 
+def test_a_store_that_refuses_all_is_waited_for_and_one_that_refuses_a_few_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("btray.lots._PAUSE", 0.001)
+    rounds = iter(range(1000))
+    refusing = 20
+
+    def read(uris: Any) -> list[Any]:
+        refuses = next(rounds) < refusing
+        return [StorageError("throttled", uri) if refuses or uri == "s3://b/hot" else uri.encode() for uri in uris]
+
+    for listing_answers in (False, True):  # a store may refuse to be read while it can be listed
+        rounds, left = iter(range(1000)), iter([listing_answers] * refusing)
+        monkeypatch.setattr("btray.lots._answers_at_all", lambda uri: next(left, True))  # noqa: B023
+        assert read_patiently(["s3://b/1", "s3://b/2"], read, 60) == [b"s3://b/1", b"s3://b/2"]
+    rounds = iter(range(refusing, 1000))
+    answers = read_patiently(["s3://b/1", "s3://b/hot"], read, 60)
+    assert answers[0] == b"s3://b/1"
+    assert isinstance(answers[1], StorageError)
+    assert next(rounds) == refusing + 2, "an object that is refused while others are read is asked for once more"
+
+
 def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
     ray_session: None, model: str, tmp_path: Path
 ) -> None:

@@ -208,7 +208,7 @@ def parts_through(
         return worklist.map_batches(
             worker,
             fn_constructor_args=arguments,
-            batch_size=None,
+            batch_size=1,  # a part; None, which would do, Ray refuses to actors with GPUs
             batch_format="pyarrow",
             num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / first),
             num_gpus=gpu_share or None,

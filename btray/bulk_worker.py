@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class WorkerOptions:
     model_id: str
     engine: EngineName
     """How the network is run."""
+    device: Literal["cpu", "cuda"]
+    """Where it is run. Ray hides no GPU from an actor that asked for none, so what torch finds does not tell."""
     batch_size: int | None
     """Images a forward pass; None: as many as suit the device."""
     threads: int
@@ -63,7 +65,11 @@ class PartClassifier(PartWorker):
         keep_freed_memory()
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
-            model, model_id=options.model_id, batch_size=options.batch_size, engine=options.engine
+            model,
+            model_id=options.model_id,
+            device=options.device,
+            batch_size=options.batch_size,
+            engine=options.engine,
         )
         self.options = options
         # One decoder is this thread itself: nothing else is done meanwhile.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import ray
 
 from btray import lease, phantoms, storage
+from btray.bulk_worker import PartClassifier, WorkerOptions
+from btray.bundle import load_bundle
+from btray.runs import Run
 from btray.settings_bulk import ClassifyConfig
 from tests.scan_corpus import bad_scans, good_scans
 from tools.processes import named
@@ -52,6 +57,27 @@ def plain_rows(output: str) -> pa.Table:
 
 def keys_of(rows: pa.Table) -> list[tuple[str, int]]:
     return sorted(zip(rows["uri"].to_pylist(), rows["frame"].to_pylist(), strict=True))
+
+
+def actor(patch: pytest.MonkeyPatch, model: str, **changes: Any) -> PartClassifier:
+    """The actor of the job in this process, without Ray; `changes` replace its options."""
+    context = SimpleNamespace(was_current_actor_reconstructed=False)
+    patch.setattr("btray.part_worker.ray.get_runtime_context", lambda: context)
+    patch.setattr("btray.bulk_worker.logs.begin_in_worker", lambda *_, **__: None)
+    patch.setattr("btray.bulk_worker.keep_freed_memory", lambda: None)
+    run = Run(run_id="run", group="model", parts="parts", output="out", request={})
+    options: dict[str, Any] = {
+        "model_id": load_bundle(model).manifest.model_id,
+        "engine": "eager",
+        "device": "cpu",
+        "batch_size": None,
+        "threads": 4,
+        "decoders": 1,
+        "patience": 1.0,
+        "explain_labels": (),
+        "least_certain": 0,
+    }
+    return PartClassifier(model, run, WorkerOptions(**options | changes))
 
 
 # ---- killing

@@ -18,8 +18,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from btray import lease, phantoms, runs, storage
+from btray import bulk, lease, phantoms, runs, storage
+from btray.archive_run import parts_through
 from btray.bulk import classify
+from btray.bulk_worker import PartClassifier
 from btray.classifier import Classifier
 from btray.drift import Profile
 from btray.errors import ThresholdExceeded, UserError
@@ -29,6 +31,7 @@ from btray.settings_bulk import ClassifyConfig
 from btray.storage import StorageError
 from tests.classify_helpers import (
     QUICK_LEASE,
+    actor,
     actors,
     job,
     keys_of,
@@ -204,6 +207,38 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
     (tmp_path / "scan.jpg").write_bytes(b"x")
     with lease.held(str(output)), pytest.raises(UserError, match="another run"):
         classify(job(model, str(tmp_path), str(output)))
+
+
+def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_there(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("btray.bulk.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.archive_run.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.archive_run.require_gpus", lambda: 2)
+    monkeypatch.setattr("btray.archive_run.is_own", lambda: True)
+    monkeypatch.setattr(
+        "btray.bulk.parts_through", lambda worker, arguments, run, **how: asked.update(how, options=arguments[2])
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    run = runs.Run(run_id="r", group="m", parts="p", output="out", request={})
+    for changes, device, actors_of, share in (
+        ({}, "cpu", (8, 8), 0.0),
+        ({"actors": 3}, "cpu", (3, 3), 0.0),
+        ({"use_gpu": True}, "cuda", (2, 2), 1.0),
+        ({"use_gpu": True, "gpu_share": 0.5}, "cuda", (4, 4), 0.5),
+    ):
+        bulk._dataset(ClassifyConfig(model=model, input="in", output="out", **changes), run)
+        assert (asked["options"].device, asked["actors"], asked["gpu_share"]) == (device, actors_of, share)
+    assert actor(monkeypatch, model, device="cpu").classifier.device.type == "cpu"
+    with pytest.raises(ValueError, match="onnx runs on a CPU: leave out --use-gpu"):
+        ClassifyConfig(model=model, input="in", output="out", use_gpu=True, engine="onnx")
+
+
+def test_actors_with_gpus_are_a_pipeline_that_ray_takes(ray_session: None, tmp_path: Path) -> None:
+    run = runs.Run(run_id="r", group="m", parts="p", output=str(tmp_path), request={})
+    dataset = parts_through(PartClassifier, (), run, actors=(1, 2), patience=1, gpu_share=0.5)
+    assert "PartClassifier" in str(dataset)
 
 
 def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from btray import storage
 from btray.archive import Selection, list_archive
 from btray.errors import UserError
+from btray.worklist import read_labelled
 
 NAMES = ("a.jpg", "deep/b c+%.png", "deep/日本.jpg", "noext")
 
@@ -82,6 +83,14 @@ def test_manifests_and_lists_give_what_they_name_with_size_and_etag(place: str, 
     of_prefix = {info.uri: info for info in storage.list_files(place)}
     assert found[:2] == [of_prefix[info.uri] for info in found[:2]]
     assert (found[2].size, found[2].etag) == (0, "")
+
+
+def test_a_list_names_what_a_labelled_manifest_of_the_same_uris_names(place: str) -> None:
+    lines = ["./b.jpg,x", "../deep/b c+%.png,y", "../a.jpg,x", uris(place, "noext")[0] + ",y"]
+    manifest = storage.join(place, "lists", "m.csv")
+    storage.write_text(manifest, "\n".join(["uri,label", *lines]))
+    assert listed(manifest) == read_labelled(manifest)["uri"].to_pylist()
+    assert listed(manifest) == uris(place, "lists/b.jpg", "deep/b c+%.png", "a.jpg", "noext")
 
 
 @pytest.mark.s3

@@ -1,0 +1,82 @@
+"""S3 Inventory: the reports by which S3 lists a bucket of any size, as Parquet or CSV files behind a manifest.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import unquote_plus
+
+import pyarrow.parquet
+
+from btray import storage
+from btray.errors import UserError
+from btray.manifests import csv_batches, opened
+from btray.storage import FileInfo, StorageError
+
+_COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet
+    "Bucket": "bucket",
+    "Key": "key",
+    "IsLatest": "is_latest",
+    "IsDeleteMarker": "is_delete_marker",
+    "Size": "size",
+    "LastModifiedDate": "last_modified_date",
+    "ETag": "e_tag",
+}
+
+
+def named_in_inventory(root: str) -> Iterator[FileInfo]:
+    """The objects of an S3 Inventory report: the latest versions that are no delete markers, hidden ones aside."""
+    try:
+        report = json.loads(storage.read_text(root))
+        files = [str(file["key"]) for file in report["files"]]
+        kind, bucket = str(report["fileFormat"]), str(report["destinationBucket"]).rpartition(":")[2]
+        columns = [name.strip() for name in str(report["fileSchema"]).split(",")]
+    except StorageError as error:
+        raise storage.user_error(error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{root} is no S3 Inventory manifest ({error!r}); give the manifest.json that S3 wrote."
+        ) from error
+    if kind not in ("CSV", "Parquet"):
+        raise UserError(f"{root}: an inventory as {kind} is not read; have S3 write it as Parquet or CSV.")
+    for key in files:
+        # a report that was downloaded has its files beside it
+        uri = f"s3://{bucket}/{key}" if storage.is_remote(root) else storage.join(root.rpartition("/")[0], key)
+        rows = _parquet_rows(uri) if kind == "Parquet" else _csv_rows(uri, columns)
+        yield from (info for info in map(_entry, rows) if info is not None)
+
+
+def _parquet_rows(uri: str) -> Iterator[dict[str, Any]]:
+    with opened(uri) as file:
+        table = pyarrow.parquet.ParquetFile(file)
+        present = [name for name in _COLUMNS.values() if name in table.schema_arrow.names]
+        for batch in table.iter_batches(columns=present):
+            yield from batch.to_pylist()
+
+
+def _csv_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Keys are URL-encoded in CSV, and only there."""
+    wanted = [name for name in _COLUMNS if name in columns]
+    filesystem, path = storage.arrow_filesystem(uri)
+    with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as file:
+        for batch in csv_batches(file, columns, wanted, header=False):
+            for row in batch.to_pylist():
+                named = {_COLUMNS[name]: value for name, value in row.items()}
+                yield named | {"key": unquote_plus(named["key"])}
+
+
+def _entry(row: dict[str, Any]) -> FileInfo | None:
+    if str(row.get("is_latest", True)).lower() == "false" or str(row.get("is_delete_marker")).lower() == "true":
+        return None
+    key, size = row["key"], int(row.get("size") or 0)
+    if (size == 0 and key.endswith(("/", "_$folder$"))) or any(p.startswith((".", "_")) for p in key.split("/")):
+        return None
+    modified = row.get("last_modified_date")
+    if isinstance(modified, str):
+        modified = datetime.fromisoformat(modified)
+    if modified is not None and modified.tzinfo is None:
+        modified = modified.replace(tzinfo=UTC)
+    etag = (row.get("e_tag") or "").strip('"')
+    return FileInfo(f"s3://{row['bucket']}/{key}", size, etag, modified.timestamp() if modified else 0.0)

@@ -19,10 +19,12 @@ import pyarrow as pa
 from btray import storage
 from btray.errors import UserError
 from btray.inventory import named_in_inventory
+from btray.lots import read_patiently
 from btray.manifests import named_in_csv, named_in_list, named_in_parquet
 from btray.packs import describe_pack, is_pack, list_pack
+from btray.reading import until_dead
 from btray.storage import FileInfo, StorageError
-from btray.storage_errors import typed
+from btray.storage_errors import PATIENCE, typed
 
 _DESCRIBED_AT_A_TIME = 1024
 _DESCRIBERS = 32
@@ -61,10 +63,11 @@ class Selection:
             yield info
 
 
-def list_archive(uri: str, selection: Selection) -> Iterator[FileInfo]:
+def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) -> Iterator[FileInfo]:
     """Every object of the archive that `selection` means, as it is listed; one may come twice from a manifest.
 
-    What cannot be examined has size 0 and an empty etag: reading it tells why.
+    What cannot be examined, although a store that is away is waited for `patience` seconds, has size 0 and an empty
+    etag: reading it tells why.
 
     Raises, when the first item is asked for or later:
         UserError: the archive is not there, is of no known kind, or its manifest cannot be read.
@@ -77,7 +80,10 @@ def list_archive(uri: str, selection: Selection) -> Iterator[FileInfo]:
         return
     try:
         with typed(root):
-            yield from selection.filter(_top(root, kind), _readable(root, kind))
+            found = _readable(root, kind)
+            if kind in (named_in_parquet, named_in_csv, named_in_list):
+                found = _described(found, patience)
+            yield from selection.filter(_top(root, kind), found)
     except StorageError as error:
         if error.retryable:
             raise
@@ -119,9 +125,9 @@ def _matcher(globs: Sequence[str]) -> Callable[[str], bool]:
 def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
     """How `root` is read where it is a file that names others; None: it is listed."""
     kinds: dict[str, Callable[[str], Iterator[FileInfo]]] = {
-        ".parquet": lambda root: _described(named_in_parquet(root)),
-        ".csv": lambda root: _described(named_in_csv(root)),
-        ".txt": lambda root: _described(named_in_list(root)),
+        ".parquet": named_in_parquet,
+        ".csv": named_in_csv,
+        ".txt": named_in_list,
         "manifest.json": named_in_inventory,
     }
     found = next((read for end, read in kinds.items() if root.lower().endswith(end)), None)
@@ -133,14 +139,14 @@ def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
         raise storage.user_error(error) from error
 
 
-def _described(objects: Iterator[FileInfo]) -> Iterator[FileInfo]:
+def _described(objects: Iterator[FileInfo], patience: float) -> Iterator[FileInfo]:
+    """The same objects, examined; those that cannot be stay as they are, with an empty etag."""
     with ThreadPoolExecutor(_DESCRIBERS) as pool:
+
+        def describe(uris: Sequence[str]) -> list[FileInfo | StorageError]:
+            return list(pool.map(until_dead(storage.describe), uris))
+
         while chunk := list(islice(objects, _DESCRIBED_AT_A_TIME)):
-            yield from pool.map(_describe, [info.uri for info in chunk])
-
-
-def _describe(uri: str) -> FileInfo:
-    try:
-        return storage.describe(uri)
-    except StorageError:
-        return FileInfo(uri, 0, "", 0.0)
+            answers = read_patiently([info.uri for info in chunk], describe, patience)
+            for info, answer in zip(chunk, answers, strict=True):
+                yield info if isinstance(answer, StorageError) else answer

@@ -71,7 +71,7 @@ def run_archive(config: ArchiveConfig, work: Work) -> Report:
     Raises UserError for unusable input and where another run is writing to this output, ThresholdExceeded above
     `max_rejected`, after writing.
     """
-    found = _peeked(list_archive(config.input, _selection(config, work.output)))
+    found = _peeked(list_archive(config.input, _selection(config, work.output), patience=config.patience))
     try:
         if config.dry_run:
             return _estimate(config, work, found)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote_plus
@@ -16,6 +18,8 @@ import pytest
 from btray import storage
 from btray.archive import Selection, list_archive
 from btray.errors import UserError
+from btray.lots import LotReader
+from btray.results import RETRIED
 from btray.worklist import read_labelled
 
 NAMES = ("a.jpg", "deep/b c+%.png", "deep/日本.jpg", "noext")
@@ -91,6 +95,45 @@ def test_a_list_names_what_a_labelled_manifest_of_the_same_uris_names(place: str
     storage.write_text(manifest, "\n".join(["uri,label", *lines]))
     assert listed(manifest) == read_labelled(manifest)["uri"].to_pylist()
     assert listed(manifest) == uris(place, "lists/b.jpg", "deep/b c+%.png", "a.jpg", "noext")
+
+
+@pytest.mark.parametrize("code", ["unavailable", "throttled"])
+def test_a_store_that_goes_away_while_a_manifest_is_examined_costs_time_and_no_etag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    names = [f"{number}.jpg" for number in range(100)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    manifest = tmp_path / "list.txt"
+    manifest.write_text("\n".join(names))
+    expected = [storage.describe(str(tmp_path / name)) for name in names]
+    describe, asked, refusals = storage.describe, itertools.count(), 150
+
+    def away_at_first(uri: str) -> storage.FileInfo:
+        if next(asked) < refusals:
+            raise storage.StorageError(code, uri)
+        return describe(uri)
+
+    monkeypatch.setattr("btray.lots._PAUSE", 0.001)
+    monkeypatch.setattr("btray.lots._answers_at_all", lambda uri: next(asked) >= refusals)
+    monkeypatch.setattr("btray.storage.describe", away_at_first)
+    assert list(list_archive(str(manifest), Selection(), patience=60)) == expected
+
+    asked, refusals = itertools.count(), 10**9
+    found = list(list_archive(str(manifest), Selection(), patience=0.01))
+    assert [(info.uri, info.etag) for info in found] == [(info.uri, "") for info in expected]
+    assert next(asked) < 1000, "a dead store is not asked for each object"
+
+
+def test_no_bytes_come_of_what_was_listed_without_an_etag(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"scan")
+    reader = LotReader(threads=2, patience=1, max_bytes=100)
+    known = storage.describe(str(tmp_path / "a.jpg"))
+    unknown = [storage.FileInfo(str(tmp_path / name), 0, "", 0.0) for name in ("a.jpg", "gone.jpg")]
+    ((_, answers),) = reader.lots([known, *unknown], defaultdict(float))
+    assert answers[0] == b"scan"
+    assert [answer.code for answer in answers[1:]] == ["changed", "not_found"]  # type: ignore[union-attr]
+    assert {"changed", "not_found"} <= RETRIED
 
 
 @pytest.mark.s3

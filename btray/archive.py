@@ -47,20 +47,39 @@ class Selection:
     outside: str = ""
     """A folder whose objects are left out: the output, where it lies within the input."""
 
-    def filter(self, root: str, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
-        """Those of `objects` that are meant; `root` is what the globs' paths start from."""
+    def filter(self, path_of: Callable[[str], str], objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """Those of `objects` that are meant by their names; globs match the path that a URI has by `path_of`.
+
+        Raises UserError where all of them lie in the output.
+        """
         included, excluded = _matcher(self.include), _matcher(self.exclude)
-        oldest = self.since.timestamp() if self.since else 0.0
-        below, outside = root.rstrip("/") + "/", self.outside.rstrip("/") + "/"
+        inside = others = 0
         for info in objects:
-            path = info.uri.removeprefix(below)
-            if self.outside and info.uri.startswith(outside):
+            if self.holds(info.uri):
+                inside += 1
                 continue
-            if self.include and not included(path):
-                continue
-            if excluded(path) or 0 < info.modified < oldest:
-                continue
-            yield info
+            others += 1
+            path = path_of(info.uri)
+            if not excluded(path) and (not self.include or included(path)):
+                yield info
+        if inside and not others:
+            raise self.refusal()
+
+    def recent(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """Those of `objects` that are meant by their time."""
+        oldest = self.since.timestamp() if self.since else 0.0
+        return (info for info in objects if not 0 < info.modified < oldest)
+
+    def holds(self, uri: str) -> bool:
+        """Whether `uri` is the output or lies in it."""
+        return bool(self.outside) and f"{uri}/".startswith(self.outside.rstrip("/") + "/")
+
+    def refusal(self) -> UserError:
+        """What is said where nothing is left but the output."""
+        return UserError(
+            f"--output {self.outside} holds all of the input, and what lies in the output is no input; "
+            "name an output beside the input or below it."
+        )
 
 
 def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) -> Iterator[FileInfo]:
@@ -76,14 +95,16 @@ def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) 
     root = storage.resolve(uri)
     kind = _kind(root)
     if kind is None:
-        yield from selection.filter(root, _listed(root))
+        if selection.holds(root):
+            raise selection.refusal()
+        yield from selection.recent(selection.filter(_below(root), _listed(root)))
         return
     try:
         with typed(root):
-            found = _readable(root, kind)
+            found = selection.filter(_below(_top(root, kind)), _readable(root, kind))
             if kind in (named_in_parquet, named_in_csv, named_in_list):
                 found = _described(found, patience)
-            yield from selection.filter(_top(root, kind), found)
+            yield from selection.recent(found)
     except StorageError as error:
         if error.retryable:
             raise
@@ -93,6 +114,10 @@ def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) 
 def _top(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> str:
     """Where the paths that globs match begin."""
     return str(describe_pack(root)["root"]) if kind is list_pack else root.rpartition("/")[0]
+
+
+def _below(root: str) -> Callable[[str], str]:
+    return lambda uri: uri.removeprefix(root.rstrip("/") + "/")
 
 
 def _readable(root: str, read: Callable[[str], Iterator[FileInfo]]) -> Iterator[FileInfo]:

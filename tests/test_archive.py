@@ -65,6 +65,17 @@ def test_an_output_within_the_input_is_no_input(place: str) -> None:
     assert sorted(found) == sorted(uris(place, *NAMES))
 
 
+def test_an_output_that_holds_all_of_the_input_is_refused(place: str, tmp_path: Path) -> None:
+    manifest = str(tmp_path / "list.txt")
+    storage.write_text(manifest, "\n".join(uris(place, *NAMES)))
+    for source, output in ((f"{place}/deep", place), (f"{place}/deep", f"{place}/deep"), (manifest, place)):
+        with pytest.raises(UserError, match="name an output beside") as caught:
+            listed(source, outside=output)
+        assert f"--output {output} " in str(caught.value)
+    assert listed(manifest, outside=f"{place}/deep") == uris(place, "a.jpg", "noext")
+    assert len(listed(f"{place}/deep", outside=f"{place}/de")) == 2
+
+
 def test_only_what_was_modified_since(place: str) -> None:
     assert len(listed(place, since=datetime(2020, 1, 1, tzinfo=UTC))) == len(NAMES)
     assert listed(place, since=datetime(2100, 1, 1, tzinfo=UTC)) == []

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from btray import storage
 from btray.errors import UserError
-from btray.inventory import named_in_inventory
+from btray.inventory import named_in_inventory, path_in_bucket
 from btray.lots import read_patiently
 from btray.manifests import named_in_csv, named_in_list, named_in_parquet
 from btray.packs import describe_pack, is_pack, list_pack
@@ -39,7 +39,8 @@ class Selection:
     """Which objects of an archive are meant."""
 
     include: Sequence[str] = ()
-    """Globs, of which one must match; none: all. `*` matches `/` too; below a prefix the path from there is matched."""
+    """Globs, of which one must match; none: all. `*` matches `/` too. What they match is the path below a prefix, the
+    folder of a manifest or list, the bucket of an inventory or the folder that was packed; elsewhere the whole URI."""
     exclude: Sequence[str] = ()
     """Globs of which none may match."""
     since: datetime | None = None
@@ -101,19 +102,19 @@ def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) 
         return
     try:
         with typed(root):
-            found = selection.filter(_below(_top(root, kind)), _readable(root, kind))
-            if kind in (named_in_parquet, named_in_csv, named_in_list):
-                found = _described(found, patience)
-            yield from selection.recent(found)
+            found = selection.filter(_paths(root, kind), _readable(root, kind))
+            yield from selection.recent(found if kind is list_pack else _described(found, patience))
     except StorageError as error:
         if error.retryable:
             raise
         raise storage.user_error(error) from error
 
 
-def _top(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> str:
-    """Where the paths that globs match begin."""
-    return str(describe_pack(root)["root"]) if kind is list_pack else root.rpartition("/")[0]
+def _paths(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> Callable[[str], str]:
+    """From the URI of an object to the path that globs match."""
+    if kind is named_in_inventory:
+        return path_in_bucket
+    return _below(str(describe_pack(root)["root"]) if kind is list_pack else root.rpartition("/")[0])
 
 
 def _below(root: str) -> Callable[[str], str]:
@@ -165,13 +166,14 @@ def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
 
 
 def _described(objects: Iterator[FileInfo], patience: float) -> Iterator[FileInfo]:
-    """The same objects, examined; those that cannot be stay as they are, with an empty etag."""
+    """The same objects, those without an etag examined; where that cannot be done they stay as they are."""
     with ThreadPoolExecutor(_DESCRIBERS) as pool:
 
         def describe(uris: Sequence[str]) -> list[FileInfo | StorageError]:
             return list(pool.map(until_dead(storage.describe), uris))
 
         while chunk := list(islice(objects, _DESCRIBED_AT_A_TIME)):
-            answers = read_patiently([info.uri for info in chunk], describe, patience)
-            for info, answer in zip(chunk, answers, strict=True):
+            answers = iter(read_patiently([info.uri for info in chunk if not info.etag], describe, patience))
+            for info in chunk:
+                answer = info if info.etag else next(answers)
                 yield info if isinstance(answer, StorageError) else answer

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote_plus
 
 import pyarrow.parquet
 
-from btray import storage
+from btray import s3, storage
 from btray.errors import UserError
 from btray.manifests import csv_batches, opened
 from btray.storage import FileInfo, StorageError
@@ -24,10 +24,14 @@ _COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet
     "LastModifiedDate": "last_modified_date",
     "ETag": "e_tag",
 }
+_NEEDED = ("Bucket", "Key", "Size", "ETag")
 
 
 def named_in_inventory(root: str) -> Iterator[FileInfo]:
-    """The objects of an S3 Inventory report: the latest versions that are no delete markers, hidden ones aside."""
+    """The objects of an S3 Inventory report that a listing of its bucket would give: the latest versions.
+
+    Raises UserError where none counts, or where a field is missing without which no later run could tell what is new.
+    """
     try:
         report = json.loads(storage.read_text(root))
         files = [str(file["key"]) for file in report["files"]]
@@ -41,23 +45,49 @@ def named_in_inventory(root: str) -> Iterator[FileInfo]:
         ) from error
     if kind not in ("CSV", "Parquet"):
         raise UserError(f"{root}: an inventory as {kind} is not read; have S3 write it as Parquet or CSV.")
+    seen = counted = 0
     for key in files:
         # a report that was downloaded has its files beside it
         uri = f"s3://{bucket}/{key}" if storage.is_remote(root) else storage.join(root.rpartition("/")[0], key)
-        rows = _parquet_rows(uri) if kind == "Parquet" else _csv_rows(uri, columns)
-        yield from (info for info in map(_entry, rows) if info is not None)
+        for row in _parquet_rows(uri) if kind == "Parquet" else _csv_rows(uri, columns):
+            info = _entry(row)
+            seen += 1
+            if info is not None:
+                counted += 1
+                yield info
+    if not counted:
+        raise UserError(
+            f"{root} names {seen} objects, of which none counts: old versions and markers do not, and no object whose "
+            "key has a part that begins with . or _; give such a prefix itself as the input."
+        )
+
+
+def path_in_bucket(uri: str) -> str:
+    """The key of an object: what a report of a whole bucket starts from."""
+    return s3.split(uri)[1]
+
+
+def _require(uri: str, present: Collection[str], names: Mapping[str, str]) -> None:
+    """Raise UserError unless all fields that are needed are there, by what they are called in this kind of file."""
+    missing = [field for field in _NEEDED if names[field] not in present]
+    if missing:
+        raise UserError(
+            f"{uri} has no field {' and '.join(missing)}; add it to the fields of the inventory's configuration in S3."
+        )
 
 
 def _parquet_rows(uri: str) -> Iterator[dict[str, Any]]:
     with opened(uri) as file:
         table = pyarrow.parquet.ParquetFile(file)
+        _require(uri, table.schema_arrow.names, _COLUMNS)
         present = [name for name in _COLUMNS.values() if name in table.schema_arrow.names]
         for batch in table.iter_batches(columns=present):
             yield from batch.to_pylist()
 
 
 def _csv_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Keys are URL-encoded in CSV, and only there."""
+    """Keys are URL-encoded in CSV, and only there: with `+` for a space, as S3 encodes them."""
+    _require(uri, columns, {name: name for name in _COLUMNS})
     wanted = [name for name in _COLUMNS if name in columns]
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as file:
@@ -73,7 +103,7 @@ def _entry(row: dict[str, Any]) -> FileInfo | None:
     key, size = row["key"], int(row.get("size") or 0)
     if (size == 0 and key.endswith(("/", "_$folder$"))) or any(p.startswith((".", "_")) for p in key.split("/")):
         return None
-    modified = row.get("last_modified_date")
+    modified = row.get("last_modified_date") or None
     if isinstance(modified, str):
         modified = datetime.fromisoformat(modified)
     if modified is not None and modified.tzinfo is None:

@@ -20,7 +20,7 @@ class ArchiveConfig(JobConfig):
     output: str
     """Where the result is written; local or s3://."""
     include: tuple[str, ...] = ()
-    """Only paths below the input that match one of these globs; `*` matches `/` too."""
+    """Only paths below the input (keys of an inventory) that match one of these globs; `*` matches `/` too."""
     exclude: tuple[str, ...] = ()
     """No paths below the input that match one of these globs."""
     since: datetime | None = None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import multiprocessing
 import os
+from datetime import datetime
 from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote_plus
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +26,18 @@ from tests.scan_corpus import bad_scans, good_scans
 from tools.processes import named
 
 Contents = dict[str, bytes]
+
+_IN_PARQUET = {
+    "Bucket": "bucket",
+    "Key": "key",
+    "IsLatest": "is_latest",
+    "IsDeleteMarker": "is_delete_marker",
+    "Size": "size",
+    "LastModifiedDate": "last_modified_date",
+    "ETag": "e_tag",
+}
+FIELDS = tuple(_IN_PARQUET)
+"""Of an inventory."""
 
 QUICK_LEASE = (0.5, 4.0)
 """Seconds between signs of life and until a killed driver counts as dead."""
@@ -42,6 +58,33 @@ def mixed_objects(good: int) -> Contents:
 def write_objects(root: str, objects: Contents) -> None:
     for name, data in objects.items():
         storage.write_bytes(storage.join(root, name), data)
+
+
+def write_inventory(bucket: str, kind: str, rows: list[dict[str, Any]], *, fields: tuple[str, ...] = FIELDS) -> str:
+    """An S3 Inventory report on objects of `bucket`, as S3 writes it; its URI. What rows leave out is usual."""
+    name, usual = bucket.removeprefix("s3://"), {"IsLatest": True, "IsDeleteMarker": False, "Size": 7, "ETag": "e"}
+    full = [usual | {"Bucket": name, "LastModifiedDate": "2026-11-01T00:00:00.000Z"} | row for row in rows]
+    body = io.BytesIO()
+    if kind == "Parquet":
+        columns: dict[str, Any] = {_IN_PARQUET[field]: [row[field] for row in full] for field in fields}
+        times = [datetime.fromisoformat(time) for time in columns["last_modified_date"]]
+        pq.write_table(pa.table(columns | {"last_modified_date": pa.array(times, pa.timestamp("ms"))}), body)
+    else:
+        encoded = [row | {"Key": quote_plus(row["Key"])} for row in full]
+        lines = [",".join(f'"{"" if row[field] is None else row[field]}"' for field in fields) for row in encoded]
+        body.write(gzip.compress("\n".join(lines).encode()))
+    file = f"inventory/data/1.{'parquet' if kind == 'Parquet' else 'csv.gz'}"
+    storage.write_bytes(storage.join(bucket, file), body.getvalue())
+    report = {
+        "sourceBucket": name,
+        "destinationBucket": f"arn:aws:s3:::{name}",
+        "fileFormat": kind,
+        "fileSchema": ", ".join(fields),
+        "files": [{"key": file, "size": len(body.getvalue())}],
+    }
+    manifest = storage.join(bucket, "inventory", "manifest.json")
+    storage.write_json(manifest, report)
+    return manifest
 
 
 def job(model: str, source: str, output: str, **changes: Any) -> ClassifyConfig:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import random
 import re
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -21,14 +23,16 @@ from PIL import Image
 from btray import bulk, lease, phantoms, runs, storage
 from btray.archive_run import parts_through
 from btray.bulk import classify
-from btray.bulk_worker import PartClassifier
+from btray.bulk_worker import PartClassifier, pieces_of
 from btray.classifier import Classifier
 from btray.drift import Profile
 from btray.errors import ThresholdExceeded, UserError
+from btray.frames import Rejection
 from btray.lots import read_patiently
+from btray.preprocess import make_frame
 from btray.results import KEY, current
 from btray.settings_bulk import ClassifyConfig
-from btray.storage import StorageError
+from btray.storage import FileInfo, StorageError
 from tests.classify_helpers import (
     QUICK_LEASE,
     actor,
@@ -41,7 +45,7 @@ from tests.classify_helpers import (
     start,
     write_objects,
 )
-from tests.scan_corpus import bad_scans
+from tests.scan_corpus import bad_scans, good_scans
 from tests.tiny_bundle import PREPROCESS, saved_bundle
 from tools.processes import until
 
@@ -283,6 +287,42 @@ def test_a_store_that_refuses_all_is_waited_for_and_one_that_refuses_a_few_is_no
     assert answers[0] == b"s3://b/1"
     assert isinstance(answers[1], StorageError)
     assert next(rounds) == refusing + 2, "an object that is refused while others are read is asked for once more"
+
+
+@pytest.mark.parametrize("decoders", [1, 3])
+def test_scans_of_many_pages_take_the_memory_of_a_few_and_give_the_rows_of_all(
+    model: str, monkeypatch: pytest.MonkeyPatch, decoders: int
+) -> None:
+    monkeypatch.setattr("btray.bulk_worker._SMALL", 8 * PREPROCESS.size**2)
+    monkeypatch.setattr("btray.bulk_worker._FRAMES", 20)
+    worker = actor(monkeypatch, model, decoders=decoders)
+    assert worker.most_frames == 2 * worker.classifier.batch_size == 32
+    pages = [Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 20), np.uint8)) for seed in range(40)]
+    body = io.BytesIO()
+    pages[0].save(body, "TIFF", save_all=True, append_images=pages[1:])
+    objects = [*list(good_scans().values())[:5], good_scans()["tiff_pages"], b"", body.getvalue(), b"<html>"]
+    objects += [body.getvalue(), body.getvalue()]
+    lot = [FileInfo(str(number), len(data), "e", 0.0) for number, data in enumerate(objects)]
+
+    expected = worker.classifier.predict(objects)
+    made = itertools.count()
+    monkeypatch.setattr("btray.frames.make_frame", lambda *given: (next(made), make_frame(*given))[1])
+    used = 0
+    for number, pieces in enumerate(
+        pieces_of(worker._decoded(objects), worker.classifier.source, most=worker.most_frames)
+    ):
+        some = sum(0 if isinstance(piece.frames, Rejection) else len(piece.frames) for piece in pieces)
+        used += some
+        assert some <= worker.most_frames
+        # what stood between the two looks at the counter was counted by them
+        assert next(made) - number - used <= 8 * (2 * decoders + 1), "frames are made long before they are used"
+    assert used == sum(said.status == "ok" for said in expected)
+
+    rows = worker.rows(lot, objects, defaultdict(float))
+    assert [(row["uri"], row["frame"], row["status"], row["error_code"], row["label"]) for row in rows] == [
+        (str(said.index), said.frame, said.status, said.error_code, said.label) for said in expected
+    ]
+    assert [row["confidence"] for row in rows] == pytest.approx([said.confidence for said in expected], abs=1e-5)
 
 
 def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(

@@ -6,39 +6,28 @@ they name, whose size and entity tag are asked for, many at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from fnmatch import translate
 from itertools import islice
 from re import compile as compile_pattern
-from typing import Any
-from urllib.parse import unquote_plus
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from btray import storage
 from btray.errors import UserError
+from btray.inventory import named_in_inventory, path_in_bucket
+from btray.lots import read_patiently
+from btray.manifests import named_in_csv, named_in_list, named_in_parquet
 from btray.packs import describe_pack, is_pack, list_pack
+from btray.reading import until_dead
 from btray.storage import FileInfo, StorageError
-from btray.storage_errors import typed
+from btray.storage_errors import PATIENCE, typed
 
 _DESCRIBED_AT_A_TIME = 1024
 _DESCRIBERS = 32
-_CSV_BLOCK = 4 << 20  # bytes
-_INVENTORY_COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet
-    "Bucket": "bucket",
-    "Key": "key",
-    "IsLatest": "is_latest",
-    "IsDeleteMarker": "is_delete_marker",
-    "Size": "size",
-    "LastModifiedDate": "last_modified_date",
-    "ETag": "e_tag",
-}
 _KINDS = (
     "a folder or prefix, a manifest (.parquet, .csv) with the column uri, an S3 manifest.json, a list (.txt) or a "
     "packed archive"
@@ -50,7 +39,8 @@ class Selection:
     """Which objects of an archive are meant."""
 
     include: Sequence[str] = ()
-    """Globs, of which one must match; none: all. `*` matches `/` too; below a prefix the path from there is matched."""
+    """Globs, of which one must match; none: all. `*` matches `/` too. What they match is the path below a prefix, the
+    folder of a manifest or list, the bucket of an inventory or the folder that was packed; elsewhere the whole URI."""
     exclude: Sequence[str] = ()
     """Globs of which none may match."""
     since: datetime | None = None
@@ -58,26 +48,46 @@ class Selection:
     outside: str = ""
     """A folder whose objects are left out: the output, where it lies within the input."""
 
-    def filter(self, root: str, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
-        """Those of `objects` that are meant; `root` is what the globs' paths start from."""
+    def filter(self, path_of: Callable[[str], str], objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """Those of `objects` that are meant by their names; globs match the path that a URI has by `path_of`.
+
+        Raises UserError where all of them lie in the output.
+        """
         included, excluded = _matcher(self.include), _matcher(self.exclude)
-        oldest = self.since.timestamp() if self.since else 0.0
-        below, outside = root.rstrip("/") + "/", self.outside.rstrip("/") + "/"
+        inside = others = 0
         for info in objects:
-            path = info.uri.removeprefix(below)
-            if self.outside and info.uri.startswith(outside):
+            if self.holds(info.uri):
+                inside += 1
                 continue
-            if self.include and not included(path):
-                continue
-            if excluded(path) or 0 < info.modified < oldest:
-                continue
-            yield info
+            others += 1
+            path = path_of(info.uri)
+            if not excluded(path) and (not self.include or included(path)):
+                yield info
+        if inside and not others:
+            raise self.refusal()
+
+    def recent(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """Those of `objects` that are meant by their time."""
+        oldest = self.since.timestamp() if self.since else 0.0
+        return (info for info in objects if not 0 < info.modified < oldest)
+
+    def holds(self, uri: str) -> bool:
+        """Whether `uri` is the output or lies in it."""
+        return bool(self.outside) and f"{uri}/".startswith(self.outside.rstrip("/") + "/")
+
+    def refusal(self) -> UserError:
+        """What is said where nothing is left but the output."""
+        return UserError(
+            f"--output {self.outside} holds all of the input, and what lies in the output is no input; "
+            "name an output beside the input or below it."
+        )
 
 
-def list_archive(uri: str, selection: Selection) -> Iterator[FileInfo]:
+def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) -> Iterator[FileInfo]:
     """Every object of the archive that `selection` means, as it is listed; one may come twice from a manifest.
 
-    What cannot be examined has size 0 and an empty etag: reading it tells why.
+    What cannot be examined, although a store that is away is waited for `patience` seconds, has size 0 and an empty
+    etag: reading it tells why.
 
     Raises, when the first item is asked for or later:
         UserError: the archive is not there, is of no known kind, or its manifest cannot be read.
@@ -86,20 +96,29 @@ def list_archive(uri: str, selection: Selection) -> Iterator[FileInfo]:
     root = storage.resolve(uri)
     kind = _kind(root)
     if kind is None:
-        yield from selection.filter(root, _listed(root))
+        if selection.holds(root):
+            raise selection.refusal()
+        yield from selection.recent(selection.filter(_below(root), _listed(root)))
         return
     try:
         with typed(root):
-            yield from selection.filter(_top(root, kind), _readable(root, kind))
+            found = selection.filter(_paths(root, kind), _readable(root, kind))
+            yield from selection.recent(found if kind is list_pack else _described(found, patience))
     except StorageError as error:
         if error.retryable:
             raise
         raise storage.user_error(error) from error
 
 
-def _top(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> str:
-    """Where the paths that globs match begin."""
-    return str(describe_pack(root)["root"]) if kind is list_pack else root.rpartition("/")[0]
+def _paths(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> Callable[[str], str]:
+    """From the URI of an object to the path that globs match."""
+    if kind is named_in_inventory:
+        return path_in_bucket
+    return _below(str(describe_pack(root)["root"]) if kind is list_pack else root.rpartition("/")[0])
+
+
+def _below(root: str) -> Callable[[str], str]:
+    return lambda uri: uri.removeprefix(root.rstrip("/") + "/")
 
 
 def _readable(root: str, read: Callable[[str], Iterator[FileInfo]]) -> Iterator[FileInfo]:
@@ -132,10 +151,10 @@ def _matcher(globs: Sequence[str]) -> Callable[[str], bool]:
 def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
     """How `root` is read where it is a file that names others; None: it is listed."""
     kinds: dict[str, Callable[[str], Iterator[FileInfo]]] = {
-        ".parquet": lambda root: _described(_located(root, _parquet_uris(root))),
-        ".csv": lambda root: _described(_located(root, _csv_uris(root))),
-        ".txt": lambda root: _described(_located(root, _lines(root))),
-        "manifest.json": _inventory,
+        ".parquet": named_in_parquet,
+        ".csv": named_in_csv,
+        ".txt": named_in_list,
+        "manifest.json": named_in_inventory,
     }
     found = next((read for end, read in kinds.items() if root.lower().endswith(end)), None)
     try:
@@ -146,149 +165,15 @@ def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
         raise storage.user_error(error) from error
 
 
-# ---- manifests and lists
-
-
-def _parquet_uris(manifest: str) -> Iterator[str | None]:
-    with _opened(manifest) as file:
-        table = pa.parquet.ParquetFile(file)
-        column = _uri_column(manifest, table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[column]):
-            yield from batch.column(0).cast(pa.string()).to_pylist()
-
-
-def _csv_uris(manifest: str) -> Iterator[str | None]:
-    with _opened(manifest) as file:
-        header = pa.csv.open_csv(file).schema.names
-    column = _uri_column(manifest, header)
-    with _opened(manifest) as file:
-        for batch in _csv_batches(file, header, [column]):
-            yield from batch.column(0).to_pylist()
-
-
-def _csv_batches(
-    file: Any, columns: Sequence[str], wanted: Sequence[str], *, header: bool = True
-) -> Iterator[pa.RecordBatch]:
-    """All values as text; of a file without a header `columns` are its names."""
-    yield from pa.csv.open_csv(
-        file,
-        read_options=pa.csv.ReadOptions(block_size=_CSV_BLOCK, column_names=None if header else list(columns)),
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(columns, pa.string()), include_columns=list(wanted)
-        ),
-    )
-
-
-def _lines(listing: str) -> Iterator[str]:
-    with _opened(listing) as file:
-        rest = b""
-        while block := file.read(_CSV_BLOCK):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from (_text(listing, line) for line in lines if line.strip())
-        if rest.strip():
-            yield _text(listing, rest)
-
-
-def _text(listing: str, line: bytes) -> str:
-    try:
-        return line.decode().rstrip("\r")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{listing}: the line {line!r} is no UTF-8; write the list as UTF-8, one URI a line."
-        ) from error
-
-
-def _uri_column(manifest: str, names: Sequence[str]) -> str:
-    found = next((name for name in names if name.strip().casefold() == "uri"), None)
-    if found is None:
-        raise UserError(f"{manifest} has no column uri (it has {', '.join(names)}); name the column of URIs so.")
-    return found
-
-
-def _located(source: str, uris: Iterator[str | None]) -> Iterator[str]:
-    """Absolute URIs; relative ones start at the folder of `source`."""
-    folder = source.rpartition("/")[0]
-    for number, uri in enumerate(uris, start=1):
-        if not (uri or "").strip():
-            raise UserError(f"{source}, row {number}: uri is empty; fill it or drop the row.")
-        absolute = "://" in str(uri) or str(uri).startswith(("/", "~"))
-        try:
-            yield storage.resolve(str(uri) if absolute else storage.join(folder, str(uri)))
-        except UserError as error:
-            raise UserError(f"{source}, row {number}: {error}") from error
-
-
-def _described(uris: Iterator[str]) -> Iterator[FileInfo]:
+def _described(objects: Iterator[FileInfo], patience: float) -> Iterator[FileInfo]:
+    """The same objects, those without an etag examined; where that cannot be done they stay as they are."""
     with ThreadPoolExecutor(_DESCRIBERS) as pool:
-        while chunk := list(islice(uris, _DESCRIBED_AT_A_TIME)):
-            yield from pool.map(_describe, chunk)
 
+        def describe(uris: Sequence[str]) -> list[FileInfo | StorageError]:
+            return list(pool.map(until_dead(storage.describe), uris))
 
-def _describe(uri: str) -> FileInfo:
-    try:
-        return storage.describe(uri)
-    except StorageError:
-        return FileInfo(uri, 0, "", 0.0)
-
-
-# ---- S3 Inventory
-
-
-def _inventory(root: str) -> Iterator[FileInfo]:
-    """The objects of an S3 Inventory report: the latest versions that are no delete markers, hidden ones aside."""
-    try:
-        report = json.loads(storage.read_text(root))
-        files = [str(file["key"]) for file in report["files"]]
-        kind, bucket = str(report["fileFormat"]), str(report["destinationBucket"]).rpartition(":")[2]
-        columns = [name.strip() for name in str(report["fileSchema"]).split(",")]
-    except StorageError as error:
-        raise storage.user_error(error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root} is no S3 Inventory manifest ({error!r}); give {_KINDS}.") from error
-    if kind not in ("CSV", "Parquet"):
-        raise UserError(f"{root}: an inventory as {kind} is not read; have S3 write it as Parquet or CSV.")
-    for key in files:
-        # a report that was downloaded has its files beside it
-        uri = f"s3://{bucket}/{key}" if storage.is_remote(root) else storage.join(root.rpartition("/")[0], key)
-        rows = _inventory_parquet(uri) if kind == "Parquet" else _inventory_csv(uri, columns)
-        yield from (info for info in map(_inventory_entry, rows) if info is not None)
-
-
-def _inventory_parquet(uri: str) -> Iterator[dict[str, Any]]:
-    with _opened(uri) as file:
-        table = pa.parquet.ParquetFile(file)
-        present = [name for name in _INVENTORY_COLUMNS.values() if name in table.schema_arrow.names]
-        for batch in table.iter_batches(columns=present):
-            yield from batch.to_pylist()
-
-
-def _inventory_csv(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Keys are URL-encoded in CSV, and only there."""
-    wanted = [name for name in _INVENTORY_COLUMNS if name in columns]
-    filesystem, path = storage.arrow_filesystem(uri)
-    with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as file:
-        for batch in _csv_batches(file, columns, wanted, header=False):
-            for row in batch.to_pylist():
-                named = {_INVENTORY_COLUMNS[name]: value for name, value in row.items()}
-                yield named | {"key": unquote_plus(named["key"])}
-
-
-def _inventory_entry(row: dict[str, Any]) -> FileInfo | None:
-    if str(row.get("is_latest", True)).lower() == "false" or str(row.get("is_delete_marker")).lower() == "true":
-        return None
-    key, size = row["key"], int(row.get("size") or 0)
-    if (size == 0 and key.endswith(("/", "_$folder$"))) or any(p.startswith((".", "_")) for p in key.split("/")):
-        return None
-    modified = row.get("last_modified_date")
-    if isinstance(modified, str):
-        modified = datetime.fromisoformat(modified)
-    if modified is not None and modified.tzinfo is None:
-        modified = modified.replace(tzinfo=UTC)
-    etag = (row.get("e_tag") or "").strip('"')
-    return FileInfo(f"s3://{row['bucket']}/{key}", size, etag, modified.timestamp() if modified else 0.0)
-
-
-def _opened(uri: str) -> Any:
-    filesystem, path = storage.arrow_filesystem(uri)
-    return filesystem.open_input_file(path)
+        while chunk := list(islice(objects, _DESCRIBED_AT_A_TIME)):
+            answers = iter(read_patiently([info.uri for info in chunk if not info.etag], describe, patience))
+            for info in chunk:
+                answer = info if info.etag else next(answers)
+                yield info if isinstance(answer, StorageError) else answer

@@ -71,7 +71,7 @@ def run_archive(config: ArchiveConfig, work: Work) -> Report:
     Raises UserError for unusable input and where another run is writing to this output, ThresholdExceeded above
     `max_rejected`, after writing.
     """
-    found = _peeked(list_archive(config.input, _selection(config, work.output)))
+    found = _peeked(list_archive(config.input, _selection(config, work.output), patience=config.patience))
     try:
         if config.dry_run:
             return _estimate(config, work, found)
@@ -208,7 +208,7 @@ def parts_through(
         return worklist.map_batches(
             worker,
             fn_constructor_args=arguments,
-            batch_size=None,
+            batch_size=1,  # a part; None, which would do, Ray refuses to actors with GPUs
             batch_format="pyarrow",
             num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / first),
             num_gpus=gpu_share or None,

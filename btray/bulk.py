@@ -89,6 +89,7 @@ def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
     options = WorkerOptions(
         model_id=run.group,
         engine=config.engine,
+        device="cuda" if config.use_gpu else "cpu",
         batch_size=config.batch_size,
         threads=config.threads,
         decoders=max(1, int(cpus() / actors[0])),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from btray.classifier import Classifier, Prediction
 from btray.drift import Profile
 from btray.engines import EngineName
 from btray.explanations import FOLDER, write_explanations
-from btray.frames import Rejection
+from btray.frames import FrameSource, Rejection
 from btray.keys import keys_of
 from btray.logs import LogFormat
 from btray.lots import LotReader
@@ -27,7 +29,15 @@ from btray.preprocess import Frame
 from btray.reading import Answer
 from btray.results import SCHEMA, row_of
 from btray.runs import Run
+from btray.scans import Scan
 from btray.storage import FileInfo, StorageError
+
+# A scan may have 10,000 pages: frames are made and classified so many at a time, or as many as a batch has.
+_FRAMES = 256
+_SMALL = 4 << 20  # bytes of frames of one object
+
+Decoded = list[Frame] | Scan | Rejection
+"""What became of the bytes of an object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,8 @@ class WorkerOptions:
     model_id: str
     engine: EngineName
     """How the network is run."""
+    device: Literal["cpu", "cuda"]
+    """Where it is run. Ray hides no GPU from an actor that asked for none, so what torch finds does not tell."""
     batch_size: int | None
     """Images a forward pass; None: as many as suit the device."""
     threads: int
@@ -53,6 +65,17 @@ class WorkerOptions:
     """How the actor logs."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Frames of one object that are classified together with others, or why it has none."""
+
+    index: int
+    """Of the object in its lot."""
+    first: int
+    """Number of the first of these frames among those of the object."""
+    frames: list[Frame] | Rejection
+
+
 class PartClassifier(PartWorker):
     """Rows of the results table."""
 
@@ -63,31 +86,44 @@ class PartClassifier(PartWorker):
         keep_freed_memory()
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
-            model, model_id=options.model_id, batch_size=options.batch_size, engine=options.engine
+            model,
+            model_id=options.model_id,
+            device=options.device,
+            batch_size=options.batch_size,
+            engine=options.engine,
         )
         self.options = options
         # One decoder is this thread itself: nothing else is done meanwhile.
-        self.decoded = ThreadPoolExecutor(options.decoders).map if options.decoders > 1 else map
+        self.decoders = ThreadPoolExecutor(options.decoders) if options.decoders > 1 else None
+        batch = self.classifier.batch_size
+        self.most_frames = batch * math.ceil(_FRAMES / batch)
         max_bytes = self.classifier.source.limits.max_bytes
-        reader = LotReader(
-            threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=self.classifier.batch_size
-        )
+        reader = LotReader(threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=batch)
         super().__init__(run, reader, options.patience)
 
     def rows(self, lot: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
         """One a frame, or one for an object that gives none."""
+        rows: list[Row] = []
         started = time.perf_counter()
-        found = list(self.decoded(self._decode, answers))
-        decoded = time.perf_counter()
-        predictions = self.classifier.predict_decoded(found, [info.uri for info in lot])
+        for pieces in pieces_of(self._decoded(answers), self.classifier.source, most=self.most_frames):
+            seconds["decode"] += time.perf_counter() - started
+            rows += self._classified(lot, pieces, seconds)
+            started = time.perf_counter()
+        seconds["decode"] += time.perf_counter() - started
+        return rows
+
+    def _classified(self, lot: Sequence[FileInfo], pieces: Sequence[Piece], seconds: Seconds) -> list[Row]:
+        started = time.perf_counter()
+        found = [piece.frames for piece in pieces]
+        predictions = self.classifier.predict_decoded(found, [lot[piece.index].uri for piece in pieces])
         now = datetime.now(UTC)
-        rows = [
-            row_of(prediction, lot[prediction.index], run_id=self.run.run_id, classified_at=now)
-            for prediction in predictions
-        ]
-        seconds["decode"] += decoded - started
+        rows = []
+        for prediction in predictions:
+            piece = pieces[prediction.index]
+            row = row_of(prediction, lot[piece.index], run_id=self.run.run_id, classified_at=now)
+            rows.append(row | {"frame": piece.first + prediction.frame})
         predicted = time.perf_counter()
-        seconds["predict"] += predicted - decoded
+        seconds["predict"] += predicted - started
         if self.options.explain_labels:
             self._explain(rows, predictions, found)
             seconds["explain"] += time.perf_counter() - predicted
@@ -122,7 +158,47 @@ class PartClassifier(PartWorker):
             ],
         }
 
-    def _decode(self, answer: Answer) -> list[Frame] | Rejection:
+    def _decoded(self, answers: Sequence[Answer]) -> Iterator[Decoded]:
+        """In their order, a few ahead of those that are asked for."""
+        if self.decoders is None:
+            yield from map(self._decode, answers)
+            return
+        ahead: deque[Future[Decoded]] = deque()
+        for answer in answers:
+            ahead.append(self.decoders.submit(self._decode, answer))
+            if len(ahead) > 2 * self.options.decoders:
+                yield ahead.popleft().result()
+        yield from (decoding.result() for decoding in ahead)
+
+    def _decode(self, answer: Answer) -> Decoded:
+        """As frames, which other threads may make meanwhile; as a scan where its many pages are smaller than they."""
         if isinstance(answer, StorageError):
             return Rejection(answer.code, str(answer), answer.retryable)
-        return self.classifier.source.from_bytes(answer)
+        source = self.classifier.source
+        scan = source.decoded(answer)
+        if isinstance(scan, Rejection):
+            return scan
+        as_frames = len(scan.frames) * source.preprocess.size**2
+        return source.frames_of(scan) if as_frames <= max(_SMALL, sum(gray.nbytes for gray in scan.frames)) else scan
+
+
+def pieces_of(found: Iterable[Decoded], source: FrameSource, *, most: int) -> Iterator[list[Piece]]:
+    """The frames of all objects, and the rejections between them, in their order and `most` frames at a time."""
+    pieces: list[Piece] = []
+    held = 0
+    for index, of_object in enumerate(found):
+        if isinstance(of_object, Rejection):
+            pieces.append(Piece(index, 0, of_object))
+            continue
+        pages: list[Any] = of_object.frames if isinstance(of_object, Scan) else of_object
+        first = 0
+        while first < len(pages):
+            some = pages[first : first + most - held]
+            frames: list[Frame] = source.frames_of(Scan(some)) if isinstance(of_object, Scan) else some
+            pieces.append(Piece(index, first, frames))
+            first, held = first + len(some), held + len(some)
+            if held == most:
+                yield pieces
+                pieces, held = [], 0
+    if pieces:
+        yield pieces

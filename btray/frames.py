@@ -33,7 +33,7 @@ class FrameSource:
 
     def from_bytes(self, data: bytes) -> list[Frame] | Rejection:
         """Frames (uint8 [size, size]) of one encoded scan, in their order, or why there are none."""
-        scan = self._decoded(data)
+        scan = self.decoded(data)
         return scan if isinstance(scan, Rejection) else self.frames_of(scan)
 
     def from_uris(self, uris: Sequence[str]) -> list[list[Frame] | Rejection]:
@@ -46,13 +46,14 @@ class FrameSource:
             if isinstance(data, StorageError):
                 yield Rejection(data.code, str(data), data.retryable)
             else:
-                yield self._decoded(data)
+                yield self.decoded(data)
 
     def frames_of(self, scan: Scan) -> list[Frame]:
         """The frames of a decoded scan, in their order."""
         return [make_frame(gray, self.preprocess) for gray in scan.frames]
 
-    def _decoded(self, data: bytes) -> Scan | Rejection:
+    def decoded(self, data: bytes) -> Scan | Rejection:
+        """One encoded scan before preprocessing, or why there is none."""
         try:
             return decode(data, min_side=decode_side(self.preprocess), limits=self.limits)
         except ScanRejected as error:

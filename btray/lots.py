@@ -6,16 +6,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from btray import s3, storage
-from btray.reading import Answer, read_many
+from btray.reading import AWAY, Answer, read_many
 from btray.storage import FileInfo, StorageError
 
 # What an actor holds at a time, twice: one lot is read while the one before it is worked on.
 _LOT_OBJECTS = 64
 _LOT_BYTES = 64 << 20
 _PAUSE = 1.0  # seconds between two looks whether a store is back
+
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 
 
 def objects_of(part: dict[str, Any]) -> list[FileInfo]:
@@ -48,39 +51,54 @@ class LotReader:
             yield lot, answers
 
     def _read(self, lot: Sequence[FileInfo]) -> list[Answer]:
-        places = [info.place or info.uri for info in lot]
-        etags = dict(zip(places, (info.etag for info in lot), strict=True))
-        return read_patiently(
-            places,
-            lambda uris: read_many(
-                uris, etags=[etags[uri] for uri in uris], threads=self._threads, max_bytes=self._max_bytes
-            ),
-            self._patience,
+        answers = read_patiently(lot, self._read_now, self._patience)
+        return [_as_listed(info, answer) for info, answer in zip(lot, answers, strict=True)]
+
+    def _read_now(self, lot: Sequence[FileInfo]) -> list[Answer]:
+        return read_many(
+            [info.place or info.uri for info in lot],
+            etags=[info.etag for info in lot],
+            threads=self._threads,
+            max_bytes=self._max_bytes,
         )
 
 
-def read_patiently(uris: Sequence[str], read: Callable[[Sequence[str]], list[Answer]], patience: float) -> list[Answer]:
-    """What `read` gives for `uris`; those that a store left unanswered are read again once it is back.
+def _as_listed(info: FileInfo, answer: Answer) -> Answer:
+    """The answer, but no bytes of an object that was listed without an etag: what they are no later run could tell."""
+    if info.etag or isinstance(answer, StorageError):
+        return answer
+    return StorageError("changed", info.uri, "it could not be examined when it was listed, and now it can be read")
 
-    A store that is away for `patience` seconds is given up. One that answers, but not for these objects, is asked for
-    them once more: a single broken object costs no waiting.
+
+def read_patiently(
+    asked: Sequence[Asked], read: Callable[[Sequence[Asked]], Sequence[Found | StorageError]], patience: float
+) -> list[Found | StorageError]:
+    """What `read` gives for each of `asked`; what a store left unanswered is asked for again once it is back.
+
+    A store that is away, or refuses all that is asked as too many requests (as what stands before one does while it is
+    away), for `patience` seconds is given up. One that answers, but not for these objects, is asked for them once more:
+    a single broken object costs no waiting.
     """
-    answers = read(uris)
+    answers = list(read(asked))
     deadline = time.monotonic() + patience
-    while away := [number for number, answer in enumerate(answers) if _is_unavailable(answer)]:
+    while away := [(number, answer) for number, answer in enumerate(answers) if _is_unanswered(answer)]:
         late = time.monotonic() > deadline
-        if not late and not _answers_at_all(uris[away[0]]):
-            time.sleep(_PAUSE)
-            continue
-        for number, answer in zip(away, read([uris[number] for number in away]), strict=True):
-            answers[number] = answer
-        if late or _answers_at_all(uris[away[0]]):
-            break
+        somewhere = away[0][1].uri
+        if late or _answers_at_all(somewhere):
+            for (number, _), answer in zip(away, read([asked[number] for number, _ in away]), strict=True):
+                answers[number] = answer
+            if late or (_answers_at_all(somewhere) and not all(map(_is_throttled, answers))):
+                break
+        time.sleep(_PAUSE)
     return answers
 
 
-def _is_unavailable(answer: Answer) -> bool:
-    return isinstance(answer, StorageError) and answer.code == "unavailable"
+def _is_unanswered(answer: object) -> TypeGuard[StorageError]:
+    return isinstance(answer, StorageError) and answer.code in AWAY
+
+
+def _is_throttled(answer: object) -> bool:
+    return isinstance(answer, StorageError) and answer.code == "throttled"
 
 
 def _answers_at_all(uri: str) -> bool:

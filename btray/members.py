@@ -14,10 +14,16 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet
 
-from btray.storage_errors import StorageError, check_size, typed
+from btray.storage_errors import FAILURES, StorageError, check_size
 
 _MEMBER = re.compile(r"(?P<shard>.+\.parquet)#(?P<row>\d+)/(?P<path>.+)", re.DOTALL)
 _LOADING = threading.Lock()
+
+
+class DamagedShard(StorageError):
+    """A shard that is no Parquet file any more: that says nothing of its scans, which a later run may find whole."""
+
+    retryable = True
 
 
 def member_uri(shard: str, row: int, path: str) -> str:
@@ -41,6 +47,8 @@ def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) ->
     shard_uri, row = _parsed(uri)
     with _LOADING:  # of the threads that want members of one shard the first reads it
         shard = _shard(shard_uri, read_whole)
+    if isinstance(shard, str):
+        raise DamagedShard("failed", uri, shard)
     if row >= len(shard):
         raise StorageError("not_found", uri, f"the shard has {len(shard)} rows")
     if (code := shard["error_code"][row].as_py()) is not None:
@@ -58,9 +66,11 @@ def _parsed(uri: str) -> tuple[str, int]:
 
 
 @lru_cache(maxsize=2)
-def _shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table:
-    body = read_whole(uri)
-    with typed(uri):
-        return pa.parquet.read_table(
-            pa.BufferReader(body), columns=["data", "error_code", "error"], page_checksum_verification=True
-        )
+def _shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table | str:
+    """Its rows, or what is wrong with it: that is remembered too, or each of its members would read it again."""
+    body, columns = read_whole(uri), ["data", "error_code", "error"]
+    try:
+        table = pa.parquet.read_table(pa.BufferReader(body), columns=columns, page_checksum_verification=True)
+        return table.select(columns)
+    except (*FAILURES, pa.ArrowException, KeyError) as error:
+        return f"its shard is damaged: {error}"

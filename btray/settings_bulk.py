@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from btray.config import JobConfig
 from btray.settings import Positive, Probability
@@ -20,7 +20,7 @@ class ArchiveConfig(JobConfig):
     output: str
     """Where the result is written; local or s3://."""
     include: tuple[str, ...] = ()
-    """Only paths below the input that match one of these globs; `*` matches `/` too."""
+    """Only paths below the input (keys of an inventory) that match one of these globs; `*` matches `/` too."""
     exclude: tuple[str, ...] = ()
     """No paths below the input that match one of these globs."""
     since: datetime | None = None
@@ -72,6 +72,12 @@ class ClassifyConfig(ArchiveConfig):
     """Write pictures of what spoke for the label (Grad-CAM) of so many of the least certain scans."""
     explain_labels: tuple[str, ...] = ()
     """Write such pictures of every scan that gets one of these labels."""
+
+    @model_validator(mode="after")
+    def _onnx_on_a_cpu(self) -> Self:
+        if self.use_gpu and self.engine == "onnx":
+            raise ValueError("engine onnx runs on a CPU: leave out --use-gpu, or choose --engine eager or frozen")
+        return self
 
 
 class PackConfig(ArchiveConfig):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ import pyarrow.parquet
 from btray import storage
 from btray.errors import UserError
 from btray.labels import canonical_label
+from btray.manifests import locate
 from btray.members import path_of
 from btray.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError
@@ -154,7 +154,10 @@ def _manifest_rows(manifest: str, folder: str, data: bytes) -> dict[str, tuple[s
         split = SPLITS.get((raw_split or "").strip().casefold())
         if split is None and (raw_split or "").strip():
             raise UserError(f"{where}: split {raw_split!r} is unknown; write train, val or test, or leave it empty.")
-        uri = _locate(folder, str(raw_uri), where)
+        try:
+            uri = locate(folder, str(raw_uri))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         said = (canonical_label(str(raw_label)), split, (patient or "").strip() or None)
         first = rows.setdefault(uri, (number, *said))
         if first[1:] != said:
@@ -207,18 +210,6 @@ def _rows(table: pa.Table) -> Iterator[tuple[str | None, str | None, str | None,
     nothing = [None] * len(table)
     columns = [table[name].to_pylist() if name in table.column_names else nothing for name in SCHEMA.names[:4]]
     return zip(*columns, strict=True)
-
-
-def _locate(folder: str, uri: str, where: str) -> str:
-    try:
-        if "://" in uri or uri.startswith(("/", "~")):
-            return storage.resolve(uri)
-        if storage.is_remote(folder) and uri.startswith(("./", "../")):
-            bucket, _, key = folder.removeprefix("s3://").partition("/")
-            return storage.join(f"s3://{bucket}", posixpath.normpath(f"/{key}/{uri}"))
-        return storage.resolve(storage.join(folder, uri))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 # ---- packed archives

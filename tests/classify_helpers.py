@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import multiprocessing
 import os
+from datetime import datetime
 from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote_plus
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import ray
 
 from btray import lease, phantoms, storage
+from btray.bulk_worker import PartClassifier, WorkerOptions
+from btray.bundle import load_bundle
+from btray.runs import Run
 from btray.settings_bulk import ClassifyConfig
 from tests.scan_corpus import bad_scans, good_scans
 from tools.processes import named
 
 Contents = dict[str, bytes]
+
+_IN_PARQUET = {
+    "Bucket": "bucket",
+    "Key": "key",
+    "IsLatest": "is_latest",
+    "IsDeleteMarker": "is_delete_marker",
+    "Size": "size",
+    "LastModifiedDate": "last_modified_date",
+    "ETag": "e_tag",
+}
+FIELDS = tuple(_IN_PARQUET)
+"""Of an inventory."""
 
 QUICK_LEASE = (0.5, 4.0)
 """Seconds between signs of life and until a killed driver counts as dead."""
@@ -39,6 +60,33 @@ def write_objects(root: str, objects: Contents) -> None:
         storage.write_bytes(storage.join(root, name), data)
 
 
+def write_inventory(bucket: str, kind: str, rows: list[dict[str, Any]], *, fields: tuple[str, ...] = FIELDS) -> str:
+    """An S3 Inventory report on objects of `bucket`, as S3 writes it; its URI. What rows leave out is usual."""
+    name, usual = bucket.removeprefix("s3://"), {"IsLatest": True, "IsDeleteMarker": False, "Size": 7, "ETag": "e"}
+    full = [usual | {"Bucket": name, "LastModifiedDate": "2026-11-01T00:00:00.000Z"} | row for row in rows]
+    body = io.BytesIO()
+    if kind == "Parquet":
+        columns: dict[str, Any] = {_IN_PARQUET[field]: [row[field] for row in full] for field in fields}
+        times = [datetime.fromisoformat(time) for time in columns["last_modified_date"]]
+        pq.write_table(pa.table(columns | {"last_modified_date": pa.array(times, pa.timestamp("ms"))}), body)
+    else:
+        encoded = [row | {"Key": quote_plus(row["Key"])} for row in full]
+        lines = [",".join(f'"{"" if row[field] is None else row[field]}"' for field in fields) for row in encoded]
+        body.write(gzip.compress("\n".join(lines).encode()))
+    file = f"inventory/data/1.{'parquet' if kind == 'Parquet' else 'csv.gz'}"
+    storage.write_bytes(storage.join(bucket, file), body.getvalue())
+    report = {
+        "sourceBucket": name,
+        "destinationBucket": f"arn:aws:s3:::{name}",
+        "fileFormat": kind,
+        "fileSchema": ", ".join(fields),
+        "files": [{"key": file, "size": len(body.getvalue())}],
+    }
+    manifest = storage.join(bucket, "inventory", "manifest.json")
+    storage.write_json(manifest, report)
+    return manifest
+
+
 def job(model: str, source: str, output: str, **changes: Any) -> ClassifyConfig:
     """With one actor unless said otherwise: starting them is what takes time."""
     return ClassifyConfig(**{"model": model, "input": source, "output": output, "actors": 1, **changes})
@@ -52,6 +100,27 @@ def plain_rows(output: str) -> pa.Table:
 
 def keys_of(rows: pa.Table) -> list[tuple[str, int]]:
     return sorted(zip(rows["uri"].to_pylist(), rows["frame"].to_pylist(), strict=True))
+
+
+def actor(patch: pytest.MonkeyPatch, model: str, **changes: Any) -> PartClassifier:
+    """The actor of the job in this process, without Ray; `changes` replace its options."""
+    context = SimpleNamespace(was_current_actor_reconstructed=False)
+    patch.setattr("btray.part_worker.ray.get_runtime_context", lambda: context)
+    patch.setattr("btray.bulk_worker.logs.begin_in_worker", lambda *_, **__: None)
+    patch.setattr("btray.bulk_worker.keep_freed_memory", lambda: None)
+    run = Run(run_id="run", group="model", parts="parts", output="out", request={})
+    options: dict[str, Any] = {
+        "model_id": load_bundle(model).manifest.model_id,
+        "engine": "eager",
+        "device": "cpu",
+        "batch_size": None,
+        "threads": 4,
+        "decoders": 1,
+        "patience": 1.0,
+        "explain_labels": (),
+        "least_certain": 0,
+    }
+    return PartClassifier(model, run, WorkerOptions(**options | changes))
 
 
 # ---- killing

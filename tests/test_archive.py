@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import json
+import itertools
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote_plus
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from btray import storage
+from btray import s3, storage
 from btray.archive import Selection, list_archive
 from btray.errors import UserError
+from btray.lots import LotReader
+from btray.results import RETRIED
+from btray.worklist import read_labelled
+from tests.classify_helpers import FIELDS, write_inventory
 
 NAMES = ("a.jpg", "deep/b c+%.png", "deep/日本.jpg", "noext")
 
@@ -60,6 +64,17 @@ def test_an_output_within_the_input_is_no_input(place: str) -> None:
     assert sorted(found) == sorted(uris(place, *NAMES))
 
 
+def test_an_output_that_holds_all_of_the_input_is_refused(place: str, tmp_path: Path) -> None:
+    manifest = str(tmp_path / "list.txt")
+    storage.write_text(manifest, "\n".join(uris(place, *NAMES)))
+    for source, output in ((f"{place}/deep", place), (f"{place}/deep", f"{place}/deep"), (manifest, place)):
+        with pytest.raises(UserError, match="name an output beside") as caught:
+            listed(source, outside=output)
+        assert f"--output {output} " in str(caught.value)
+    assert listed(manifest, outside=f"{place}/deep") == uris(place, "a.jpg", "noext")
+    assert len(listed(f"{place}/deep", outside=f"{place}/de")) == 2
+
+
 def test_only_what_was_modified_since(place: str) -> None:
     assert len(listed(place, since=datetime(2020, 1, 1, tzinfo=UTC))) == len(NAMES)
     assert listed(place, since=datetime(2100, 1, 1, tzinfo=UTC)) == []
@@ -84,41 +99,103 @@ def test_manifests_and_lists_give_what_they_name_with_size_and_etag(place: str, 
     assert (found[2].size, found[2].etag) == (0, "")
 
 
+def test_a_list_names_what_a_labelled_manifest_of_the_same_uris_names(place: str) -> None:
+    lines = ["./b.jpg,x", "../deep/b c+%.png,y", "../a.jpg,x", uris(place, "noext")[0] + ",y"]
+    manifest = storage.join(place, "lists", "m.csv")
+    storage.write_text(manifest, "\n".join(["uri,label", *lines]))
+    assert listed(manifest) == read_labelled(manifest)["uri"].to_pylist()
+    assert listed(manifest) == uris(place, "lists/b.jpg", "deep/b c+%.png", "a.jpg", "noext")
+
+
+@pytest.mark.parametrize("code", ["unavailable", "throttled"])
+def test_a_store_that_goes_away_while_a_manifest_is_examined_costs_time_and_no_etag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    names = [f"{number}.jpg" for number in range(100)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    manifest = tmp_path / "list.txt"
+    manifest.write_text("\n".join(names))
+    expected = [storage.describe(str(tmp_path / name)) for name in names]
+    describe, asked, refusals = storage.describe, itertools.count(), 150
+
+    def away_at_first(uri: str) -> storage.FileInfo:
+        if next(asked) < refusals:
+            raise storage.StorageError(code, uri)
+        return describe(uri)
+
+    monkeypatch.setattr("btray.lots._PAUSE", 0.001)
+    monkeypatch.setattr("btray.lots._answers_at_all", lambda uri: next(asked) >= refusals)
+    monkeypatch.setattr("btray.storage.describe", away_at_first)
+    assert list(list_archive(str(manifest), Selection(), patience=60)) == expected
+
+    asked, refusals = itertools.count(), 10**9
+    found = list(list_archive(str(manifest), Selection(), patience=0.01))
+    assert [(info.uri, info.etag) for info in found] == [(info.uri, "") for info in expected]
+    assert next(asked) < 1000, "a dead store is not asked for each object"
+
+
+def test_no_bytes_come_of_what_was_listed_without_an_etag(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"scan")
+    reader = LotReader(threads=2, patience=1, max_bytes=100)
+    known = storage.describe(str(tmp_path / "a.jpg"))
+    unknown = [storage.FileInfo(str(tmp_path / name), 0, "", 0.0) for name in ("a.jpg", "gone.jpg")]
+    ((_, answers),) = reader.lots([known, *unknown], defaultdict(float))
+    assert answers[0] == b"scan"
+    assert [answer.code for answer in answers[1:]] == ["changed", "not_found"]  # type: ignore[union-attr]
+    assert {"changed", "not_found"} <= RETRIED
+
+
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ["Parquet", "CSV"])
 def test_an_inventory_gives_the_latest_versions_without_reading_or_listing_them(bucket: str, kind: str) -> None:
-    name = bucket.removeprefix("s3://")
-    rows = [
-        (name, "scans/b c+%.jpg", True, False, 7, "2026-11-01T00:00:00.000Z", "e1"),
-        (name, "scans/old.jpg", False, False, 7, "2026-11-01T00:00:00.000Z", "e2"),
-        (name, "scans/deleted.jpg", True, True, None, "2026-11-01T00:00:00.000Z", None),
-        (name, "scans/folder/", True, False, 0, "2026-11-01T00:00:00.000Z", "e3"),
-        (name, "_results/part", True, False, 9, "2026-11-01T00:00:00.000Z", "e4"),
-        (name, "scans/日本", True, False, 8, "2026-11-03T00:00:00.000Z", "e5"),
+    rows: list[dict[str, Any]] = [
+        {"Key": "scans/b c+%.jpg", "ETag": "e1"},
+        {"Key": "scans/old.jpg", "IsLatest": False},
+        {"Key": "scans/deleted.jpg", "IsDeleteMarker": True, "Size": None, "ETag": None},
+        {"Key": "scans/日本", "ETag": "e5", "Size": 8, "LastModifiedDate": "2026-11-03T00:00:00.000Z"},
     ]
-    schema = "Bucket, Key, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
-    body = io.BytesIO()
-    if kind == "Parquet":
-        names = ("bucket", "key", "is_latest", "is_delete_marker", "size", "last_modified_date", "e_tag")
-        table = pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
-        times = pa.array([datetime.fromisoformat(row[5]) for row in rows], pa.timestamp("ms"))
-        pq.write_table(table.set_column(5, "last_modified_date", times), body)
-    else:
-        encoded = [(row[0], quote_plus(row[1]), *row[2:]) for row in rows]
-        lines = [["" if value is None else str(value) for value in row] for row in encoded]
-        body.write(gzip.compress("\n".join(",".join(f'"{value}"' for value in line) for line in lines).encode()))
-    files = [{"key": f"inventory/data/1.{'parquet' if kind == 'Parquet' else 'csv.gz'}", "size": 1}]
-    storage.write_bytes(storage.join(bucket, files[0]["key"]), body.getvalue())  # type: ignore[arg-type]
-    report = {"destinationBucket": f"arn:aws:s3:::{name}", "fileFormat": kind, "fileSchema": schema, "files": files}
-    manifest = storage.join(bucket, "inventory", "manifest.json")
-    storage.write_text(manifest, json.dumps(report))
-
-    found = list(list_archive(manifest, Selection()))
-    assert [(info.uri, info.size, info.etag) for info in found] == [
+    manifest = write_inventory(bucket, kind, rows)
+    assert [(info.uri, info.size, info.etag) for info in list_archive(manifest, Selection())] == [
         (f"{bucket}/scans/b c+%.jpg", 7, "e1"),
         (f"{bucket}/scans/日本", 8, "e5"),
     ]
     assert listed(manifest, since=datetime(2026, 11, 2, tzinfo=UTC)) == [f"{bucket}/scans/日本"]
+    assert listed(manifest, include=["scans/b*"]) == [f"{bucket}/scans/b c+%.jpg"]
+    assert listed(manifest, exclude=["scans/b*"]) == [f"{bucket}/scans/日本"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["Parquet", "CSV"])
+def test_an_inventory_of_a_bucket_and_a_listing_of_it_count_the_same_objects(bucket: str, kind: str) -> None:
+    names = [
+        "_raw/a.jpg",
+        ".hidden",
+        "day/_tmp/a.jpg",
+        "day/a_b.jpg",
+        "day/.x",
+        "day/x_$folder$",
+        "day/",
+        "k=v/#1?.jpg",
+    ]
+    for name in names:
+        body = b"" if name.endswith(("/", "$")) else b"x"
+        s3.call(bucket, "put_object", Key=name, Body=body)
+    counted = sorted(info.uri for info in storage.list_files(bucket))
+    assert counted == [f"{bucket}/day/a_b.jpg", f"{bucket}/k=v/#1?.jpg"]
+    rows = [{"Key": name, "Size": 0 if name.endswith(("/", "$")) else 1} for name in names]
+    assert sorted(listed(write_inventory(bucket, kind, rows))) == counted
+
+    assert listed(f"{bucket}/_raw") == [f"{bucket}/_raw/a.jpg"]
+    assert "names 1 objects, of which none counts" in refusal(write_inventory(bucket, kind, rows[:1]))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["Parquet", "CSV"])
+@pytest.mark.parametrize("field", ["ETag", "Size"])
+def test_an_inventory_without_a_field_that_is_needed_is_refused_by_its_name(bucket: str, kind: str, field: str) -> None:
+    fields = tuple(name for name in FIELDS if name != field)
+    assert f"no field {field}; add it" in refusal(write_inventory(bucket, kind, [{"Key": "a.jpg"}], fields=fields))
 
 
 def test_what_is_no_archive_is_refused_in_one_line_that_names_it(place: str, tmp_path: Path) -> None:

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import random
 import re
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
-from btray import lease, phantoms, runs, storage
+from btray import bulk, lease, phantoms, runs, storage
+from btray.archive_run import parts_through
 from btray.bulk import classify
+from btray.bulk_worker import PartClassifier, pieces_of
 from btray.classifier import Classifier
 from btray.drift import Profile
 from btray.errors import ThresholdExceeded, UserError
+from btray.frames import Rejection
 from btray.lots import read_patiently
+from btray.preprocess import make_frame
 from btray.results import KEY, current
 from btray.settings_bulk import ClassifyConfig
-from btray.storage import StorageError
+from btray.storage import FileInfo, StorageError
 from tests.classify_helpers import (
     QUICK_LEASE,
+    actor,
     actors,
     job,
     keys_of,
@@ -38,7 +45,7 @@ from tests.classify_helpers import (
     start,
     write_objects,
 )
-from tests.scan_corpus import bad_scans
+from tests.scan_corpus import bad_scans, good_scans
 from tests.tiny_bundle import PREPROCESS, saved_bundle
 from tools.processes import until
 
@@ -206,6 +213,38 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
         classify(job(model, str(tmp_path), str(output)))
 
 
+def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_there(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("btray.bulk.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.archive_run.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.archive_run.require_gpus", lambda: 2)
+    monkeypatch.setattr("btray.archive_run.is_own", lambda: True)
+    monkeypatch.setattr(
+        "btray.bulk.parts_through", lambda worker, arguments, run, **how: asked.update(how, options=arguments[2])
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    run = runs.Run(run_id="r", group="m", parts="p", output="out", request={})
+    for changes, device, actors_of, share in (
+        ({}, "cpu", (8, 8), 0.0),
+        ({"actors": 3}, "cpu", (3, 3), 0.0),
+        ({"use_gpu": True}, "cuda", (2, 2), 1.0),
+        ({"use_gpu": True, "gpu_share": 0.5}, "cuda", (4, 4), 0.5),
+    ):
+        bulk._dataset(ClassifyConfig(model=model, input="in", output="out", **changes), run)
+        assert (asked["options"].device, asked["actors"], asked["gpu_share"]) == (device, actors_of, share)
+    assert actor(monkeypatch, model, device="cpu").classifier.device.type == "cpu"
+    with pytest.raises(ValueError, match="onnx runs on a CPU: leave out --use-gpu"):
+        ClassifyConfig(model=model, input="in", output="out", use_gpu=True, engine="onnx")
+
+
+def test_actors_with_gpus_are_a_pipeline_that_ray_takes(ray_session: None, tmp_path: Path) -> None:
+    run = runs.Run(run_id="r", group="m", parts="p", output=str(tmp_path), request={})
+    dataset = parts_through(PartClassifier, (), run, actors=(1, 2), patience=1, gpu_share=0.5)
+    assert "PartClassifier" in str(dataset)
+
+
 def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("btray.lots._PAUSE", 0.01)
     up_at = time.monotonic() + 0.3
@@ -226,6 +265,64 @@ def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatc
     started = time.monotonic()
     assert all(isinstance(answer, StorageError) for answer in read_patiently(["s3://b/1"], read, 0.2))
     assert 0.2 < time.monotonic() - started < 5
+
+
+def test_a_store_that_refuses_all_is_waited_for_and_one_that_refuses_a_few_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("btray.lots._PAUSE", 0.001)
+    rounds = iter(range(1000))
+    refusing = 20
+
+    def read(uris: Any) -> list[Any]:
+        refuses = next(rounds) < refusing
+        return [StorageError("throttled", uri) if refuses or uri == "s3://b/hot" else uri.encode() for uri in uris]
+
+    for listing_answers in (False, True):  # a store may refuse to be read while it can be listed
+        rounds, left = iter(range(1000)), iter([listing_answers] * refusing)
+        monkeypatch.setattr("btray.lots._answers_at_all", lambda uri: next(left, True))  # noqa: B023
+        assert read_patiently(["s3://b/1", "s3://b/2"], read, 60) == [b"s3://b/1", b"s3://b/2"]
+    rounds = iter(range(refusing, 1000))
+    answers = read_patiently(["s3://b/1", "s3://b/hot"], read, 60)
+    assert answers[0] == b"s3://b/1"
+    assert isinstance(answers[1], StorageError)
+    assert next(rounds) == refusing + 2, "an object that is refused while others are read is asked for once more"
+
+
+@pytest.mark.parametrize("decoders", [1, 3])
+def test_scans_of_many_pages_take_the_memory_of_a_few_and_give_the_rows_of_all(
+    model: str, monkeypatch: pytest.MonkeyPatch, decoders: int
+) -> None:
+    monkeypatch.setattr("btray.bulk_worker._SMALL", 8 * PREPROCESS.size**2)
+    monkeypatch.setattr("btray.bulk_worker._FRAMES", 20)
+    worker = actor(monkeypatch, model, decoders=decoders)
+    assert worker.most_frames == 2 * worker.classifier.batch_size == 32
+    pages = [Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 20), np.uint8)) for seed in range(40)]
+    body = io.BytesIO()
+    pages[0].save(body, "TIFF", save_all=True, append_images=pages[1:])
+    objects = [*list(good_scans().values())[:5], good_scans()["tiff_pages"], b"", body.getvalue(), b"<html>"]
+    objects += [body.getvalue(), body.getvalue()]
+    lot = [FileInfo(str(number), len(data), "e", 0.0) for number, data in enumerate(objects)]
+
+    expected = worker.classifier.predict(objects)
+    made = itertools.count()
+    monkeypatch.setattr("btray.frames.make_frame", lambda *given: (next(made), make_frame(*given))[1])
+    used = 0
+    for number, pieces in enumerate(
+        pieces_of(worker._decoded(objects), worker.classifier.source, most=worker.most_frames)
+    ):
+        some = sum(0 if isinstance(piece.frames, Rejection) else len(piece.frames) for piece in pieces)
+        used += some
+        assert some <= worker.most_frames
+        # what stood between the two looks at the counter was counted by them
+        assert next(made) - number - used <= 8 * (2 * decoders + 1), "frames are made long before they are used"
+    assert used == sum(said.status == "ok" for said in expected)
+
+    rows = worker.rows(lot, objects, defaultdict(float))
+    assert [(row["uri"], row["frame"], row["status"], row["error_code"], row["label"]) for row in rows] == [
+        (str(said.index), said.frame, said.status, said.error_code, said.label) for said in expected
+    ]
+    assert [row["confidence"] for row in rows] == pytest.approx([said.confidence for said in expected], abs=1e-5)
 
 
 def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import pickle
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from btray import packs, storage
 from btray.archive import Selection, list_archive
 from btray.bulk import classify
 from btray.errors import UserError
+from btray.lots import LotReader
 from btray.members import is_member, member_uri, path_of
 from btray.packing import pack
 from btray.reading import read_many
 from btray.settings_bulk import PackConfig
 from btray.split import hold_out
+from btray.storage import FileInfo
 from btray.worklist import read_labelled
 from tests.classify_helpers import job, mixed_objects, plain_rows, write_objects
 from tests.tiny_bundle import saved_bundle
@@ -124,12 +129,35 @@ def test_a_damaged_shard_is_an_error_and_no_other_scan(ray_session: None, tmp_pa
     body[body.index(b"A" * 100) + 50] ^= 1
     damaged = shard.with_name("damaged.parquet")
     damaged.write_bytes(body)
-    with pytest.raises(storage.StorageError):
+    with pytest.raises(storage.StorageError, match="damaged") as caught:
         storage.read_bytes(member_uri(str(damaged), 0, "a.jpg"))
+    assert caught.value.retryable, "the scan itself may be fine: read loose, or packed again"
+    assert pickle.loads(pickle.dumps(caught.value)).retryable
     with pytest.raises(storage.StorageError, match="not_found"):
         storage.read_bytes(member_uri(str(shard), 2, "c.jpg"))
     answers = read_many([place, f"{shard}.no.parquet#0/x", str(tmp_path / "scans" / "a.jpg")])
     assert [type(answer) for answer in answers] == [bytes, storage.StorageError, bytes]
+
+
+@pytest.mark.parametrize("body", [b"PAR1", b"PAR1" + bytes(1000) + b"PAR1", b""])
+def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_not_given_up_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    damaged, whole = tmp_path / "1.parquet", tmp_path / "2.parquet"
+    damaged.write_bytes(body)
+    rows = {"data": [b"scan"], "error_code": [None], "error": [None]}
+    schema = pa.schema([packs.SCHEMA.field(name) for name in rows])
+    pq.write_table(pa.table(rows, schema=schema), whole)
+    reads: list[str] = []
+    local_read = storage._read_local
+    monkeypatch.setattr(storage, "_read_local", lambda path, *more: (reads.append(path), local_read(path, *more))[1])
+    places = [member_uri(str(damaged), row, f"{row}.jpg") for row in range(512)]
+    objects = [FileInfo(place, 4, "e", 0.0, place) for place in [*places, member_uri(str(whole), 0, "x.jpg")]]
+    reader = LotReader(threads=4, patience=60, max_bytes=100)
+    *answers, last = [answer for _, lot in reader.lots(objects, defaultdict(float)) for answer in lot]
+    assert last == b"scan"
+    assert all(isinstance(answer, storage.StorageError) and answer.retryable for answer in answers)
+    assert reads == [str(damaged), str(whole)]
 
 
 def test_a_pack_of_something_else_or_of_a_pack_is_refused_in_one_line(ray_session: None, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What an archive holds: prefix, manifest, S3 Inventory, file list or pack, streamed; nothing grows with the archive.
 
 A prefix and an inventory give every object but directory markers and hidden ones; a manifest and a file list give what
-they name, whose size and entity tag are asked for, many at a time.
+they name. Size and entity tag are asked for, many at a time, where they do not stand there.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,29 +16,33 @@ from btray.storage import FileInfo
 
 _BLOCK = 4 << 20  # bytes
 
+_Row = tuple[str | None, str | None, str | None]
+"""URI, size and etag as they stand there."""
+
 
 def named_in_parquet(manifest: str) -> Iterator[FileInfo]:
-    """The objects that a Parquet manifest names, unexamined: size 0 and an empty etag."""
+    """The objects that a Parquet manifest names.
+
+    They have the size and etag that stand in columns of these names, and else, unexamined, size 0 and an empty etag.
+    """
     with opened(manifest) as file:
         table = pa.parquet.ParquetFile(file)
-        column = _uri_column(manifest, table.schema_arrow.names)
-        batches = table.iter_batches(columns=[column])
-        yield from _named(manifest, (uri for batch in batches for uri in batch.column(0).cast(pa.string()).to_pylist()))
+        columns = _columns(manifest, table.schema_arrow.names)
+        yield from _named(manifest, _rows(table.iter_batches(columns=columns), columns))
 
 
 def named_in_csv(manifest: str) -> Iterator[FileInfo]:
     """The same of a CSV manifest."""
     with opened(manifest) as file:
         header = pa.csv.open_csv(file).schema.names
-    column = _uri_column(manifest, header)
+    columns = _columns(manifest, header)
     with opened(manifest) as file:
-        batches = csv_batches(file, header, [column])
-        yield from _named(manifest, (uri for batch in batches for uri in batch.column(0).to_pylist()))
+        yield from _named(manifest, _rows(csv_batches(file, header, columns), columns))
 
 
 def named_in_list(listing: str) -> Iterator[FileInfo]:
-    """The same of a file list, a URI a line."""
-    return _named(listing, _lines(listing))
+    """The same of a file list, a URI a line, where all are unexamined."""
+    return _named(listing, ((line, None, None) for line in _lines(listing)))
 
 
 def locate(folder: str, uri: str) -> str:
@@ -93,19 +97,39 @@ def _text(listing: str, line: bytes) -> str:
         ) from error
 
 
-def _uri_column(manifest: str, names: Sequence[str]) -> str:
-    found = next((name for name in names if name.strip().casefold() == "uri"), None)
-    if found is None:
+def _columns(manifest: str, names: Sequence[str]) -> list[str]:
+    """What the columns uri, size and etag are called exactly; uri alone where one of the others is missing."""
+    by_name = {name.strip().casefold(): name for name in reversed(names)}
+    if "uri" not in by_name:
         raise UserError(f"{manifest} has no column uri (it has {', '.join(names)}); name the column of URIs so.")
-    return found
+    found = [by_name[name] for name in ("uri", "size", "etag") if name in by_name]
+    return found if len(found) == 3 else found[:1]
 
 
-def _named(source: str, uris: Iterator[str | None]) -> Iterator[FileInfo]:
+def _rows(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> Iterator[_Row]:
+    for batch in batches:
+        values = [batch.column(name).cast(pa.string()).to_pylist() for name in columns]
+        unknown = [[None] * len(batch)] * (3 - len(columns))
+        yield from zip(*values, *unknown, strict=True)
+
+
+def _named(source: str, rows: Iterator[_Row]) -> Iterator[FileInfo]:
     folder = source.rpartition("/")[0]
-    for number, uri in enumerate(uris, start=1):
+    for number, (uri, size, etag) in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
         if not (uri or "").strip():
-            raise UserError(f"{source}, row {number}: uri is empty; fill it or drop the row.")
+            raise UserError(f"{where}: uri is empty; fill it or drop the row.")
         try:
-            yield FileInfo(locate(folder, str(uri)), 0, "", 0.0)
+            located = locate(folder, str(uri))
         except UserError as error:
-            raise UserError(f"{source}, row {number}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
+        if size and etag:
+            yield FileInfo(located, _bytes(where, size), etag.strip('"'), 0.0)
+        else:
+            yield FileInfo(located, 0, "", 0.0)
+
+
+def _bytes(where: str, size: str) -> int:
+    if not size.strip().isdecimal():
+        raise UserError(f"{where}: size {size!r} is no number of bytes; write one, or leave size and etag empty.")
+    return int(size)

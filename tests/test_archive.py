@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -105,6 +106,33 @@ def test_a_list_names_what_a_labelled_manifest_of_the_same_uris_names(place: str
     storage.write_text(manifest, "\n".join(["uri,label", *lines]))
     assert listed(manifest) == read_labelled(manifest)["uri"].to_pylist()
     assert listed(manifest) == uris(place, "lists/b.jpg", "deep/b c+%.png", "a.jpg", "noext")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_what_a_manifest_says_of_an_object_is_not_asked_for(
+    place: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    known = [info for info in storage.list_files(place) if info.size]
+    columns = {
+        "URI": [info.uri for info in known] + ["a.jpg", "noext", "new.jpg"],
+        "Size": [info.size for info in known] + [None, 5, 7],
+        "ETag": [f'"{info.etag}"' for info in known] + ["e", None, "given"],
+        "label": ["x"] * (len(known) + 3),
+    }
+    body = io.BytesIO()
+    write = pq.write_table if kind == "parquet" else pyarrow.csv.write_csv
+    write(pa.table(columns), body)
+    manifest = storage.join(place, f"known.{kind}")
+    storage.write_bytes(manifest, body.getvalue())
+    asked: list[str] = []
+    describe = storage.describe
+    monkeypatch.setattr("btray.storage.describe", lambda uri: (asked.append(uri), describe(uri))[1])
+    found = list(list_archive(manifest, Selection()))
+    assert sorted(asked) == uris(place, "a.jpg", "noext")
+    assert [(info.uri, info.size, info.etag) for info in found[:-1]] == [
+        (info.uri, info.size, info.etag) for info in [*known, *map(describe, sorted(asked))]
+    ]
+    assert (found[-1].uri, found[-1].size, found[-1].etag) == (*uris(place, "new.jpg"), 7, "given")
 
 
 @pytest.mark.parametrize("code", ["unavailable", "throttled"])
@@ -204,6 +232,7 @@ def test_what_is_no_archive_is_refused_in_one_line_that_names_it(place: str, tmp
     for name, body, said in (
         ("no_uri.csv", b"path\nx\n", "no column uri"),
         ("empty_uri.csv", b"uri,x\nx,1\n,2\n", "row 2"),
+        ("no_size.csv", b"uri,size,etag\nx,1,e\ny,1 kB,e\n", "row 2: size '1 kB'"),
         ("broken.parquet", b"PAR1", "cannot be read"),
         ("manifest.json", b"{}", "no S3 Inventory"),
         ("binary.txt", b"\xff\xfe\n", "UTF-8"),

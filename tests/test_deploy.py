@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -142,6 +144,66 @@ def test_the_nightly_run_never_overlaps_and_is_the_same_in_both_variants() -> No
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
     assert variant["spec"] == {"schedule": cron["spec"]["schedule"], "jobTemplate": job["spec"]}
     assert cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] > job["spec"]["activeDeadlineSeconds"]
+
+
+NIGHTS = {
+    "done": (["Complete SUCCEEDED"], "", 0, 1),
+    "the API server is away for a moment": (["error", " ", "Running RUNNING", "Complete SUCCEEDED"], "", 0, 1),
+    "deleted": ([""], "", 1, 1),
+    "failed, and again, and again": (["Running RUNNING", "Failed FAILED"], "failed with exit code 1", 1, 3),
+    "wrong use": (["Complete FAILED"], "Job entrypoint command failed with exit code 2, last logs: ...", 1, 1),
+    "a crossed threshold": (["Failed FAILED"], "Job entrypoint command failed with exit code 3", 1, 1),
+    "some other code": (["Failed FAILED"], "Job entrypoint command failed with exit code 25", 1, 3),
+}
+
+
+@pytest.mark.parametrize(("states", "message", "code", "made"), NIGHTS.values(), ids=NIGHTS)
+def test_who_waits_for_the_nightly_run_knows_how_it_ended_and_whether_to_try_again(
+    tmp_path: Path, states: list[str], message: str, code: int, made: int
+) -> None:
+    """The script of the CronJob, with a kubectl that answers one state after the other, and again for each RayJob."""
+    (cron,) = [one for one in documents(DEPLOY / "kuberay" / "nightly-classify.yaml") if one["kind"] == "CronJob"]
+    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    (tmp_path / "kubectl").write_text(f"""#!/bin/sh
+        cd {tmp_path}
+        case "$*" in
+          create*) cp states left; echo made >> made; echo rayjob.ray.io/btray-nightly-x ;;
+          *status.message*) printf %s {shlex.quote(message)} ;;
+          *) state=$(head -n 1 left); sed -i 1d left; [ "$state" != error ] || exit 1; printf %s "$state" ;;
+        esac
+    """)
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for name in ("kubectl", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(
+        container["command"], env=environment, capture_output=True, text=True, check=False, timeout=20
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert len((tmp_path / "made").read_text().split()) == made
+
+
+def test_a_disruption_budget_asks_nothing_that_a_ray_cluster_cannot_say() -> None:
+    """Without a scale subresource Kubernetes takes `minAvailable`, as a number, and refuses all evictions otherwise."""
+    budgets = [document for _, document in resources() if document["kind"] == "PodDisruptionBudget"]
+    assert budgets
+    for budget in budgets:
+        assert budget["spec"].keys() == {"minAvailable", "selector"}
+        assert isinstance(budget["spec"]["minAvailable"], int)
+
+
+def test_what_alerts_call_ray_is_what_both_ways_of_scraping_call_it() -> None:
+    asked = set(re.findall(r'job="(\w+)"', (DEPLOY / "prometheus" / "alerts.yaml").read_text()))
+    (monitor,) = documents(DEPLOY / "kuberay" / "pod-monitor.yaml")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    named = [rule["replacement"] for rule in endpoint["relabelings"] if rule["targetLabel"] == "job"]
+    scraped = {
+        entry["job_name"]
+        for entry in yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    }
+    assert asked == set(named) == {"ray"}
+    assert asked <= scraped
 
 
 def test_entry_points_are_jobs_of_this_checkout_with_flags_that_they_take() -> None:

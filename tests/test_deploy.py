@@ -359,8 +359,9 @@ def test_the_image_copies_what_is_there_and_runs_as_nobody_in_particular() -> No
             assert f"!{source}" in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines(), source
     assert re.search(r"^USER (?!root)\w+$", text, re.MULTILINE)
     arguments = set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
-    assert arguments == {"BASE", "TORCH_INDEX"}
-    assert all(f"${{{name}}}" in text for name in arguments)
+    assert arguments == {"BASE", "TORCH_INDEX", "GPUS"}
+    assert all(re.search(rf"\$\{{{name}[:}}]", text) for name in arguments)
+    assert "NVIDIA_VISIBLE_DEVICES=${GPUS:-all}" in text, "the CUDA image's containers see the GPUs"
     ray = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert ray
     versions = {document["spec"]["rayVersion"] for _, document in resources() if document["kind"] == "RayCluster"}

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from btray import phantoms, telemetry
 from btray.errors import UserError
 from tests.conftest import ROOT
+from tests.debian import install
 from tests.path_server import PathServer
 from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import write_tree
@@ -108,14 +109,21 @@ def test_the_dashboard_is_whole() -> None:
     )
 
 
+@pytest.fixture(scope="session")
+def debian_prometheus() -> None:
+    """Debian's Prometheus with its promtool; without it the tests that need it are skipped and say so."""
+    if not install("prometheus", "prometheus"):
+        pytest.skip("PROMETHEUS ABSENT: apt-get install prometheus; that it reads rules and numbers is NOT shown here")
+
+
 def promtool(*arguments: object) -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool ABSENT (apt-get install prometheus): whether the rules are valid is NOT shown here")
     done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_finds_rules_and_queries_valid_and_alerts_fire_when_they_should(tmp_path: Path) -> None:
+def test_prometheus_finds_rules_and_queries_valid_and_alerts_fire_when_they_should(
+    debian_prometheus: None, tmp_path: Path
+) -> None:
     promtool("check", "rules", DEPLOY / "prometheus" / "alerts.yaml")
     promtool("test", "rules", DEPLOY / "prometheus" / "alerts_test.yaml")
     promtool("check", "config", "--syntax-only", DEPLOY / "prometheus" / "prometheus.yml")
@@ -248,8 +256,6 @@ def test_lines_for_people_stay_as_they_were_and_another_format_is_refused() -> N
 @contextmanager
 def prometheus(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     """A Prometheus server of this test's own; its URL."""
-    if shutil.which("prometheus") is None:
-        pytest.skip("prometheus ABSENT (apt-get install prometheus): that it can read the metrics is NOT shown here")
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (port,) = free_ports(1)
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}",
@@ -276,7 +282,9 @@ def query(url: str, expression: str) -> list[tuple[dict[str, str], float]]:
 @pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_a_real_prometheus_reads_a_training_a_classification_and_what_it_left(tmp_path: Path) -> None:
+def test_a_real_prometheus_reads_a_training_a_classification_and_what_it_left(
+    debian_prometheus: None, tmp_path: Path
+) -> None:
     data = write_tree(tmp_path / "data", {"train/glioma": 40, "train/no_tumor": 40, "val/glioma": 5, "val/no_tumor": 5})
     model = saved_bundle(tmp_path / "model")
     archive = tmp_path / "archive"
@@ -287,7 +295,8 @@ def test_a_real_prometheus_reads_a_training_a_classification_and_what_it_left(tm
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / "alerts.yaml")]
-    with LoopbackCluster(cpus=2) as cluster, PathServer({"/metrics": b""}) as node:
+    often = {"RAY_metrics_report_interval_ms": "1000"}
+    with LoopbackCluster(cpus=2, settings=often) as cluster, PathServer({"/metrics": b""}) as node:
         of_ray, of_node = config["scrape_configs"]
         found = until(lambda: list(cluster.folder.rglob("prom_metrics_service_discovery.json")), "Ray's list of agents")
         of_ray["file_sd_configs"] = [{"files": [str(found[0])]}]

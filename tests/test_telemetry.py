@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -153,6 +153,42 @@ def test_every_metric_is_explained() -> None:
     }
 
 
+# ---- gauges last
+
+
+class Gauge:
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, dict[str, str]]] = []
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.seen.append((value, tags))
+
+
+@pytest.fixture
+def gauge(monkeypatch: pytest.MonkeyPatch) -> Gauge:
+    """What every metric is, of a Ray that seems to be there."""
+    made = Gauge()
+    monkeypatch.setattr(telemetry, "_metric", lambda name: made)
+    monkeypatch.setattr(telemetry.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(telemetry, "EVERY", 0.01)
+    return made
+
+
+def test_a_gauge_is_set_again_and_again_with_its_last_value_until_the_run_ends(gauge: Gauge) -> None:
+    with telemetry.lasting():
+        telemetry.record({"btray_train_epoch": 1.0, "btray_train_loss": None}, run_id="r")
+        telemetry.record({"btray_train_epoch": 2.0}, run_id="r")
+        until(lambda: len(gauge.seen) > 5)
+    seen = list(gauge.seen)
+    assert seen[0] == (1.0, {"run_id": "r"})
+    assert all(again == (2.0, {"run_id": "r"}) for again in seen[1:] if again != seen[0])
+    assert seen[-1] == (2.0, {"run_id": "r"})
+    assert not [thread for thread in threading.enumerate() if thread.name == "gauges"]
+    with telemetry.lasting():
+        time.sleep(0.05)
+    assert gauge.seen == seen, "of a run that has ended nothing is said again"
+
+
 # ---- what a run leaves
 
 
@@ -166,8 +202,13 @@ def values_of(lines: str) -> dict[str, float]:
 
 def test_a_run_leaves_its_numbers_whole_in_a_file(tmp_path: Path) -> None:
     target = tmp_path / "btray.prom"
-    for ended in (1000.0, 2000.0):
-        telemetry.leave(str(target), "classify", telemetry.lines_of("classify", REPORT, ended))
+    before = os.umask(0o027)  # as in deploy/systemd
+    try:
+        for ended in (1000.0, 2000.0):
+            telemetry.leave(str(target), "classify", telemetry.lines_of("classify", REPORT, ended))
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o777 == 0o644, "node-exporter is another user"
     values = values_of(target.read_text())
     assert values["btray_classify_last_success_timestamp_seconds"] == 2000
     assert values["btray_classify_reject_ratio"] == 0.02

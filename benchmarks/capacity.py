@@ -4,9 +4,12 @@ python benchmarks/capacity.py --model runs/first --input ../data/brain-tumor-mri
 python benchmarks/capacity.py --rates rates.json --scans 10e6 --hours 6                    # predict from a measurement
 
 The stages of one actor follow one another (read is waited for only where it is slower than the rest), so its rate is
-one over the sum of the seconds that an image spends in each. Actors share nothing but memory bandwidth, the network and
-the object store: those are ceilings. Start-up is counted once. What is measured here, on 1 and on 2 cores, checks the
-model; GPU figures are the same sum with the forward pass replaced by FLOP over what the device sustains: paper.
+one over the sum of the seconds that an image spends in each. Actors share memory bandwidth, the network and the object
+store: the last two are ceilings, and of the first --efficiency is what it leaves. Start-up is counted once.
+
+The stages are measured on one core. So the rate on one core shows what the stages leave out, and the one on two cores,
+of which nothing went into the model, whether actors add up as it says. GPU figures are the same sum with the forward
+pass replaced by FLOP over what the device sustains: paper.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Part of a machine's nominal throughput that two actors on two cores had over one on one, without any shared ceiling.
+# Assumed, not fitted to the job: half of what two bare processes, each on a core of its own, did over one on such a
+# machine (two_bare_processes_over_one of scale.py). Measure yours and give it as --efficiency.
 DEFAULT_EFFICIENCY = 0.95
 _SECONDS_AN_HOUR = 3600
 
@@ -61,7 +65,7 @@ class Cluster:
     tflops: float = 0.0
     """What a GPU sustains on this network, in TFLOP/s; the nominal figure is several times as much."""
     efficiency: float = DEFAULT_EFFICIENCY
-    """Share of the sum of the actors' rates that is left when they run together."""
+    """Share of the sum of the actors' rates that is left when several run together on a node."""
     network: float = 1.25e9
     """Bytes a second into a node."""
     store: float = 40e9
@@ -85,14 +89,14 @@ class Prediction:
 
 def predict(rates: Rates, cluster: Cluster) -> Prediction:
     """Throughput of the classify job on a cluster."""
-    cores = cluster.nodes * cluster.cores
+    cores = cluster.nodes * cluster.cores * (cluster.efficiency if cluster.cores > 1 else 1.0)
     if cluster.gpus:
         device = cluster.nodes * cluster.gpus * cluster.tflops * 1e3 / rates.gflop
-        feeding = cores / rates.decode * cluster.efficiency
+        feeding = cores / rates.decode
         work = {"GPUs": device, "cores that decode for them": feeding}
     else:
         each = rates.read + rates.decode + rates.predict + rates.write
-        work = {"cores": cores / each * cluster.efficiency}
+        work = {"cores": cores / each}
     ceilings = work | {
         "network of the nodes": cluster.nodes * cluster.network / rates.bytes,
         "object store, bytes": cluster.store / rates.bytes,
@@ -151,6 +155,7 @@ def main() -> None:
     parser.add_argument("--scans", type=float, default=10e6)
     parser.add_argument("--hours", type=float, default=6.0)
     parser.add_argument("--cores", type=int, default=16, help="cores of a node")
+    parser.add_argument("--efficiency", type=float, default=DEFAULT_EFFICIENCY, help="of cores that work together")
     parser.add_argument("--tflops", type=float, default=8.0, help="what a GPU sustains (paper)")
     arguments = parser.parse_args()
     if arguments.rates:
@@ -159,8 +164,8 @@ def main() -> None:
     else:
         found, checked = _measured(parser, arguments)
     rates = Rates(**found)
-    cpu = Cluster(nodes=1, cores=arguments.cores)
-    gpu = Cluster(nodes=1, cores=8, gpus=1, tflops=arguments.tflops)
+    cpu = Cluster(nodes=1, cores=arguments.cores, efficiency=arguments.efficiency)
+    gpu = Cluster(nodes=1, cores=8, gpus=1, tflops=arguments.tflops, efficiency=arguments.efficiency)
     plan = {}
     for name, one in (("cpu", cpu), ("gpu_on_paper", gpu)):
         nodes = nodes_for(rates, one, arguments.scans, arguments.hours)
@@ -189,7 +194,8 @@ def _measured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     rates = rates_of(reports[1], gflop)
     check = {}
     for cores, report in reports.items():
-        said = predict(rates, Cluster(nodes=1, cores=cores, store=math.inf, store_requests=math.inf)).rate
+        one = Cluster(nodes=1, cores=cores, efficiency=arguments.efficiency, store=math.inf, store_requests=math.inf)
+        said = predict(rates, one).rate
         measured = report["images_per_second"]
         check[f"{cores} cores"] = {
             "measured_images_per_s": measured,

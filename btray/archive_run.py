@@ -164,7 +164,9 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
 
 def _through(work: Work, run: Run, totals: Totals, listing: Listing, check: Callable[[], None]) -> None:
     progress = Progress(totals, listing)
-    with connected(dashboard=False):
+    with connected(dashboard=False), telemetry.lasting():
+        # before the first part already: who waits for actors that never start is to see that
+        telemetry.run_goes_on(work.name, run.run_id, totals, queue=listing.objects)
         for batch in work.dataset(run).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()
             for row in pa.Table.to_pylist(batch):

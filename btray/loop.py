@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from btray import logs
+from btray import logs, telemetry
 from btray.augment import Augmenter
 from btray.feeding import Batch, Feed, MemoryFeed, Plan, StreamFeed
 from btray.network import Network, build_network, load_matching
@@ -54,7 +54,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     plan: Plan = settings["plan"]
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
     torch.set_num_threads(settings["threads"])
-    TrainingRun(plan).run()
+    with telemetry.lasting():
+        TrainingRun(plan).run()
 
 
 def _quieten_reports() -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +54,12 @@ METRICS: Mapping[str, tuple[Kind, str, tuple[str, ...]]] = {
 }
 """Name (counters are exported with `_total` behind it) -> kind, meaning, labels. Names and labels are a contract."""
 
+EVERY = 5.0
+"""Seconds between two times that a gauge is set; Ray forgets it after twice its report interval, 20 s as it comes."""
+
+_lock = threading.Lock()
+_gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+
 
 @cache
 def _metric(name: str) -> Any:
@@ -71,9 +79,37 @@ def record(values: Mapping[str, float | None], **labels: str) -> None:
             continue
         metric = _metric(name)
         if METRICS[name][0] == "gauge":
+            with _lock:
+                _gauges[name, tuple(labels.items())] = value
             metric.set(value, tags=labels)
         elif value > 0:
             metric.inc(value, tags=labels)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """For the block, gauges that this process sets keep their last values, however long nothing sets them again.
+
+    Ray exports a gauge for some seconds after it was set, and alerts wait for minutes.
+    """
+    ended = threading.Event()
+
+    def again() -> None:
+        while not ended.wait(EVERY):
+            with _lock:
+                held = list(_gauges.items())
+            for (name, labels), value in held:
+                _metric(name).set(value, tags=dict(labels))
+
+    thread = threading.Thread(target=again, name="gauges", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with _lock:
+            _gauges.clear()
 
 
 def epoch_ended(run_id: str, epoch: Mapping[str, Any]) -> None:
@@ -166,6 +202,7 @@ def leave(target: str, job: str, lines: str) -> None:
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(lines)
+        os.chmod(temporary, 0o644)  # another user reads it, whatever the umask of this one
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"--metrics-to {target}: {error.strerror or error}; name a .prom file or an http:// URL") from (

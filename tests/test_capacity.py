@@ -15,11 +15,17 @@ RATES = Rates(read=0.0001, decode=0.0012, predict=0.0033, write=0.0002, bytes=30
 
 
 def test_stages_of_an_actor_add_up_and_so_do_actors() -> None:
-    one = predict(RATES, Cluster(nodes=1, cores=1, efficiency=1.0))
+    one = predict(RATES, Cluster(nodes=1, cores=1, efficiency=0.5))
     assert one.rate == pytest.approx(1 / 0.0048)
     assert predict(RATES, Cluster(nodes=2, cores=3, efficiency=1.0)).rate == pytest.approx(6 / 0.0048)
     assert one.limit == "cores"
     assert one.hours(1e6, RATES) == pytest.approx((20 + 1e6 * 0.0048) / 3600)
+
+
+def test_only_cores_that_share_a_node_are_in_each_others_way() -> None:
+    alone = predict(RATES, Cluster(nodes=1, cores=1)).rate
+    assert predict(RATES, Cluster(nodes=3, cores=1)).rate == pytest.approx(3 * alone)
+    assert predict(RATES, Cluster(nodes=1, cores=2, efficiency=0.9)).rate == pytest.approx(1.8 * alone)
 
 
 @pytest.mark.parametrize(

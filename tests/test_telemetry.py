@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from btray import phantoms, telemetry
 from btray.errors import UserError
 from tests.conftest import ROOT
+from tests.debian import install
 from tests.path_server import PathServer
 from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import write_tree
@@ -108,14 +109,21 @@ def test_the_dashboard_is_whole() -> None:
     )
 
 
+@pytest.fixture(scope="session")
+def debian_prometheus() -> None:
+    """Debian's Prometheus with its promtool; without it the tests that need it are skipped and say so."""
+    if not install("prometheus", "prometheus"):
+        pytest.skip("PROMETHEUS ABSENT: apt-get install prometheus; that it reads rules and numbers is NOT shown here")
+
+
 def promtool(*arguments: object) -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool ABSENT (apt-get install prometheus): whether the rules are valid is NOT shown here")
     done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_finds_rules_and_queries_valid_and_alerts_fire_when_they_should(tmp_path: Path) -> None:
+def test_prometheus_finds_rules_and_queries_valid_and_alerts_fire_when_they_should(
+    debian_prometheus: None, tmp_path: Path
+) -> None:
     promtool("check", "rules", DEPLOY / "prometheus" / "alerts.yaml")
     promtool("test", "rules", DEPLOY / "prometheus" / "alerts_test.yaml")
     promtool("check", "config", "--syntax-only", DEPLOY / "prometheus" / "prometheus.yml")
@@ -145,6 +153,42 @@ def test_every_metric_is_explained() -> None:
     }
 
 
+# ---- gauges last
+
+
+class Gauge:
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, dict[str, str]]] = []
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.seen.append((value, tags))
+
+
+@pytest.fixture
+def gauge(monkeypatch: pytest.MonkeyPatch) -> Gauge:
+    """What every metric is, of a Ray that seems to be there."""
+    made = Gauge()
+    monkeypatch.setattr(telemetry, "_metric", lambda name: made)
+    monkeypatch.setattr(telemetry.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(telemetry, "EVERY", 0.01)
+    return made
+
+
+def test_a_gauge_is_set_again_and_again_with_its_last_value_until_the_run_ends(gauge: Gauge) -> None:
+    with telemetry.lasting():
+        telemetry.record({"btray_train_epoch": 1.0, "btray_train_loss": None}, run_id="r")
+        telemetry.record({"btray_train_epoch": 2.0}, run_id="r")
+        until(lambda: len(gauge.seen) > 5)
+    seen = list(gauge.seen)
+    assert seen[0] == (1.0, {"run_id": "r"})
+    assert all(again == (2.0, {"run_id": "r"}) for again in seen[1:] if again != seen[0])
+    assert seen[-1] == (2.0, {"run_id": "r"})
+    assert not [thread for thread in threading.enumerate() if thread.name == "gauges"]
+    with telemetry.lasting():
+        time.sleep(0.05)
+    assert gauge.seen == seen, "of a run that has ended nothing is said again"
+
+
 # ---- what a run leaves
 
 
@@ -158,8 +202,13 @@ def values_of(lines: str) -> dict[str, float]:
 
 def test_a_run_leaves_its_numbers_whole_in_a_file(tmp_path: Path) -> None:
     target = tmp_path / "btray.prom"
-    for ended in (1000.0, 2000.0):
-        telemetry.leave(str(target), "classify", telemetry.lines_of("classify", REPORT, ended))
+    before = os.umask(0o027)  # as in deploy/systemd
+    try:
+        for ended in (1000.0, 2000.0):
+            telemetry.leave(str(target), "classify", telemetry.lines_of("classify", REPORT, ended))
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o777 == 0o644, "node-exporter is another user"
     values = values_of(target.read_text())
     assert values["btray_classify_last_success_timestamp_seconds"] == 2000
     assert values["btray_classify_reject_ratio"] == 0.02
@@ -248,8 +297,6 @@ def test_lines_for_people_stay_as_they_were_and_another_format_is_refused() -> N
 @contextmanager
 def prometheus(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     """A Prometheus server of this test's own; its URL."""
-    if shutil.which("prometheus") is None:
-        pytest.skip("prometheus ABSENT (apt-get install prometheus): that it can read the metrics is NOT shown here")
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (port,) = free_ports(1)
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}",
@@ -276,7 +323,9 @@ def query(url: str, expression: str) -> list[tuple[dict[str, str], float]]:
 @pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_a_real_prometheus_reads_a_training_a_classification_and_what_it_left(tmp_path: Path) -> None:
+def test_a_real_prometheus_reads_a_training_a_classification_and_what_it_left(
+    debian_prometheus: None, tmp_path: Path
+) -> None:
     data = write_tree(tmp_path / "data", {"train/glioma": 40, "train/no_tumor": 40, "val/glioma": 5, "val/no_tumor": 5})
     model = saved_bundle(tmp_path / "model")
     archive = tmp_path / "archive"
@@ -287,7 +336,8 @@ def test_a_real_prometheus_reads_a_training_a_classification_and_what_it_left(tm
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / "alerts.yaml")]
-    with LoopbackCluster(cpus=2) as cluster, PathServer({"/metrics": b""}) as node:
+    often = {"RAY_metrics_report_interval_ms": "1000"}
+    with LoopbackCluster(cpus=2, settings=often) as cluster, PathServer({"/metrics": b""}) as node:
         of_ray, of_node = config["scrape_configs"]
         found = until(lambda: list(cluster.folder.rglob("prom_metrics_service_discovery.json")), "Ray's list of agents")
         of_ray["file_sd_configs"] = [{"files": [str(found[0])]}]

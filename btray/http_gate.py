@@ -84,6 +84,7 @@ class Gate:
         self.access = access
         self.limits = limits
         self.watcher = watcher
+        self.reading = 0
         self.working = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,16 +112,61 @@ class Gate:
             await self.app(scope, receive, answer)
             return
         limits = self.limits()
+        _check_length(scope, limits.max_body)
+        self._require_place(limits)
+        if self.reading >= limits.max_reading:
+            raise Problem(503, "busy", f"{self.reading} requests are being read already", retry_after=1)
+        place = _Place(self, limits, receive)
+        try:
+            await self.app(scope, place.receive, answer)
+        finally:
+            place.leave()
+
+    def _require_place(self, limits: LimitsConfig) -> None:
         if self.working >= limits.max_requests:
             raise Problem(503, "busy", f"{self.working} requests are in work already", retry_after=1)
-        _check_length(scope, limits.max_body)
+
+    def begin_work(self, limits: LimitsConfig) -> None:
+        """Count one more request in work. Raises Problem where there are as many as may be."""
+        self._require_place(limits)
         self.working += 1
         self.watcher.in_work(self.working)
-        try:
-            await self.app(scope, receive, answer)
-        finally:
-            self.working -= 1
-            self.watcher.in_work(self.working)
+
+    def end_work(self) -> None:
+        """Count one less."""
+        self.working -= 1
+        self.watcher.in_work(self.working)
+
+
+class _Place:
+    """What a request takes of a gate: it is read, then in work. One that arrives slowly keeps nobody from working."""
+
+    def __init__(self, gate: Gate, limits: LimitsConfig, receive: Receive) -> None:
+        self.gate = gate
+        self.limits = limits
+        self.wrapped = receive
+        self.reading, self.working = True, False
+        gate.reading += 1
+
+    async def receive(self) -> Message:
+        """The next message. Raises Problem where the body is whole and there is no place in work for the request."""
+        message = await self.wrapped()
+        if self.reading and message["type"] == "http.request" and not message.get("more_body"):
+            self._end_reading()
+            self.gate.begin_work(self.limits)
+            self.working = True
+        return message
+
+    def leave(self) -> None:
+        """The request is answered, or gone."""
+        if self.reading:
+            self._end_reading()
+        if self.working:
+            self.gate.end_work()
+
+    def _end_reading(self) -> None:
+        self.reading = False
+        self.gate.reading -= 1
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:

@@ -29,6 +29,7 @@ from btray.frames import Rejection
 from btray.http_gate import Access, Gate, read_body
 from btray.inference_protocol import add_protocol
 from btray.problems import REJECTION_STATUS, Problem
+from btray.scans import count_pages
 from btray.served_models import Found, Line, ServedModel, ServedModels
 from btray.settings_serve import LimitsConfig, ServiceConfig
 from btray.uploads import Upload, images_in
@@ -84,6 +85,13 @@ class Service:
         """Run `function` on a decoder's thread, so that no request waits behind it for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
 
+    async def decoded(self, model: ServedModel, images: Sequence[bytes]) -> list[Found]:
+        """The frames of encoded images. Raises Problem where they are more than one request may have."""
+        most = self.limits.max_frames
+        if await _quickly(self, sum(map(len, images)), lambda: sum(map(count_pages, images))) > most:
+            raise Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
+        return await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
+
     async def predict(self, model: ServedModel, found: Sequence[Found]) -> list[Prediction]:
         """Classify decoded images and count what came of it."""
         predictions = await model.predict(found)
@@ -122,7 +130,7 @@ async def classify(
 ) -> dict[str, Any]:
     """The answer of /v1/classify. Raises Problem for a single image that cannot be used."""
     model = line.choose()
-    found = await asyncio.gather(*(service.decoding(model.source.from_bytes, upload.data) for upload in uploads))
+    found = await service.decoded(model, [upload.data for upload in uploads])
     if len(found) == 1 and isinstance(found[0], Rejection):
         rejection = found[0]
         await service.predict(model, found)  # counted as one that is answered
@@ -171,8 +179,7 @@ async def _explain(
         return
     frames = [found[predictions[row].index][predictions[row].frame] for row in rows]  # type: ignore[index]
     labels = [str(predictions[row].label) for row in rows]
-    loop = asyncio.get_running_loop()
-    heats = await loop.run_in_executor(service.models.executor, model.explain, frames, labels)
+    heats = await model.explain(frames, labels)
     pictures = await asyncio.gather(*(service.decoding(_pictures, *pair) for pair in zip(frames, heats, strict=True)))
     for row, explanation in zip(rows, pictures, strict=True):
         results[row]["explanation"] = {"label": results[row]["label"], **explanation}
@@ -196,7 +203,10 @@ def _add_classify(app: FastAPI, service: Service) -> None:
 
         async def answer() -> Response:
             kind = request.headers.get("content-type", "")
-            uploads = await _quickly(service, len(body), lambda: images_in(kind, body, most=service.limits.max_images))
+            limits = service.limits
+            uploads = await _quickly(
+                service, len(body), lambda: images_in(kind, body, most=limits.max_images, max_json=limits.max_json)
+            )
             content = await classify(service, line, uploads, explain, top_k)
             return Response(json.dumps(content, allow_nan=False), media_type="application/json")
 

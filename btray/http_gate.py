@@ -10,6 +10,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, Final, Protocol
 
 from starlette.requests import Request
@@ -58,20 +59,28 @@ class Watcher(Protocol):
 class Access:
     """Who may ask: whoever has a key; where there are no keys, this machine alone, unless all may."""
 
-    def __init__(self, keys: KeyRing | None, *, insecure: bool) -> None:
+    def __init__(
+        self, keys: KeyRing | None, *, insecure: bool, sees_callers: bool = True, reader: Executor | None = None
+    ) -> None:
+        """`sees_callers`: a request's client is who asks, and no proxy that others reach.
+
+        Keys are read again on a thread of `reader`, where no other work is before them.
+        """
         self.keys = keys
         self.insecure = insecure
+        self.sees_callers = sees_callers
+        self.reader = reader
 
     async def check(self, scope: Scope) -> None:
         """Raise Problem unless the caller may ask."""
         headers = dict(scope["headers"])
         if self.keys is not None:
             if self.keys.stale:
-                await asyncio.to_thread(self.keys.refresh)
+                await asyncio.get_running_loop().run_in_executor(self.reader, self.keys.refresh)
             if not self.keys.accepts(_key_in(headers)):
                 raise Problem(401, "unauthorized", "no key, or none that is known: send Authorization: Bearer KEY")
         elif not self.insecure:
-            _check_local(scope, headers)
+            _check_local(scope, headers, self.sees_callers)
 
 
 class Gate:
@@ -219,9 +228,11 @@ def _key_in(headers: dict[bytes, bytes]) -> str:
     return headers.get(b"x-api-key", b"").decode("latin-1").strip()
 
 
-def _check_local(scope: Scope, headers: dict[bytes, bytes]) -> None:
+def _check_local(scope: Scope, headers: dict[bytes, bytes], sees_callers: bool) -> None:
     """Raise Problem unless the request comes from this machine, and names it: a page on another site, whose name was
     made to point here, is not answered either."""
+    if not sees_callers:
+        raise Problem(403, "forbidden", "this service has no API keys, and HAProxy before it hides who asks: set keys")
     client: Any = scope.get("client")
     host = headers.get(b"host", b"").decode("latin-1")
     name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,32 +110,35 @@ class ServedModels:
         self.line: Line | None = None
         self.switch: dict[str, str] | None = None
         """What became of the latest switch: `state` loading, refused or done, and `detail`."""
-        self._wanted: ServiceConfig | None = None
+        self._wanted: tuple[ServiceConfig, Callable[[], None]] | None = None
         self._switching: asyncio.Task[None] | None = None
 
-    async def configure(self, config: ServiceConfig) -> None:
+    async def configure(self, config: ServiceConfig, taken: Callable[[], None]) -> None:
         """Serve `config`. The first one is waited for, and raises UserError where a bundle is bad.
 
         A later one takes over once it is ready, without this call waiting for it; where its bundle is bad the one
-        before it stays and `switch` says why.
+        before it stays and `switch` says why. `taken` is called at the moment when a config takes over.
         """
         if self.line is None:
-            self.line = await asyncio.to_thread(self._load, config, None)
+            line = await asyncio.to_thread(self._load, config, None)
+            taken()
+            self.line = line
             self._report("done", config)
             return
-        self._wanted = config
+        self._wanted = config, taken
         self._report("loading", config)
         if self._switching is None or self._switching.done():
             self._switching = asyncio.create_task(self._switch())
 
     async def _switch(self) -> None:
-        while (config := self._wanted) is not None:
-            self._wanted = None
+        while self._wanted is not None:
+            (config, taken), self._wanted = self._wanted, None
             try:
                 line = await asyncio.to_thread(self._load, config, self.line)
             except Exception as error:
                 self.refuse(config, error)
             else:
+                taken()
                 self.line = line
                 if self._wanted is None:
                     self._report("done", config)

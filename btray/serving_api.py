@@ -48,28 +48,32 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 class Service:
     """What a replica holds: its models, its threads, and who may ask for what."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sees_callers: bool = True) -> None:
+        """`sees_callers`: see `Access`."""
+        self.sees_callers = sees_callers
         self.metrics = serving_metrics.Metrics()
         # One thread, since each replica has one CPU: a second forward pass would only slow the first one down.
         self.models = ServedModels(ThreadPoolExecutor(1, "predict"), self.metrics)
         self.decoders = ThreadPoolExecutor(ServiceConfig.model_fields["decoders"].default, "decode")
-        self.access = Access(None, insecure=False)
+        self.key_reader = ThreadPoolExecutor(1, "keys")
+        self.access = Access(None, insecure=False, sees_callers=sees_callers)
         self.limits = LimitsConfig()
 
     async def configure(self, config: ServiceConfig) -> None:
-        """Serve `config`: keys and limits at once, the models when they are ready.
+        """Serve `config`, keys and limits and all, once its models are ready.
 
         The first config raises UserError where it cannot be served; a later one is refused, and all stays as it was.
         """
         try:
             keys = await asyncio.to_thread(KeyRing.of, config.keys) if config.keys is not None else None
-            await self.models.configure(config)
+            await self.models.configure(config, lambda: self._take(config, keys))
         except UserError as error:
             if self.models.line is None:
                 raise
             self.models.refuse(config, error)
-            return
-        self.access = Access(keys, insecure=config.insecure)
+
+    def _take(self, config: ServiceConfig, keys: KeyRing | None) -> None:
+        self.access = Access(keys, insecure=config.insecure, sees_callers=self.sees_callers, reader=self.key_reader)
         self.limits = config.limits
         # The old threads end once they have done what they were given.
         before, self.decoders = self.decoders, ThreadPoolExecutor(config.decoders, "decode")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Final, Protocol
 
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -176,6 +177,27 @@ class _Place:
     def _end_reading(self) -> None:
         self.reading = False
         self.gate.reading -= 1
+
+
+class HeaderGuard:
+    """ASGI middleware before Ray Serve's own code, which fails with a 500 where a header that it reads is no UTF-8."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; with 400 where a header of a name that Ray reads is no ASCII."""
+        for name, value in scope.get("headers", ()):
+            if not value.isascii() and name.startswith((b"x-", b"serve_", b"serve-")):
+                detail = f"the header {name.decode('latin-1')[:80]} has bytes that are no ASCII"
+                await Problem(400, "bad_request", detail).response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Ray Serve puts before its proxies and replicas (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
+    return [Middleware(HeaderGuard)]
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:

@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ import requests
 from fastapi import FastAPI, Request
 from PIL import Image
 
-from tools.processes import named
+from tools.processes import descendants, named
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = {"Content-Type": "image/jpeg"}
@@ -54,20 +54,28 @@ class Measured:
     """Of requests answered 200, in ms, sorted."""
     codes: dict[int, int]
     """Answers by status; 0: no answer."""
+    refusals: list[float]
+    """Latency of the other answers, in ms, sorted."""
 
     @property
     def rate(self) -> float:
         """Requests answered 200, a second."""
         return len(self.latencies) / self.seconds
 
-    def quantile(self, share: float) -> float:
-        """Of the latency, in ms."""
-        return self.latencies[min(len(self.latencies) - 1, int(share * len(self.latencies)))] if self.latencies else 0.0
-
     def __str__(self) -> str:
-        quantiles = "  ".join(f"p{100 * share:g} {self.quantile(share):6.1f} ms" for share in (0.5, 0.9, 0.99))
+        quantiles = quantiles_of(self.latencies)
         others = {code: count for code, count in self.codes.items() if code != 200}
         return f"{self.rate:7.1f} requests/s  {quantiles}  {others or ''}"
+
+
+def quantile(latencies: list[float], share: float) -> float:
+    """Of sorted latencies; 0 where there are none."""
+    return latencies[min(len(latencies) - 1, int(share * len(latencies)))] if latencies else 0.0
+
+
+def quantiles_of(latencies: list[float]) -> str:
+    """What is printed of latencies."""
+    return "  ".join(f"p{100 * share:g} {quantile(latencies, share):6.1f} ms" for share in (0.5, 0.9, 0.99))
 
 
 @cache
@@ -89,8 +97,11 @@ def bodies() -> list[bytes]:
 def measure(url: str, connections: int, seconds: float, rate: float | None = None) -> Measured:
     """Post as fast as answers come on each connection; with `rate`, so many requests a second in all."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client:
-        taken, latencies, codes = client.submit(_client, url, bodies(), connections, seconds, rate).result()
-    return Measured(taken, sorted(latencies), codes)
+        taken, times = client.submit(_client, url, bodies(), connections, seconds, rate).result()
+    codes = {code: len(latencies) for code, latencies in times.items()}
+    answers = {code: sorted(latencies) for code, latencies in times.items()}
+    refusals = sorted(latency for code, latencies in answers.items() if code not in (0, 200) for latency in latencies)
+    return Measured(taken, answers.get(200, []), codes, refusals)
 
 
 def _client(url: str, files: list[bytes], connections: int, seconds: float, rate: float | None) -> Any:
@@ -98,8 +109,7 @@ def _client(url: str, files: list[bytes], connections: int, seconds: float, rate
 
 
 async def _post(url: str, files: list[bytes], connections: int, seconds: float, rate: float | None) -> Any:
-    latencies: list[float] = []
-    codes = Counter[int]()
+    times: dict[int, list[float]] = defaultdict(list)
     started = time.perf_counter()
     turns = iter(range(1 << 60))
 
@@ -113,15 +123,14 @@ async def _post(url: str, files: list[bytes], connections: int, seconds: float, 
             try:
                 async with session.post(url, data=files[turn % BODIES], headers=HEADERS) as answer:
                     await answer.read()
-                    codes[answer.status] += 1
-                    if answer.status == 200:
-                        latencies.append((time.perf_counter() - begun) * 1000)
+                status = answer.status
             except aiohttp.ClientError:
-                codes[0] += 1
+                status = 0
+            times[status].append((time.perf_counter() - begun) * 1000)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections)) as session:
         await asyncio.gather(*(one(session) for _ in range(connections)))
-    return time.perf_counter() - started, latencies, dict(codes)
+    return time.perf_counter() - started, dict(times)
 
 
 # ---- servers
@@ -253,15 +262,34 @@ def side_by_side(model: str, seconds: float, kinds: list[str]) -> None:
 
 
 def overload(model: str, seconds: float) -> None:
-    """Capacity, then five times that, then whether it is well."""
-    with server("haproxy", model, "--replicas.min-replicas", "2") as (url, _):
+    """Capacity, then five times that, then whether it is well.
+
+    The client that floods is late itself; a client of its own with few connections says how long answers take. What is
+    accepted waits for a place in HAProxy, and then for those that its replica has in work; half of the machine goes to
+    the clients and to what is refused.
+    """
+    from btray.haproxy_guard import QUEUE_SECONDS
+    from btray.settings_serve import LimitsConfig
+
+    replicas = 2
+    with server("haproxy", model, "--replicas.min-replicas", str(replicas)) as (url, _), ThreadPoolExecutor(1) as pool:
         post = url + "/v1/classify"
         measure(post, 8, 5)
         capacity = measure(post, 16, seconds)
         print(f"capacity      {capacity}  {beside()}", flush=True)
-        flood = measure(post, 512, seconds, rate=5 * capacity.rate)
+        flooding = pool.submit(measure, post, 512, seconds + 4, rate=5 * capacity.rate)
+        time.sleep(2)
+        beside_it = measure(post, 8, seconds)
+        flood = flooding.result()
         asked = sum(flood.codes.values()) / flood.seconds
-        print(f"overload      {flood}  asked {asked:.0f}/s  {beside()}", flush=True)
+        print(f"flood         {flood}  asked {asked:.0f}/s  {beside()}", flush=True)
+        print(f"beside it     {beside_it}", flush=True)
+        print(
+            f"  refused     {len(beside_it.refusals):7.0f} requests    {quantiles_of(beside_it.refusals)}", flush=True
+        )
+        bound = QUEUE_SECONDS + 2 * replicas * LimitsConfig().max_requests / capacity.rate
+        slowest = quantile(beside_it.latencies, 0.99) / 1000
+        print(f"bound         p99 {slowest:.1f} s, {'kept' if slowest <= bound else 'NOT KEPT'} below {bound:.1f} s")
         print(f"afterwards    {measure(post, 1, 5)}  {beside()}", flush=True)
 
 
@@ -282,22 +310,26 @@ def autoscale(model: str, seconds: float) -> None:
 
 
 def soak(model: str, seconds: float) -> None:
-    """At 80 % of capacity: errors, latency and memory."""
+    """At 80 % of capacity: errors, latency, and the memory of the replicas and of all processes of the job together.
+
+    Its growth is the most that was held over what was held after the first quarter, when all is warm.
+    """
     with server("haproxy", model, "--replicas.min-replicas", "2") as (url, pid):
         post = url + "/v1/classify"
         measure(post, 16, 10)
         capacity = statistics.median(measure(post, 16, 5).rate for _ in range(3))
         parts, started = max(4, int(seconds / 30)), time.monotonic()
-        memory: list[float] = []
+        memory: dict[str, list[float]] = {"replicas": [], "all": []}
         for part in range(parts):
             result = measure(post, 32, seconds / parts, rate=0.8 * capacity)
-            memory.append(resident(replicas_of(pid)))
-            said = f"{time.monotonic() - started:6.0f} s  {result}  replicas {memory[-1]:.0f} MB  {beside()}"
-            print(said, flush=True)
+            memory["replicas"].append(resident(replicas_of(pid)))
+            memory["all"].append(resident([pid, *descendants(pid)]))
+            held = "  ".join(f"{name} {values[-1]:.0f} MB" for name, values in memory.items())
+            print(f"{time.monotonic() - started:6.0f} s  {result}  {held}  {beside()}", flush=True)
             if set(result.codes) != {200}:
                 raise SystemExit(f"part {part} had errors: {result.codes}")
-        settled = memory[len(memory) // 4 :]
-        print(json.dumps({"capacity": capacity, "memory_growth": max(settled) / settled[0] - 1}))
+        growth = {name: max(values[parts // 4 :]) / values[parts // 4] - 1 for name, values in memory.items()}
+        print(json.dumps({"capacity": capacity, "memory_growth": growth}))
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ _TITLES: Final = {
     403: "The service answers its own machine alone.",
     404: "There is no such model or version.",
     408: "The body did not arrive in time.",
-    413: "Too many bytes, images or pixels.",
+    413: "Too many bytes, images, frames or pixels.",
     415: "A content type, encoding or kind of image that is not read.",
     422: "A value is out of range.",
     503: "Too much is in work, or no model is there yet: wait as long as Retry-After says.",

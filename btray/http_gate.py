@@ -10,8 +10,10 @@ import logging
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, Final, Protocol
 
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -58,20 +60,28 @@ class Watcher(Protocol):
 class Access:
     """Who may ask: whoever has a key; where there are no keys, this machine alone, unless all may."""
 
-    def __init__(self, keys: KeyRing | None, *, insecure: bool) -> None:
+    def __init__(
+        self, keys: KeyRing | None, *, insecure: bool, sees_callers: bool = True, reader: Executor | None = None
+    ) -> None:
+        """`sees_callers`: a request's client is who asks, and no proxy that others reach.
+
+        Keys are read again on a thread of `reader`, where no other work is before them.
+        """
         self.keys = keys
         self.insecure = insecure
+        self.sees_callers = sees_callers
+        self.reader = reader
 
     async def check(self, scope: Scope) -> None:
         """Raise Problem unless the caller may ask."""
         headers = dict(scope["headers"])
         if self.keys is not None:
             if self.keys.stale:
-                await asyncio.to_thread(self.keys.refresh)
+                await asyncio.get_running_loop().run_in_executor(self.reader, self.keys.refresh)
             if not self.keys.accepts(_key_in(headers)):
                 raise Problem(401, "unauthorized", "no key, or none that is known: send Authorization: Bearer KEY")
         elif not self.insecure:
-            _check_local(scope, headers)
+            _check_local(scope, headers, self.sees_callers)
 
 
 class Gate:
@@ -84,6 +94,7 @@ class Gate:
         self.access = access
         self.limits = limits
         self.watcher = watcher
+        self.reading = 0
         self.working = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,16 +122,82 @@ class Gate:
             await self.app(scope, receive, answer)
             return
         limits = self.limits()
+        _check_length(scope, limits.max_body)
+        self._require_place(limits)
+        if self.reading >= limits.max_reading:
+            raise Problem(503, "busy", f"{self.reading} requests are being read already", retry_after=1)
+        place = _Place(self, limits, receive)
+        try:
+            await self.app(scope, place.receive, answer)
+        finally:
+            place.leave()
+
+    def _require_place(self, limits: LimitsConfig) -> None:
         if self.working >= limits.max_requests:
             raise Problem(503, "busy", f"{self.working} requests are in work already", retry_after=1)
-        _check_length(scope, limits.max_body)
+
+    def begin_work(self, limits: LimitsConfig) -> None:
+        """Count one more request in work. Raises Problem where there are as many as may be."""
+        self._require_place(limits)
         self.working += 1
         self.watcher.in_work(self.working)
-        try:
-            await self.app(scope, receive, answer)
-        finally:
-            self.working -= 1
-            self.watcher.in_work(self.working)
+
+    def end_work(self) -> None:
+        """Count one less."""
+        self.working -= 1
+        self.watcher.in_work(self.working)
+
+
+class _Place:
+    """What a request takes of a gate: it is read, then in work. One that arrives slowly keeps nobody from working."""
+
+    def __init__(self, gate: Gate, limits: LimitsConfig, receive: Receive) -> None:
+        self.gate = gate
+        self.limits = limits
+        self.wrapped = receive
+        self.reading, self.working = True, False
+        gate.reading += 1
+
+    async def receive(self) -> Message:
+        """The next message. Raises Problem where the body is whole and there is no place in work for the request."""
+        message = await self.wrapped()
+        if self.reading and message["type"] == "http.request" and not message.get("more_body"):
+            self._end_reading()
+            self.gate.begin_work(self.limits)
+            self.working = True
+        return message
+
+    def leave(self) -> None:
+        """The request is answered, or gone."""
+        if self.reading:
+            self._end_reading()
+        if self.working:
+            self.gate.end_work()
+
+    def _end_reading(self) -> None:
+        self.reading = False
+        self.gate.reading -= 1
+
+
+class HeaderGuard:
+    """ASGI middleware before Ray Serve's own code, which fails with a 500 where a header that it reads is no UTF-8."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; with 400 where a header of a name that Ray reads is no ASCII."""
+        for name, value in scope.get("headers", ()):
+            if not value.isascii() and name.startswith((b"x-", b"serve_", b"serve-")):
+                detail = f"the header {name.decode('latin-1')[:80]} has bytes that are no ASCII"
+                await Problem(400, "bad_request", detail).response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Ray Serve puts before its proxies and replicas (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
+    return [Middleware(HeaderGuard)]
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:
@@ -173,9 +250,11 @@ def _key_in(headers: dict[bytes, bytes]) -> str:
     return headers.get(b"x-api-key", b"").decode("latin-1").strip()
 
 
-def _check_local(scope: Scope, headers: dict[bytes, bytes]) -> None:
+def _check_local(scope: Scope, headers: dict[bytes, bytes], sees_callers: bool) -> None:
     """Raise Problem unless the request comes from this machine, and names it: a page on another site, whose name was
     made to point here, is not answered either."""
+    if not sees_callers:
+        raise Problem(403, "forbidden", "this service has no API keys, and HAProxy before it hides who asks: set keys")
     client: Any = scope.get("client")
     host = headers.get(b"host", b"").decode("latin-1")
     name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host

@@ -6,7 +6,6 @@ row an image: `label`, `probabilities`, and what tells how far to trust them.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,7 +40,7 @@ def add_protocol(app: FastAPI, service: Service) -> None:
         length = request.headers.get(LENGTH_HEADER)
 
         async def answer() -> Response:
-            asked = await service.decoding(parse_request, body, length)
+            asked = await service.decoding(parse_request, body, length, service.limits.max_json)
             return await _infer(service, name, model, asked)
 
         return await service.in_time(answer())
@@ -136,8 +135,7 @@ def _only_input(asked: InferRequest, service: Service) -> Tensor:
 async def _decoded(service: Service, model: ServedModel, tensor: Tensor) -> Sequence[Found]:
     """One frame for each image, or why there is none."""
     if isinstance(tensor.values, list):
-        found = await asyncio.gather(*(service.decoding(model.source.from_bytes, data) for data in tensor.values))
-        return [_single(result) for result in found]
+        return [_single(result) for result in await service.decoded(model, tensor.values)]
     _, height, width = tensor.shape
     if height * width > model.source.limits.max_pixels:
         raise Problem(413, "bomb", f"{width}x{height} pixels, above max_pixels {model.source.limits.max_pixels}")

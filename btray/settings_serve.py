@@ -30,12 +30,18 @@ class LimitsConfig(ComponentConfig):
 
     max_body_mb: Annotated[float, Field(gt=0, le=2048)] = 32.0
     """Largest request body, packed or unpacked, in MB (10^6 bytes); it is refused before it is read whole."""
+    max_json_mb: Annotated[float, Field(gt=0, le=2048)] = 4.0
+    """Largest JSON, in MB: reading it keeps all other requests waiting. Images and tensors as bytes do not."""
     max_images: Positive = 64
     """Most images, and most frames that an answer explains, of one request."""
+    max_frames: Positive = 256
+    """Most frames of one request: the pages of all its images, counted before anything is decoded."""
     max_megapixels: Annotated[float, Field(gt=0)] = 64.0
     """Most pixels of one image, all its pages together, in millions; counted before anything is decoded."""
     max_requests: Positive = 32
-    """Requests in work at a time; the next ones are answered 503 with Retry-After."""
+    """Requests in work at a time, from when they are read; the next ones are answered 503 with Retry-After."""
+    max_reading: Positive = 64
+    """Requests whose bodies are on their way at a time; they take no place of those in work."""
     timeout: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that reading a body may take, and again that answering may take."""
 
@@ -43,6 +49,16 @@ class LimitsConfig(ComponentConfig):
     def max_body(self) -> int:
         """Bytes."""
         return int(self.max_body_mb * 1_000_000)
+
+    @property
+    def max_json(self) -> int:
+        """Bytes."""
+        return int(self.max_json_mb * 1_000_000)
+
+    @property
+    def places(self) -> int:
+        """Requests that HAProxy gives a replica at a time; the next ones wait, or are refused, in HAProxy."""
+        return max(64, 2 * self.max_requests)
 
 
 class ServiceConfig(ComponentConfig):

@@ -52,14 +52,20 @@ class InferRequest:
     """Whether outputs that are not named come in binary."""
 
 
-def parse_request(body: bytes, header_length: str | None) -> InferRequest:
-    """Read a request. `header_length` is the HTTP header of that name. Raises Problem where it is none."""
+def parse_request(body: bytes, header_length: str | None, max_json: int) -> InferRequest:
+    """Read a request. `header_length` is the HTTP header of that name. Raises Problem where it is none.
+
+    JSON may have `max_json` bytes: reading it holds the interpreter's lock, and with it all other requests.
+    """
     head, tail = body, b""
     if header_length is not None:
         length = int(header_length) if re.fullmatch("[0-9]{1,11}", header_length) else -1
         if not 0 < length <= len(body):
             raise Problem(400, "bad_body", f"{LENGTH_HEADER} {header_length[:40]!r} does not fit {len(body)} bytes")
         head, tail = body[:length], body[length:]
+    if len(head) > max_json:
+        detail = f"JSON of {len(head)} bytes, above {max_json}: send tensors by the binary tensor extension"
+        raise Problem(413, "too_large", detail)
     try:
         content = json.loads(head)
     except (ValueError, RecursionError) as error:

@@ -28,16 +28,16 @@ class Upload:
     name: str | None = None
 
 
-def images_in(content_type: str, body: bytes, *, most: int) -> list[Upload]:
-    """The images of a body, in their order, up to `most`.
+def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> list[Upload]:
+    """The images of a body, in their order, up to `most`; JSON may have `max_json` bytes.
 
-    Raises Problem where the body is not what its content type says, has no image or more than `most`.
+    Raises Problem where the body is not what its content type says, has no image, or more than it may have.
     """
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
         uploads = _from_multipart(options.get(b"boundary", b""), body, most)
     elif kind == b"application/json":
-        uploads = _from_json(body, most)
+        uploads = _from_json(body, most, max_json)
     elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
         uploads = [Upload(body)]
     else:
@@ -56,8 +56,11 @@ def _too_many(most: int) -> Problem:
     return Problem(413, "too_many_images", f"the request has more than {most} images")
 
 
-def _from_json(body: bytes, most: int) -> list[Upload]:
+def _from_json(body: bytes, most: int, largest: int) -> list[Upload]:
     """`{"images": [{"data": BASE64, "name": TEXT}, ...]}`; an image may be BASE64 alone."""
+    if len(body) > largest:
+        detail = f"JSON of {len(body)} bytes, above {largest}: send the images as multipart/form-data"
+        raise Problem(413, "too_large", detail)
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from PIL import Image
 from btray.phantoms import encoded_phantom
 from btray.serving_api import Service, build_app
 from btray.settings_serve import ServiceConfig
+from tests.hostile_bodies import Hostile
 from tests.tiny_bundle import saved_bundle
 from tools.processes import until
 
 PNG = "image/png"
+SLOWEST = 15.0  # seconds that one answer may take on a busy machine
 
 
 class Running:
@@ -124,3 +127,32 @@ def problem(answer: requests.Response, status: int, code: str) -> dict[str, Any]
     assert (content["status"], content["code"]) == (status, code), content
     assert content["detail"] == content["error"]
     return content
+
+
+def status_of_raw(url: str, body: bytes) -> int:
+    """The status of an answer; 0 where the connection was closed without one, which bad HTTP deserves."""
+    port = int(url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), SLOWEST) as client:
+        try:
+            client.sendall(body)
+            client.shutdown(socket.SHUT_WR)
+            answer = client.recv(100)
+        except (ConnectionResetError, BrokenPipeError):
+            return 0
+    return int(answer.split()[1]) if answer.startswith(b"HTTP/1.") else 0
+
+
+def status_of(url: str, hostile: Hostile) -> int:
+    """The same of a request that may be HTTP; an error must be a problem."""
+    if hostile.raw:
+        return status_of_raw(url, hostile.body)
+    headers = {name: value.encode("latin-1") for name, value in hostile.headers.items() if value}
+    try:
+        with requests.Session() as session:
+            answer = session.post(url + hostile.path, hostile.body, headers=headers, timeout=SLOWEST)
+    except requests.ConnectionError:
+        return 0  # refused while the body was still on its way
+    if answer.status_code >= 400:
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.json()["code"]
+    return answer.status_code

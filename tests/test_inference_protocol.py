@@ -219,14 +219,14 @@ def test_cut_elements_are_refused() -> None:
         tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(raw)}}
         head = json.dumps({"inputs": [tensor]}).encode()
         with pytest.raises(Problem, match="cut off"):
-            parse_request(head + raw, str(len(head)))
+            parse_request(head + raw, str(len(head)), len(head))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.one_of(st.none(), st.integers(-5, 250).map(str), st.text(max_size=8)))
 def test_any_bytes_are_a_request_or_a_problem(body: bytes, length: str | None) -> None:
     with suppress(Problem):
-        parse_request(body, length)
+        parse_request(body, length, 1000)
 
 
 JSON = st.recursive(
@@ -245,4 +245,4 @@ JSON = st.recursive(
 )
 def test_any_json_is_a_request_or_a_problem(content: dict[str, Any]) -> None:
     with suppress(Problem):
-        parse_request(json.dumps(content).encode(), None)
+        parse_request(json.dumps(content).encode(), None, 1_000_000)

@@ -7,65 +7,32 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
+import tritonclient.http as triton
 import yaml
 
 from btray.bulk import classify
+from btray.bundle import Thresholds
 from btray.classifier import Classifier
 from btray.errors import UserError
+from btray.network import build_network
+from btray.ood import Distribution
 from btray.results import current
-from btray.settings_serve import ReplicasConfig, ServeConfig, ServiceConfig
+from btray.settings_serve import ServeConfig, ServiceConfig, is_loopback
 from tests.classify_helpers import job, write_objects
 from tests.conftest import ROOT
+from tests.hostile_bodies import hostile_bodies
 from tests.scan_corpus import bad_scans, good_scans
-from tests.serving_helpers import bundle_at, scan
-from tests.tiny_bundle import saved_bundle
-from tools.processes import named, until
-
-JPEG = {"Content-Type": "image/jpeg"}
-
-
-@dataclass
-class Served:
-    """A running application."""
-
-    url: str
-    model: str
-    session: requests.Session = field(default_factory=requests.Session)
-
-    def deploy(self, **service: Any) -> None:
-        from btray.serving import deploy
-
-        config = ServiceConfig(**{"model": self.model, **service})
-        deploy(ReplicasConfig(min_replicas=2, max_replicas=2), config)
-
-    def wait(self) -> None:
-        from ray import serve
-
-        from btray.serving import APPLICATION
-
-        def running() -> bool:
-            application = serve.status().applications[APPLICATION]
-            states = application.deployments["Classifier"].replica_states if application.deployments else {}
-            return application.status == "RUNNING" and states == {"RUNNING": 2}
-
-        until(running, seconds=90)
-
-    def classify(self, data: bytes) -> requests.Response:
-        return self.session.post(self.url + "/v1/classify", data, headers=JPEG, timeout=60)
-
-    def models(self) -> dict[str, Any]:
-        return self.session.get(self.url + "/v1/models", timeout=60).json()
+from tests.serving_helpers import bundle_at, problem, scan, status_of
+from tests.serving_load import Served, replicas, under_load
+from tests.tiny_bundle import NETWORK
+from tools.processes import until
 
 
 @pytest.fixture(scope="module")
@@ -100,59 +67,12 @@ def served(rows: dict[str, list[dict[str, Any]]], model: str) -> Iterator[Served
     from btray.serving import free_port
 
     port = free_port()
-    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=port))
+    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="0.0.0.0", port=port))
     made = Served(f"http://127.0.0.1:{port}", model)
     made.deploy()
     made.wait()
     yield made
     serve.shutdown()
-
-
-@dataclass
-class Load:
-    """Clients that ask as fast as they are answered, each again where it is not."""
-
-    served: Served
-    answers: list[tuple[int, str]] = field(default_factory=list)
-    retried: int = 0
-    lost: int = 0
-
-    def client(self, stop: threading.Event) -> None:
-        with requests.Session() as session:
-            while not stop.is_set():
-                for _ in range(10):
-                    try:
-                        answer = session.post(self.served.url + "/v1/classify", scan(), headers=JPEG, timeout=30)
-                    except requests.ConnectionError:
-                        answer = None
-                    if answer is not None and answer.status_code == 200:
-                        self.answers.append((200, answer.json()["model_id"]))
-                        break
-                    self.retried += 1
-                    time.sleep(0.2)
-                else:
-                    self.lost += 1
-
-
-@contextmanager
-def under_load(served: Served, clients: int = 3) -> Iterator[Load]:
-    load, stop = Load(served), threading.Event()
-    with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(load.client, stop) for _ in range(clients)]
-        try:
-            until(lambda: len(load.answers) > 5)
-            yield load
-            seen = len(load.answers)
-            until(lambda: len(load.answers) > seen + 20)
-        finally:
-            stop.set()
-        for future in running:
-            future.result()
-
-
-def replicas(root: int | None = None) -> list[int]:
-    """Process ids of the replicas below a process; by default those of this test's own Serve."""
-    return named(b"ServeReplica:btray", root or os.getpid())
 
 
 @pytest.mark.cluster
@@ -207,15 +127,50 @@ def test_a_replica_killed_under_load_costs_retries_and_no_request(served: Served
 
 
 @pytest.mark.cluster
-def test_monitoring_finds_every_number_of_all_replicas(served: Served) -> None:
-    for data in (scan(), b"no image"):
-        served.classify(data)
+def test_without_keys_no_other_machine_is_answered_though_serve_listens_to_all(served: Served) -> None:
+    from ray.util import get_node_ip_address
+
+    address = get_node_ip_address()
+    if is_loopback(address):
+        pytest.skip(f"this machine has no address but {address}: whether others are refused is NOT shown here")
+    other = f"http://{address}:{served.url.rpartition(':')[2]}"
+    for host in (address, "localhost"):
+        answer = requests.get(other + "/v1/models", headers={"Host": host, "X-Forwarded-For": "127.0.0.1"}, timeout=30)
+        problem(answer, 403, "forbidden")
+
+
+@pytest.mark.cluster
+def test_tritons_client_and_hostile_bodies_are_answered_through_serve_as_without_it(served: Served, model: str) -> None:
+    (expected,) = Classifier.load(model).predict([scan()])
+    image = triton.InferInput("image", [1], "BYTES")
+    image.set_data_from_numpy(np.array([scan()], np.object_))
+    with triton.InferenceServerClient(served.url.removeprefix("http://")) as client:
+        for compression in (None, "gzip"):
+            answer = client.infer("btray", [image], request_compression_algorithm=compression)
+            assert answer.as_numpy("label")[0].decode() == expected.label
+    for name, hostile in hostile_bodies(40, seed=3):
+        assert status_of(served.url, hostile) < 500, name
+    assert served.classify(scan()).status_code == 200
+
+
+@pytest.mark.cluster
+def test_monitoring_finds_every_number_of_all_replicas(served: Served, tmp_path: Path) -> None:
+    served.classify(b"no image")
+    # A model that never is sure and knows no image: both marks are counted.
+    features = np.random.default_rng(0).normal(size=(20, build_network(NETWORK, 5).head.in_features))
+    marks = {"thresholds": Thresholds(abstain_below=1.1, ood_score=0.0), "ood": Distribution.fit(features)}
+    unsure = bundle_at(tmp_path, "unsure", seed=9, **marks)
+    served.deploy(model=unsure)
+    until(lambda: served.classify(scan()).json()["model_id"] == Classifier.load(unsure).model_id)
     names = [
         "requests_total",
         "latency_seconds_bucket",
         "batch_size_bucket",
         "queue",
+        "requests_in_work",
         "predictions_total",
+        "abstentions_total",
+        "out_of_distribution_total",
         "rejects_total",
     ]
 
@@ -226,6 +181,7 @@ def test_monitoring_finds_every_number_of_all_replicas(served: Served) -> None:
     text = until(all_there, seconds=60)
     assert re.search(r'btray_serve_requests_total\{.*code="400".*route="/v1/classify"', text)
     assert re.search(r'btray_serve_rejects_total\{.*code="not_an_image"', text)
+    served.deploy()
     families = re.findall(r"# TYPE (\S+)", text)
     assert len(families) == len(set(families)), "a family stands twice, which Prometheus refuses"
 
@@ -274,62 +230,3 @@ def test_serve_yaml_is_what_the_application_takes() -> None:
     assert application(app.args)
     with pytest.raises(UserError, match="modle"):
         application({"modle": "x"})
-
-
-@pytest.mark.soak
-@pytest.mark.cluster
-def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path: Path) -> None:
-    import socket
-
-    from btray.serving import free_port
-
-    port = free_port()
-    flags = ["--model", bundle_at(tmp_path, "model"), "--port", str(port), "--replicas.min-replicas", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "jobs/serve.py", *flags],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True,
-        )  # fmt: skip
-    served = Served(f"http://127.0.0.1:{port}", "")
-    try:
-        until(lambda: process.poll() is not None or _ready(served), seconds=120)
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert served.classify(scan()).status_code == 200
-        proxies = named(b"haproxy.cfg", process.pid)
-        assert proxies, "HAProxy does not run"
-        listeners = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
-        own = [line for line in listeners if any(f"pid={pid}," in line for pid in proxies)]
-        assert len(own) >= 3
-        assert all(line.split()[3].startswith("127.0.0.1:") for line in own), own
-        before = served.models()["models"][0]["model_id"]
-        with under_load(served) as load:
-            saved_bundle(tmp_path / "model", seed=21)
-            process.send_signal(signal.SIGHUP)
-            until(lambda: load.answers[-1][1] != before, seconds=60)
-            manifest = (tmp_path / "model" / "bundle.json").rename(tmp_path / "bundle.json")
-            process.send_signal(signal.SIGHUP)
-            until(lambda: "all stays as it was" in (tmp_path / "log").read_text(), seconds=60)
-        assert (load.retried, load.lost) == (0, 0)
-        manifest.rename(tmp_path / "model" / "bundle.json")
-        with under_load(served) as load:
-            killed = replicas(process.pid)[0]
-            os.kill(killed, signal.SIGKILL)
-            until(lambda: len(replicas(process.pid)) == 2, seconds=90)
-        assert load.lost == 0
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert said.splitlines()[-1] == served.url
-    finally:
-        process.kill()
-        process.wait()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
-
-
-def _ready(served: Served) -> bool:
-    try:
-        return served.session.get(served.url + "/readyz", timeout=5).status_code == 200
-    except requests.RequestException:
-        return False

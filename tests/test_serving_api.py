@@ -196,7 +196,7 @@ def test_openapi_names_every_route_with_its_errors_and_examples(service: Running
 
 @pytest.fixture(scope="module")
 def strict(model: str) -> Iterator[Running]:
-    limits = {"max_body_mb": 0.2, "max_images": 3, "max_megapixels": 0.3, "timeout": 2, "max_requests": 4}
+    limits = {"max_body_mb": 0.2, "max_images": 3, "max_megapixels": 0.3, "timeout": 2}
     with running(model=model, limits=limits) as served:
         yield served
 
@@ -247,27 +247,6 @@ def test_a_body_that_drips_is_given_up(strict: Running) -> None:
         client.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
         assert client.recv(100).startswith(b"HTTP/1.1 408")
     assert 1.5 < time.monotonic() - started < 10
-
-
-def test_beyond_what_is_in_work_requests_are_refused_with_the_time_to_wait(strict: Running) -> None:
-    port = int(strict.url.rpartition(":")[2])
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
-    held = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(4)]
-    try:
-        for client in held:
-            client.sendall(head)
-        answers = [strict.post(CLASSIFY, scan(), JPEG) for _ in range(3)]
-        for answer in answers:
-            problem(answer, 503, "busy")
-            assert int(answer.headers["Retry-After"]) >= 1
-        assert strict.get("/healthz").status_code == 200, "health must not wait behind work"
-    finally:
-        for client in held:
-            client.close()
-    deadline = time.monotonic() + 10
-    while (answer := strict.post(CLASSIFY, scan(), JPEG)).status_code != 200 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert answer.status_code == 200, "what was refused once is refused for ever"
 
 
 def test_nothing_of_an_image_is_written_to_disk_or_log(

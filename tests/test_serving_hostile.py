@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections import Counter
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
 from btray.classifier import Classifier
-from tests.hostile_bodies import Hostile, hostile_bodies
-from tests.serving_helpers import Running, bundle_at, running, scan
+from tests.hostile_bodies import hostile_bodies
+from tests.serving_helpers import SLOWEST, Running, bundle_at, running, scan, status_of
 
-SLOWEST = 15.0  # seconds that one answer may take on a busy machine
 LIMITS = {"max_body_mb": 2, "timeout": 5, "max_images": 16, "max_megapixels": 20}
 
 
@@ -41,43 +38,15 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def status_of_raw(url: str, body: bytes) -> int:
-    """The status of an answer; 0 where the connection was closed without one, which bad HTTP deserves."""
-    port = int(url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), SLOWEST) as client:
-        try:
-            client.sendall(body)
-            client.shutdown(socket.SHUT_WR)
-            answer = client.recv(100)
-        except (ConnectionResetError, BrokenPipeError):
-            return 0
-    return int(answer.split()[1]) if answer.startswith(b"HTTP/1.") else 0
-
-
-def status_of(service: Running, hostile: Hostile) -> int:
-    if hostile.raw:
-        return status_of_raw(service.url, hostile.body)
-    headers = {name: value.encode("latin-1") for name, value in hostile.headers.items() if value}
-    try:
-        with requests.Session() as session:
-            answer = session.post(service.url + hostile.path, hostile.body, headers=headers, timeout=SLOWEST)
-    except requests.ConnectionError:
-        return 0  # refused while the body was still on its way
-    if answer.status_code >= 400:
-        assert answer.headers["Content-Type"] == "application/problem+json"
-        assert answer.json()["code"]
-    return answer.status_code
-
-
 def attack(service: Running, model: str, count: int, seed: int) -> None:
     (expected,) = Classifier.load(model).predict([scan()])
     for _, hostile in hostile_bodies(64, seed + 1):  # what a first time costs is not a leak
-        status_of(service, hostile)
+        status_of(service.url, hostile)
     memory, threads, files = resident(), threading.active_count(), len(os.listdir("/proc/self/fd"))
     seen: Counter[int] = Counter()
     for name, hostile in hostile_bodies(count, seed):
         started = time.monotonic()
-        status = status_of(service, hostile)
+        status = status_of(service.url, hostile)
         assert status < 500, f"{name}: {status}"
         assert time.monotonic() - started < SLOWEST, name
         seen[status] += 1

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+import time
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import numpy as np
 import pytest
+import s3fs
 
-from btray import results, runs, storage
+from btray import outcomes, results, runs, storage
 from btray.classifier import Prediction
 from btray.keys import KeySet, keys_of
 from btray.part_files import read_tally, write_part
 from btray.runs import WorklistWriter
 from btray.storage import FileInfo
+from tests.classify_helpers import plain_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PART_OBJECTS = results.product("m").part_objects
@@ -29,7 +34,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")
 
 
-def row(name: str, code: str | None = None, *, night: int = 0) -> dict[str, Any]:
+def row(name: str, code: str | None = None, *, night: int = 0, frame: int = 0) -> dict[str, Any]:
     info = FileInfo(f"s3://b/{name}", 7, "e", 0.0)
     said: dict[str, Any] = (
         {"status": "rejected", "error_code": code, "error": "why"}
@@ -37,12 +42,19 @@ def row(name: str, code: str | None = None, *, night: int = 0) -> dict[str, Any]
         else {"label": "glioma", "confidence": 0.75, "probabilities": {"glioma": 0.75, "no_tumor": 0.25}}
     )
     at = NIGHT + timedelta(days=night)
-    return results.row_of(Prediction(index=0, **said), info, run_id=f"{at:%Y%m%d}", classified_at=at)
+    return results.row_of(Prediction(index=0, frame=frame, **said), info, run_id=f"{at:%Y%m%d}", classified_at=at)
 
 
 def write(place: str, name: str, *rows: dict[str, Any], model: str = "1e10") -> bool:
     uri = storage.join(place, results.product(model).folder("2026-11-22"), f"{name}.parquet")
     return write_part(uri, rows, results.SCHEMA, {"objects": len(rows)})
+
+
+def done_of(place: str, **options: bool) -> set[str]:
+    """Names of the objects of the table that no later run reads again."""
+    known = np.concatenate([*results.done_keys(place, "1e10", **options), keys_of([])])
+    names = {uri.rpartition("/")[2] for uri in results.current(place)["uri"].to_pylist()} | {"new"}
+    return {name for name in names if keys_of([(f"s3://b/{name}", "e")])[0] in known}
 
 
 def begin(place: str, model: str, request: dict[str, Any]) -> tuple[runs.Run, bool]:
@@ -85,15 +97,88 @@ def test_what_is_done_is_what_no_later_run_need_read(place: str) -> None:
     assert list(results.done_keys(place, "1e10")) == []
     write(place, "1", row("ok"), row("bad", "truncated"), row("gone", "not_found"), row("again", "throttled"))
     write(place, "2", row("again", night=1))
-    names = ("ok", "bad", "gone", "again", "new")
-    wanted = keys_of([(f"s3://b/{name}", "e") for name in names])
+    assert done_of(place) == {"ok", "bad", "again"}
+    assert done_of(place, retry_rejected=True) == {"ok", "again"}
 
-    def done(**options: bool) -> set[str]:
-        known = np.concatenate(list(results.done_keys(place, "1e10", **options)))
-        return {name for name, key in zip(names, wanted, strict=True) if key in known}
 
-    assert done() == {"ok", "bad", "again"}
-    assert done(retry_rejected=True) == {"ok", "again"}
+def write_a_table_of_many_nights(place: str) -> None:
+    """Objects whose rows of several nights differ: classified again, then withheld, then classified; with frames."""
+    write(
+        place, "1", *(row("pages", frame=frame) for frame in range(3)), row("once"), row("hidden"), row("bad", "empty")
+    )
+    write(place, "3", row("pages", "throttled", night=2), row("hidden", "throttled", night=2), row("bad", night=2))
+    write(place, "2", *(row("pages", frame=frame, night=1) for frame in range(2)), row("back", "unavailable", night=1))
+    write(place, "4", row("back", night=3), *(row("grown", frame=frame, night=3) for frame in range(2)))
+    write(place, "0", row("grown", "forbidden"), row("lost", night=4), row("lost", "truncated", night=5))
+
+
+def test_a_retryable_rejection_after_an_answer_is_current_and_is_tried_again(place: str) -> None:
+    write_a_table_of_many_nights(place)
+    found = {(r["uri"][7:], r["frame"], r["error_code"]) for r in results.current(place).to_pylist()}
+    assert found == {
+        ("pages", 0, "throttled"), ("once", 0, None), ("hidden", 0, "throttled"), ("bad", 0, None), ("back", 0, None),
+        ("grown", 0, None), ("grown", 1, None), ("lost", 0, "truncated"),
+    }, "rows of one night stand beside rows of another for the same object"  # fmt: skip
+    assert done_of(place) == {"once", "bad", "back", "grown", "lost"}
+    assert done_of(place, retry_rejected=True) == {"once", "bad", "back", "grown"}
+
+
+def test_the_view_of_the_guide_gives_what_current_gives(tmp_path: Path) -> None:
+    write_a_table_of_many_nights(str(tmp_path))
+    guide = (ROOT / "docs" / "classify.md").read_text()
+    windows = [" ".join(window.split()) for window in re.findall(r"(rank\(\) OVER \(.*?\))", guide, re.DOTALL)]
+    assert len(windows) == 2
+    assert windows[0] == windows[1]
+    view = re.search(r"CREATE TEMPORARY VIEW scans AS (SELECT.*?);", guide, re.DOTALL)
+    assert view
+    columns = ("uri", "etag", "frame", "model_id", "run_id", "classified_at", "error_code")
+    with sqlite3.connect(":memory:") as database:  # it knows window functions, and needs no installation
+        database.execute(f"CREATE TABLE results ({', '.join(columns)})")
+        rows = zip(*(plain_rows(str(tmp_path))[name].cast("string").to_pylist() for name in columns), strict=True)
+        database.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(columns))})", list(rows))
+        query = re.sub(r"parquet\.`.*?`", "results", view[1])
+        said = database.execute(f"SELECT uri, CAST(frame AS INTEGER), run_id, error_code FROM ({query})").fetchall()
+    table = results.current(str(tmp_path), columns=["uri", "frame", "run_id", "error_code"])
+    assert sorted(said, key=repr) == sorted((tuple(r.values()) for r in table.to_pylist()), key=repr)
+
+
+@pytest.mark.s3
+def test_the_table_is_asked_for_as_patiently_as_the_job_says(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(bucket, "1", row("a"), row("b"))
+    monkeypatch.setattr("btray.storage_errors.PATIENCE", 0.2)
+    monkeypatch.setattr("btray.results._SMALL", 0)
+    answer, down_until = s3fs.S3FileSystem._call_s3, time.monotonic() + 1.5
+
+    async def away(client: Any, method: str, *options: Any, **arguments: Any) -> Any:
+        if method == "get_object" and time.monotonic() < down_until:
+            raise botocore.exceptions.EndpointConnectionError(endpoint_url="away")
+        return await answer(client, method, *options, **arguments)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", away)
+    with storage.patient(60):
+        assert done_of(bucket) == {"a", "b"}
+    assert time.monotonic() > down_until
+
+
+@pytest.mark.parametrize("held", [3, 1 << 20])
+def test_the_latest_outcome_counts_whatever_the_order_and_is_found_on_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    monkeypatch.setattr("btray.outcomes._IN_MEMORY", held)
+    names = [(f"s3://b/{number}", "e") for number in range(200)]
+    seen = outcomes.Outcomes(tmp_path)
+    chance = np.random.default_rng(3)
+    records = outcomes.records(
+        keys_of(names * 5), np.repeat(np.arange(5), 200), chance.integers(0, 3, 1000).astype(np.uint8)
+    )
+    for some in np.array_split(chance.permutation(records), 40):
+        seen.add(some)
+    for worst in (outcomes.CLASSIFIED, outcomes.REJECTED):
+        wanted = {
+            key for key, outcome in zip(keys_of(names), records["outcome"][-200:], strict=True) if outcome <= worst
+        }
+        assert set(np.concatenate(list(seen.settled(worst)))) == wanted
+    assert bool(list(tmp_path.iterdir())) == (held == 3)
 
 
 def test_the_key_set_answers_right_and_keeps_what_is_old_on_disk(

@@ -133,6 +133,7 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
             limit=config.limit,
             part_objects=work.product.part_objects,
             patience=config.patience,
+            check=check,
         )
         listing.start()
         try:
@@ -202,9 +203,7 @@ def parts_through(
     # bytes: each row its own block, or the first parts would wait for 128 MiB of them
     context.target_max_block_size = 1
     try:
-        worklist = ray.data.read_datasource(
-            WorklistSource(run.worklist, patience), num_cpus=_READER_CPUS, override_num_blocks=1
-        )
+        worklist = ray.data.read_datasource(WorklistSource(run, patience), num_cpus=_READER_CPUS, override_num_blocks=1)
         return worklist.map_batches(
             worker,
             fn_constructor_args=arguments,

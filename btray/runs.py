@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from btray import local_files, segments, storage
-from btray.errors import UserError
+from btray.errors import Failed, UserError
 from btray.part_files import Product, write_part
 from btray.storage import StorageError
 
@@ -137,11 +137,11 @@ def finish(run: Run, report: dict[str, Any]) -> str:
 
 
 def note_attempt(run: Run, part_id: str, first_uri: str) -> None:
-    """Count an attempt at a part by an actor that has died before. Raises RuntimeError where there were too many."""
+    """Count an attempt at a part by an actor that has died before. Raises Failed where there were too many."""
     for number in range(_ATTEMPTS):
         if storage.write_new(storage.join(run.worklist, f"attempt-{part_id}-{number}"), b""):
             return
-    raise RuntimeError(
+    raise Failed(
         f"part {part_id} of run {run.run_id}, which begins with {first_uri}, seems to kill its worker (out of "
         "memory?): leave the object out with --exclude, or use fewer --actors"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from btray import results, runs, segments, storage
-from btray.errors import UserError
+from btray.errors import Failed, UserError
 from btray.part_files import write_part
 from btray.segments import WorklistWriter
 from btray.storage import FileInfo
@@ -197,7 +197,7 @@ def test_a_part_that_kills_its_workers_ends_the_run_with_its_name(place: str, mo
         for _ in range(5):
             runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
         runs.note_attempt(run, "00000-004", "s3://b/other.jpg")
-        with pytest.raises(RuntimeError, match=r"00000-003 .*s3://b/poison.jpg.*--exclude"):
+        with pytest.raises(Failed, match=r"00000-003 .*s3://b/poison.jpg.*--exclude"):
             runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
     assert segments.sealed(run.worklist) == ([], False)
     runs.finish(run, {})

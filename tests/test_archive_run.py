@@ -49,9 +49,14 @@ def parts_of(run: Run) -> Iterator[pa.Table]:
         objects = objects_of(part.to_pylist()[0])
         said = Prediction(index=0, label="glioma", confidence=0.75, probabilities={"glioma": 0.75, "no_tumor": 0.25})
         rows = [results.row_of(said, info, run_id=run.run_id, classified_at=NIGHT) for info in objects]
-        count = len(rows)
-        tally = {"objects": count, "frames": count, "bytes": 1, "labels": {"glioma": count}, "rejected": {}, "seconds": {},
-                 "profile": Profile.of(rows).to_json(), "least_certain": [], "reused": False}  # fmt: skip
+        counts = {
+            "objects": len(rows),
+            "frames": len(rows),
+            "bytes": 1,
+            "labels": {"glioma": len(rows)},
+            "rejected": {},
+        }
+        tally = counts | {"profile": Profile.of(rows).to_json(), "least_certain": [], "seconds": {}, "reused": False}
         write_part(run.part_uri(part["part"][0].as_py()), rows, results.SCHEMA, tally)
         yield pa.table({"part": part["part"], "tally": [json.dumps(tally)]})
 

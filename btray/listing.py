@@ -15,6 +15,7 @@ from btray.segments import WorklistWriter
 from btray.storage import FileInfo, StorageError
 
 _AT_A_TIME = 1024
+_MOST_AT_A_TIME = 32_768
 _AGAIN = 5.0  # seconds
 
 
@@ -28,8 +29,9 @@ class NewObjects:
 
     def of(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
         """The new ones, in their order."""
-        iterator = iter(objects)
-        while chunk := list(islice(iterator, _AT_A_TIME)):
+        iterator, most = iter(objects), _AT_A_TIME
+        while chunk := list(islice(iterator, most)):
+            most = min(2 * most, _MOST_AT_A_TIME)  # the first rows do not wait, the many cost less each
             self.listed += len(chunk)
             once = list({(info.uri, info.etag): info for info in chunk}.values())
             keys = keys_of([(info.uri, info.etag) for info in once])

@@ -165,6 +165,7 @@ def test_the_key_set_answers_right_and_keeps_what_is_old_on_disk(
 ) -> None:
     monkeypatch.setattr("btray.keys._IN_MEMORY", 5000)
     held = KeySet(tmp_path)
+    assert not held.contains(keys_of([("s3://b/0", "e")])).any()
     every = keys_of([(f"s3://b/{number}", "e") for number in range(60_000)])
     tracemalloc.start()
     for start in range(0, 50_000, 1000):
@@ -173,6 +174,9 @@ def test_the_key_set_answers_right_and_keeps_what_is_old_on_disk(
     tracemalloc.stop()
     assert grown < 50_000 * 16 / 2
     assert held.contains(every).tolist() == [True] * 50_000 + [False] * 10_000
+    assert held.contains(every[::-1]).tolist() == [False] * 10_000 + [True] * 50_000
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 50_000 * 16, "merged files stay"
+    assert len(held._runs) < 12
 
 
 def test_the_pandas_query_of_the_guide_runs(

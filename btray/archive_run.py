@@ -12,6 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -20,12 +21,13 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
+import ray.exceptions
 
 from btray import lease, logs, runs, storage, telemetry
 from btray.archive import Selection, list_archive
 from btray.bulk_report import Progress, Totals, duration
 from btray.cluster import connected, cpus, is_own, require_gpus
-from btray.errors import ThresholdExceeded
+from btray.errors import Failed, ThresholdExceeded, UserError
 from btray.keys import KeySet
 from btray.listing import Listing, NewObjects
 from btray.part_files import Product
@@ -68,19 +70,32 @@ class Work:
 def run_archive(config: ArchiveConfig, work: Work) -> Report:
     """Do the work on what is new in the archive, or say how much that is; return what run.json says.
 
-    Raises UserError for unusable input and where another run is writing to this output, ThresholdExceeded above
-    `max_rejected`, after writing.
+    Raises UserError for unusable input and where another run is writing to this output, Failed where a store does not
+    answer, ThresholdExceeded above `max_rejected`, after writing.
     """
-    found = _peeked(list_archive(config.input, _selection(config, work.output), patience=config.patience))
-    try:
+    with _in_own_words():
+        found = _peeked(list_archive(config.input, _selection(config, work.output), patience=config.patience))
         if config.dry_run:
             return _estimate(config, work, found)
         with lease.held(work.output) as check:
             report = _run(config, work, found, check)
-    except StorageError as error:
-        raise storage.user_error(error) from error
     _enforce(report, config.max_rejected)
     return report
+
+
+@contextmanager
+def _in_own_words() -> Iterator[None]:
+    """Raise what is meant for the user without Ray's traceback, and what a store did as one line with a remedy."""
+    try:
+        yield
+    except (UserError, Failed, StorageError) as error:
+        said = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        if isinstance(said, StorageError):
+            told = storage.user_error(said)
+            said = Failed(str(told)) if said.retryable else told
+        if said is error:
+            raise
+        raise said from error
 
 
 def _selection(config: ArchiveConfig, output: str) -> Selection:
@@ -133,6 +148,7 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
             limit=config.limit,
             part_objects=work.product.part_objects,
             patience=config.patience,
+            check=check,
         )
         listing.start()
         try:
@@ -146,7 +162,7 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
             raise listing.error
         check()
         if totals.objects != listing.objects:
-            raise RuntimeError(f"run {run.run_id} counted {totals.objects} objects of {listing.objects}; run it again")
+            raise Failed(f"run {run.run_id} counted {totals.objects} objects of {listing.objects}; run it again")
         report = totals.report(listing.unchanged) | {
             "state": "finished",
             "run_id": run.run_id,
@@ -155,11 +171,23 @@ def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Ca
             "resumed": resumed,
             "config": config.model_dump(mode="json"),
         }
-        work.conclude(run, report)
-        _log.info("details: %s", runs.finish(run, report))
+        _conclude(work, run, report)
     if config.metrics_to:
         telemetry.leave(config.metrics_to, work.name, telemetry.lines_of(work.name, report, time.time()))
     return report
+
+
+def _conclude(work: Work, run: Run, report: Report) -> None:
+    """End the run, also where what was left to do fails: else later nights would take it up again, and list nothing."""
+    failure: Exception | None = None
+    try:
+        work.conclude(run, report)
+    except Exception as error:
+        failure = error
+        report["not_concluded"] = f"{type(error).__name__}: {error}"
+    _log.info("details: %s", runs.finish(run, report))
+    if failure is not None:
+        raise failure
 
 
 def _through(work: Work, run: Run, totals: Totals, listing: Listing, check: Callable[[], None]) -> None:
@@ -200,13 +228,11 @@ def parts_through(
     """The worklist's parts, one row each, through actors of the class `worker`: at first, and at most. Needs Ray."""
     first, most = actors
     context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size
+    before = context.target_max_block_size, context.raise_original_map_exception
     # bytes: each row its own block, or the first parts would wait for 128 MiB of them
-    context.target_max_block_size = 1
+    context.target_max_block_size, context.raise_original_map_exception = 1, True
     try:
-        worklist = ray.data.read_datasource(
-            WorklistSource(run.worklist, patience), num_cpus=_READER_CPUS, override_num_blocks=1
-        )
+        worklist = ray.data.read_datasource(WorklistSource(run, patience), num_cpus=_READER_CPUS, override_num_blocks=1)
         return worklist.map_batches(
             worker,
             fn_constructor_args=arguments,
@@ -219,7 +245,7 @@ def parts_through(
             ),
         )
     finally:
-        context.target_max_block_size = before
+        context.target_max_block_size, context.raise_original_map_exception = before
 
 
 def _enforce(report: Report, limit: float | None) -> None:

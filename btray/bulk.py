@@ -11,7 +11,7 @@ from btray import results, storage
 from btray.archive_run import Report, Work, actors_for, parts_through, run_archive
 from btray.bulk_report import summary
 from btray.bulk_worker import PartClassifier, WorkerOptions
-from btray.bundle import load_bundle
+from btray.bundle import Bundle, load_bundle
 from btray.classifier import Classifier
 from btray.cluster import cpus
 from btray.errors import UserError
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 def classify(config: ClassifyConfig) -> str:
     """Classify what is new in the archive and return the URI of the table.
 
-    Raises UserError for unusable input and where another run is writing to this output, ThresholdExceeded above
-    `max_rejected`, after writing.
+    Raises UserError for unusable input and where another run is writing to this output, Failed where a store does not
+    answer, ThresholdExceeded above `max_rejected`, after writing.
     """
     output = storage.resolve(config.output)
     bundle = load_bundle(config.model, model_id=config.model_id)
@@ -39,13 +39,12 @@ def classify(config: ClassifyConfig) -> str:
             raise UserError(f"--explain-labels {label}: the model does not know it; it knows {known}")
 
     def conclude(run: Run, report: Report) -> None:
-        report["model_id"] = model_id
-        profiles = compare(run, report, bundle)
-        if report["objects"]:
-            classifier = Classifier(bundle, device="cpu")
-            uri = write_summary(run, report, profiles, classifier)
-            _explain_least_certain(config, run, report, classifier)
-            _log.info("summary: %s", uri)
+        report |= {"model_id": model_id, "drift": {}}
+        try:
+            _describe(config, run, report, bundle)
+        except Exception as error:  # the rows are there, and so is what the run counted
+            _log.warning("there is no summary of this night: %s", error, exc_info=True)
+            report["summary_failed"] = f"{type(error).__name__}: {error}"
         print(summary(report), flush=True)
 
     work = Work(
@@ -61,6 +60,16 @@ def classify(config: ClassifyConfig) -> str:
     )
     run_archive(config, work)
     return output
+
+
+def _describe(config: ClassifyConfig, run: Run, report: Report, bundle: Bundle) -> None:
+    """Compare the run with those before, and write its page and the pictures of its least certain scans."""
+    profiles = compare(run, report, bundle)
+    if report["objects"]:
+        classifier = Classifier(bundle, device="cpu")
+        uri = write_summary(run, report, profiles, classifier)
+        _explain_least_certain(config, run, report, classifier)
+        _log.info("summary: %s", uri)
 
 
 def _least_certain(config: ClassifyConfig) -> int:

@@ -27,7 +27,7 @@ from pydantic_settings import (
 )
 
 from btray import logs
-from btray.errors import Stopped, ThresholdExceeded, UserError
+from btray.errors import Failed, Stopped, ThresholdExceeded, UserError
 from btray.logs import LogFormat
 
 ENV_PREFIX = "BTRAY_"
@@ -155,6 +155,8 @@ def _exit_codes() -> Iterator[None]:
     logs.begin()
     try:
         yield
+    except Failed as error:
+        sys.exit(_report(error, 1))
     except UserError as error:
         sys.exit(_report(error, 2))
     except ThresholdExceeded as error:

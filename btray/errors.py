@@ -7,6 +7,11 @@ class UserError(Exception):
     """Wrong use or unusable input: one line that names the value and the remedy; the job exits with 2."""
 
 
+class Failed(Exception):
+    """The job could not go on for a reason that is no mistake and may pass, a store that is away, say: one line; the
+    job exits with 1, so that who watches over it starts it again."""
+
+
 class ThresholdExceeded(Exception):
     """The job did its work and a threshold that the user set was crossed; the job exits with 3."""
 

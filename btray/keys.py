@@ -1,11 +1,10 @@
-"""Which objects are done: a set of their keys that grows on disk, not in memory, and answers a thousand at a time."""
+"""Which objects are done: a set of their keys that grows on disk, not in memory, and answers many at a time."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,27 +25,51 @@ def keys_of(pairs: Sequence[tuple[str, str]]) -> Keys:
 
 
 class KeySet:
-    """Keys in sorted runs: the latest in memory, older ones as memory-mapped files of `folder`."""
+    """Keys in sorted runs, each at least twice as long as the next; long ones are memory-mapped files of `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: list[npt.NDArray[Any]] = []
-        self._latest: Keys = np.empty(0, f"S{_WIDTH}")
+        self._runs: list[Keys] = []
+        self._written = 0
 
     def add(self, keys: Keys) -> None:
         """Add keys; some may be in it."""
-        self._latest = np.sort(np.concatenate([self._latest, keys]), kind="stable")
-        if len(self._latest) >= _IN_MEMORY:
-            path = self._folder / f"{len(self._files):06d}.npy"
-            np.save(path, self._latest)
-            self._files.append(np.load(path, mmap_mode="r"))
-            self._latest = self._latest[:0]
+        if len(keys):
+            self._runs.append(np.sort(keys))
+        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
+            shorter, longer = sorted((self._runs.pop(), self._runs.pop()), key=len)
+            self._runs.append(self._merged(longer, shorter))
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Whether each of `keys` [n] is in the set."""
+        """Whether each of `keys` [n] is in the set. Many at a time cost less each: they are looked up in order."""
+        order = np.argsort(keys)
+        wanted = keys[order]
         found = np.zeros(len(keys), bool)
-        for held in [*self._files, self._latest]:
-            if len(held):
-                places = np.minimum(np.searchsorted(held, keys), len(held) - 1)
-                found |= held[places] == keys
+        for held in self._runs:
+            places = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
+            found[order] |= held[places] == wanted
         return found
+
+    def _merged(self, longer: Keys, shorter: Keys) -> Keys:
+        if len(longer) + len(shorter) < _IN_MEMORY:
+            return np.sort(np.concatenate([longer, shorter]), kind="stable")
+        path = self._folder / f"{self._written:06d}.keys"
+        self._written += 1
+        with path.open("wb") as file:
+            for block in _merged_blocks(longer, shorter):
+                block.tofile(file)
+        for merged in (longer, shorter):
+            if isinstance(merged, np.memmap):
+                Path(str(merged.filename)).unlink()
+        return np.memmap(path, longer.dtype, mode="r")
+
+
+def _merged_blocks(longer: Keys, shorter: Keys) -> Iterator[Keys]:
+    """All keys of two sorted runs in order, as many at a time as fit into memory."""
+    begun = 0
+    for start in range(0, len(longer), _IN_MEMORY):
+        block = longer[start : start + _IN_MEMORY]
+        last = start + _IN_MEMORY >= len(longer)
+        end = len(shorter) if last else int(np.searchsorted(shorter, block[-1]))
+        yield np.sort(np.concatenate([block, shorter[begun:end]]), kind="stable")
+        begun = end

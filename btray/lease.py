@@ -115,6 +115,8 @@ class _Lease:
         self.content = _holder()
         self.etag = ""
         self.lost = False
+        self.renewed = time.monotonic()
+        self._renewing = threading.Lock()
         self.ended = threading.Event()
 
     def take(self) -> None:
@@ -142,16 +144,23 @@ class _Lease:
         """Show signs of life until the block ends or another run has taken over."""
         while not self.ended.wait(HEARTBEAT) and not self.lost:
             try:
-                self.lost = not self._write(self.etag)
+                self._renew()
             except StorageError as error:  # a store that is away: nobody else can take the lease there either
                 _log.warning("the lease could not be renewed: %s", error)
 
     def check(self) -> None:
+        """Raise UserError where the lease is lost; a process that was suspended for so long does not know it yet."""
+        if not self.lost and time.monotonic() - self.renewed > EXPIRY:
+            self._renew()
         if self.lost:
             raise UserError(
                 f"another run has taken over {self.uri.removesuffix('/' + NAME)}, since this one gave no sign of life "
                 f"for {EXPIRY:.0f} s; let that one go on"
             )
+
+    def _renew(self) -> None:
+        with self._renewing:
+            self.lost = self.lost or not self._write(self.etag)
 
     def release(self) -> None:
         """Give the lease back, so that the next run need not wait."""
@@ -171,6 +180,7 @@ class _Lease:
                 return False
             written = found[1]
         self.etag = written
+        self.renewed = time.monotonic()
         return True
 
     def _look(self) -> tuple[dict[str, Any], str, float] | None:

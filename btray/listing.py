@@ -8,12 +8,14 @@ from itertools import islice
 
 import pyarrow.compute as pc
 
-from btray import runs, storage
+from btray import segments, storage
 from btray.keys import KeySet, keys_of
-from btray.runs import Run, WorklistWriter
+from btray.runs import Run
+from btray.segments import WorklistWriter
 from btray.storage import FileInfo, StorageError
 
 _AT_A_TIME = 1024
+_MOST_AT_A_TIME = 32_768
 _AGAIN = 5.0  # seconds
 
 
@@ -27,8 +29,9 @@ class NewObjects:
 
     def of(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
         """The new ones, in their order."""
-        iterator = iter(objects)
-        while chunk := list(islice(iterator, _AT_A_TIME)):
+        iterator, most = iter(objects), _AT_A_TIME
+        while chunk := list(islice(iterator, most)):
+            most = min(2 * most, _MOST_AT_A_TIME)  # the first rows do not wait, the many cost less each
             self.listed += len(chunk)
             once = list({(info.uri, info.etag): info for info in chunk}.values())
             keys = keys_of([(info.uri, info.etag) for info in once])
@@ -42,6 +45,7 @@ class NewObjects:
 class Listing(threading.Thread):
     """Writes the worklist of a run in the background; a run that is taken up goes on behind its last segment.
 
+    Nothing is sealed once `check` raises: another run has the lease.
     `begun` is set once there is a segment or the listing has ended, `complete` when all is listed. After it has ended
     `error` is what stopped it. The counts grow while it runs: `objects` and `bytes` of the worklist, `unchanged` ones.
     """
@@ -55,6 +59,7 @@ class Listing(threading.Thread):
         limit: int | None,
         part_objects: int,
         patience: float,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="listing", daemon=True)
         self.begun = threading.Event()
@@ -70,6 +75,7 @@ class Listing(threading.Thread):
         self._limit = limit
         self._part_objects = part_objects
         self._patience = patience
+        self._check = check
 
     def run(self) -> None:
         """The thread."""
@@ -83,19 +89,19 @@ class Listing(threading.Thread):
 
     def _write(self) -> None:
         folder = self._of.worklist
-        segments, complete = runs.sealed(folder)
+        sealed, complete = segments.sealed(folder)
         if not complete:
-            runs.reopen(folder)
-        if segments:
+            segments.reopen(folder)
+        if sealed:
             self.begun.set()
         done = None if complete else self._done_before()
-        for uri in segments:
-            segment = runs.read_segment(uri)
+        for uri in sealed:
+            segment = segments.read_segment(uri)
             self._count(len(segment), pc.sum(segment["size"]).as_py())
             if done is not None:
                 done.add(keys_of(list(zip(segment["uri"].to_pylist(), segment["etag"].to_pylist(), strict=True))))
         if done is not None:
-            self._seal(done, WorklistWriter(folder, self._part_objects, len(segments)))
+            self._seal(done, WorklistWriter(folder, self._part_objects, len(sealed), check=self._check))
         self.complete = True
 
     def _seal(self, done: KeySet, writer: WorklistWriter) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from btray.storage_errors import StorageError, typed
 
-TEMPORARY = ".tmp"
+_TEMPORARY = ".tmp"
 
 
 def replace(path: str, fill: Callable[[IO[bytes]], Any]) -> None:
@@ -47,12 +47,22 @@ def require_writable(folder: str) -> None:
         raise StorageError("forbidden", folder, f"{there} may not be written to")
 
 
+def remove_temporaries(folder: str) -> None:
+    """Remove what killed writers left in a folder, if it is there; its names are not gathered. Raises StorageError."""
+    if not os.path.isdir(folder):
+        return
+    with typed(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") and entry.name.endswith(_TEMPORARY):
+                Path(entry.path).unlink(missing_ok=True)
+
+
 @contextmanager
 def _filled_beside(path: str, fill: Callable[[IO[bytes]], Any]) -> Iterator[str]:
     """A finished file in the folder of `path`, for the block to put in place; what it leaves there is removed."""
     folder = os.path.dirname(path) or "."
     # hidden: no reader takes it for data, also after a kill
-    temporary = f"{folder.rstrip('/')}/.{uuid.uuid4().hex}{TEMPORARY}"
+    temporary = f"{folder.rstrip('/')}/.{uuid.uuid4().hex}{_TEMPORARY}"
     os.makedirs(folder, exist_ok=True)
     try:
         with open(temporary, "xb") as file:

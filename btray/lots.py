@@ -22,7 +22,7 @@ Found = TypeVar("Found")
 
 
 def objects_of(part: dict[str, Any]) -> list[FileInfo]:
-    """The objects of one part, as `runs.parts` gives it."""
+    """The objects of one part, as `segments.parts` gives it."""
     columns = (part[name] for name in ("uri", "size", "etag", "place"))
     return [FileInfo(uri, size, etag, 0.0, place) for uri, size, etag, place in zip(*columns, strict=True)]
 

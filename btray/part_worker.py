@@ -37,6 +37,7 @@ class PartWorker(ABC):
         self.run = run
         self._reader = reader
         self._patience = patience
+        self._sees_output = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own code behind this property warns of its age
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
@@ -50,9 +51,12 @@ class PartWorker(ABC):
         return {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Parts as `runs.parts` gives them -> columns part, tally (JSON)."""
+        """Parts as `segments.parts` gives them -> columns part, tally (JSON)."""
         tallies = []
         with storage.patient(self._patience):
+            if not self._sees_output:
+                runs.require_seen(self.run)
+                self._sees_output = True
             for part in batch.to_pylist():
                 objects = objects_of(part)
                 if self._died_before:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import datetime
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
+import pyarrow.parquet
 
 from btray import storage
 from btray.errors import UserError
 from btray.keys import Keys, keys_of
+from btray.outcomes import CLASSIFIED, REJECTED, WITHHELD, Outcomes, Records, records
 from btray.part_files import Product
-from btray.storage import FileInfo
+from btray.storage import FileInfo, StorageError
 from btray.storage_errors import typed
 
 if TYPE_CHECKING:
@@ -53,6 +62,9 @@ RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable", "chan
 A run's prediction is not retryable where the object is missing or forbidden, since asking again at once is useless."""
 
 _PART_OBJECTS = 512
+_ENDS = ["uri", "etag", "status", "retryable", "classified_at"]
+_READERS = 16  # files at a time
+_SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 
 
 def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at: datetime) -> dict[str, Any]:
@@ -108,21 +120,52 @@ def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | N
 
 
 def done_keys(output: str, model_id: str, *, retry_rejected: bool = False) -> Iterator[Keys]:
-    """Keys of the objects that need not be read again for this model: classified, or rejected for good.
+    """Keys of the objects that need not be read again for this model: at last classified, or rejected for good.
 
-    With `retry_rejected` only classified ones. Memory holds one batch of rows at a time.
+    With `retry_rejected` only classified ones. The memory this takes does not grow with the table.
     """
-    table = _dataset(storage.join(output, f"model_id={model_id}"))
-    if table is None:
-        return
-    final = pc.field("status") == "ok"
-    if not retry_rejected:
-        final = final | ~pc.field("retryable")
-    with typed(output):
-        for batch in table.to_batches(columns=["uri", "etag"], filter=final, batch_size=65_536, batch_readahead=2):
-            if len(batch):
-                pairs = zip(batch["uri"].to_pylist(), batch["etag"].to_pylist(), strict=True)
-                yield keys_of(list(dict.fromkeys(pairs)))
+    folder = storage.join(output, f"model_id={model_id}")
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = Outcomes(Path(scratch))
+        for found in _outcomes_in(_files(folder)):
+            outcomes.add(found)
+        yield from outcomes.settled(CLASSIFIED if retry_rejected else REJECTED)
+
+
+def _files(folder: str) -> Iterator[FileInfo]:
+    try:
+        yield from (info for info in storage.list_files(folder) if info.uri.endswith(".parquet"))
+    except StorageError as error:
+        if error.code != "not_found":
+            raise
+
+
+def _outcomes_in(files: Iterator[FileInfo]) -> Iterator[Records]:
+    """What became of the objects in files of the table."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        while some := list(islice(files, 4 * _READERS)):
+            # Arrow's own threads, and new ones, would not know how patient this one is with a store that is away
+            reading = [pool.submit(copy_context().run, _outcomes_of, info) for info in some]
+            for read in reading:
+                yield from read.result()
+
+
+def _outcomes_of(info: FileInfo) -> list[Records]:
+    with typed(info.uri), _opened(info) as file:
+        table = pa.parquet.ParquetFile(file, pre_buffer=False)
+        return [_records(batch) for batch in table.iter_batches(65_536, columns=_ENDS, use_threads=False)]
+
+
+def _opened(info: FileInfo) -> Any:
+    return pa.BufferReader(storage.read_bytes(info.uri)) if info.size < _SMALL else storage.open_ranges(info.uri)
+
+
+def _records(rows: pa.RecordBatch) -> Records:
+    keys = keys_of(list(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True)))
+    at = rows["classified_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+    retryable = rows["retryable"].to_numpy(zero_copy_only=False)
+    ok = pc.equal(rows["status"], "ok").to_numpy(zero_copy_only=False)
+    return records(keys, at, np.where(ok, CLASSIFIED, np.where(retryable, WITHHELD, REJECTED)).astype(np.uint8))
 
 
 def _dataset(root: str) -> pa.dataset.Dataset | None:

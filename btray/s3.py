@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import s3fs
@@ -157,6 +157,16 @@ def put_if(uri: str, data: bytes, match: str | None = None) -> str | None:
             return None
         raise
     return str(answer["ETag"])
+
+
+def delete_many(uris: Sequence[str]) -> None:
+    """Delete objects of one bucket, a thousand with a request. Raises StorageError."""
+    for start in range(0, len(uris), 1000):
+        keys = [{"Key": split(uri)[1]} for uri in uris[start : start + 1000]]
+        failed = call(uris[start], "delete_objects", Delete={"Objects": keys, "Quiet": True}).get("Errors", ())
+        for error in failed[:1]:
+            code = "forbidden" if error.get("Code") == "AccessDenied" else "failed"
+            raise StorageError(code, f"s3://{split(uris[0])[0]}/{error.get('Key')}", str(error.get("Message")))
 
 
 def upload(path: str, uri: str) -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +34,7 @@ __all__ = [
     "StorageError",
     "arrow_filesystem",
     "delete",
+    "delete_many",
     "describe",
     "exists",
     "is_file",
@@ -383,6 +384,15 @@ def delete(uri: str) -> None:
         return
     with typed(uri):
         Path(uri).unlink(missing_ok=True)
+
+
+def delete_many(uris: Sequence[str]) -> None:
+    """`delete` of files in one folder or objects in one bucket, of which a thousand take one request."""
+    if uris and is_remote(uris[0]):
+        s3.delete_many(uris)
+        return
+    for uri in uris:
+        delete(uri)
 
 
 def arrow_filesystem(uri: str | Path) -> tuple[pyarrow.fs.FileSystem, str]:

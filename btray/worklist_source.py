@@ -8,15 +8,16 @@ import pyarrow as pa
 import ray.data
 from ray.data.block import BlockMetadata
 
-from btray import runs, storage
+from btray import runs, segments, storage
+from btray.runs import Run
 
 
 class WorklistSource(ray.data.Datasource):
     """One read task that follows the worklist while it is written."""
 
-    def __init__(self, folder: str, patience: float) -> None:
+    def __init__(self, run: Run, patience: float) -> None:
         super().__init__()
-        self.folder = folder
+        self.run = run
         self.patience = patience
 
     def get_read_tasks(
@@ -32,4 +33,5 @@ class WorklistSource(ray.data.Datasource):
 
     def _parts(self) -> Iterator[pa.Table]:
         with storage.patient(self.patience):
-            yield from runs.parts(self.folder)
+            runs.require_seen(self.run)
+            yield from segments.parts(self.run.worklist, self.run.has_ended)

@@ -46,6 +46,12 @@ def bucket(s3: S3Server) -> str:
     return f"s3://{name}"
 
 
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a table may lie: a folder that is not there yet, and a bucket."""
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")
+
+
 @pytest.fixture(scope="session")
 def ray_session(s3: S3Server) -> Iterator[None]:
     """Ray with two CPUs. It requests `s3` because Ray's workers inherit the environment of the moment Ray starts."""

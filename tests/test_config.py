@@ -15,7 +15,7 @@ from pydantic_settings import CliPositionalArg
 from btray import config as config_layer
 from btray import phantoms, storage
 from btray.config import ComponentConfig, JobConfig, run_job
-from btray.errors import ThresholdExceeded, UserError
+from btray.errors import Failed, ThresholdExceeded, UserError
 from btray.settings import EvaluateConfig, PredictConfig, TrainConfig
 from btray.settings_tune import TuneConfig
 from btray.storage import StorageError
@@ -215,7 +215,14 @@ def test_the_password_of_mlflow_is_used_and_never_written_down() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError("a line"), 2), (ThresholdExceeded("a line"), 3), (None, 0), (RuntimeError("bug"), 1)]
+    ("error", "code"),
+    [
+        (Failed("a line"), 1),
+        (UserError("a line"), 2),
+        (ThresholdExceeded("a line"), 3),
+        (None, 0),
+        (RuntimeError("bug"), 1),
+    ],
 )
 def test_each_ending_has_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception | None, code: int
@@ -229,7 +236,7 @@ def test_each_ending_has_its_exit_code(
     if error is None:
         run_job(TrainConfig, job)
         assert capsys.readouterr().out == "made of d\n"
-    elif code == 1:
+    elif isinstance(error, RuntimeError):
         with pytest.raises(RuntimeError):
             run_job(TrainConfig, job)
     else:

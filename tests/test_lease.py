@@ -14,11 +14,6 @@ from btray import lease, storage
 from btray.errors import UserError
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT", 0.4)
@@ -83,3 +78,25 @@ def _attempt(job: tuple[str, threading.Barrier, threading.Semaphore]) -> bool:
         refused.release()
         return False
     return True
+
+
+@pytest.mark.s3
+def test_a_holder_that_was_suspended_learns_at_its_first_look_that_it_was_replaced(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suspended = lease._Lease(storage.join(bucket, lease.NAME))
+    suspended.take()
+    suspended.check()
+    monkeypatch.setattr(lease, "EXPIRY", 0.0)
+    suspended.check()  # nobody came meanwhile
+    other = lease._Lease(suspended.uri)
+    other._write(suspended.etag)
+    with pytest.raises(UserError, match="taken over"):
+        suspended.check()
+    other.check()
+
+
+def test_a_lease_that_was_renewed_of_late_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = lease._Lease("s3://nowhere/" + lease.NAME)
+    monkeypatch.setattr(held, "_write", None)
+    held.check()

@@ -163,6 +163,18 @@ def test_a_store_that_goes_away_while_a_manifest_is_examined_costs_time_and_no_e
     assert next(asked) < 1000, "a dead store is not asked for each object"
 
 
+def test_no_bytes_come_of_what_was_written_anew_since_it_was_listed(place: str) -> None:
+    known = list(storage.list_files(place))
+    storage.write_bytes(uris(place, "a.jpg")[0], b"quite another scan")
+    ((_, answers),) = LotReader(threads=2, patience=1, max_bytes=100).lots(known, defaultdict(float))
+    for info, answer in zip(known, answers, strict=True):
+        if info.uri.endswith("a.jpg"):
+            assert isinstance(answer, storage.StorageError)
+            assert answer.code == "changed"
+        else:
+            assert answer == info.uri.removeprefix(f"{place}/").encode()
+
+
 def test_no_bytes_come_of_what_was_listed_without_an_etag(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"scan")
     reader = LotReader(threads=2, patience=1, max_bytes=100)

@@ -43,6 +43,7 @@ from tests.classify_helpers import (
     part_files,
     plain_rows,
     start,
+    write_inventory,
     write_objects,
 )
 from tests.scan_corpus import bad_scans, good_scans
@@ -186,6 +187,41 @@ def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
         rows.filter(pa.array([uri != str(scans / name) and "gone" not in uri for uri in rows["uri"].to_pylist()])),
         model,
     )
+
+
+@pytest.mark.s3
+def test_an_inventory_is_classified_whatever_its_keys_are(
+    ray_session: None, bucket: str, model: str, tmp_path: Path
+) -> None:
+    scan = mixed_objects(1)["day/0000.jpg"]
+    names = [
+        "patient=1/a=b.jpg",
+        "100% #1?.jpg",
+        "a+b c.jpg",
+        "%41.jpg",
+        "日本/x",
+        "q?x=1&y=2",
+        "changed.jpg",
+        "gone.jpg",
+    ]
+    write_objects(bucket, dict.fromkeys(names, scan))
+    listed = {info.uri.removeprefix(f"{bucket}/"): info for info in storage.list_files(bucket)}
+    rows = [{"Key": name, "Size": info.size, "ETag": info.etag} for name, info in listed.items()]
+    manifest, output = write_inventory(bucket, "CSV", rows), str(tmp_path / "dataset=1")
+    storage.write_bytes(f"{bucket}/changed.jpg", mixed_objects(2)["day/0001.jpg"])
+    storage.delete(f"{bucket}/gone.jpg")
+
+    classify(job(model, manifest, output))
+    found = {row["uri"].removeprefix(f"{bucket}/"): row for row in plain_rows(output).to_pylist()}
+    assert len(plain_rows(output)) == len(names)
+    assert {name: row["etag"] for name, row in found.items()} == {name: listed[name].etag for name in names}
+    retried = {name: row["error_code"] for name, row in found.items() if row["retryable"]}
+    assert retried == {"changed.jpg": "changed", "gone.jpg": "not_found"}
+    assert {row["status"] for name, row in found.items() if name not in retried} == {"ok"}
+
+    classify(job(model, manifest, output))
+    assert report_of(output)["objects"] == 2
+    assert report_of(output)["unchanged"] == len(names) - 2
 
 
 def test_another_model_writes_beside_the_first(ray_session: None, model: str, tmp_path: Path) -> None:

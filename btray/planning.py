@@ -76,7 +76,7 @@ def prepare(
     too_many = len(rows) > most
     _check_streaming(config, too_many)
     _log.info("reading %d images of %d classes from %s", len(rows), len(classes), config.data)
-    decoded = decode_rows(numbered, source)
+    decoded = decode_rows(numbered, source, kept=not too_many)
     frames, found = (None, survey(decoded)) if too_many else keep(decoded, most)
     _check_streaming(config, frames is None)
     rejected = rejections_in(found)

@@ -95,8 +95,9 @@ def test_a_retryable_rejection_after_an_answer_is_current_and_is_tried_again(pla
     write_a_table_of_many_nights(place)
     found = {(r["uri"][7:], r["frame"], r["error_code"]) for r in results.current(place).to_pylist()}
     assert found == {
-        ("pages", 0, "throttled"), ("pages", 1, None), ("pages", 2, None), ("once", 0, None), ("hidden", 0, "throttled"),
-        ("bad", 0, None), ("back", 0, None), ("grown", 0, None), ("grown", 1, None), ("lost", 0, "truncated"),
+        ("pages", 0, "throttled"), ("pages", 1, None), ("pages", 2, None), ("once", 0, None),
+        ("hidden", 0, "throttled"), ("bad", 0, None), ("back", 0, None), ("grown", 0, None), ("grown", 1, None),
+        ("lost", 0, "truncated"),
     }  # fmt: skip
     assert done_of(place) == {"once", "bad", "back", "grown", "lost"}
     assert done_of(place, retry_rejected=True) == {"once", "bad", "back", "grown"}

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 import ray.train
+import torch
 
 from btray import storage
 from btray.cluster import cpus, require_gpus
@@ -25,6 +26,7 @@ from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN, FrameSource
 from btray.labels import class_order, require_known_labels
 from btray.leakage import Leak, answer_leak, find_leak
+from btray.network import build_network
 from btray.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
 from btray.settings import TrainConfig
 from btray.split import hold_out
@@ -161,6 +163,22 @@ def _check_workers(config: TrainConfig, batch_size: int) -> None:
         raise UserError(f"--batch-size {batch_size} cannot feed --num-workers {workers}; use fewer workers")
 
 
+def _check_norm(plan: Plan) -> None:
+    """Batch norm needs more than one value a channel: of one image, a last feature map of more than one pixel."""
+    workers, size = worker_range(plan.config)[1], plan.config.preprocess.size
+    if plan.batch_size // workers > 1:
+        return
+    network = build_network(plan.config.network, len(plan.classes)).train()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 1, size, size))
+    except ValueError as error:
+        raise UserError(
+            f"a batch of {plan.batch_size} leaves one of {workers} workers one image, of which batch norm learns "
+            f"nothing at --preprocess.size {size}; raise --batch-size, or use fewer workers or another --network.norm"
+        ) from error
+
+
 def _check_plan(plan: Plan) -> None:
     counts = dict(zip(plan.classes, plan.class_counts(), strict=True))
     empty = [label for label, count in counts.items() if count == 0]
@@ -171,6 +189,7 @@ def _check_plan(plan: Plan) -> None:
             "no image can be held out for validation without cutting a group; add images or give a val split"
         )
     _check_workers(plan.config, plan.batch_size)
+    _check_norm(plan)
     held_out = np.bincount(plan.labels[plan.validation], minlength=len(plan.classes)).tolist()
     for label, count, validated in zip(plan.classes, counts.values(), held_out, strict=True):
         _log.info("  %-16s %6d to train on, %5d held out", label, count, validated)

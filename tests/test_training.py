@@ -55,6 +55,8 @@ GOLDEN = [
     [1.14838, 0.97918, 1.07365, 0.83406, 0.8389, 0.64739, 0.6754, 0.49258, 0.5502, 0.39547, 0.48911, 0.33786],
 ]
 LOSSES = ("train_loss", "val_loss")
+# Of frames of 32 x 32 its last feature map is one pixel.
+ONE_PIXEL = {"norm": "batch", "widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
 
 
 @pytest.fixture(autouse=True)
@@ -504,6 +506,7 @@ def test_unreadable_test_images_are_named_and_too_many_of_them_are_told_after_th
     [
         ({"glioma": 9, "Testing/glioma": 3, "Testing/no_tumor": 3}, {}, "at least two classes outside val and test"),
         ({"glioma": 9, "no_tumor": 9, "Testing/other": 3}, {}, "other"),
+        ({"glioma": 9, "no_tumor": 9}, {"batch_size": 3, "num_workers": "2", "network": ONE_PIXEL}, "batch norm"),
         ({"glioma": 9, "no_tumor": 9}, {"cache_gb": 0, "optimiser": {"class_balance": "sampling"}}, "--cache-gb"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

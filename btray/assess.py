@@ -203,10 +203,19 @@ def model_facts(manifest: Manifest) -> dict[str, str]:
         "Classes": ", ".join(manifest.classes),
         "Architecture": manifest.network.architecture,
         "Trained": manifest.created_at,
+        **_epochs_fact(manifest.data),
         "Data fingerprint": str(manifest.data.get("fingerprint", "")),
         "Temperature": f"{manifest.calibration.temperature:.3f}",
         "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
+
+
+def _epochs_fact(data: Mapping[str, Any]) -> dict[str, str]:
+    """How long training really took; bundles of before do not say."""
+    if "epochs" not in data:
+        return {}
+    said = f"{data['epochs']}, of which number {data['best_epoch']} was the best"
+    return {"Epochs": said + (f"; then {data['refit_epochs']} on all images" if data["refit_epochs"] else "")}
 
 
 def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:

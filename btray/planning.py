@@ -252,10 +252,10 @@ def refit_plan(plan: Plan, weights: dict[str, Any], epochs_before: int) -> Plan:
 
     Strong augmentation teaches the network images that nobody will show it; ending on clean ones closes that gap (He et
     al. 2019, Data Augmentation Revisited, arXiv:1909.09148). Its run stands beside the first one and is named after the
-    epochs that came before, so that a longer first run is followed by a refit of its own.
+    epochs that came before and its own, so that a longer first run, or another length, means a refit of its own.
     """
     config = plan.config
-    name = f"{config.name}.refit-{epochs_before}"
+    name = f"{config.name}.refit-{epochs_before}-{config.refit_epochs}"
     optimiser = config.optimiser.model_copy(
         update={
             "learning_rate": config.optimiser.learning_rate * _REFIT_RATE,

@@ -62,6 +62,13 @@ class Trained:
 
     weights: dict[str, Any]
     history: list[Record]
+    refitted: int = 0
+    """Epochs in which the network then learnt from all images."""
+
+    @property
+    def best_epoch(self) -> int:
+        """The one whose network it is, or was before the refit."""
+        return int(max(self.history, key=lambda record: record["score"])["epoch"])
 
 
 def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> str:
@@ -228,7 +235,8 @@ def _refit(data: TrainingData, trained: Trained) -> Trained:
     if plan.config.refit_epochs == 0 or "val" in data.table["split"].to_pylist():
         return trained
     _log.info("%d more epochs on all %d images, the held-out ones too", plan.config.refit_epochs, len(plan.samples))
-    return fit(replace(data, plan=refit_plan(plan, trained.weights, len(trained.history))))
+    refitted = fit(replace(data, plan=refit_plan(plan, trained.weights, len(trained.history))))
+    return Trained(refitted.weights, trained.history, len(refitted.history))
 
 
 def _score(data: TrainingData, trained: Trained, rows: npt.NDArray[np.int64]) -> Scores:
@@ -309,7 +317,10 @@ def _bundle(data: TrainingData, trained: Trained, limits: Limits) -> Bundle:
             "rejected": len(rejections_in(data.survey)),
             "leak": {split: leaked for split, (leaked, _) in data.leak.tested.items()},
             "on_leak": plan.config.on_leak,
-            "refit_epochs": 0 if "val" in data.table["split"].to_pylist() else plan.config.refit_epochs,
+            # What the config says may differ: the run may have been longer before, or have ended by --patience.
+            "epochs": len(trained.history),
+            "best_epoch": trained.best_epoch,
+            "refit_epochs": trained.refitted,
             "patient_ids": data.table["patient_id"].null_count < len(data.table),
         },
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -235,11 +235,11 @@ def test_the_refit_goes_on_from_the_best_network_with_every_image_and_leaves_the
     config = tiny(unbalanced, tmp_path / "model", epochs=2, refit_epochs=3)
     train(config)
     assert [record["epoch"] for record in history_of(config)] == [1, 2]
-    again = history_of(config.model_copy(update={"name": "train.refit-2"}))
+    again = history_of(config.model_copy(update={"name": "train.refit-2-3"}))
     assert [record["val_loss"] for record in again] == [None] * 3
     assert again[-1]["train_loss"] < history_of(config)[-1]["train_loss"]
     bundle = load_bundle(config.out)
-    last = training.load_state(storage.join(run_of(config) + ".refit-2", "epoch_00003"))["evaluated"]
+    last = training.load_state(storage.join(run_of(config) + ".refit-2-3", "epoch_00003"))["evaluated"]
     before = training.load_state(storage.join(run_of(config), "epoch_00002"))["evaluated"]
     assert all(torch.equal(tensor, last[name]) for name, tensor in bundle.weights.items())
     assert not all(torch.equal(tensor, before[name]) for name, tensor in bundle.weights.items())
@@ -277,6 +277,7 @@ def test_a_finished_run_is_not_trained_again_and_goes_on_with_more_epochs(finish
     assert history_of(finished) == history
     assert load_bundle(finished.out).manifest.model_id == model_id
     train(finished.model_copy(update={"epochs": 8, "num_workers": "1:2"}))
+    assert load_bundle(finished.out).manifest.data["epochs"] == 8
     longer = history_of(finished)
     assert longer[:6] == history
     assert [record["epoch"] for record in longer] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -466,6 +467,13 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
     # The refit moves features away; by the limits of the network that answered, one image in a hundred is strange.
     assert metrics["out_of_distribution"]["flagged"] == 1
     assert metrics["model_id"] == manifest.model_id
+    assert (manifest.data["epochs"], manifest.data["refit_epochs"]) == (3, 2)
+    best = max(history_of(config), key=lambda record: record["score"])["epoch"]
+    assert manifest.data["best_epoch"] == best
+    assert f"3, of which number {best} was the best; then 2 on all images" in storage.read_text(
+        f"{config.out}/report.html"
+    )
+    assert storage.list_names(config.storage_uri) == ["train", "train.refit-3-2"]
 
 
 def test_too_many_bad_files_stop_the_job_and_the_commonest_code_is_named(

@@ -329,11 +329,7 @@ def read_json(uri: str) -> Any:
 
 
 def require_writable(folder: str, flag: str) -> None:
-    """Raise UserError, naming `flag`, unless files can be written below `folder`: before hours of work, not after them.
-
-    Locally nothing is made for it; in a bucket an empty object is, and deleted again. A store that does not answer
-    raises StorageError.
-    """
+    """Raise UserError, naming `flag`, unless files can be written below `folder`: before hours of work, not after."""
     try:
         (s3 if is_remote(folder) else local_files).require_writable(folder)
     except StorageError as error:

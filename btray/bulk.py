@@ -40,6 +40,8 @@ def classify(config: ClassifyConfig) -> str:
 
     def conclude(run: Run, report: Report) -> None:
         report |= {"model_id": model_id, "drift": {}}
+        if report["objects"]:
+            results.note_done(run)
         try:
             _describe(config, run, report, bundle)
         except Exception as error:  # the rows are there, and so is what the run counted
@@ -87,7 +89,7 @@ def _explain_least_certain(config: ClassifyConfig, run: Run, report: Report, cla
 def _done_before(scratch: Path, output: str, model_id: str, config: ClassifyConfig) -> KeySet:
     done = KeySet(scratch)
     if not config.reclassify:
-        for keys in results.done_keys(output, model_id, retry_rejected=config.retry_rejected):
+        for keys in results.done_keys(output, model_id, retry_rejected=config.retry_rejected, note=not config.dry_run):
             done.add(keys)
     return done
 

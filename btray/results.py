@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.parquet
 
-from btray import storage
+from btray import runs, storage
 from btray.errors import UserError
-from btray.keys import Keys, keys_of
-from btray.outcomes import CLASSIFIED, REJECTED, WITHHELD, Outcomes, Records, records
+from btray.keys import Keys
+from btray.outcomes import CLASSIFIED, REJECTED, Outcomes
 from btray.part_files import Product
-from btray.storage import FileInfo, StorageError
+from btray.runs import Run
+from btray.settled import note_keys, of_run, outcomes_of
+from btray.storage import FileInfo
 from btray.storage_errors import typed
 
 if TYPE_CHECKING:
@@ -61,9 +58,6 @@ RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable", "chan
 A run's prediction is not retryable where the object is missing or forbidden, since asking again at once is useless."""
 
 _PART_OBJECTS = 512
-_ENDS = ["uri", "etag", "status", "retryable", "classified_at"]
-_READERS = 16  # files at a time
-_SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 
 
 def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at: datetime) -> dict[str, Any]:
@@ -118,53 +112,24 @@ def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | N
     return rows.take(latest.take(pc.sort_indices(latest))).select(list(columns or table.schema.names))
 
 
-def done_keys(output: str, model_id: str, *, retry_rejected: bool = False) -> Iterator[Keys]:
+def done_keys(output: str, model_id: str, *, retry_rejected: bool = False, note: bool = False) -> Iterator[Keys]:
     """Keys of the objects that need not be read again for this model: at last classified, or rejected for good.
 
-    With `retry_rejected` only classified ones. The memory this takes does not grow with the table.
+    With `retry_rejected` only classified ones; with `note` ended runs that have no key files get some, which needs the
+    lease. The memory this takes does not grow with the table.
     """
-    folder = storage.join(output, f"model_id={model_id}")
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = Outcomes(Path(scratch))
-        for found in _outcomes_in(_files(folder)):
+        table = storage.join(output, f"model_id={model_id}")
+        for found in outcomes_of(table, lambda run_id: runs.folder_of(output, model_id, run_id), note=note):
             outcomes.add(found)
         yield from outcomes.settled(CLASSIFIED if retry_rejected else REJECTED)
 
 
-def _files(folder: str) -> Iterator[FileInfo]:
-    try:
-        yield from (info for info in storage.list_files(folder) if info.uri.endswith(".parquet"))
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
-
-
-def _outcomes_in(files: Iterator[FileInfo]) -> Iterator[Records]:
-    """What became of the objects in files of the table."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        while some := list(islice(files, 4 * _READERS)):
-            # Arrow's own threads, and new ones, would not know how patient this one is with a store that is away
-            reading = [pool.submit(copy_context().run, _outcomes_of, info) for info in some]
-            for read in reading:
-                yield from read.result()
-
-
-def _outcomes_of(info: FileInfo) -> list[Records]:
-    with typed(info.uri), _opened(info) as file:
-        table = pa.parquet.ParquetFile(file, pre_buffer=False)
-        return [_records(batch) for batch in table.iter_batches(65_536, columns=_ENDS, use_threads=False)]
-
-
-def _opened(info: FileInfo) -> Any:
-    return pa.BufferReader(storage.read_bytes(info.uri)) if info.size < _SMALL else storage.open_ranges(info.uri)
-
-
-def _records(rows: pa.RecordBatch) -> Records:
-    keys = keys_of(list(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True)))
-    at = rows["classified_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
-    retryable = rows["retryable"].to_numpy(zero_copy_only=False)
-    ok = pc.equal(rows["status"], "ok").to_numpy(zero_copy_only=False)
-    return records(keys, at, np.where(ok, CLASSIFIED, np.where(retryable, WITHHELD, REJECTED)).astype(np.uint8))
+def note_done(run: Run) -> None:
+    """Leave key files of a run all of whose files are there, so that later nights need not open those."""
+    for _ in note_keys(run.folder, of_run(storage.join(run.output, run.parts), run.run_id)):
+        pass
 
 
 def _dataset(root: str) -> pa.dataset.Dataset | None:

@@ -7,6 +7,7 @@ are not listed again, and a part whose file is there is done.
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import time
@@ -50,19 +51,34 @@ class Run:
 
     @property
     def folder(self) -> str:
-        return storage.join(_folder(self.output, self.group), self.run_id)
+        return folder_of(self.output, self.group, self.run_id)
 
     @property
     def worklist(self) -> str:
         return storage.join(self.folder, "worklist")
 
-    def has_ended(self) -> bool:
-        """Whether it was finished or given up."""
-        return storage.exists(storage.join(self.folder, RUN))
-
     def part_uri(self, part_id: str) -> str:
         """The output's file for one part."""
         return storage.join(self.output, self.parts, f"part-{self.run_id}-{part_id}.parquet")
+
+
+_PART_FILE = re.compile(r"part-(\d{8}T\d+-[0-9a-f]+)-\d+-\d+\.parquet")
+
+
+def run_of(part_uri: str) -> str | None:
+    """The run_id of `Run.part_uri`; None of a file that no run wrote."""
+    found = _PART_FILE.fullmatch(storage.name(part_uri))
+    return found[1] if found else None
+
+
+def folder_of(output: str, group: str, run_id: str) -> str:
+    """`Run.folder`."""
+    return storage.join(_folder(output, group), run_id)
+
+
+def has_ended(folder: str) -> bool:
+    """Whether the run whose folder this is was finished or given up."""
+    return storage.exists(storage.join(folder, RUN))
 
 
 def _folder(output: str, group: str) -> str:
@@ -109,7 +125,7 @@ def _from_the_latest(output: str, group: str) -> Iterator[tuple[Run, bool]]:
             _remove_temporaries_in(folder)  # it was killed before its first word
             continue
         run = Run(**plan | {"output": output})
-        yield run, run.has_ended()
+        yield run, has_ended(run.folder)
 
 
 def _close(run: Run, product: Product) -> None:

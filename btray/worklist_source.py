@@ -34,4 +34,4 @@ class WorklistSource(ray.data.Datasource):
     def _parts(self) -> Iterator[pa.Table]:
         with storage.patient(self.patience):
             runs.require_seen(self.run)
-            yield from segments.parts(self.run.worklist, self.run.has_ended)
+            yield from segments.parts(self.run.worklist, lambda: runs.has_ended(self.run.folder))

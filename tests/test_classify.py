@@ -10,6 +10,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -46,6 +48,7 @@ from tests.classify_helpers import (
     write_inventory,
     write_objects,
 )
+from tests.conftest import ROOT
 from tests.scan_corpus import bad_scans, good_scans
 from tests.tiny_bundle import PREPROCESS, saved_bundle
 from tools.processes import until
@@ -231,6 +234,25 @@ def test_another_model_writes_beside_the_first(ray_session: None, model: str, tm
         classify(job(bundle, str(tmp_path / "scans"), str(tmp_path / "out")))
     assert len(set(plain_rows(str(tmp_path / "out"))["model_id"].to_pylist())) == 2
     assert len(current(str(tmp_path / "out"), model_id=other.manifest.model_id)) == 1
+
+
+_ON_ONE_CPU = """
+import ray, sys
+from btray.bulk import classify
+from btray.settings_bulk import ClassifyConfig
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+classify(ClassifyConfig(model=sys.argv[1], input=sys.argv[2], output=sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_one_cpu_is_enough(model: str, tmp_path: Path) -> None:
+    write_objects(str(tmp_path / "scans"), {name: mixed_objects(40)[name] for name in ("day/0001.jpg", "pages.tif")})
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _ON_ONE_CPU, model, str(tmp_path / "scans"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(plain_rows(str(tmp_path / "out"))) == 4
 
 
 def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: Path) -> None:

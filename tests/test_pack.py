@@ -88,6 +88,31 @@ def test_a_pack_grows_by_what_is_new_and_asks_again_for_what_the_store_withheld(
     assert later == {info.uri: info.etag for info in list_archive(str(scans), Selection())}
 
 
+def test_a_pack_that_was_killed_is_gone_on_with_and_holds_each_object_once(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans, output = tmp_path / "scans", tmp_path / "out"
+    write_objects(str(scans), {f"{number:03d}.jpg": b"scan %d" % number for number in range(100)})
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("btray.runs.finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            packed(scans, output)
+    shards = sorted((output / "shards").iterdir())
+    assert len(shards) > 1
+    shards[0].unlink()  # as though it had been killed before this one
+    written = {path: path.stat().st_mtime_ns for path in shards[1:]}
+    packed(scans, output)
+    assert sorted((output / "shards").iterdir()) == shards
+    assert {path: path.stat().st_mtime_ns for path in shards[1:]} == written
+    listed = [(info.uri, storage.read_bytes(info.place)) for info in packs.list_pack(str(output))]
+    assert sorted(listed) == sorted((str(path), path.read_bytes()) for path in scans.iterdir())
+    assert sum(pq.read_metadata(path).num_rows for path in shards) == 100
+
+
 @pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside"])
 def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_path: Path, kind: str) -> None:
     data = write_tree(tmp_path / "data", {f"Training/{name}": 12 for name in ("glioma", "no_tumor")} | {"Testing/x": 2})

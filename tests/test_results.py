@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import s3fs
 
-from btray import outcomes, results, storage
+from btray import outcomes, results, runs, settled, storage
 from btray.classifier import Prediction
 from btray.keys import KeySet, keys_of
 from btray.part_files import read_tally, write_part
@@ -126,7 +126,7 @@ def test_the_view_of_the_guide_gives_what_current_gives(tmp_path: Path) -> None:
 def test_the_table_is_asked_for_as_patiently_as_the_job_says(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(bucket, "1", row("a"), row("b"))
     monkeypatch.setattr("btray.storage_errors.PATIENCE", 0.2)
-    monkeypatch.setattr("btray.results._SMALL", 0)
+    monkeypatch.setattr("btray.settled._SMALL", 0)
     answer, down_until = s3fs.S3FileSystem._call_s3, time.monotonic() + 1.5
 
     async def away(client: Any, method: str, *options: Any, **arguments: Any) -> Any:
@@ -138,6 +138,66 @@ def test_the_table_is_asked_for_as_patiently_as_the_job_says(bucket: str, monkey
     with storage.patient(60):
         assert done_of(bucket) == {"a", "b"}
     assert time.monotonic() > down_until
+
+
+def run_with(place: str, *parts: list[dict[str, Any]]) -> runs.Run:
+    """A run that has written these parts and has not ended."""
+    run, _ = runs.begin(place, "1e10", {"input": "a"}, results.product("1e10"))
+    for number, rows in enumerate(parts):
+        write_part(run.part_uri(f"00000-{number:03d}"), rows, results.SCHEMA, {"objects": len(rows)})
+    return run
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """URIs of the table's files that are opened from now on."""
+    seen: list[str] = []
+    read = settled._records_of
+    monkeypatch.setattr(settled, "_records_of", lambda info: seen.append(info.uri) or read(info))
+    return seen
+
+
+def test_a_later_night_reads_the_key_files_of_a_run_and_not_its_files(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settled, "_FILE_RECORDS", 2)
+    run = run_with(place, [row("ok"), row("bad", "empty")], [row("again", "throttled")], [row("pages"), row("pages")])
+    before = done_of(place)
+    results.note_done(run)
+    runs.finish(run, {"state": "finished", "objects": 4})
+    write(place, "by hand", row("again", night=1), row("ok", "throttled", night=1))
+    seen = opened(monkeypatch)
+    assert done_of(place) == (before | {"again"}) - {"ok"}
+    assert done_of(place, retry_rejected=True) == {"again", "pages"}
+    assert {storage.name(uri) for uri in seen} == {"by hand.parquet"}
+    assert len(storage.list_names(f"{run.folder}/keys")) == 2
+    storage.delete(run.part_uri("00000-002"))
+    assert done_of(place) == {"again", "bad"}, "what somebody removed is classified again"
+
+
+def test_a_run_that_ended_without_key_files_gets_some_when_it_is_first_read_by_one_that_may_write(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(place, [row("a")], [])
+    done_of(place, note=True)
+    assert not storage.exists(f"{run.folder}/keys.json"), "more of its parts may follow"
+    storage.write_json(f"{run.folder}/{runs.RUN}", {"state": "given up"})
+    assert done_of(place) == {"a"}
+    assert not storage.exists(f"{run.folder}/keys.json"), "a dry run writes nothing"
+    assert done_of(place, note=True) == {"a"}
+    seen = opened(monkeypatch)
+    assert done_of(place) == {"a"}
+    assert seen == []
+
+
+def test_a_run_that_was_killed_while_it_left_its_key_files_is_read_from_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(str(tmp_path), [row("a")], [row("b")])
+    monkeypatch.setattr(settled, "_FILE_RECORDS", 1)
+    monkeypatch.setattr("btray.storage.write_json", None)
+    with pytest.raises(TypeError):
+        results.note_done(run)
+    assert done_of(str(tmp_path)) == {"a", "b"}
 
 
 @pytest.mark.parametrize("held", [3, 1 << 20])

@@ -136,7 +136,7 @@ def test_a_run_whose_giving_up_was_cut_off_is_given_up_and_not_taken_up_again(
     again, resumed = begin(place, "m", {"input": "a"})
     assert not resumed, "some of its parts are closed with empty files"
     assert again != run
-    assert run.has_ended()
+    assert runs.has_ended(run.folder)
 
 
 def killed(*arguments: Any) -> None:
@@ -221,4 +221,4 @@ def test_a_node_that_does_not_see_a_local_output_says_so_in_one_line(
 def test_who_waits_for_a_segment_of_a_run_that_has_ended_waits_no_longer(tmp_path: Path) -> None:
     run, _ = begin(str(tmp_path), "m", {})
     runs.finish(run, {"state": "finished"})
-    assert list(segments.parts(run.worklist, run.has_ended)) == []
+    assert list(segments.parts(run.worklist, lambda: runs.has_ended(run.folder))) == []

@@ -23,7 +23,7 @@ from tests import scan_corpus as corpus
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
 GOOD, BAD = corpus.good_scans(), corpus.bad_scans()
-STORE_CODES = {"not_found", "forbidden", "throttled", "unavailable", "is_directory", "failed"}
+STORE_CODES = {"not_found", "forbidden", "throttled", "unavailable", "changed", "is_directory", "failed"}
 SMALL = ScanLimits(max_bytes=2**20, max_pixels=200_000, min_side=16)
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

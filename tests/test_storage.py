@@ -347,7 +347,16 @@ def test_errors_survive_pickling_and_explain_themselves_in_one_line() -> None:
     error = pickle.loads(pickle.dumps(StorageError("throttled", "s3://b/k", "Slow\ndown")))
     assert (error.code, error.uri, error.retryable) == ("throttled", "s3://b/k", True)
     assert not StorageError("not_found", "x").retryable
-    for code in ("not_found", "forbidden", "throttled", "unavailable", "is_directory", "too_large", "failed"):
+    for code in (
+        "not_found",
+        "forbidden",
+        "throttled",
+        "unavailable",
+        "changed",
+        "is_directory",
+        "too_large",
+        "failed",
+    ):
         for uri in ("/x", "s3://b/x"):
             line = str(storage.user_error(StorageError(code, uri, "two\nlines")))
             assert uri in line

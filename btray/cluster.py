@@ -69,6 +69,16 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def own_device() -> str | None:
+    """Where a worker runs a network: on the GPU that Ray gave it, else on the CPU. None outside of Ray: where it can.
+
+    Ray hides no GPU from those that asked for none, so what torch finds does not tell.
+    """
+    if not ray.is_initialized():
+        return None
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
+
+
 def require_gpus() -> int:
     """GPUs that --use-gpu finds now; 0, with a warning, where the cluster may yet start nodes that have some.
 

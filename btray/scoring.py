@@ -13,7 +13,7 @@ import ray.data
 
 from btray.bundle import Bundle
 from btray.classifier import Answers, Classifier
-from btray.cluster import cpus, gpus
+from btray.cluster import cpus, gpus, own_device
 from btray.fingerprint import Fingerprints, fingerprint_of, unpack
 from btray.frames import Rejection
 
@@ -65,7 +65,7 @@ def score(
     scored = ray.data.from_arrow(blocks).map_batches(
         _Scorer,
         fn_constructor_args=(bundle, batch_size),
-        batch_size=None,
+        batch_size=_BLOCK_ROWS,  # a block; None, which would do, Ray refuses to actors with GPUs
         **scorers(len(blocks), use_gpu=use_gpu),
     )
     table = pa.concat_tables(scored.iter_batches(batch_size=None, batch_format="pyarrow"))
@@ -108,7 +108,7 @@ class _Scorer:
     """One actor: a classifier on its device."""
 
     def __init__(self, bundle: Bundle, batch_size: int | None) -> None:
-        self.classifier = Classifier(bundle, batch_size=batch_size)
+        self.classifier = Classifier(bundle, device=own_device(), batch_size=batch_size)
 
     def __call__(self, batch: Arrays) -> pa.Table:
         source = self.classifier.source

@@ -17,6 +17,7 @@ from btray import storage
 from btray.batching import Batcher
 from btray.bundle import Bundle, load_bundle
 from btray.classifier import Classifier, Prediction
+from btray.cluster import own_device
 from btray.errors import UserError
 from btray.explain import Heat, heat_maps
 from btray.frames import FrameSource, Rejection
@@ -164,7 +165,7 @@ class ServedModels:
             if (named.model, named.model_id) == (wanted.model, wanted.model_id) and _alike(config, now):
                 return replace(model, source=_source(model.classifier, config.limits))
         bundle = load_bundle(wanted.model, model_id=wanted.model_id).abstaining_below(config.abstain_below)
-        classifier = Classifier(bundle, batch_size=config.max_batch, engine=config.engine)
+        classifier = Classifier(bundle, device=own_device(), batch_size=config.max_batch, engine=config.engine)
         _warm(classifier, config.max_batch)
         batcher: Batcher[Sequence[Found], list[Prediction]] = Batcher(
             lambda works: _predict(classifier, works),

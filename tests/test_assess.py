@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image, ImageOps
 
-from btray import phantoms, scoring, storage
+from btray import cluster, phantoms, scoring, storage
 from btray.assess import evaluate
 from btray.bundle import FINGERPRINTS, pack_fingerprints, save_bundle
 from btray.classifier import Classifier
@@ -244,3 +245,13 @@ def test_a_bundle_without_fingerprints_claims_nothing_about_clean_images(
     assert metrics["abstention"]["answered"] == len(answered)
     right = sum(row["label"] == row["predicted"] for row in answered)
     assert metrics["abstention"]["accuracy_answered"] == (right / len(answered) if answered else None)
+
+
+@pytest.mark.parametrize(("given", "device"), [(["0"], "cuda"), ([], "cpu")])
+def test_a_worker_takes_no_gpu_that_ray_did_not_give_it(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], device: str
+) -> None:
+    context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": given})
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    assert cluster.own_device() == device

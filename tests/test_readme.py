@@ -71,3 +71,10 @@ def test_every_file_that_the_readme_and_docs_link_to_is_there() -> None:
     for page in (README, *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_module_has_its_room_in_the_readme_and_no_other() -> None:
+    rooms = README.read_text(encoding="utf-8").partition("## Where things are")[2]
+    table = "\n".join(line for line in rooms.splitlines() if line.startswith("|"))
+    modules = {path.stem for path in (ROOT / "btray").glob("*.py")} - {"__init__"}
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(modules)

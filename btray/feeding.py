@@ -24,6 +24,11 @@ _log = logging.getLogger(__name__)
 
 # Rows a block of the decoding pipeline: some 6 MB of frames of 160 x 160, a second's work for one core.
 _BLOCK_ROWS = 256
+# CPUs of a task that decodes frames to be kept. A node that dies takes its frames along, and they are decoded anew
+# while workers hold the rest of every CPU: if it took more than that leaves, both would wait for ever.
+_KEPT_CPUS = 0.05
+TRAINING_CPUS = 1.0 - _KEPT_CPUS
+"""Most CPUs that a training worker may ask for."""
 # Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.
 _SHUFFLED_BATCHES = 32
 # The columns that the driver looks at: all but the frames.
@@ -95,16 +100,22 @@ class Feed(Protocol):
         """This worker's share of the held-out samples."""
 
 
-def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0) -> ray.data.Dataset:
+def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, kept: bool = False) -> ray.data.Dataset:
     """Decode the scans of `table` (columns row, uri, label as a number) to one row a frame.
 
     Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), fingerprint (of the scan, packed), code
     and message (of a rejection, whose frame is black). Nothing runs before the data set is used; each task then takes
-    `num_cpus`.
+    `num_cpus`, or, where the frames are `kept` while workers train, the little that these leave, one task a CPU at a
+    time. A cluster that has no CPU yet will grow, and by whole ones.
     """
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
+    tasks = min(len(blocks), int(ray.cluster_resources().get("CPU", 0.0))) if kept else 0
     return ray.data.from_arrow(blocks).map_batches(
-        _Decode(source), batch_size=None, batch_format="numpy", num_cpus=num_cpus
+        _Decode(source),
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=_KEPT_CPUS if tasks else num_cpus,
+        compute=ray.data.TaskPoolStrategy(size=tasks or None),
     )
 
 

@@ -74,7 +74,7 @@ def prepare(
     streaming = len(rows) * config.preprocess.size**2 > config.cache_gb * 1e9
     _check_streaming(config, streaming)
     _log.info("reading %d images of %d classes from %s", len(rows), len(classes), config.data)
-    frames = decode_rows(numbered, source)
+    frames = decode_rows(numbered, source, kept=not streaming)
     if not streaming:
         frames = frames.materialize()
     found = survey(frames)

@@ -21,7 +21,7 @@ from btray.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, r
 from btray.cluster import connected, cpus
 from btray.drift import REFERENCE
 from btray.errors import Stopped, UserError
-from btray.feeding import Plan
+from btray.feeding import TRAINING_CPUS, Plan
 from btray.fingerprint import unpack
 from btray.frames import FRAMES_PER_SCAN
 from btray.initial import read_initial_weights
@@ -136,7 +136,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
     least, most = worker_range(config)
     room = cpus() if within is None else within
     # Streaming decodes while the workers train, and must find CPUs left over; else the pipeline waits for ever.
-    share = min(1.0, room * (0.5 if plan.streaming else 1.0) / most)
+    share = min(TRAINING_CPUS, room * (0.5 if plan.streaming else TRAINING_CPUS) / most)
     filesystem, path = storage.arrow_filesystem(storage.resolve(config.storage_uri))
     trainer = TorchTrainer(
         train_loop,

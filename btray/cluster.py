@@ -12,8 +12,9 @@ from typing import Any
 
 import ray
 import ray.data
-from ray._private import ray_constants, services
+from ray._private import ray_constants, ray_logging, services
 
+from btray import logs
 from btray.errors import Stopped, UserError
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
         yield
         return
     _quieten()
+    if logs.is_json():
+        _pass_lines_on_as_they_are()
     try:
         alone = services.canonicalize_bootstrap_address(None) is None  # type: ignore[arg-type]
         with on_loopback() if alone else nullcontext():
@@ -75,6 +78,15 @@ def _quieten() -> None:
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _pass_lines_on_as_they_are() -> None:
+    """Without `(RayTrainWorker pid=...)` before them and ` [repeated 2x across cluster]` behind, which are no JSON.
+
+    Ray's own switches, RAY_DISABLE_WORKER_LOG_PREFIX and RAY_DEDUP_LOGS, are read when it is imported: too early.
+    """
+    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
+    ray_logging.RAY_DEDUP_LOGS = False
 
 
 def cpus() -> float:

@@ -206,14 +206,15 @@ def _through(work: Work, run: Run, totals: Totals, listing: Listing, check: Call
         progress.end()
 
 
-def actors_for(wanted: int | None, gpu_share: float = 0.0) -> tuple[int, int]:
-    """Actors to begin with, and most. Needs Ray.
+def actors_for(wanted: int | None, gpu_share: float = 0.0) -> tuple[int, int | None]:
+    """Actors to begin with, and most; None for as many as will fit. Needs Ray.
 
     `wanted` (--actors) is held to what the cluster holds now, one a CPU or as many as its GPUs hold at `gpu_share`,
-    where this job started its Ray itself; a cluster that it joined may grow to hold as many.
+    where this job started its Ray itself; a cluster that it joined may grow to hold more, from no CPU at all.
     """
     fitting = max(1, math.floor(require_gpus() / gpu_share) if gpu_share else int(cpus()))
-    return min(wanted or fitting, fitting), min(wanted or fitting, fitting) if is_own() else wanted or fitting
+    first = min(wanted or fitting, fitting)
+    return first, first if is_own() else wanted
 
 
 def parts_through(
@@ -221,7 +222,7 @@ def parts_through(
     arguments: tuple[Any, ...],
     run: Run,
     *,
-    actors: tuple[int, int],
+    actors: tuple[int, int | None],
     patience: float,
     gpu_share: float = 0.0,
 ) -> ray.data.Dataset:

@@ -6,13 +6,15 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import ray
 import ray.data
+from ray._private import ray_constants, ray_logging, services
 
+from btray import logs
 from btray.errors import Stopped, UserError
 
 _log = logging.getLogger(__name__)
@@ -22,21 +24,26 @@ _log = logging.getLogger(__name__)
 def connected(*, dashboard: bool = True) -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
-    A connection or local cluster made here ends with the block. Without `dashboard` a local cluster has no state API
-    either, which Ray Train asks, and saves a tenth of a core. Raises UserError where RAY_ADDRESS does not answer, and
-    Stopped on SIGTERM.
+    A connection or local cluster made here ends with the block; only this machine reaches the latter. Without
+    `dashboard` a local cluster has no state API either, which Ray Train asks, and saves a tenth of a core. Raises
+    UserError where RAY_ADDRESS does not answer, and Stopped on SIGTERM.
     """
     if ray.is_initialized():
         yield
         return
     _quieten()
+    if logs.is_json():
+        _pass_lines_on_as_they_are()
     try:
-        ray.init(
-            logging_level=logging.WARNING,
-            log_to_driver=True,
-            configure_logging=True,
-            include_dashboard=None if dashboard else False,
-        )
+        alone = services.canonicalize_bootstrap_address(None) is None  # type: ignore[arg-type]
+        with on_loopback() if alone else nullcontext():
+            ray.init(
+                address="local" if alone else None,
+                logging_level=logging.WARNING,
+                log_to_driver=True,
+                configure_logging=True,
+                include_dashboard=None if dashboard else False,
+            )
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from error
     try:
@@ -45,6 +52,20 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """For the block, a Ray that is started in it listens on 127.0.0.1 alone, not on all interfaces.
+
+    Ray does so by itself on macOS and Windows, where this constant of its own is False.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -57,6 +78,15 @@ def _quieten() -> None:
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _pass_lines_on_as_they_are() -> None:
+    """Without `(RayTrainWorker pid=...)` before them and ` [repeated 2x across cluster]` behind, which are no JSON.
+
+    Ray's own switches, RAY_DISABLE_WORKER_LOG_PREFIX and RAY_DEDUP_LOGS, are read when it is imported: too early.
+    """
+    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
+    ray_logging.RAY_DEDUP_LOGS = False
 
 
 def cpus() -> float:

@@ -25,6 +25,11 @@ def begin(style: LogFormat = "text") -> None:
             handler.setFormatter(_Json())
 
 
+def is_json() -> bool:
+    """Whether this process logs JSON."""
+    return any(isinstance(handler.formatter, _Json) for handler in logging.root.handlers)
+
+
 def begin_in_worker(style: LogFormat, **names: str) -> None:
     """The same in a process that Ray started; its own way of logging stays where lines are for people."""
     if style == "json":

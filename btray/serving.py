@@ -29,6 +29,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 from btray.allocator import keep_freed_memory
 from btray.api_keys import KeyRing
 from btray.bundle import load_bundle
+from btray.cluster import on_loopback
 from btray.config import ComponentConfig, set_environment
 from btray.errors import UserError
 from btray.haproxy_guard import wrapper
@@ -239,7 +240,8 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="btray-") as folder:
         # Serve's processes read these where they start, and there is no other way to tell them.
         set_environment(_environment(config, Path(folder)))
-        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+        with on_loopback():
+            ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
         try:
             yield
         finally:

@@ -79,7 +79,8 @@ class TuneConfig(TrainConfig):
     trials: Positive = 16
     """Trials, the first of which is the config as it is given, where that lies in the space."""
     concurrent: Positive | None = None
-    """Trials at a time; default: as many as the cluster's CPUs hold workers, or its GPUs with --use-gpu."""
+    """Trials at a time; default: as many as the cluster's CPUs hold workers, or its GPUs with --use-gpu. More are \
+    asked only of a cluster that was joined: it may grow."""
     grace: Positive = 3
     """Epochs that every trial gets before it may be stopped."""
     reduction: Annotated[int, Field(ge=2)] = 3

@@ -54,8 +54,9 @@ METRICS: Mapping[str, tuple[Kind, str, tuple[str, ...]]] = {
 }
 """Name (counters are exported with `_total` behind it) -> kind, meaning, labels. Names and labels are a contract."""
 
-EVERY = 5.0
-"""Seconds between two times that a gauge is set; Ray forgets it after twice its report interval, 20 s as it comes."""
+EVERY = 1.0
+"""Seconds between two times that a gauge is set; Ray forgets it after twice its report interval: 20 s as it comes, and
+2 s at least."""
 
 _lock = threading.Lock()
 _gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}

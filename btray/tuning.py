@@ -15,17 +15,19 @@ from typing import Any
 import ray.train
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from btray import storage
-from btray.cluster import connected, cpus, gpus
+from btray.cluster import connected, cpus, gpus, is_own
 from btray.errors import UserError
 from btray.initial import read_initial_weights
 from btray.network import build_network, count_flops, count_parameters
 from btray.planning import TrainingData, prepare, training_classes, worker_range
 from btray.settings import NetworkConfig, TrainConfig
 from btray.settings_tune import SpaceConfig, TuneConfig
+from btray.stopping import STOP
+from btray.storage import StorageError
 from btray.tracking import HISTORY, require_mlflow
 from btray.training import RUN_MAY_CHANGE, claim_run, fit, require_destinations, train
 from btray.tuning_report import Row, accuracy_against_cost, by_score, table_csv, table_text
@@ -38,6 +40,9 @@ Point = dict[str, Any]
 
 # The driver of a trial only waits for its workers. Together with them it must fit into the CPUs that there are.
 _DRIVER_CPUS = 0.01
+# Least of a worker: with it as many fit on a CPU as one, and drivers beside them.
+_WORKER_CPUS = 0.9
+_TRIALS = "trials"
 _CHOICES = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling", "mixup")
 _LOGARITHMIC = ("learning_rate", "weight_decay")
 _SEARCH_MAY_CHANGE = RUN_MAY_CHANGE - {"epochs", "num_workers", "patience"} | {"concurrent"}
@@ -129,7 +134,7 @@ def trial_config(config: TuneConfig, point: Point, trial: str) -> TrainConfig:
         **base
         | {
             "name": trial,
-            "storage": storage.join(storage.resolve(config.storage_uri), config.name, "trials"),
+            "storage": storage.join(storage.resolve(config.storage_uri), config.name, _TRIALS),
             "network": _network(config.network, point),
             "optimiser": config.optimiser.model_copy(update=optimiser),
         }
@@ -157,7 +162,7 @@ def _eights(width: int, factor: float) -> int:
 def _search(config: TuneConfig, data: TrainingData, folder: str) -> list[Row]:
     """Run the trials that are left and return what is known of all."""
     at_a_time = concurrency(config)
-    within = cpus() / at_a_time - _DRIVER_CPUS
+    within = cpus_of_a_trial(config, at_a_time) - _DRIVER_CPUS
     trial = ray.tune.with_parameters(_trial, config=config, data=data, within=within)
     trainable = ray.tune.with_resources(trial, {"CPU": _DRIVER_CPUS})
     filesystem, path = storage.arrow_filesystem(folder)
@@ -179,7 +184,8 @@ def _search(config: TuneConfig, data: TrainingData, folder: str) -> list[Row]:
                 search_alg=_algorithm(config),
                 trial_dirname_creator=_name_of,
                 # One epoch more than there are: a trial that has all of them ends by itself, its checkpoint written.
-                scheduler=ASHAScheduler(
+                scheduler=EarlyStopping(
+                    storage.join(folder, _TRIALS),
                     time_attr="epoch",
                     max_t=config.epochs + 1,
                     grace_period=min(config.grace, config.epochs),
@@ -195,10 +201,53 @@ def _search(config: TuneConfig, data: TrainingData, folder: str) -> list[Row]:
 
 
 def concurrency(config: TuneConfig) -> int:
-    """Trials at a time: each of their workers has a CPU, or a GPU, of its own."""
-    most = worker_range(config)[1]
-    room = max(1, int((gpus() if config.use_gpu else cpus()) // most))
-    return min(config.concurrent or room, room, config.trials)
+    """Trials at a time: as many as there is room for, where each of their workers has a CPU, or a GPU, of its own.
+
+    A cluster that this job joined may grow to hold as many as are asked for (--concurrent).
+    """
+    room = max(1, int((gpus() if config.use_gpu else cpus()) // worker_range(config)[1]))
+    most = room if is_own() else max(room, config.concurrent or 0)
+    return min(config.concurrent or room, most, config.trials)
+
+
+def cpus_of_a_trial(config: TuneConfig, at_a_time: int) -> float:
+    """Its share of the CPUs; no less than its workers need of a cluster that is yet to grow."""
+    share = cpus() / at_a_time
+    return share if is_own() else max(share, _WORKER_CPUS * worker_range(config)[1])
+
+
+class EarlyStopping(ASHAScheduler):
+    """ASHA (arXiv:1810.05934) that asks a trial in `trials_uri` to end, where Ray's would have it killed.
+
+    A Ray Train run whose driver is killed keeps its CPUs until an actor of Ray's finds its controller dead. That one
+    looks in vain where two Rays run on a machine, or one has no dashboard, and all that comes after waits for ever.
+    """
+
+    def __init__(self, trials_uri: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._trials_uri = trials_uri
+        self._asked: set[str] = set()
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Tune's question what is to become of a trial: it always goes on, until it has ended by itself."""
+        if trial.trial_id not in self._asked:
+            action: str = super().on_trial_result(tune_controller, trial, result)
+            if action != TrialScheduler.STOP:
+                return action
+        self._asked.add(trial.trial_id)
+        try:  # with every result anew: a search that is taken up begins without the mark
+            storage.write_text(storage.join(self._trials_uri, trial.trial_id, STOP), "")
+        except StorageError as error:
+            _log.warning("trial %s cannot be asked to end: %s", trial.trial_id, error)
+        return TrialScheduler.CONTINUE
+
+
+class _Report(TuneReportCallback):
+    """What Tune hears of: whole epochs. The record of one that was broken off is no score."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if "step" not in metrics[0]:
+            super().after_report(run_context, metrics, checkpoint)
 
 
 def _algorithm(config: TuneConfig) -> Searcher | SearchAlgorithm:
@@ -224,7 +273,7 @@ def _trial(point: Point, *, config: TuneConfig, data: TrainingData, within: floa
     trained = trial_config(config, point, ray.tune.get_context().get_trial_id())
     run_uri = storage.join(storage.resolve(trained.storage_uri), trained.name)
     mine = replace(data, plan=replace(data.plan, config=trained, run_uri=run_uri))
-    fit(mine, within=within, callbacks=[TuneReportCallback()])
+    fit(mine, within=within, callbacks=[_Report()])
 
 
 class _Announce(ray.tune.Callback):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from btray import archive_run, phantoms
 from btray import cluster as btray_cluster
-from btray import phantoms
 from btray.bundle import load_bundle
 from btray.errors import UserError
 from btray.results import current
@@ -24,8 +26,8 @@ from tests.classify_helpers import part_files
 from tests.conftest import ROOT
 from tests.tiny_bundle import saved_bundle
 from tests.training_helpers import history_of, run_of, write_tree
-from tools.loopback_cluster import LoopbackCluster
-from tools.processes import descendants, is_alive, until
+from tools.loopback_cluster import LoopbackCluster, free_ports
+from tools.processes import descendants, is_alive, named, until
 
 
 def small(**changes: object) -> list[str]:
@@ -115,10 +117,11 @@ def test_a_stopped_job_has_written_a_checkpoint_within_the_epoch_and_goes_on_fro
     running: LoopbackCluster, pictures: str, tmp_path: Path
 ) -> None:
     config = TrainConfig(data=pictures, out=str(tmp_path / "model"))
-    # One epoch that takes minutes: without a checkpoint within it, all would be lost.
-    long = ["--epochs=1", "--num-workers=1", "--batch-size=2", "--network.widths=64,96", "--network.depths=6,6",
-            "--preprocess.size=224", "--refit-epochs=0"]  # fmt: skip
-    data = many_times(pictures, 40, tmp_path / "many")
+    # One long epoch: without a checkpoint within it, all would be lost.
+    long = ["--epochs=1", "--num-workers=1", "--batch-size=2", "--network.widths=32,48", "--network.depths=4,4",
+            "--preprocess.size=160", "--refit-epochs=0"]  # fmt: skip
+    copies = 60
+    data = many_times(pictures, copies, tmp_path / "many")
     command = [sys.executable, "jobs/train.py", "--data", data, "--out", config.out, *long]
     submitted = running.ray("job", "submit", "--no-wait", "--working-dir", ".", "--submission-id", "long", "--",
                             *command)  # fmt: skip
@@ -138,6 +141,77 @@ def test_a_stopped_job_has_written_a_checkpoint_within_the_epoch_and_goes_on_fro
     assert state["steps"] > 0
     assert history_of(config) == []
     until(lambda: not workers_of(running), "the job's workers to end", 60)
+    again = running.ray("job", "submit", "--working-dir", ".", "--submission-id", "long-again", "--", *command,
+                        timeout=600)  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    (record,) = history_of(config)
+    assert record["images"] == 48 * copies - 2 * state["steps"], "what was done before the stop is not done again"
+    load_bundle(config.out)
+
+
+# Flags, and what lies in OUT afterwards.
+JOBS = {
+    "audit": (["--data=DATA", "--out=OUT"], "report.html"),
+    "tune": (
+        ["--data=DATA", "--out=OUT", *small(epochs=2), "--trials=2", "--grace=1", "--search=random"],
+        "trials.csv",
+    ),
+    "evaluate": (["--model=MODEL", "--data=DATA", "--out=OUT"], "metrics.json"),
+    "classify": (["--model=MODEL", "--input=DATA", "--output=OUT"], "_runs"),
+    "pack": (["--input=DATA", "--output=OUT"], "_runs"),
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("script", JOBS)
+def test_every_job_runs_when_it_is_submitted(
+    running: LoopbackCluster, pictures: str, tmp_path: Path, script: str
+) -> None:
+    flags, made = JOBS[script]
+    model, out = tmp_path / "model", tmp_path / "out"
+    saved_bundle(model)
+    for name, path in (("MODEL", model), ("DATA", Path(pictures)), ("OUT", out)):
+        flags = [flag.replace(f"={name}", f"={path}") for flag in flags]
+    submitted = running.ray(
+        "job", "submit", "--working-dir", ".", "--runtime-env", "runtime-env.yaml", "--submission-id", script, "--",
+        sys.executable, f"jobs/{script}.py", *flags, timeout=600,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert (out / made).exists()
+    logs = running.ray("job", "logs", script).stdout
+    assert str(out) in logs.splitlines(), "the last line of a job is the URI of what it made"
+    assert "Traceback" not in logs
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_submitted_service_answers_until_it_is_stopped(running: LoopbackCluster, tmp_path: Path) -> None:
+    saved_bundle(tmp_path / "model")
+    (port,) = free_ports(1)
+    submitted = running.ray(
+        "job", "submit", "--no-wait", "--working-dir", ".", "--submission-id", "serve", "--",
+        sys.executable, "jobs/serve.py", "--model", str(tmp_path / "model"), "--port", str(port),
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr
+
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def status() -> str:
+        return str(running.get("/api/jobs/serve")["status"])
+
+    until(lambda: answers() or status() not in ("PENDING", "RUNNING"), "the service to answer", 300)
+    assert answers(), running.ray("job", "logs", "serve").stdout
+    assert running.ray("job", "stop", "serve", timeout=120).returncode == 0
+    until(lambda: status() == "STOPPED", "the job to be stopped", 90)
+    assert not answers()
 
 
 def many_times(tree: str, times: int, folder: Path) -> str:
@@ -185,18 +259,92 @@ def test_a_job_finds_the_cluster_that_runs_here_by_itself(
 @pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_a_job_without_a_cluster_starts_one_and_leaves_no_process(pictures: str, tmp_path: Path) -> None:
+def test_a_job_without_a_cluster_starts_one_leaves_no_process_and_logs_pure_json(pictures: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", pictures, "--out", str(tmp_path / "model")]
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     started: set[int] = set()
-    job = subprocess.Popen([*command, *small(epochs=1)], env=environment, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
-    while job.poll() is None:
-        started |= descendants(job.pid)
-        time.sleep(0.2)
+    with (tmp_path / "said").open("w") as said:
+        job = subprocess.Popen([*command, *small(epochs=2), "--log-format=json"], env=environment,
+                               stdout=subprocess.DEVNULL, stderr=said)  # fmt: skip
+        while job.poll() is None:
+            started |= descendants(job.pid)
+            time.sleep(0.2)
     assert job.returncode == 0
     assert len(started) > 3
     until(lambda: not [pid for pid in started if is_alive(pid)], "what the job started to end", 30)
+    lines = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines() if "{" in line]
+    ended = [line["epoch"] for line in lines if line["message"] == "epoch ended"]
+    assert ended == [1, 2], "the worker's lines are whole, and each comes once"
+    assert {line["run_id"] for line in lines if line["logger"] == "btray.tracking"} == {"train"}
+
+
+_LISTENS = """
+import os, ray
+from btray.cluster import connected
+from tools.processes import descendants, listened_on
+
+@ray.remote
+def task():
+    return os.getpid()
+
+with connected():
+    ray.get(task.remote())
+    print(sorted(listened_on(descendants(os.getpid()) | {os.getpid()})))
+print(len(descendants(os.getpid())))
+"""
+
+
+@pytest.mark.cluster
+def test_a_ray_that_a_job_starts_listens_on_loopback_alone() -> None:
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", _LISTENS], env=environment, capture_output=True, text=True,
+                          check=False, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["['127.0.0.1']", "0"]
+
+
+# ---- clusters that grow
+
+
+@pytest.mark.parametrize(
+    ("cpus", "own", "wanted", "expected"),
+    [
+        (4, True, None, (4, 4)),
+        (4, True, 9, (4, 4)),
+        (4, True, 2, (2, 2)),
+        (4, False, None, (4, None)),
+        (4, False, 9, (4, 9)),
+        (1, False, None, (1, None)),
+    ],
+)
+def test_a_pool_of_actors_fills_the_machine_or_grows_with_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, own: bool, wanted: int | None, expected: tuple[int, int | None]
+) -> None:
+    monkeypatch.setattr(archive_run, "cpus", lambda: float(cpus))
+    monkeypatch.setattr(archive_run, "is_own", lambda: own)
+    assert archive_run.actors_for(wanted) == expected
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_from_a_head_without_cpus_a_classification_grows_over_the_nodes_that_the_autoscaler_adds(
+    tmp_path: Path,
+) -> None:
+    model = saved_bundle(tmp_path / "model")
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for number in range(6000):
+        (archive / f"{number:04d}.jpg").write_bytes(phantoms.encoded_phantom("glioma", number % 8))
+    command = [sys.executable, str(ROOT / "jobs" / "classify.py"), "--model", model.uri, "--input", str(archive)]
+    command += ["--output", str(tmp_path / "results"), "--batch-size=8"]
+    with LoopbackCluster(cpus=0, growing_to=2) as cluster, (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, env=cluster.environment_of_jobs(), stdout=log, stderr=log)
+        head = cluster.nodes[0].process.pid
+        until(lambda: len(named(b"PartClassifier", head)) >= 2 or job.poll() is not None, "two actors at work", 400)
+        assert job.poll() is None, (tmp_path / "log").read_text()
+        assert job.wait(400) == 0, (tmp_path / "log").read_text()
+    assert current(str(tmp_path / "results"), columns=["uri"]).num_rows == 6000
 
 
 # ---- GPUs that are not there yet

@@ -69,7 +69,7 @@ def test_secrets_that_a_training_on_s3_used_stand_in_no_file_afterwards(
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", data, "--out", str(tmp_path / "model")]
     command += ["--epochs=2", "--num-workers=1", "--preprocess.size=32", "--network.widths=8,16", "--refit-epochs=0"]
     command += ["--network.depths=1,1", "--network.stem-width=8", "--log-format=json"]
-    with LoopbackCluster(cpus=2, settings={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} | aws) as cluster:
+    with Guarded(cpus=2, settings={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} | aws) as cluster:
         done = subprocess.run(command, env=cluster.environment_of_jobs(), capture_output=True, timeout=400, check=False)
         assert done.returncode == 0, done.stderr.decode()[-3000:]
         (tmp_path / "output").write_bytes(done.stdout + done.stderr)

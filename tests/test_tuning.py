@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from btray import storage
+from btray import planning, storage, tuning
 from btray.bundle import load_bundle
 from btray.config import JobConfig
 from btray.errors import UserError
 from btray.network import build_network
 from btray.settings import NetworkConfig, TrainConfig
 from btray.settings_tune import SpaceConfig, TuneConfig
-from btray.tuning import domains, given_point, trial_config, tune, varied_settings
+from btray.tuning import (
+    EarlyStopping,
+    concurrency,
+    cpus_of_a_trial,
+    domains,
+    given_point,
+    trial_config,
+    tune,
+    varied_settings,
+)
 from btray.tuning_report import Row, accuracy_against_cost, by_score, frontier, table_csv, table_text
 from tests.conftest import ROOT
 from tests.training_helpers import tiny, write_tree
@@ -143,6 +153,64 @@ def test_the_plot_is_a_picture_of_all_trials() -> None:
     assert not np.array_equal(pictures[0], pictures[1])
 
 
+# ---- how many at a time, and for how long
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "wanted", "expected"),
+    [
+        ((8, True), "1", None, (8, 1.0)),
+        ((8, True), "2", None, (4, 2.0)),
+        ((8, True), "1", 3, (3, 8 / 3)),
+        ((2, True), "1", 6, (2, 1.0)),
+        ((2, True), "4", None, (1, 2.0)),
+        # the head of a cluster that has no worker yet: no CPU counts as one
+        ((1, False), "1", None, (1, 1.0)),
+        ((1, False), "1", 6, (6, 0.9)),
+        ((1, False), "2:4", 3, (3, 3.6)),
+    ],
+)
+def test_trials_at_a_time_are_what_the_machine_holds_or_what_a_cluster_may_grow_to(
+    monkeypatch: pytest.MonkeyPatch, cluster: tuple[int, bool], workers: str, wanted: int | None, expected: Any
+) -> None:
+    at_a_time, share = expected
+    of_a_cluster(monkeypatch, *cluster)
+    config = TuneConfig(data="d", out="o", num_workers=workers, concurrent=wanted)
+    assert concurrency(config) == at_a_time
+    assert cpus_of_a_trial(config, at_a_time) == pytest.approx(share)
+
+
+def of_a_cluster(monkeypatch: pytest.MonkeyPatch, cpus: int, own: bool) -> None:
+    for module in (tuning, planning):
+        monkeypatch.setattr(module, "cpus", lambda: float(cpus))
+    monkeypatch.setattr(tuning, "is_own", lambda: own)
+
+
+def test_no_more_trials_at_a_time_than_there_are_or_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_a_cluster(monkeypatch, 64, True)
+    assert concurrency(TuneConfig(data="d", out="o", trials=5)) == 5
+    monkeypatch.setattr(tuning, "gpus", lambda: 3)
+    monkeypatch.setattr(planning, "require_gpus", lambda: 3)
+    assert concurrency(TuneConfig(data="d", out="o", trials=5, use_gpu=True)) == 3
+
+
+def test_a_weak_trial_is_asked_to_end_and_never_killed(tmp_path: Path) -> None:
+    """Killed, its run would keep its CPUs: see EarlyStopping."""
+    scheduler = EarlyStopping(str(tmp_path), time_attr="epoch", max_t=10, grace_period=1, reduction_factor=2)
+    scheduler.set_search_properties("score", "max")
+    trials = [SimpleNamespace(trial_id=name, config={}) for name in ("good", "weak")]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+
+    def result(trial: Any, epoch: int, score: float) -> str:
+        return scheduler.on_trial_result(None, trial, {"epoch": epoch, "score": score})
+
+    for epoch in (1, 2, 3):
+        assert [result(trials[0], epoch, 0.9), result(trials[1], epoch, 0.1)] == ["CONTINUE", "CONTINUE"]
+        assert [path.parent.name for path in tmp_path.glob("*/stop")] == ["weak"]
+        (tmp_path / "weak" / "stop").unlink()  # as a run does that is taken up
+
+
 # ---- the search itself
 
 
@@ -206,7 +274,8 @@ def test_the_labels_of_the_test_split_change_no_trial_and_not_which_one_is_chose
                 storage.write_bytes(str(mixed / split / label / storage.name(info.uri)), storage.read_bytes(info.uri))
     seen = []
     for number, data in enumerate((pictures, str(mixed))):
-        config = small_search(data, tmp_path / f"model{number}", trials=2)
+        # grace: whom ASHA stops before the end depends on which of two trials at a time comes to a rung first
+        config = small_search(data, tmp_path / f"model{number}", trials=2, grace=3)
         tune(config)
         timed = ("trial", "seconds", "images_per_second")
         seen.append([{key: value for key, value in line.items() if key not in timed} for line in table_of(config)])

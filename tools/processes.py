@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,31 @@ def command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def listened_on(pids: Iterable[int]) -> set[str]:
+    """IP addresses, `::` and `0.0.0.0` for all, on which these processes take TCP connections."""
+    sockets = set()
+    for pid in pids:
+        for open_file in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(open_file))
+            except OSError:  # closed, or the process has ended
+                continue
+    found = set()
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        for line in table.read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:  # LISTEN
+                found.add(_address(words[1].partition(":")[0]))
+    return found
+
+
+def _address(digits: str) -> str:
+    """The kernel's hexadecimal digits, words of four bytes with the lowest one first, as people write them."""
+    words = [bytes.fromhex(digits[start : start + 8])[::-1] for start in range(0, len(digits), 8)]
+    address = ipaddress.ip_address(b"".join(words))
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def until(condition: Callable[[], Any], what: str = "a condition", seconds: float = 120) -> Any:

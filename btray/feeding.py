@@ -110,7 +110,6 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
     `num_cpus`, or, where the frames are `kept` while workers train, the little that these leave, one task a CPU at a
     time. A cluster that has no CPU yet will grow, and by whole ones.
     """
-    tasks = int(ray.cluster_resources().get("CPU", 0.0)) if kept else 0
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
     tasks = min(len(blocks), int(ray.cluster_resources().get("CPU", 0.0))) if kept else 0
     return ray.data.from_arrow(blocks).map_batches(

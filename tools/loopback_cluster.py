@@ -129,8 +129,10 @@ class LoopbackCluster:
         nodes = {"node_config": {}, "min_workers": 0, "max_workers": self.growing_to, "resources": {"CPU": 1}}
         head = {"node_config": {}, "min_workers": 0, "max_workers": 0, "resources": {"CPU": self.cpus}}
         config = {
-            "cluster_name": "loopback", "max_workers": self.growing_to, "head_node_type": "head",
-            "provider": {"type": "fake_multinode"}, "available_node_types": {"head": head, "node": nodes},
+            "cluster_name": "loopback", "max_workers": self.growing_to, "head_node_type": "ray.head.default",
+            "provider": {"type": "fake_multinode", "gcs_address": self.address, "disable_node_updaters": True,
+                         "disable_launch_config_check": True},
+            "available_node_types": {"ray.head.default": head, "node": nodes},
             "idle_timeout_minutes": 5, "upscaling_speed": 1.0, "docker": {}, "auth": {}, "file_mounts": {},
             "cluster_synced_files": [], "initialization_commands": [], "setup_commands": [], "head_setup_commands": [],
             "worker_setup_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [],

@@ -13,8 +13,10 @@ from typing import Any
 import ray
 import ray.data
 from ray._private import ray_constants, ray_logging, services
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from btray import logs
+from btray.config import set_environment
 from btray.errors import Stopped, UserError
 
 _log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
                 address="local" if alone else None,
                 logging_level=logging.WARNING,
                 log_to_driver=True,
-                configure_logging=True,
+                configure_logging=not logs.is_json(),
                 include_dashboard=None if dashboard else False,
             )
     except ConnectionError as error:
@@ -58,8 +60,10 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
 def on_loopback() -> Iterator[None]:
     """For the block, a Ray that is started in it listens on 127.0.0.1 alone, not on all interfaces.
 
-    Ray does so by itself on macOS and Windows, where this constant of its own is False.
+    Ray does so by itself on macOS and Windows, where this constant of its own is False. Where `ray job submit` started
+    this process, its runtime environment is the cluster's: the new Ray has no such package, and would look for it.
     """
+    set_environment({RAY_JOB_CONFIG_JSON_ENV_VAR: None})
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:

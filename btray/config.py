@@ -139,9 +139,16 @@ def run_command(
         command(config)
 
 
-def set_environment(variables: Mapping[str, str]) -> None:
-    """Set environment variables for the processes that are started from now on, where nothing else can tell them."""
-    os.environ.update(variables)
+def set_environment(variables: Mapping[str, str | None]) -> None:
+    """Set environment variables for the processes that are started from now on, where nothing else can tell them.
+
+    None takes one away.
+    """
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -23,6 +23,9 @@ def begin(style: LogFormat = "text") -> None:
     if style == "json":
         for handler in logging.root.handlers:
             handler.setFormatter(_Json())
+        ray = logging.getLogger("ray")  # has a handler of its own as soon as it is imported
+        ray.handlers.clear()
+        ray.propagate = True
 
 
 def is_json() -> bool:
@@ -52,7 +55,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **_bound,
-            **{name: value for name, value in record.__dict__.items() if name not in _PLAIN},
+            **{name: value for name, value in record.__dict__.items() if name not in _PLAIN and name[0] != "_"},
         }
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)

@@ -272,7 +272,7 @@ def test_a_job_without_a_cluster_starts_one_leaves_no_process_and_logs_pure_json
     assert job.returncode == 0
     assert len(started) > 3
     until(lambda: not [pid for pid in started if is_alive(pid)], "what the job started to end", 30)
-    lines = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines() if "{" in line]
+    lines = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines() if line.startswith("{")]
     ended = [line["epoch"] for line in lines if line["message"] == "epoch ended"]
     assert ended == [1, 2], "the worker's lines are whole, and each comes once"
     assert {line["run_id"] for line in lines if line["logger"] == "btray.tracking"} == {"train"}

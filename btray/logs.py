@@ -36,6 +36,10 @@ def is_json() -> bool:
 def begin_in_worker(style: LogFormat, **names: str) -> None:
     """The same in a process that Ray started; its own way of logging stays where lines are for people."""
     if style == "json":
+        for handler in [*logging.root.handlers]:
+            if isinstance(handler, logging.StreamHandler):  # Ray's, which heeds no formatter
+                logging.root.removeHandler(handler)
+        logging.root.addHandler(logging.StreamHandler(sys.stderr))
         begin(style)
         bind(**names)
 

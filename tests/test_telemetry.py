@@ -346,7 +346,8 @@ def test_a_real_prometheus_reads_a_training_a_classification_and_what_it_left(
             run_while_scraped(
                 cluster, url, "train.py",
                 ["--data", data, "--out", tmp_path / "trained", "--epochs=60", "--num-workers=1", "--batch-size=4",
-                 "--preprocess.size=64", "--refit-epochs=0", "--patience=0", "--name=watched"],
+                 "--preprocess.size=64", "--network.widths=8,16", "--network.depths=1,1", "--network.stem-width=8",
+                 "--refit-epochs=0", "--patience=0", "--name=watched"],
                 ['btray_train_epoch{run_id="watched"} > 2', "btray_train_feed_ratio > 0", "btray_train_val_macro_f1"],
             )  # fmt: skip
             left = tmp_path / "btray.prom"

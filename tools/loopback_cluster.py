@@ -59,14 +59,10 @@ class Node:
 
 
 class LoopbackCluster:
-    """A head with `cpus`, and nodes that `add` gives it; `settings` are further environment variables of all nodes.
+    """A head with `cpus`, and nodes that `add` gives it; `settings` are further environment variables of all nodes."""
 
-    With `growing_to`, Ray's autoscaler adds nodes of one CPU where they are asked for, at most so many.
-    """
-
-    def __init__(self, *, cpus: int = 1, growing_to: int = 0, settings: dict[str, str] | None = None) -> None:
+    def __init__(self, *, cpus: int = 1, settings: dict[str, str] | None = None) -> None:
         self.cpus = cpus
-        self.growing_to = growing_to
         self.folder = Path(tempfile.mkdtemp(prefix="rb", dir="/tmp"))  # sockets lie in it: their paths must be short
         self.port, self.dashboard, self.metrics = free_ports(3)
         self.nodes: list[Node] = []
@@ -117,30 +113,10 @@ class LoopbackCluster:
         node = self._start(
             "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
             f"--ray-client-server-port={client}", f"--metrics-export-port={self.metrics}", f"--num-cpus={self.cpus}",
-            *self._autoscaling(), agents=agents,
+            agents=agents,
         )  # fmt: skip
         until(lambda: self._answers(node), "the head's dashboard", 90)
         return node
-
-    def _autoscaling(self) -> list[str]:
-        """Options for Ray's autoscaler, whose nodes are processes of this machine."""
-        if not self.growing_to:
-            return []
-        nodes = {"node_config": {}, "min_workers": 0, "max_workers": self.growing_to, "resources": {"CPU": 1}}
-        head = {"node_config": {}, "min_workers": 0, "max_workers": 0, "resources": {"CPU": self.cpus}}
-        config = {
-            "cluster_name": "loopback", "max_workers": self.growing_to, "head_node_type": "ray.head.default",
-            "provider": {"type": "fake_multinode", "gcs_address": self.address, "disable_node_updaters": True,
-                         "disable_launch_config_check": True},
-            "available_node_types": {"ray.head.default": head, "node": nodes},
-            "idle_timeout_minutes": 5, "upscaling_speed": 1.0, "docker": {}, "auth": {}, "file_mounts": {},
-            "cluster_synced_files": [], "initialization_commands": [], "setup_commands": [], "head_setup_commands": [],
-            "worker_setup_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [],
-        }  # fmt: skip
-        path = self.folder / "autoscaling.yaml"
-        path.write_text(json.dumps(config))
-        self.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-        return [f"--autoscaling-config={path}"]
 
     def add(self, *, cpus: int = 1, **resources: float) -> Node:
         """Add a node and wait until it counts."""

@@ -9,10 +9,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 
 class Batcher(Generic[Work, Result]):
@@ -37,7 +38,19 @@ class Batcher(Generic[Work, Result]):
         self.weight = weight
         self.watch = watch
         self._waiting: deque[tuple[Work, asyncio.Future[Result]]] = deque()
-        self._running: asyncio.Future[Sequence[Result]] | None = None
+        self._running: asyncio.Future[Any] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return self._running is None and not self._waiting
+
+    async def alone(self, function: Callable[[], Answer]) -> Answer:
+        """What `function` gives on the thread, as a batch of one. Only for a batcher that is idle."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.watch(1, 0)
+        self._run(lambda: [function()], [future])
+        return await future
 
     async def submit(self, work: Work) -> Result:
         """What `run` gives for `work`. Whoever is cancelled while waiting takes the work along."""
@@ -54,8 +67,12 @@ class Batcher(Generic[Work, Result]):
             return
         self.watch(size, sum(self.weight(work) for work, _ in self._waiting))
         works = [work for work, _ in batch]
-        self._running = asyncio.get_running_loop().run_in_executor(self.executor, self.run, works)
-        self._running.add_done_callback(lambda done: self._finish(done, batch))
+        self._run(lambda: self.run(works), [future for _, future in batch])
+
+    def _run(self, function: Callable[[], Sequence[Answer]], futures: list[asyncio.Future[Answer]]) -> None:
+        """Run `function` on the thread, one result for each of `futures`."""
+        self._running = asyncio.get_running_loop().run_in_executor(self.executor, function)
+        self._running.add_done_callback(lambda done: self._finish(done, futures))
 
     def _next(self) -> tuple[list[tuple[Work, asyncio.Future[Result]]], int]:
         batch: list[tuple[Work, asyncio.Future[Result]]] = []
@@ -70,11 +87,11 @@ class Batcher(Generic[Work, Result]):
                 size += self.weight(work)
         return batch, size
 
-    def _finish(self, done: asyncio.Future[Sequence[Result]], batch: list[tuple[Work, asyncio.Future[Result]]]) -> None:
+    def _finish(self, done: asyncio.Future[Sequence[Answer]], futures: list[asyncio.Future[Answer]]) -> None:
         self._running = None
         error = None if done.cancelled() else done.exception()
         results = () if done.cancelled() or error else done.result()
-        for place, (_, future) in enumerate(batch):
+        for place, future in enumerate(futures):
             if future.done():
                 continue
             if error is not None:

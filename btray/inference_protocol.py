@@ -103,9 +103,8 @@ def _metadata(service: Service, name: str, model: ServedModel) -> dict[str, Any]
 
 
 async def _infer(service: Service, name: str, model: ServedModel, asked: InferRequest) -> Response:
-    found = await _decoded(service, model, _only_input(asked, service))
-    predictions = await service.predict(model, found)
-    if len(found) == 1 and predictions[0].status != "ok":
+    predictions = await _predictions(service, model, _only_input(asked, service))
+    if len(predictions) == 1 and predictions[0].status != "ok":
         code = str(predictions[0].error_code)
         raise Problem(REJECTION_STATUS.get(code, 422), code, str(predictions[0].error))
     content = {"model_name": name, "model_version": model.model_id, "parameters": {}}
@@ -130,6 +129,12 @@ def _only_input(asked: InferRequest, service: Service) -> Tensor:
     if len(tensor.values) == 0:
         raise Problem(400, "bad_request", f"there is no image in {name}")
     return tensor
+
+
+async def _predictions(service: Service, model: ServedModel, tensor: Tensor) -> Sequence[Prediction]:
+    """One for each image."""
+    at_once = await service.at_once(model, tensor.values) if isinstance(tensor.values, list) else None
+    return at_once[1] if at_once else await service.predict(model, await _decoded(service, model, tensor))
 
 
 async def _decoded(service: Service, model: ServedModel, tensor: Tensor) -> Sequence[Found]:

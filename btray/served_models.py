@@ -30,6 +30,9 @@ from btray.storage import StorageError
 
 _log = logging.getLogger(__name__)
 
+# What is decoded in a few milliseconds.
+_SMALL = ScanLimits(max_bytes=2**18, max_pixels=2**20)
+
 Found = list[Frame] | Rejection
 """The frames of one image, or why there are none."""
 
@@ -58,12 +61,33 @@ class ServedModel:
         """
         predictions = []
         for part in _parts(found, self.batcher.largest):
-            answers = await self.batcher.submit([piece for _, _, piece in part])
+            pieces = [piece for _, _, piece in part]
+            if all(isinstance(piece, Rejection) for piece in pieces):  # which need no turn
+                answers = self.classifier.predict_decoded(pieces, [None] * len(pieces))
+            else:
+                answers = await self.batcher.submit(pieces)
             predictions += [
                 replace(prediction, index=index, frame=number)
                 for prediction, (index, number, _) in zip(answers, part, strict=True)
             ]
         return predictions
+
+    async def at_once(self, image: bytes) -> tuple[list[Frame], list[Prediction]] | None:
+        """The frame and the prediction of one small image, decoded where it is classified; None where it is not small,
+        cannot be read or has several frames, or where the model is at work: others are not to wait for a decoder.
+
+        Each change of thread costs a lone caller about half a millisecond, most of it in caches that have gone cold.
+        """
+        if len(image) > _SMALL.max_bytes or not self.batcher.idle:
+            return None
+        return await self.batcher.alone(partial(self._decode_and_predict, image))
+
+    def _decode_and_predict(self, image: bytes) -> tuple[list[Frame], list[Prediction]] | None:
+        limits = replace(_SMALL, max_pixels=min(_SMALL.max_pixels, self.source.limits.max_pixels))
+        frames = replace(self.source, limits=limits).from_bytes(image)
+        if isinstance(frames, Rejection) or len(frames) > 1:
+            return None
+        return frames, self.classifier.predict_decoded([frames], [None])
 
     async def explain(self, frames: Sequence[Frame], labels: Sequence[str]) -> Heat:
         """Heat maps [n, size, size] of frames and labels, one each; in parts, as `predict`."""

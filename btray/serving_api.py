@@ -96,6 +96,15 @@ class Service:
             raise Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
         return await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
 
+    async def at_once(self, model: ServedModel, images: Sequence[bytes]) -> tuple[list[Found], list[Prediction]] | None:
+        """`decoded` and `predict` of a request in one go, where that is quicker; see `ServedModel.at_once`."""
+        answer = await model.at_once(images[0]) if len(images) == 1 else None
+        if answer is None:
+            return None
+        frames, predictions = answer
+        self.metrics.predictions(predictions)
+        return [frames], predictions
+
     async def predict(self, model: ServedModel, found: Sequence[Found]) -> list[Prediction]:
         """Classify decoded images and count what came of it."""
         predictions = await model.predict(found)
@@ -134,12 +143,13 @@ async def classify(
 ) -> dict[str, Any]:
     """The answer of /v1/classify. Raises Problem for a single image that cannot be used."""
     model = line.choose()
-    found = await service.decoded(model, [upload.data for upload in uploads])
+    images = [upload.data for upload in uploads]
+    at_once = await service.at_once(model, images)
+    found = at_once[0] if at_once else await service.decoded(model, images)
+    predictions = at_once[1] if at_once else await service.predict(model, found)
     if len(found) == 1 and isinstance(found[0], Rejection):
         rejection = found[0]
-        await service.predict(model, found)  # counted as one that is answered
         raise Problem(REJECTION_STATUS.get(rejection.code, 422), rejection.code, rejection.message)
-    predictions = await service.predict(model, found)
     results = [_record(prediction, uploads[prediction.index], top_k) for prediction in predictions]
     if explain:
         await _explain(service, model, found, predictions, results)

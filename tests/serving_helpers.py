@@ -17,6 +17,7 @@ import requests
 import uvicorn
 from PIL import Image
 
+from btray.http_gate import Gate
 from btray.phantoms import encoded_phantom
 from btray.serving_api import Service, build_app
 from btray.settings_serve import ServiceConfig
@@ -31,8 +32,9 @@ SLOWEST = 15.0  # seconds that one answer may take on a busy machine
 class Running:
     """A service that runs, and a client of it."""
 
-    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop, port: int) -> None:
+    def __init__(self, service: Service, gate: Gate, loop: asyncio.AbstractEventLoop, port: int) -> None:
         self.service = service
+        self.gate = gate
         self.loop = loop
         self.url = f"http://127.0.0.1:{port}"
         self.session = requests.Session()
@@ -66,13 +68,14 @@ class Running:
 def running(**config: Any) -> Iterator[Running]:
     """The service of a ServiceConfig, on a free port of loopback."""
     service = Service()
+    gate = build_app(service)
     ready = threading.Event()
     found: dict[str, Any] = {}
 
     async def run() -> None:
         found["loop"] = asyncio.get_running_loop()
         await service.configure(ServiceConfig(**config))
-        options = uvicorn.Config(build_app(service), host="127.0.0.1", port=0, log_level="warning")
+        options = uvicorn.Config(gate, host="127.0.0.1", port=0, log_level="warning")
         found["server"] = server = uvicorn.Server(options)
         task = asyncio.create_task(server.serve())
         while not server.started:
@@ -94,7 +97,7 @@ def running(**config: Any) -> Iterator[Running]:
     try:
         if "error" in found:
             raise found["error"]
-        yield Running(service, found["loop"], found["port"])
+        yield Running(service, gate, found["loop"], found["port"])
     finally:
         if "server" in found:
             found["server"].should_exit = True

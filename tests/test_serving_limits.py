@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import requests
 from PIL import Image
 
 from btray import api_keys
@@ -25,10 +24,12 @@ from btray.batching import Batcher
 from btray.classifier import Classifier, Prediction
 from btray.frames import FrameSource, Rejection
 from btray.http_gate import Access, HeaderGuard
+from btray.preprocess import Frame
 from btray.problems import Problem
+from btray.scans import Scan
 from btray.served_models import Found, ServedModel
 from btray.settings_serve import ServeConfig
-from tests.serving_helpers import Running, bundle_at, problem, running, scan
+from tests.serving_helpers import Running, bundle_at, png, problem, running, scan
 from tools.processes import until
 
 CLASSIFY = "/v1/classify"
@@ -78,18 +79,6 @@ def slow_uploads(service: Running, count: int) -> Iterator[None]:
         yield
 
 
-def refused(service: Running) -> requests.Response:
-    """The first answer to requests that hold no image which is 503."""
-    answers: list[requests.Response] = []
-
-    def asked() -> bool:
-        answers.append(service.post(CLASSIFY, b"x", JPEG))
-        return answers[-1].status_code == 503
-
-    until(asked, seconds=20)
-    return answers[-1]
-
-
 # ---- places
 
 
@@ -100,8 +89,8 @@ def test_bodies_that_arrive_slowly_take_no_place_of_those_in_work(service: Runni
 
 def test_so_many_bodies_are_read_at_a_time_and_no_more(service: Running) -> None:
     with slow_uploads(service, 4):
-        answer = refused(service)
-        assert "being read" in problem(answer, 503, "busy")["detail"]
+        until(lambda: service.gate.reading == 4)
+        assert "being read" in problem(service.post(CLASSIFY, scan(), JPEG), 503, "busy")["detail"]
         assert service.get("/healthz").status_code == 200
     until(lambda: service.post(CLASSIFY, scan(), JPEG).status_code == 200)
 
@@ -109,12 +98,47 @@ def test_so_many_bodies_are_read_at_a_time_and_no_more(service: Running) -> None
 def test_beyond_what_is_in_work_requests_are_refused_with_the_time_to_wait(service: Running) -> None:
     with ThreadPoolExecutor(2) as pool, no_predictions(service):
         held = [pool.submit(service.post, CLASSIFY, scan(), JPEG) for _ in range(2)]
-        answer = refused(service)
+        until(lambda: service.gate.working == 2)
+        answer = service.post(CLASSIFY, scan(), JPEG)
         assert "in work" in problem(answer, 503, "busy")["detail"]
         assert int(answer.headers["Retry-After"]) >= 1
         assert service.get("/healthz").status_code == 200, "health must not wait behind work"
     assert [answer.result().status_code for answer in held] == [200, 200]
     assert service.post(CLASSIFY, scan(), JPEG).status_code == 200, "what was refused once is refused for ever"
+
+
+def test_what_cannot_be_read_waits_for_no_model(service: Running) -> None:
+    with ThreadPoolExecutor(1) as pool, no_predictions(service):
+        held = pool.submit(service.post, CLASSIFY, scan(), JPEG)
+        until(lambda: not service.service.line().main.batcher.idle)
+        problem(service.post(CLASSIFY, b"x", JPEG), 400, "not_an_image")
+        files = [("images", ("a", b"")), ("images", ("b", b"x"))]
+        results = service.post(CLASSIFY, files=files).json()["results"]
+        assert [result["error_code"] for result in results] == ["empty", "not_an_image"]
+        assert not held.done()
+    assert held.result().status_code == 200
+
+
+def test_only_what_is_small_is_decoded_where_it_is_classified(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    frames_of = FrameSource.frames_of
+
+    def watched(self: FrameSource, scan: Scan) -> list[Frame]:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return frames_of(self, scan)
+
+    monkeypatch.setattr(FrameSource, "frames_of", watched)
+
+    for body in (scan(), png(np.zeros((1100, 1000), np.uint8)), scan() + bytes(2**18)):
+        assert service.post(CLASSIFY, body, JPEG).status_code == 200
+    assert threads == ["predict", "decode", "decode"]
+    with ThreadPoolExecutor(2) as pool, no_predictions(service):
+        pool.submit(service.post, CLASSIFY, scan(), JPEG)
+        until(lambda: not service.service.line().main.batcher.idle)
+        pool.submit(service.post, CLASSIFY, scan(), JPEG)
+        until(lambda: threads[3:] == ["decode"])
 
 
 def test_an_answer_that_takes_too_long_is_a_problem_with_the_time_to_wait(model: str) -> None:

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -32,6 +33,7 @@ from typing import Any
 import checkout
 
 from btray import storage
+from tools.processes import cpu_seconds
 from tools.s3_server import S3Server
 
 ROOT: Path = checkout.ROOT
@@ -114,7 +116,7 @@ def _archive(root: str, pictures: list[Path], count: int) -> list[str]:
 
 
 def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: Path, store: int | None) -> Result:
-    """Throughput with start-up, and in the steady state; peak memory (PSS) of all its processes."""
+    """Throughput with start-up, and in the steady state; peak memory of all its processes."""
     out.mkdir()
     listing = out / "list.txt"
     listing.write_text("\n".join(uris) + "\n", encoding="utf-8")
@@ -126,7 +128,7 @@ def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: P
     environment = os.environ | {"BENCHMARK_MARK": mark, "PYTHONPATH": str(ROOT)}
     if pipeline != "dataloader":
         environment["OMP_NUM_THREADS"] = "1"
-    busy_before = _cpu_seconds(store)
+    busy_before = cpu_seconds(store) if store else 0.0
     started = time.perf_counter()
     with _Memory(mark) as memory, listing.open() as lines:
         done = subprocess.run(
@@ -142,8 +144,9 @@ def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: P
         raise RuntimeError(f"{pipeline}: {done.stderr[-3000:]}")
     said = _report_of(out / "table") if pipeline == "job" else json.loads(done.stdout.strip().splitlines()[-1])
     result = said | {"seconds": seconds, "images_per_s": len(uris) / seconds, "peak_mb": memory.peak / 1e6}
+    result["peak_mb_of"] = {name: round(held / 1e6) for name, held in memory.of_peak.items()}
     if store is not None:
-        result["store_share_of_a_core"] = (_cpu_seconds(store) - busy_before) / seconds
+        result["store_share_of_a_core"] = (cpu_seconds(store) - busy_before) / seconds
     return result
 
 
@@ -174,12 +177,19 @@ def _daft_python() -> str:
 
 
 class _Memory(threading.Thread):
-    """The most memory that all processes with a mark in their environment held at once, in bytes (PSS)."""
+    """The most memory that all processes with a mark in their environment held at once, in bytes.
+
+    Anonymous memory of each, and shared memory (Ray's object store, which its processes map) once. Counters of the
+    kernel, for PSS has page tables walked: looking every two seconds took a sixth of a core from what was measured.
+    """
 
     def __init__(self, mark: str) -> None:
         super().__init__(daemon=True)
         self.peak = 0
+        self.of_peak: dict[str, int] = {}
+        """Who held how much of it."""
         self._mark = f"BENCHMARK_MARK={mark}".encode()
+        self._marked: dict[str, bool] = {}
         self._ended = threading.Event()
 
     def __enter__(self) -> _Memory:
@@ -191,26 +201,37 @@ class _Memory(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """The thread; looks seldom, since looking costs: every 2 s it took a sixth of a core from a pipeline of many
-        processes."""
-        while not self._ended.wait(15):
-            self.peak = max(self.peak, sum(map(self._held, Path("/proc").iterdir())))
+        """The thread."""
+        while not self._ended.wait(1):
+            held: dict[str, int] = defaultdict(int)
+            for process in os.listdir("/proc"):
+                if process.isdigit() and (name := self._name(process)):
+                    counters = _memory_of(process)
+                    held[name] += counters["RssAnon"]
+                    held["shared"] = max(held["shared"], counters["RssShmem"])
+            if sum(held.values()) > self.peak:
+                self.peak, self.of_peak = sum(held.values()), dict(held)
 
-    def _held(self, process: Path) -> int:
+    def _name(self, process: str) -> str | None:
+        """What a process with the mark is called now (Ray's change their names); None for others."""
         try:
-            if not process.name.isdigit() or self._mark not in (process / "environ").read_bytes():
-                return 0
-            lines = (process / "smaps_rollup").read_text().splitlines()
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-        except (OSError, StopIteration):
-            return 0
+            if process not in self._marked:
+                self._marked[process] = self._mark in Path("/proc", process, "environ").read_bytes()
+            if not self._marked[process]:
+                return None
+            words = Path("/proc", process, "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            return None
+        return Path(words[1] if len(words) > 1 and "python" in Path(words[0]).name else words[0]).name
 
 
-def _cpu_seconds(pid: int | None) -> float:
-    if pid is None:
-        return 0.0
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def _memory_of(process: str) -> Counter[str]:
+    """Counters of a process, in bytes; zeros for one that has gone."""
+    try:
+        lines = Path("/proc", process, "status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Counter()
+    return Counter({line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Rss")})
 
 
 if __name__ == "__main__":

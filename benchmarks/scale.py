@@ -1,13 +1,13 @@
 """What a second node brings: a job on archives on one Ray node and on two (one core each), beside bare processes.
 
-python benchmarks/scale.py --model runs/first --input ../data/brain-tumor-mri/Testing [--rounds 5] [--times 4]
-python benchmarks/scale.py --job pack --input ../data/brain-tumor-mri/Testing --times 100
+python benchmarks/scale.py --model runs/first --input ../data/brain-tumor-mri/Testing [--rounds 5] [--times 30]
+python benchmarks/scale.py --job pack --input ../data/brain-tumor-mri/Testing --times 200
 
 Every round measures, in turn: one bare process, two bare processes (each pinned to a core of its own: read, decode,
 forward pass, nothing written; or read and write shards), the job on a cluster of one node with one CPU, and on two such
-nodes, each pinned to a core. The head has no CPU and coordinates. Rates are from the first part to the last, so that
-start-up is not counted. What is asked for: two nodes over one are at least 0.9 times what two bare processes are over
-one; medians.
+nodes, each pinned to a core. The head has no CPU and coordinates, on both cores. Rates are from the first part to the
+last, so that start-up is not counted. What is asked for: two nodes over one are at least 0.9 times what two bare
+processes are over one; medians.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,8 +28,10 @@ from typing import Any
 import checkout  # noqa: F401 - `tools` is found
 
 from tools.loopback_cluster import LoopbackCluster
+from tools.processes import cpu_seconds, until
 
 HERE = Path(__file__).resolve().parent
+_AT_REST = 0.15  # cores of all nodes together
 
 _BARE = {
     "classify": """
@@ -49,7 +52,7 @@ for start in range(0, len(paths), 64):
 print(time.perf_counter() - started, flush=True)
 """,
     "pack": """
-import json, os, sys, tempfile, time
+import json, sys, tempfile, time
 from collections import defaultdict
 from btray.lots import LotReader
 from btray.packing import PartPacker
@@ -57,12 +60,12 @@ from btray.packs import SCHEMA
 from btray.part_files import write_part
 from btray.scans import ScanLimits
 from btray.settings_bulk import PackConfig
-from btray.storage import FileInfo
+from btray.storage import describe
 paths = json.load(sys.stdin)
 reader = LotReader(threads=PackConfig.model_fields["threads"].default, patience=10, max_bytes=ScanLimits().max_bytes)
 rest = {"etag": "", "error_code": None, "error": None, "retryable": False}
 def work(some, uri):
-    objects = [FileInfo(path, os.path.getsize(path), "", 0.0) for path in some]
+    objects = [describe(path) for path in some]
     rows = [
         {"data": answer, "uri": info.uri, "path": info.uri, "size": info.size} | rest
         for lot, answers in reader.lots(objects, defaultdict(float)) for info, answer in zip(lot, answers)
@@ -104,6 +107,7 @@ def main() -> None:
                 rates[f"bare_{count}"].append(bare(arguments, paths, cores[:count]))
                 output = Path(name, f"results{number}-{count}")
                 rates[f"nodes_{count}"].append(on_nodes(arguments, archive, output, cores[:count]))
+                shutil.rmtree(output)
             print(json.dumps({key: round(values[-1], 1) for key, values in rates.items()}), file=sys.stderr, flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
     bare_gain, node_gain = median["bare_2"] / median["bare_1"], median["nodes_2"] / median["nodes_1"]
@@ -143,13 +147,20 @@ def on_nodes(arguments: argparse.Namespace, archive: Path, output: Path, cores: 
             for pid in node.pids():
                 subprocess.run(["taskset", "--all-tasks", "--cpu-list", "--pid", str(core), str(pid)], check=False,
                                capture_output=True)  # fmt: skip
-        time.sleep(2)  # until the nodes' own processes are at rest
+        until(lambda: _busy(cluster) < _AT_REST, "the nodes' own processes to come to rest")
         command = [sys.executable, str(HERE.parent / "jobs" / f"{arguments.job}.py")]
         command += ["--input", str(archive), "--output", str(output)]
         command += ["--model", arguments.model] if arguments.job == "classify" else []
         subprocess.run(command, check=True, capture_output=True, env=cluster.environment_of_jobs())
     (path,) = output.glob("_runs/*/*/run.json")
     return float(json.loads(path.read_text(encoding="utf-8"))["images_per_second"])
+
+
+def _busy(cluster: LoopbackCluster) -> float:
+    """Cores that the processes of a cluster keep busy for a second."""
+    before = {pid: cpu_seconds(pid) for node in cluster.nodes for pid in node.pids()}
+    time.sleep(1)
+    return sum(max(0.0, cpu_seconds(pid) - seconds) for pid, seconds in before.items())
 
 
 if __name__ == "__main__":

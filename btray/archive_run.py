@@ -44,6 +44,15 @@ Report = dict[str, Any]
 _ACTOR_CPUS = 0.9
 _READER_CPUS = 0.05
 
+# Ray Data looks at its tasks ten times a second and takes what waits in their buffers, two blocks of each where nothing
+# is said: 20 parts a second for all actors of a cluster, however many. A block here is a list of objects, some 50 kB.
+_FEED = {
+    "_max_num_blocks_in_streaming_gen_buffer": 32,
+    "target_max_block_size": 1,  # bytes: each row its own block, or the first parts would wait for 128 MiB of them
+    "raise_original_map_exception": True,
+}
+_IN_FLIGHT = 4  # parts of an actor, so that one that needs 30 ms for each does not wait for the next look
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -229,9 +238,9 @@ def parts_through(
     """The worklist's parts, one row each, through actors of the class `worker`: at first, and at most. Needs Ray."""
     first, most = actors
     context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size, context.raise_original_map_exception
-    # bytes: each row its own block, or the first parts would wait for 128 MiB of them
-    context.target_max_block_size, context.raise_original_map_exception = 1, True
+    before = {name: getattr(context, name) for name in _FEED}
+    for name, value in _FEED.items():
+        setattr(context, name, value)
     try:
         worklist = ray.data.read_datasource(WorklistSource(run, patience), num_cpus=_READER_CPUS, override_num_blocks=1)
         return worklist.map_batches(
@@ -242,11 +251,12 @@ def parts_through(
             num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / first),
             num_gpus=gpu_share or None,
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, initial_size=first, max_size=most, max_tasks_in_flight_per_actor=2
+                min_size=1, initial_size=first, max_size=most, max_tasks_in_flight_per_actor=_IN_FLIGHT
             ),
         )
     finally:
-        context.target_max_block_size, context.raise_original_map_exception = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _enforce(report: Report, limit: float | None) -> None:

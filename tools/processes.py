@@ -48,6 +48,15 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
+def cpu_seconds(pid: int) -> float:
+    """What the process has used of the cores so far, in user mode and in the kernel; 0 once it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def listened_on(pids: Iterable[int]) -> set[str]:
     """IP addresses, `::` and `0.0.0.0` for all, on which these processes take TCP connections."""
     sockets = set()

@@ -205,14 +205,14 @@ class _Memory(threading.Thread):
         while not self._ended.wait(1):
             held: dict[str, int] = defaultdict(int)
             for process in os.listdir("/proc"):
-                if process.isdigit() and (name := self._name(process)):
+                if process.isdigit() and (name := self._title(process)):
                     counters = _memory_of(process)
                     held[name] += counters["RssAnon"]
                     held["shared"] = max(held["shared"], counters["RssShmem"])
             if sum(held.values()) > self.peak:
                 self.peak, self.of_peak = sum(held.values()), dict(held)
 
-    def _name(self, process: str) -> str | None:
+    def _title(self, process: str) -> str | None:
         """What a process with the mark is called now (Ray's change their names); None for others."""
         try:
             if process not in self._marked:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 
 from btray import logs, storage
-from btray.allocator import keep_freed_memory
 from btray.classifier import Classifier, Prediction
 from btray.drift import Profile
 from btray.engines import EngineName
@@ -83,7 +82,6 @@ class PartClassifier(PartWorker):
 
     def __init__(self, model: str, run: Run, options: WorkerOptions) -> None:
         logs.begin_in_worker(options.log_format, job="classify", run_id=run.run_id)
-        keep_freed_memory()
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
             model,

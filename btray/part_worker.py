@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 
 from btray import runs, storage
+from btray.allocator import keep_freed_memory
 from btray.lots import LotReader, objects_of
 from btray.part_files import read_tally, write_part
 from btray.reading import Answer
@@ -34,6 +35,7 @@ class PartWorker(ABC):
     """Of pyarrow.parquet.write_table."""
 
     def __init__(self, run: Run, reader: LotReader, patience: float) -> None:
+        keep_freed_memory()  # of images and of whole parts
         self.run = run
         self._reader = reader
         self._patience = patience

@@ -107,7 +107,7 @@ def actor(patch: pytest.MonkeyPatch, model: str, **changes: Any) -> PartClassifi
     context = SimpleNamespace(was_current_actor_reconstructed=False)
     patch.setattr("btray.part_worker.ray.get_runtime_context", lambda: context)
     patch.setattr("btray.bulk_worker.logs.begin_in_worker", lambda *_, **__: None)
-    patch.setattr("btray.bulk_worker.keep_freed_memory", lambda: None)
+    patch.setattr("btray.part_worker.keep_freed_memory", lambda: None)
     run = Run(run_id="run", group="model", parts="parts", output="out", request={})
     options: dict[str, Any] = {
         "model_id": load_bundle(model).manifest.model_id,

@@ -98,8 +98,8 @@ class FileServer:
                 handler.send_header(key, value)
         handler.end_headers()
         body = body[: wrong.cut_after]
+        request.sent = len(body)  # before the client can have read it all and looked
         handler.wfile.write(body)
-        request.sent = len(body)
         handler.close_connection = True
 
     def _good_answer(self, request: Request, wrong: Misbehaviour) -> tuple[int, bytes, dict[str, str]]:

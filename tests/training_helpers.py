@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ray.train
@@ -111,9 +113,11 @@ def train_here(config: TrainConfig) -> tuple[list[dict[str, Any]], dict[str, Any
         scaling_config=ray.train.ScalingConfig(num_workers=0),
         datasets=datasets(data),
     )
-    checkpoint = trainer.fit().checkpoint
-    assert checkpoint is not None
-    return history_of(config), load_state(checkpoint.path)
+    # Local mode deletes no checkpoint, whatever it is told.
+    with tempfile.TemporaryDirectory() as folder, patch("tempfile.tempdir", folder):
+        checkpoint = trainer.fit().checkpoint
+        assert checkpoint is not None
+        return history_of(config), load_state(checkpoint.path)
 
 
 def train_and_collect(settings: dict[str, Any]) -> None:

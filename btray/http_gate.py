@@ -43,7 +43,7 @@ _HEADERS: Final = [
 ]
 
 
-_CLIENT_WENT: Final = 499
+CLIENT_WENT: Final = 499
 """What nginx and Ray Serve write of a client that did not wait for its answer."""
 
 
@@ -112,7 +112,7 @@ class Gate:
             _log.exception("a request to %s failed", route_of(scope))
             await _respond(Problem(500, "internal", "the service failed; its log says why"), scope, receive, answer)
         finally:
-            status = answer.status or _CLIENT_WENT
+            status = answer.status or CLIENT_WENT
             self.watcher.request(route_of(scope), status, time.perf_counter() - started)
 
     async def _admitted(self, scope: Scope, receive: Receive, answer: _Answer) -> None:

@@ -148,10 +148,10 @@ class ServedModels:
             line = await asyncio.to_thread(self._load, config, None)
             taken()
             self.line = line
-            self._report("done", config)
+            self._report("done", config.model)
             return
         self._wanted = config, taken
-        self._report("loading", config)
+        self._report("loading", config.model)
         if self._switching is None or self._switching.done():
             self._switching = asyncio.create_task(self._switch())
 
@@ -161,23 +161,23 @@ class ServedModels:
             try:
                 line = await asyncio.to_thread(self._load, config, self.line)
             except Exception as error:
-                self.refuse(config, error)
+                self.refuse(config.model, error)
             else:
                 taken()
                 self.line = line
                 if self._wanted is None:
-                    self._report("done", config)
+                    self._report("done", config.model)
 
-    def refuse(self, config: ServiceConfig, error: Exception) -> None:
-        """Say why `config` is not served."""
+    def refuse(self, model: str, error: Exception) -> None:
+        """Say why the config that names `model` is not served."""
         if not isinstance(error, UserError):
-            _log.error("loading %s failed", config.model, exc_info=error)
-        self._report("refused", config, str(error))
+            _log.error("loading %s failed", model, exc_info=error)
+        self._report("refused", model, str(error))
 
-    def _report(self, state: str, config: ServiceConfig, why: str = "") -> None:
+    def _report(self, state: str, model: str, why: str = "") -> None:
         self.switch = {"state": state, "detail": why}
         level = logging.WARNING if why else logging.INFO
-        _log.log(level, "bundle %s: %s%s", config.model, state, why and f": {why}; the one before it goes on serving")
+        _log.log(level, "bundle %s: %s%s", model, state, why and f": {why}; the one before it goes on serving")
 
     def _load(self, config: ServiceConfig, now: Line | None) -> Line:
         main = self._served(CanaryConfig(model=config.model, model_id=config.model_id), config, now)

@@ -6,6 +6,7 @@ in `user_config` (a `ServiceConfig`); see `btray.serving_api` for the routes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -20,10 +21,12 @@ from typing import Any, TypeVar
 import ray
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeDeploySchema
 
 from btray.allocator import keep_freed_memory
@@ -47,6 +50,7 @@ LOOPBACK = "127.0.0.1"
 
 # Serve counts requests to a replica in its own queue; the gate refuses long before it is full, with a problem to read.
 _ONGOING = 256
+_OTHERS = 10.0  # seconds that other replicas have to say what they serve; where there are none, none answers
 _DRAIN = 20.0  # seconds that a replica that goes has for the requests it holds
 
 
@@ -61,16 +65,35 @@ class Replica:
         return build_app(self.service)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve what `user_config` says; see `Service.configure`."""
+        """Serve `user_config`, or where it cannot be served what is served already; see `Service.configure`.
+
+        A replica that starts meanwhile takes what the others serve: else one bad bundle would keep a service from
+        growing under load, and from replacing what dies. Raises UserError where there are no others.
+        """
+        config = None
         try:
             config = _validated(ServiceConfig, user_config)
+            await self.service.configure(config)
         except UserError as error:
-            line = self.service.models.line
-            if line is None:
-                raise
-            self.service.models.refuse(line.config, error)
-            return
-        await self.service.configure(config)
+            if self.service.models.line is None:
+                good = await _served_by_others()
+                if good in (None, config):
+                    raise
+                await self.service.configure(good)
+            self.service.models.refuse(str(user_config.get("model")), error)
+
+    async def serving(self) -> ServiceConfig | None:
+        """What is served, for a replica that starts."""
+        line = self.service.models.line
+        return line.config if line else None
+
+
+async def _served_by_others() -> ServiceConfig | None:
+    """What another replica of this application serves; None where none answers."""
+    handle = serve.get_deployment_handle(DEPLOYMENT, serve.get_replica_context().app_name)
+    with suppress(TimeoutError, RayError, RayServeException):
+        return await asyncio.wait_for(handle.serving.remote(), _OTHERS)
+    return None
 
 
 def _sees_callers() -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from btray import api_schema, serving_metrics
@@ -26,7 +27,7 @@ from btray.cli import NOTICE
 from btray.errors import UserError
 from btray.explain import heat_png, overlay_png, slice_png
 from btray.frames import Rejection
-from btray.http_gate import Access, Gate, read_body
+from btray.http_gate import CLIENT_WENT, Access, Gate, read_body
 from btray.inference_protocol import add_protocol
 from btray.problems import REJECTION_STATUS, Problem
 from btray.scans import count_pages
@@ -70,7 +71,7 @@ class Service:
         except UserError as error:
             if self.models.line is None:
                 raise
-            self.models.refuse(config, error)
+            self.models.refuse(config.model, error)
 
     def _take(self, config: ServiceConfig, keys: KeyRing | None) -> None:
         self.access = Access(keys, insecure=config.insecure, sees_callers=self.sees_callers, reader=self.key_reader)
@@ -289,6 +290,10 @@ def _add_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         return Problem(422, "invalid", f"{where}: {first['msg']}"[:500]).response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_went(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_WENT)  # for the metrics: nobody is there to read it
 
     @app.exception_handler(Exception)
     async def failure(_: Request, __: Exception) -> Response:

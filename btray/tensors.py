@@ -150,8 +150,8 @@ def _input(name: str, entry: dict[str, Any], tail: bytes) -> tuple[Tensor, bytes
     datatype, shape, size = entry.get("datatype"), entry.get("shape"), _parameters(entry).get("binary_data_size")
     if datatype not in ("BYTES", "UINT8", "FP32"):
         raise Problem(400, "bad_request", f"input {name[:80]!r}: datatype {str(datatype)[:40]!r} is not taken")
-    if not isinstance(shape, list) or not all(type(side) is int and 0 <= side < 2**31 for side in shape):
-        raise Problem(400, "bad_request", f"input {name[:80]!r}: shape must be a list of whole numbers")
+    if not isinstance(shape, list) or not shape or not all(type(side) is int and 0 <= side < 2**31 for side in shape):
+        raise Problem(400, "bad_request", f"input {name[:80]!r}: shape must be a list of whole numbers, one at least")
     count = math.prod(shape)
     if size is None:
         values = _from_json(name, datatype, shape, entry.get("data"))
@@ -185,7 +185,8 @@ def _from_json(name: str, datatype: str, shape: list[int], data: Any) -> list[by
             raise ValueError(f"these are no values of {datatype}")
         if datatype == "UINT8" and values.size and (values.min() < 0 or values.max() > 255):
             raise ValueError("UINT8 lies in 0 to 255")
-        return values.astype(_TYPES[datatype]).reshape(shape)
+        with np.errstate(over="ignore"):  # what is no finite FP32 becomes a rejected image
+            return values.astype(_TYPES[datatype]).reshape(shape)
     except (ValueError, OverflowError, TypeError) as error:
         raise Problem(400, "bad_request", f"input {name[:80]!r}: {str(error)[:200]}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -167,6 +168,8 @@ def entry(**changes: Any) -> dict[str, Any]:
         {"inputs": [entry(datatype="BYTES")]},
         {"inputs": [entry(shape=[1, 2])]},
         {"inputs": [entry(shape=[1, 1, 3])]},
+        {"inputs": [entry(shape=[], data=[1])]},
+        {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [], "data": ["eA=="]}]},
         {"inputs": [entry(shape=[-1, -1, 2])]},
         {"inputs": [entry(shape=[1, 1, 2.0])]},
         {"inputs": [entry(shape="112")]},
@@ -246,3 +249,25 @@ JSON = st.recursive(
 def test_any_json_is_a_request_or_a_problem(content: dict[str, Any]) -> None:
     with suppress(Problem):
         parse_request(json.dumps(content).encode(), None, 1_000_000)
+
+
+NUMBERS = st.lists(st.integers(-1, 300) | st.floats(), max_size=4)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.sampled_from(["BYTES", "UINT8", "FP32"]),
+    st.lists(st.integers(0, 3), max_size=4),
+    st.binary(max_size=12) | NUMBERS | st.lists(NUMBERS, max_size=3) | st.lists(st.sampled_from(["", "eA==", "x"])),
+)
+def test_what_nearly_makes_sense_has_the_shape_it_names_or_is_a_problem(
+    datatype: str, shape: list[int], data: bytes | list[Any]
+) -> None:
+    raw = data if isinstance(data, bytes) else b""
+    values = {"parameters": {"binary_data_size": len(raw)}} if isinstance(data, bytes) else {"data": data}
+    head = json.dumps({"inputs": [{"name": "pixels", "datatype": datatype, "shape": shape, **values}]}).encode()
+    with suppress(Problem):
+        tensor = parse_request(head + raw, str(len(head)), len(head)).inputs["pixels"]
+        assert shape
+        found = [len(tensor.values)] if isinstance(tensor.values, list) else list(tensor.values.shape)
+        assert found == shape or (datatype == "BYTES" and math.prod(shape) == found[0])

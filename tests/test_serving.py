@@ -127,6 +127,26 @@ def test_a_replica_killed_under_load_costs_retries_and_no_request(served: Served
 
 
 @pytest.mark.cluster
+def test_a_replica_that_starts_while_the_config_is_bad_serves_what_the_others_do(
+    served: Served, model: str, tmp_path: Path
+) -> None:
+    until(lambda: len(replicas()) == 2)
+    served.deploy(model=str(tmp_path / "nothing"))
+    until(lambda: "no model bundle" in served.models()["switch"]["detail"])
+    with under_load(served) as load:
+        for old in replicas():  # so that in the end those that came must do alone
+            os.kill(old, signal.SIGKILL)
+            until(lambda old=old: old not in replicas())
+            until(lambda: len(replicas()) == 2, seconds=60)
+            served.wait()
+    assert load.lost == 0
+    assert {model_id for _, model_id in load.answers} == {Classifier.load(model).model_id}
+    assert "no model bundle" in served.models()["switch"]["detail"]
+    served.deploy()
+    served.wait()
+
+
+@pytest.mark.cluster
 def test_without_keys_no_other_machine_is_answered_though_serve_listens_to_all(served: Served) -> None:
     from ray.util import get_node_ip_address
 

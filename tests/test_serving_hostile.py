@@ -38,34 +38,25 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def attack(service: Running, model: str, count: int, seed: int) -> None:
+def test_two_thousand_hostile_bodies_do_no_harm(service: Running, model: str) -> None:
     (expected,) = Classifier.load(model).predict([scan()])
-    for _, hostile in hostile_bodies(64, seed + 1):  # what a first time costs is not a leak
+    for _, hostile in hostile_bodies(64, seed=1):  # what a first time costs is not a leak
         status_of(service.url, hostile)
     memory, threads, files = resident(), threading.active_count(), len(os.listdir("/proc/self/fd"))
     seen: Counter[int] = Counter()
-    for name, hostile in hostile_bodies(count, seed):
+    for name, hostile in hostile_bodies(2000, seed=2):
         started = time.monotonic()
         status = status_of(service.url, hostile)
         assert status < 500, f"{name}: {status}"
         assert time.monotonic() - started < SLOWEST, name
         seen[status] += 1
-    assert seen[200] < count / 2
-    assert seen[0] < count / 10, seen
+    assert seen[200] < 1000
+    assert seen[0] < 200, seen
     (answer,) = service.post("/v1/classify", scan(), "image/jpeg").json()["results"]
     assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
     assert resident() - memory < 200_000_000, seen
     assert threading.active_count() <= threads + 2
     assert len(os.listdir("/proc/self/fd")) <= files + 8
-
-
-def test_hostile_bodies_do_no_harm(service: Running, model: str) -> None:
-    attack(service, model, 240, seed=1)
-
-
-@pytest.mark.soak
-def test_two_thousand_hostile_bodies_do_no_harm(service: Running, model: str) -> None:
-    attack(service, model, 2000, seed=2)
 
 
 # ---- the schema, driven by schemathesis
@@ -74,7 +65,6 @@ def test_two_thousand_hostile_bodies_do_no_harm(service: Running, model: str) ->
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-@pytest.mark.soak
 def test_answers_are_what_openapi_says(service: Running) -> None:
     import schemathesis  # slow to import, and needed here alone
 

@@ -131,8 +131,13 @@ def test_open_to_others_haproxy_alone_listens_and_replicas_come_and_go_with_the_
         job.end()
 
 
-def test_what_is_asked_when_the_end_is_told_is_answered(tmp_path: Path) -> None:
-    with running_job(tmp_path, "http://[::1]", "--host", "::1", "--replicas.min-replicas", "2") as job:
+@pytest.mark.parametrize(
+    ("url", "flags"),
+    [("http://[::1]", ["--host", "::1"]), ("http://127.0.0.1", ["--proxy", "ray"])],
+    ids=["haproxy", "ray"],
+)
+def test_what_is_asked_when_the_end_is_told_is_answered(tmp_path: Path, url: str, flags: list[str]) -> None:
+    with running_job(tmp_path, url, *flags, "--replicas.min-replicas", "2") as job:
         for name in ("X-Request-ID", "X-Request-Timeout-Seconds"):
             answer = requests.post(job.served.url + "/v1/classify", scan(), headers={**JPEG, name: b"\xff"}, timeout=30)
             problem(answer, 400, "bad_request")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -93,6 +94,20 @@ def test_so_many_bodies_are_read_at_a_time_and_no_more(service: Running) -> None
         assert "being read" in problem(service.post(CLASSIFY, scan(), JPEG), 503, "busy")["detail"]
         assert service.get("/healthz").status_code == 200
     until(lambda: service.post(CLASSIFY, scan(), JPEG).status_code == 200)
+
+
+def test_a_client_that_goes_while_it_sends_is_no_failure_of_the_service(
+    service: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        service.gate, "watcher", Mock(request=lambda route, code, _: seen.append((route, code)), in_work=lambda _: None)
+    )
+    with slow_uploads(service, 1):
+        until(lambda: service.gate.reading == 1)
+    until(lambda: seen)
+    assert seen == [(CLASSIFY, 499)]
+    assert not caplog.records
 
 
 def test_beyond_what_is_in_work_requests_are_refused_with_the_time_to_wait(service: Running) -> None:

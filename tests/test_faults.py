@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from tests.classify_helpers import part_files
 from tests.conftest import ROOT
 from tests.test_cluster_jobs import many_times, small, workers_of
 from tests.tiny_bundle import saved_bundle
-from tests.training_helpers import history_of, run_of, write_tree
+from tests.training_helpers import history_of, latest_report, run_of, write_tree
 from tools.loopback_cluster import LoopbackCluster, Node
 from tools.processes import command_line, until
 
@@ -55,18 +54,12 @@ def ended(process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
         raise AssertionError(f"still at work after {seconds} s: {log.read_text()[-4000:]}") from None
 
 
-def registered(config: TrainConfig) -> dict[str, Any] | None:
-    """The latest report that the run would go on from; what its workers themselves have written is there before."""
-    try:
-        snapshot = json.loads(Path(run_of(config), "checkpoint_manager_snapshot.json").read_text())
-    except (OSError, ValueError):  # not there yet, or half written
-        return None
-    latest: dict[str, Any] = snapshot["latest_checkpoint_result"]
-    return latest["metrics"]
+def registered(config: TrainConfig) -> dict[str, Any]:
+    return latest_report(Path(run_of(config)))
 
 
 def epochs_registered(config: TrainConfig) -> int:
-    return int((registered(config) or {"epoch": 0})["epoch"])
+    return int(registered(config).get("epoch", 0))
 
 
 def workers_on(node: Node) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ from btray.tuning import (
 )
 from btray.tuning_report import Row, accuracy_against_cost, by_score, frontier, table_csv, table_text
 from tests.conftest import ROOT
-from tests.training_helpers import tiny, write_tree
+from tests.training_helpers import latest_report, tiny, write_tree
 from tools.processes import descendants, is_alive
 
 SMALL = SpaceConfig(
@@ -291,12 +292,17 @@ def test_a_search_that_is_killed_goes_on_with_the_same_command(pictures: str, tm
     written.write_text(config.to_yaml())
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--config", str(written)]
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # so often reports are taken over; an epoch is shorter
     trials = Path(config.storage_uri, config.name, "trials")
+
+    def reported() -> dict[str, int]:
+        return {path.name: latest_report(path).get("epoch", 0) for path in trials.glob("*")}
+
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 400
-            while len(list(trials.glob("*/history.jsonl"))) < 3 and job.poll() is None:
+            while job.poll() is None and (len(reported()) < 3 or not any(reported().values())):
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         finally:
@@ -306,6 +312,8 @@ def test_a_search_that_is_killed_goes_on_with_the_same_command(pictures: str, tm
             for pid in filter(is_alive, started):
                 os.kill(pid, signal.SIGKILL)
     before = {path.parent.name: path.read_text().splitlines() for path in trials.glob("*/history.jsonl")}
+    epochs = reported()
+    assert any(epochs.values())
     assert not Path(config.out, "bundle.json").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
@@ -314,5 +322,7 @@ def test_a_search_that_is_killed_goes_on_with_the_same_command(pictures: str, tm
     assert before.keys() <= {line["trial"] for line in rows}, "no trial was begun anew under another name"
     for trial, lines in before.items():
         after = (trials / trial / "history.jsonl").read_text().splitlines()
-        assert after[: len(lines) - 1] == lines[: len(lines) - 1]
+        kept = epochs[trial]
+        assert after[:kept] == lines[:kept]
+        assert [json.loads(line)["epoch"] for line in after] == list(range(1, len(after) + 1))
     load_bundle(config.out)

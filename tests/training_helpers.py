@@ -143,3 +143,14 @@ def prepared(config: TrainConfig) -> TrainingData:
 def training_workers(root: int) -> list[int]:
     """The processes below `root` that Ray Train trains in."""
     return named(b"RayTrainWorker", root)
+
+
+def latest_report(run: Path) -> dict[str, Any]:
+    """The latest report that a run would go on from, {} before the first; what its workers have written is there
+    before."""
+    try:
+        snapshot = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
+    except (OSError, ValueError):  # not there yet, or half written
+        return {}
+    latest: dict[str, Any] = snapshot["latest_checkpoint_result"]
+    return latest["metrics"]

@@ -107,10 +107,13 @@ def main() -> None:
         for number in range(arguments.times):
             (archive / f"{number:03d}").symlink_to(Path(arguments.input).resolve(), target_is_directory=True)
         paths = [str(path) for top in sorted(archive.iterdir()) for path in sorted(top.rglob("*")) if path.is_file()]
+        bare(arguments, paths, cores)  # memory that a virtual machine had given back comes again
         for number in range(arguments.rounds):
             for count in (1, 2):
+                os.sync()  # what was written so far is not to be written while the next one is measured
                 rates[f"bare_{count}"].append(bare(arguments, paths, cores[:count]))
                 output = Path(name, f"results{number}-{count}")
+                os.sync()
                 rates[f"nodes_{count}"].append(on_nodes(arguments, archive, output, cores[:count]))
                 shutil.rmtree(output)
             print(json.dumps({key: round(values[-1], 1) for key, values in rates.items()}), file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ LOOPBACK = "127.0.0.1"
 
 # Serve counts requests to a replica in its own queue; the gate refuses long before it is full, with a problem to read.
 _ONGOING = 256
-_OTHERS = 10.0  # seconds that other replicas have to say what they serve; where there are none, none answers
+_OTHERS = 20.0  # seconds that other replicas have to say what they serve; where there are none, none answers
 _DRAIN = 20.0  # seconds that a replica that goes has for the requests it holds
 
 

@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 from tests.serving_helpers import bundle_at, problem, scan
 from tests.serving_load import JPEG, Served, replicas, under_load
 from tests.tiny_bundle import saved_bundle
-from tools.processes import named, until
+from tools.processes import listened_on, named, until
 
 pytestmark = [pytest.mark.soak, pytest.mark.cluster]
 
@@ -46,11 +46,13 @@ class Job:
         assert self.process.returncode == 0, self.log.read_text()
         return said.splitlines()[-1]
 
-    def listens(self, *words: bytes) -> list[str]:
-        """Addresses that its processes of these names listen on."""
-        pids = [pid for word in words for pid in named(word, self.process.pid)]
-        lines = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
-        return [line.split()[3] for line in lines if any(f"pid={pid}," in line for pid in pids)]
+    @property
+    def port(self) -> int:
+        return int(self.served.url.rpartition(":")[2])
+
+    def listens(self, word: bytes) -> set[tuple[str, int]]:
+        """Addresses and ports that its processes of this name listen on."""
+        return listened_on(named(word, self.process.pid))
 
 
 @contextmanager
@@ -85,7 +87,7 @@ def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path
         assert job.served.classify(scan()).status_code == 200
         own = job.listens(b"haproxy.cfg")
         assert len(own) >= 3, "HAProxy does not run"
-        assert all(address.startswith("127.0.0.1:") for address in own), own
+        assert {address for address, _ in own} == {"127.0.0.1"}, own
         before = job.served.models()["models"][0]["model_id"]
         with under_load(job.served) as load:
             saved_bundle(tmp_path / "model", seed=21)
@@ -104,7 +106,7 @@ def test_the_job_serves_behind_a_haproxy_that_only_this_machine_reaches(tmp_path
         assert job.end() == job.served.url
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended are no listener
-        probe.bind(("127.0.0.1", int(job.served.url.rpartition(":")[2])))
+        probe.bind(("127.0.0.1", job.port))
 
 
 def test_open_to_others_haproxy_alone_listens_and_replicas_come_and_go_with_the_load(tmp_path: Path) -> None:
@@ -118,11 +120,11 @@ def test_open_to_others_haproxy_alone_listens_and_replicas_come_and_go_with_the_
         problem(job.served.classify(scan()), 401, "unauthorized")
         job.served.headers = JPEG | {"Authorization": f"Bearer {key}"}
         assert job.served.classify(scan()).status_code == 200
-        open_to_all = [listener for listener in job.listens(b"haproxy.cfg") if not listener.startswith("127.0.0.1:")]
-        assert open_to_all == [f"0.0.0.0:{job.served.url.rpartition(':')[2]}"]
-        ingress = [listener for listener in job.listens(b"ServeReplica:btray") if ":300" in listener]
+        open_to_all = [listener for listener in job.listens(b"haproxy.cfg") if listener[0] != "127.0.0.1"]
+        assert open_to_all == [("0.0.0.0", job.port)]
+        ingress = [listener for listener in job.listens(b"ServeReplica:btray") if 30_000 <= listener[1] < 30_100]
         assert ingress
-        assert all(listener.startswith("127.0.0.1:") for listener in ingress), ingress
+        assert {address for address, _ in ingress} == {"127.0.0.1"}, ingress
         assert len(replicas(job.process.pid)) == 1
         with under_load(job.served, clients=24) as load:
             until(lambda: len(replicas(job.process.pid)) == 2, seconds=60)

@@ -57,8 +57,8 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def listened_on(pids: Iterable[int]) -> set[str]:
-    """IP addresses, `::` and `0.0.0.0` for all, on which these processes take TCP connections."""
+def listened_on(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """IP addresses, `::` and `0.0.0.0` for all, and ports on which these processes take TCP connections."""
     sockets = set()
     for pid in pids:
         for open_file in Path(f"/proc/{pid}/fd").glob("*"):
@@ -71,7 +71,8 @@ def listened_on(pids: Iterable[int]) -> set[str]:
         for line in table.read_text().splitlines()[1:]:
             words = line.split()
             if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:  # LISTEN
-                found.add(_address(words[1].partition(":")[0]))
+                address, _, port = words[1].partition(":")
+                found.add((_address(address), int(port, 16)))
     return found
 
 

@@ -20,12 +20,17 @@ import ray
 from ray.util import metrics
 
 from btray.drift import RUNS_BEFORE
-from btray.errors import UserError
+from btray.errors import Failed, UserError
 
 if TYPE_CHECKING:
     from btray.bulk_report import Totals
 
 Kind = Literal["counter", "gauge"]
+
+# How often a Pushgateway that is away is asked again, in 31 s: the run has ended, and only its numbers would be lost.
+_PUSHES = 5
+_BACKOFF = 1.0
+_AWAY = (429, 500, 502, 503, 504)
 
 _RUN = ("run_id",)
 _OF_ARCHIVE: dict[str, tuple[Kind, str, tuple[str, ...]]] = {
@@ -194,7 +199,7 @@ def lines_of(job: str, report: Mapping[str, Any], ended: float) -> str:
 def leave(target: str, job: str, lines: str) -> None:
     """Leave a job's numbers for later: in a file of node-exporter's textfile collector, or at a Pushgateway's URL.
 
-    Raises UserError where neither takes them.
+    Raises UserError where neither takes them, Failed where a Pushgateway stays away for half a minute.
     """
     if target.startswith(("http://", "https://")):
         _push(target, job, lines)
@@ -213,14 +218,28 @@ def leave(target: str, job: str, lines: str) -> None:
 
 def _push(url: str, job: str, lines: str) -> None:
     import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
 
-    try:
-        answer = requests.put(
-            f"{url.rstrip('/')}/metrics/job/btray_{job}",
-            data=lines.encode(),
-            headers={"Content-Type": "text/plain; version=0.0.4"},
-            timeout=20,
-        )
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        raise UserError(f"--metrics-to {url} took no numbers: {error}; is it a Pushgateway?") from error
+    again = Retry(
+        _PUSHES, backoff_factor=_BACKOFF, status_forcelist=_AWAY, allowed_methods=["PUT"], raise_on_status=False
+    )
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=again))
+        try:
+            answer = session.put(
+                f"{url.rstrip('/')}/metrics/job/btray_{job}",
+                data=lines.encode(),
+                headers={"Content-Type": "text/plain; version=0.0.4"},
+                timeout=20,
+            )
+        except ValueError as error:  # requests' word for what is no URL
+            raise UserError(f"--metrics-to {url} is no URL of a Pushgateway: {error}") from error
+        except requests.RequestException as error:
+            raise Failed(f"--metrics-to {url} does not answer: {error}") from error
+    said = f"--metrics-to {url} took no numbers: {answer.status_code} {answer.reason}"
+    if answer.status_code in _AWAY:
+        raise Failed(said)
+    if not answer.ok:
+        raise UserError(f"{said}; is it a Pushgateway?")

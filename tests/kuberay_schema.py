@@ -17,8 +17,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Owner(Strict):
+    apiVersion: str
+    kind: str
+    name: str
+    uid: str
+
+
 class Metadata(Strict):
     name: Name | None = None
+    ownerReferences: list[Owner] = []
     generateName: str | None = None
     labels: Text = {}
     annotations: Text = {}

@@ -17,6 +17,8 @@ class PathServer:
         self.files = dict(files)
         self.asked: list[tuple[str, str]] = []
         self.put: dict[str, bytes] = {}
+        self.refusals: list[int] = []
+        """Statuses with which the next requests are refused."""
 
     def __enter__(self) -> PathServer:
         served = self
@@ -32,7 +34,7 @@ class PathServer:
             def _answer(self, method: str) -> None:
                 served.asked.append((method, self.path))
                 body = served.files.get(self.path)
-                self.send_response(404 if body is None else 200)
+                self.send_response(served.refusals.pop(0) if served.refusals else 404 if body is None else 200)
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.end_headers()

@@ -31,6 +31,8 @@ from tests.path_server import PathServer
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = "1.34"
+EXTRAS = ("serve", "tune")
+"""Of btray, which the jobs and the endpoint on a cluster need."""
 OF_RAY = sorted((DEPLOY / "kuberay").glob("*.yaml"))
 
 
@@ -164,11 +166,16 @@ def test_who_waits_for_the_nightly_run_knows_how_it_ended_and_whether_to_try_aga
     """The script of the CronJob, with a kubectl that answers one state after the other, and again for each RayJob."""
     (cron,) = [one for one in documents(DEPLOY / "kuberay" / "nightly-classify.yaml") if one["kind"] == "CronJob"]
     (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    (script,) = [word.replace("/rayjob/", f"{tmp_path}/") for word in container["command"] if "\n" in word]
+    (tmp_path / "rayjob.yaml").write_text(
+        next(one for one in yaml.safe_load_all((DEPLOY / "kuberay" / "nightly-classify.yaml").read_text())
+             if one["kind"] == "ConfigMap")["data"]["rayjob.yaml"]
+    )  # fmt: skip
     (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
     (tmp_path / "kubectl").write_text(f"""#!/bin/sh
         cd {tmp_path}
         case "$*" in
-          create*) cp states left; echo made >> made; echo rayjob.ray.io/btray-nightly-x ;;
+          create*) cat > given; cp states left; echo made >> made; echo rayjob.ray.io/btray-nightly-x ;;
           *status.message*) printf %s {shlex.quote(message)} ;;
           *) state=$(head -n 1 left); sed -i 1d left; [ "$state" != error ] || exit 1; printf %s "$state" ;;
         esac
@@ -176,12 +183,31 @@ def test_who_waits_for_the_nightly_run_knows_how_it_ended_and_whether_to_try_aga
     (tmp_path / "sleep").write_text("#!/bin/sh\n")
     for name in ("kubectl", "sleep"):
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB_NAME": "btray-nightly-1", "JOB_UID": "4-5-6"}
+    assert environment.keys() == {"PATH", *(variable["name"] for variable in container["env"])}
     done = subprocess.run(
-        container["command"], env=environment, capture_output=True, text=True, check=False, timeout=20
+        [*container["command"][:-1], script], env=environment, capture_output=True, text=True, check=False, timeout=20
     )
     assert (done.returncode, done.stderr) == (code, "")
     assert len((tmp_path / "made").read_text().split()) == made
+    (owner,) = yaml.safe_load((tmp_path / "given").read_text())["metadata"]["ownerReferences"]
+    assert (owner["name"], owner["uid"]) == ("btray-nightly-1", "4-5-6"), "it goes with its Job, by the history limits"
+
+
+def test_a_pod_of_the_endpoint_is_ready_once_serve_answers_there() -> None:
+    (service,) = [document for _, document in resources() if document["kind"] == "RayService"]
+    for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}
+        assert container["readinessProbe"]["failureThreshold"] == 1, "KubeRay's own, for pods that take requests"
+        assert container["livenessProbe"]["httpGet"]["port"] != 8000, "a pod without a replica is well"
+
+
+def test_no_two_clusters_have_one_name() -> None:
+    """KubeRay names the services of a RayCluster and of a RayService alike, and would give one's to the other."""
+    names = [document["metadata"].get("name") for _, document in resources()
+             if document["kind"] in ("RayCluster", "RayService", "RayJob", "RayCronJob")]  # fmt: skip
+    assert len(set(names)) == len(names)
 
 
 def test_a_disruption_budget_asks_nothing_that_a_ray_cluster_cannot_say() -> None:
@@ -316,6 +342,8 @@ def test_a_role_may_do_what_it_needs_and_no_more(name: str) -> None:
             limited = "*" not in statement["Resource"] or "Condition" in statement
             assert harmless or limited, f"{action} on everything"
             assert not action.startswith("s3:") or all("EXAMPLE-BUCKET" in where for where in statement["Resource"])
+            on_instances = any(where.endswith(":instance/*") for where in statement["Resource"])
+            assert not on_instances or re.search("ray-cluster-name|CreateAction", json.dumps(statement["Condition"]))
     text = json.dumps(policy)
     assert ("ec2:RunInstances" in text) == (name == "head-policy")
     assert ("s3:DeleteBucket" in text) is False
@@ -358,6 +386,7 @@ def test_the_image_copies_what_is_there_and_runs_as_nobody_in_particular() -> No
             assert (ROOT / source).exists(), source
             assert f"!{source}" in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines(), source
     assert re.search(r"^USER (?!root)\w+$", text, re.MULTILINE)
+    assert f"'.[{','.join(EXTRAS)}]'" in text
     arguments = set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
     assert arguments == {"BASE", "TORCH_INDEX", "GPUS"}
     assert all(re.search(rf"\$\{{{name}[:}}]", text) for name in arguments)
@@ -377,7 +406,9 @@ def test_the_runtime_environment_is_one_and_names_every_package_with_its_pin() -
     RuntimeEnv(**full)
     pins = (ROOT / "constraints.txt").read_text().lower().splitlines()
     assert [entry for entry in full["pip"] if entry.lower() not in pins] == []
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(name for extra in EXTRAS for name in extras[extra])]
     wanted = {re.split(r"[\[><=]", name)[0].lower() for name in wanted} - {"ray"}
     assert wanted <= {entry.split("==")[0].lower() for entry in full["pip"]}
     assert int(full["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30

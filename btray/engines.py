@@ -69,8 +69,28 @@ def _frozen(network: Network, example: Tensor) -> Engine:
     """One graph with its weights as constants and batch normalisation folded into the convolutions."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph: Engine = torch.jit.freeze(torch.jit.trace(_WithSummary(network), example, check_trace=False))
-    return graph
+        graph = torch.jit.load(io.BytesIO(_traced(network, example)), map_location=example.device)
+        graph.load_state_dict(_WithSummary(network).state_dict())
+        engine: Engine = torch.jit.freeze(graph.eval())
+    return engine
+
+
+_traces: dict[tuple[str, torch.Size, torch.device], bytes] = {}
+
+
+def _traced(network: Network, example: Tensor) -> bytes:
+    """What tracing the network gives, with some weights.
+
+    torch never gives the memory of a trace back, nor that of what is frozen from one (pytorch #96726). So each
+    structure is traced once in a process, and what is loaded from the result goes as it came: a service may switch
+    models for ever.
+    """
+    key = (repr(network), example.shape, example.device)
+    if key not in _traces:
+        saved = io.BytesIO()
+        torch.jit.save(torch.jit.trace(_WithSummary(network), example, check_trace=False), saved)
+        _traces[key] = saved.getvalue()
+    return _traces[key]
 
 
 def _onnx(network: Network, example: Tensor) -> Engine:

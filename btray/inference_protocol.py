@@ -19,6 +19,7 @@ from btray.frames import Rejection
 from btray.http_gate import read_body
 from btray.problems import REJECTION_STATUS, Problem
 from btray.served_models import Found, ServedModel
+from btray.settings_serve import LimitsConfig
 from btray.tensors import LENGTH_HEADER, Array, InferRequest, Tensor, format_answer, parse_request
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_protocol(app: FastAPI, service: Service) -> None:
         length = request.headers.get(LENGTH_HEADER)
 
         async def answer() -> Response:
-            asked = await service.decoding(parse_request, body, length, service.limits.max_json)
+            asked = await service.decoding(_parsed, body, length, service.limits)
             return await _infer(service, name, model, asked)
 
         return await service.in_time(answer())
@@ -103,7 +104,7 @@ def _metadata(service: Service, name: str, model: ServedModel) -> dict[str, Any]
 
 
 async def _infer(service: Service, name: str, model: ServedModel, asked: InferRequest) -> Response:
-    predictions = await _predictions(service, model, _only_input(asked, service))
+    predictions = await _predictions(service, model, _input(asked))
     if len(predictions) == 1 and predictions[0].status != "ok":
         code = str(predictions[0].error_code)
         raise Problem(REJECTION_STATUS.get(code, 422), code, str(predictions[0].error))
@@ -115,19 +116,18 @@ async def _infer(service: Service, name: str, model: ServedModel, asked: InferRe
     return Response(body, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
 
-def _only_input(asked: InferRequest, service: Service) -> Tensor:
-    if set(asked.inputs) not in ({"image"}, {"pixels"}):
-        given = ", ".join(name[:40] for name in asked.inputs) or "none"
-        raise Problem(400, "bad_request", f"expected one input, image or pixels, and not {given}")
-    ((name, tensor),) = asked.inputs.items()
+def _parsed(body: bytes, length: str | None, limits: LimitsConfig) -> InferRequest:
+    return parse_request(body, length, max_json=limits.max_json, max_images=limits.max_images)
+
+
+def _input(asked: InferRequest) -> Tensor:
+    name, tensor = asked.name, asked.tensor
+    if name not in ("image", "pixels"):
+        raise Problem(400, "bad_request", f"expected one input, image or pixels, and not {name[:40]}")
     if (name == "image") != (tensor.datatype == "BYTES"):
         raise Problem(400, "bad_request", f"{name} cannot be {tensor.datatype}: image is BYTES, pixels UINT8 or FP32")
     if name == "pixels" and len(tensor.shape) != 3:
-        raise Problem(400, "bad_request", f"pixels of shape {list(tensor.shape)[:8]} are not [n, height, width]")
-    if len(tensor.values) > service.limits.max_images:
-        raise Problem(413, "too_many_images", f"the request has more than {service.limits.max_images} images")
-    if len(tensor.values) == 0:
-        raise Problem(400, "bad_request", f"there is no image in {name}")
+        raise Problem(400, "bad_request", f"pixels of shape {list(tensor.shape)} are not [n, height, width]")
     return tensor
 
 

@@ -28,6 +28,7 @@ _TYPES: Final[dict[str, np.dtype[Any]]] = {
     "FP32": np.dtype("<f4"),
     "BOOL": np.dtype("?"),
 }
+_MOST_SIDES: Final = 3  # images, height, width
 LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 
 
@@ -45,17 +46,20 @@ class InferRequest:
     """What a client asks."""
 
     id: str | None
-    inputs: dict[str, Tensor]
+    name: str
+    """Of its only input."""
+    tensor: Tensor
     outputs: dict[str, bool] | None
     """Names of the outputs that are wanted -> whether in binary; None: all."""
     binary: bool
     """Whether outputs that are not named come in binary."""
 
 
-def parse_request(body: bytes, header_length: str | None, max_json: int) -> InferRequest:
+def parse_request(body: bytes, header_length: str | None, *, max_json: int, max_images: int) -> InferRequest:
     """Read a request. `header_length` is the HTTP header of that name. Raises Problem where it is none.
 
-    JSON may have `max_json` bytes: reading it holds the interpreter's lock, and with it all other requests.
+    JSON may have `max_json` bytes: reading it holds the interpreter's lock, and with it all other requests. For that
+    reason what is said of a tensor is held against its bytes and `max_images` before anything is made of it.
     """
     head, tail = body, b""
     if header_length is not None:
@@ -72,20 +76,16 @@ def parse_request(body: bytes, header_length: str | None, max_json: int) -> Infe
         raise Problem(400, "bad_body", f"the body is no JSON: {str(error)[:200]}") from error
     if not isinstance(content, dict):
         raise Problem(400, "bad_body", "the body is no JSON object")
-    inputs: dict[str, Tensor] = {}
-    for entry in _list_of_objects(content, "inputs"):
-        name = entry.get("name")
-        if not isinstance(name, str) or name in inputs:
-            raise Problem(400, "bad_request", "each input needs a name of its own")
-        inputs[name], tail = _input(name, entry, tail)
-    if tail:
-        raise Problem(400, "bad_body", f"{len(tail)} bytes stand behind the last tensor")
+    entries = _list_of_objects(content, "inputs")
+    if len(entries) != 1:
+        raise Problem(400, "bad_request", f"expected one input, image or pixels, and not {len(entries)}")
+    name, tensor = _input(entries[0], tail, max_images)
     given = content.get("id")
     if not (given is None or isinstance(given, str)):
         raise Problem(400, "bad_request", "id must be text")
     binary = _parameters(content).get("binary_data_output", False) is True
     outputs = {_output(entry): _is_binary(entry, binary) for entry in _list_of_objects(content, "outputs")}
-    return InferRequest(given, inputs, outputs or None, binary)
+    return InferRequest(given, name, tensor, outputs or None, binary)
 
 
 def format_answer(
@@ -146,74 +146,94 @@ def _is_binary(entry: dict[str, Any], default: bool) -> bool:
     return _parameters(entry).get("binary_data", default) is True
 
 
-def _input(name: str, entry: dict[str, Any], tail: bytes) -> tuple[Tensor, bytes]:
-    datatype, shape, size = entry.get("datatype"), entry.get("shape"), _parameters(entry).get("binary_data_size")
+def _input(entry: dict[str, Any], raw: bytes, max_images: int) -> tuple[str, Tensor]:
+    """Name and tensor; `raw` is what stands behind the JSON."""
+    name, datatype, shape = entry.get("name"), entry.get("datatype"), entry.get("shape")
+    if not isinstance(name, str):
+        raise Problem(400, "bad_request", "the input needs a name")
+    where = f"input {name[:80]!r}"
     if datatype not in ("BYTES", "UINT8", "FP32"):
-        raise Problem(400, "bad_request", f"input {name[:80]!r}: datatype {str(datatype)[:40]!r} is not taken")
-    if not isinstance(shape, list) or not shape or not all(type(side) is int and 0 <= side < 2**31 for side in shape):
-        raise Problem(400, "bad_request", f"input {name[:80]!r}: shape must be a list of whole numbers, one at least")
-    count = math.prod(shape)
-    if size is None:
-        values = _from_json(name, datatype, shape, entry.get("data"))
-    elif type(size) is not int or not 0 <= size <= len(tail):
-        raise Problem(400, "bad_body", f"input {name[:80]!r}: {len(tail)} bytes are there of binary_data_size {size!r}")
+        raise Problem(400, "bad_request", f"{where}: datatype {str(datatype)[:40]!r} is not taken")
+    if not isinstance(shape, list) or not 1 <= len(shape) <= _MOST_SIDES or not all(map(_is_side, shape)):
+        raise Problem(400, "bad_request", f"{where}: shape must be one to {_MOST_SIDES} whole numbers from 1 on")
+    if shape[0] > max_images:
+        raise Problem(413, "too_many_images", f"the request has more than {max_images} images")
+    size = _parameters(entry).get("binary_data_size")
+    if size is None and not raw:
+        values = _from_json(where, datatype, shape, entry.get("data"))
+    elif type(size) is int and size == len(raw):
+        values = _unpacked(where, raw, shape) if datatype == "BYTES" else _from_raw(where, datatype, shape, raw)
     else:
-        raw, tail = tail[:size], tail[size:]
-        values = _unpacked(name, raw) if datatype == "BYTES" else _from_raw(name, datatype, shape, raw)
-    if len(values) != count and isinstance(values, list):
-        raise Problem(400, "bad_request", f"input {name[:80]!r}: {len(values)} elements do not fill the shape {shape}")
-    return Tensor(datatype, tuple(shape), values), tail
+        detail = f"{where}: {len(raw)} bytes stand behind the JSON, and binary_data_size is {str(size)[:40]}"
+        raise Problem(400, "bad_body", detail)
+    return name, Tensor(datatype, tuple(shape), values)
 
 
-def _from_raw(name: str, datatype: str, shape: list[int], raw: bytes) -> Array:
-    expected = math.prod(shape) * _TYPES[datatype].itemsize
-    if len(raw) != expected:
-        raise Problem(
-            400, "bad_request", f"input {name[:80]!r}: {len(raw)} bytes, and the shape {shape} has {expected}"
-        )
-    return np.frombuffer(raw, _TYPES[datatype]).reshape(shape)
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
-def _from_json(name: str, datatype: str, shape: list[int], data: Any) -> list[bytes] | Array:
+def _require_filled(where: str, shape: list[int], elements: int) -> None:
+    if elements != math.prod(shape):
+        raise Problem(400, "bad_request", f"{where}: {elements} elements do not fill the shape {shape}")
+
+
+def _from_raw(where: str, datatype: str, shape: list[int], raw: bytes) -> Array:
+    kind = _TYPES[datatype]
+    if len(raw) % kind.itemsize:
+        raise Problem(400, "bad_request", f"{where}: {len(raw)} bytes are no whole number of {datatype}")
+    _require_filled(where, shape, len(raw) // kind.itemsize)
+    return np.frombuffer(raw, kind).reshape(shape)
+
+
+def _from_json(where: str, datatype: str, shape: list[int], data: Any) -> list[bytes] | Array:
     if not isinstance(data, list):
-        raise Problem(400, "bad_request", f"input {name[:80]!r} has neither data nor binary_data_size")
+        raise Problem(400, "bad_request", f"{where} has neither data nor binary_data_size")
+    elements = _flat(data)
+    _require_filled(where, shape, len(elements))
     if datatype == "BYTES":
-        return [_from_base64(name, element) for element in _flat(data)]
+        return [_from_base64(where, element) for element in elements]
+    # Before NumPy sees them: of texts it makes an array of so many times the longest one.
+    if not all(type(element) in ((int,) if datatype == "UINT8" else (int, float)) for element in elements):
+        raise Problem(400, "bad_request", f"{where}: these are no values of {datatype}")
+    if datatype == "UINT8" and not 0 <= min(elements) <= max(elements) <= 255:
+        raise Problem(400, "bad_request", f"{where}: UINT8 lies in 0 to 255")
     try:
-        values = np.asarray(data)
-        if values.dtype.kind not in "iuf" or (datatype == "UINT8" and values.dtype.kind == "f"):
-            raise ValueError(f"these are no values of {datatype}")
-        if datatype == "UINT8" and values.size and (values.min() < 0 or values.max() > 255):
-            raise ValueError("UINT8 lies in 0 to 255")
         with np.errstate(over="ignore"):  # what is no finite FP32 becomes a rejected image
-            return values.astype(_TYPES[datatype]).reshape(shape)
-    except (ValueError, OverflowError, TypeError) as error:
-        raise Problem(400, "bad_request", f"input {name[:80]!r}: {str(error)[:200]}") from error
+            return np.array(elements, np.float64).astype(_TYPES[datatype]).reshape(shape)
+    except OverflowError as error:
+        raise Problem(400, "bad_request", f"{where}: {error}") from error
 
 
 def _flat(data: list[Any]) -> list[Any]:
-    """The elements of a list, or of lists in it."""
-    return [element for entry in data for element in (entry if isinstance(entry, list) else [entry])]
+    """The elements of a list, or of lists in it, row by row."""
+    for _ in range(_MOST_SIDES - 1):
+        if not any(isinstance(entry, list) for entry in data):
+            break
+        data = [element for entry in data for element in (entry if isinstance(entry, list) else [entry])]
+    return data
 
 
-def _from_base64(name: str, element: Any) -> bytes:
+def _from_base64(where: str, element: Any) -> bytes:
     try:
         return base64.b64decode(element, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
-        raise Problem(400, "bad_request", f"input {name[:80]!r}: BYTES in JSON must be base64: {error}") from error
+        raise Problem(400, "bad_request", f"{where}: BYTES in JSON must be base64: {error}") from error
 
 
-def _unpacked(name: str, raw: bytes) -> list[bytes]:
+def _unpacked(where: str, raw: bytes, shape: list[int]) -> list[bytes]:
     elements, at = [], 0
-    while at < len(raw):
+    for _ in range(min(math.prod(shape), len(raw) // 4 + 1)):
         if at + 4 > len(raw):
-            raise Problem(400, "bad_body", f"input {name[:80]!r}: an element's length is cut off")
+            raise Problem(400, "bad_body", f"{where}: an element's length is cut off")
         (length,) = struct.unpack_from("<I", raw, at)
         at += 4
         if at + length > len(raw):
-            raise Problem(400, "bad_body", f"input {name[:80]!r}: an element of {length} bytes is cut off")
+            raise Problem(400, "bad_body", f"{where}: an element of {length} bytes is cut off")
         elements.append(raw[at : at + length])
         at += length
+    if at != len(raw):
+        raise Problem(400, "bad_body", f"{where}: {len(raw) - at} bytes stand behind the elements of the shape {shape}")
     return elements
 
 

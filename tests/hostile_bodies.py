@@ -111,7 +111,21 @@ def a_tensor(rng: random.Random) -> Hostile:
     entry = {
         "name": rng.choice(["image", "pixels", "x"]),
         "datatype": rng.choice(["BYTES", "UINT8", "FP32", "FP64", None]),
-        "shape": rng.choice([[1], [1, 2, 2], [2**31 - 1] * 3, [-1], [], [0, 0, 0], "x", [1, 40, 40]]),
+        "shape": rng.choice(
+            [
+                [1],
+                [1, 2, 2],
+                [2**31 - 1] * 3,
+                [-1],
+                [],
+                [0, 0, 0],
+                "x",
+                [1, 40, 40],
+                [1] * 65,
+                [0, 2**31 - 1, 2**31 - 1],
+                [2**31 - 1] * 5000,
+            ]
+        ),
     }
     tail = rng.choice([b"", rng.randbytes(1600), struct.pack("<I", 2**32 - 1), rng.randbytes(6400), b"\0" * 8000])
     key = rng.choice(["data", "parameters"])

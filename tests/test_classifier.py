@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -18,9 +21,9 @@ from PIL import Image
 import btray
 from btray import engines
 from btray.classifier import Classifier, Prediction
-from btray.engines import EngineName
+from btray.engines import EngineName, make_engine
 from btray.errors import UserError
-from btray.network import Network
+from btray.network import Network, build_network
 from btray.phantoms import encoded_phantom, phantom
 from btray.scans import REJECTION_CODES
 from btray.settings import NetworkConfig
@@ -204,6 +207,31 @@ def test_a_graph_with_other_answers_is_not_used(monkeypatch: pytest.MonkeyPatch)
     bundle = random_bundle()
     used = Classifier(bundle, device="cpu", engine="frozen")
     assert used._engine == used.network.with_summary
+
+
+def test_a_process_may_freeze_one_network_after_another_for_ever() -> None:
+    networks = [build_network(NetworkConfig(widths=(64, 128, 256), depths=(1, 1, 1)), 3).eval() for _ in range(2)]
+    size = sum(parameter.nbytes for parameter in networks[0].parameters())
+    assert size > 2_000_000
+
+    def resident() -> int:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def freeze(times: int) -> None:
+        images = torch.rand(2, 1, 32, 32)
+        for number in range(times):
+            network = networks[number % 2]
+            engine = make_engine("frozen", network, size=32, device=torch.device("cpu"))
+            with torch.inference_mode():
+                for got, own in zip(engine(images), network.with_summary(images), strict=True):
+                    assert torch.allclose(got, own, atol=1e-5)
+
+    freeze(4)
+    before = resident()
+    freeze(12)
+    assert resident() - before < 3 * size
 
 
 def test_full_gpu_memory_halves_the_batch_and_loses_no_answer(scans: list[bytes]) -> None:

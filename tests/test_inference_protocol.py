@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -19,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from btray.classifier import Classifier
 from btray.problems import Problem
-from btray.tensors import LENGTH_HEADER, parse_request
+from btray.tensors import LENGTH_HEADER, InferRequest, parse_request
 from tests.serving_helpers import Running, bundle_at, problem, running, scan
 
 INFER = "/v2/models/btray/infer"
@@ -148,6 +149,10 @@ def test_triton_is_told_what_is_wrong(client: triton.InferenceServerClient) -> N
         client.infer("btray", [image_input([scan()])], outputs=[triton.InferRequestedOutput("label", class_count=2)])
 
 
+def parsed(body: bytes, length: str | None = None) -> InferRequest:
+    return parse_request(body, length, max_json=1_000_000, max_images=8)
+
+
 def entry(**changes: Any) -> dict[str, Any]:
     return {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 2], "data": [1, 2]} | changes
 
@@ -169,6 +174,13 @@ def entry(**changes: Any) -> dict[str, Any]:
         {"inputs": [entry(shape=[1, 2])]},
         {"inputs": [entry(shape=[1, 1, 3])]},
         {"inputs": [entry(shape=[], data=[1])]},
+        {"inputs": [entry(shape=[1] * 65, data=[1])]},
+        {"inputs": [entry(shape=[0, 2**31 - 1, 2**31 - 1], data=[])]},
+        {"inputs": [entry(shape=[2**31 - 1] * 100_000, data=[1])]},
+        {"inputs": [entry(data=["A" * 1_000_000, *[""] * 400_000])]},
+        {"inputs": [entry(data=[True, False])]},
+        {"inputs": [entry(data=[{}, []])]},
+        {"inputs": [entry(name=str(number)) for number in range(5000)]},
         {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [], "data": ["eA=="]}]},
         {"inputs": [entry(shape=[-1, -1, 2])]},
         {"inputs": [entry(shape=[1, 1, 2.0])]},
@@ -217,19 +229,55 @@ def test_a_header_length_that_does_not_fit_is_refused(service: Running, length: 
     problem(answer, 400, "bad_body")
 
 
+MOST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "raw"),
+    [
+        ("UINT8", [1] * 65, b"x"),
+        ("UINT8", [0, MOST, MOST, MOST], b""),
+        ("FP32", [0, MOST, MOST], b""),
+        ("FP32", [MOST] * 3, b"x"),
+        ("UINT8", [MOST] * 500, b"x"),
+        ("BYTES", [1], bytes(400_000)),
+        ("BYTES", [MOST], bytes(400_000)),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_tensors_that_cannot_be_are_refused_at_once_and_in_a_line(datatype: str, shape: list[int], raw: bytes) -> None:
+    tensor = {"name": "x", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    with pytest.raises(Problem) as refused:
+        parsed(head + raw, str(len(head)))
+    assert len(refused.value.detail) < 300
+
+
+def test_what_a_request_costs_is_bounded_by_its_size() -> None:
+    many = {"inputs": [entry(data=["A" * 20_000, *[""] * 20_000])]}
+    head = json.dumps(many).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Problem):
+            parsed(head)
+        assert tracemalloc.get_traced_memory()[1] < 50 * len(head), "an array of 20,000 times the longest text"
+    finally:
+        tracemalloc.stop()
+
+
 def test_cut_elements_are_refused() -> None:
     for raw in (b"\1\0\0", struct.pack("<I", 9) + b"short", struct.pack("<I", 2**32 - 1)):
         tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(raw)}}
         head = json.dumps({"inputs": [tensor]}).encode()
         with pytest.raises(Problem, match="cut off"):
-            parse_request(head + raw, str(len(head)), len(head))
+            parsed(head + raw, str(len(head)))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.one_of(st.none(), st.integers(-5, 250).map(str), st.text(max_size=8)))
 def test_any_bytes_are_a_request_or_a_problem(body: bytes, length: str | None) -> None:
     with suppress(Problem):
-        parse_request(body, length, 1000)
+        parsed(body, length)
 
 
 JSON = st.recursive(
@@ -248,7 +296,7 @@ JSON = st.recursive(
 )
 def test_any_json_is_a_request_or_a_problem(content: dict[str, Any]) -> None:
     with suppress(Problem):
-        parse_request(json.dumps(content).encode(), None, 1_000_000)
+        parsed(json.dumps(content).encode())
 
 
 NUMBERS = st.lists(st.integers(-1, 300) | st.floats(), max_size=4)
@@ -267,7 +315,7 @@ def test_what_nearly_makes_sense_has_the_shape_it_names_or_is_a_problem(
     values = {"parameters": {"binary_data_size": len(raw)}} if isinstance(data, bytes) else {"data": data}
     head = json.dumps({"inputs": [{"name": "pixels", "datatype": datatype, "shape": shape, **values}]}).encode()
     with suppress(Problem):
-        tensor = parse_request(head + raw, str(len(head)), len(head)).inputs["pixels"]
+        tensor = parsed(head + raw, str(len(head))).tensor
         assert shape
         found = [len(tensor.values)] if isinstance(tensor.values, list) else list(tensor.values.shape)
         assert found == shape or (datatype == "BYTES" and math.prod(shape) == found[0])

@@ -86,6 +86,8 @@ def _optional(places: int) -> list[_Rule]:
     away = _problem(503, "not_ready", "the service starts, or ends")
     refused = f"http-request return status 503 {_answer(503)} if METH_POST {{ queue ge {places} }}"
     return [
+        # Who asked for what goes to no log of the machine; the socket for metrics is another one.
+        ("global$", r"\s*log \S+ local0 info", ""),
         ("defaults$", r"\s*errorfile 50[234] .*", ""),
         ("defaults$", r"(\s*)mode http", rf"\1mode http\n\1timeout queue {QUEUE_SECONDS}s{answers}"),
         # A client that sends its headers or its body drop by drop holds a connection for as long, not for an hour.

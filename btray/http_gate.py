@@ -286,4 +286,7 @@ def _unpacked(body: bytes, encoding: str, largest: int) -> bytes:
         raise _too_large(largest)
     if not unpacker.eof:
         raise Problem(400, "bad_body", f"the {encoding} body ends too early")
+    if unpacker.unused_data:
+        detail = f"{len(unpacker.unused_data)} bytes stand behind the end of the {encoding} body; send it as one member"
+        raise Problem(400, "bad_body", detail)
     return unpacked

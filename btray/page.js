@@ -19,6 +19,15 @@ function say(text) {
   byId("status").textContent = text;
 }
 
+// The field is shown and reached at once, and what is wrong is said aloud: also where a key was given and is not known.
+function askForKey() {
+  const field = byId("key");
+  byId("key-form").hidden = false;
+  field.setAttribute("aria-invalid", String(key !== ""));
+  say(key ? "The service does not know this key." : "This service asks for an API key.");
+  field.focus();
+}
+
 class Refused extends Error {
   constructor(code, detail) {
     super(detail);
@@ -32,7 +41,7 @@ async function ask(path, options = {}) {
     const headers = key ? { Authorization: "Bearer " + key } : {};
     const answer = await fetch(path, { ...options, headers });
     if (answer.ok) return answer.json();
-    if (answer.status === 401) byId("key-form").hidden = false;
+    if (answer.status === 401) askForKey();
     const pause = Number(answer.headers.get("Retry-After"));
     if ((answer.status === 429 || answer.status === 503) && pause > 0 && tries < TRIES) {
       await new Promise((resume) => setTimeout(resume, 1000 * Math.min(pause, 10)));
@@ -79,26 +88,35 @@ async function loadModel() {
   try {
     const content = await ask("v1/models");
     section.replaceChildren(element("h2", "The model"), ...content.models.map(showModel));
+    if (!byId("key-form").hidden) say("The key is good.");
+    byId("key").removeAttribute("aria-invalid");
     byId("key-form").hidden = true;
   } catch (error) {
-    section.replaceChildren(element("h2", "The model"), element("p", error.message));
+    const text = error.code === "unauthorized" ? "It is shown to those who have a key." : error.message;
+    section.replaceChildren(element("h2", "The model"), element("p", text));
   }
 }
 
 // ---- scans
 
+let cards = 0;
+
 function newCard(title) {
   const card = byId("card").content.firstElementChild.cloneNode(true);
-  card.querySelector("h3").textContent = title;
+  const heading = card.querySelector("h3");
+  heading.textContent = title;
+  heading.id = `scan-${++cards}`;
+  card.setAttribute("aria-labelledby", heading.id);
+  card.querySelector(".bars").setAttribute("aria-label", "Calibrated probabilities of " + title);
+  card.querySelector(".slider input").setAttribute("aria-label", "Heat map over " + title);
   card.querySelector(".columns").classList.add("alone");
   return card;
 }
 
 function mark(card, kind, title, text) {
-  const place = card.querySelector(".mark");
-  place.hidden = false;
-  place.classList.toggle("doubtful", kind === "doubtful");
+  const place = element("p", undefined, kind === "doubtful" ? "mark doubtful" : "mark");
   place.append(element("strong", title), element("span", text));
+  card.querySelector(".columns").before(place);
 }
 
 function refuse(card, text) {
@@ -132,7 +150,8 @@ function showAnswer(card, answer, name) {
   const label = card.querySelector(".label");
   if (answer.out_of_distribution) {
     mark(card, "bad", "Unlike the training images", "The model was not made for such an image: do not rely on its answer.");
-  } else if (answer.abstained) {
+  }
+  if (answer.abstained) {
     mark(card, "doubtful", "The model abstains", "Its confidence is below the threshold: what follows is a guess.");
   }
   label.textContent = (answer.abstained || answer.out_of_distribution ? "Perhaps " : "") + answer.label + " ";
@@ -155,6 +174,7 @@ function showAnswer(card, answer, name) {
   }
   const unusual = answer.ood_score === null ? "" : ` Unusualness ${answer.ood_score.toFixed(2)}, about 1 for training images.`;
   card.querySelector(".answer .how").textContent = `Calibrated probabilities.${unusual} Model ${answer.model_id.slice(0, 12)}.`;
+  if (!answer.explanation) card.querySelector(".answer .how").append(" No heat map: the file has too many pages for that.");
   showPictures(card, answer.explanation, name);
 }
 
@@ -162,7 +182,11 @@ async function classify(file, place) {
   const body = new FormData();
   body.append("images", file, file.name);
   try {
-    const content = await ask("v1/classify?explain=true", { method: "POST", body });
+    const options = { method: "POST", body };
+    const content = await ask("v1/classify?explain=true", options).catch((error) => {
+      if (error.code !== "too_many_explanations") throw error;
+      return ask("v1/classify", options); // a file of so many pages has labels and no pictures
+    });
     const cards = content.results.map((answer) => {
       const title = content.results.length > 1 ? `${file.name}, page ${answer.frame + 1}` : file.name;
       const card = newCard(title);

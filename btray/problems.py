@@ -20,6 +20,7 @@ PROBLEM_CODES: Final[dict[str, str]] = {
     "timeout": "The body did not arrive, or the answer was not there, in time: try again.",
     "too_large": "The body has more bytes than the service takes: send less, or ask for a higher limit.",
     "too_many_images": "The request has more images than the service takes: send them in several requests.",
+    "too_many_explanations": "The images have more pages than pictures are drawn of: ask without explain.",
     "too_many_frames": "The images have more pages than the service takes: send them in several requests.",
     "bomb": "Decoding would take too much memory or time: send a smaller image.",
     "unsupported_media_type": "The content type or encoding is not read here: see detail.",

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from btray.explain import Heat, heat_maps
 from btray.frames import FrameSource, Rejection
 from btray.preprocess import Frame
 from btray.problems import Problem
-from btray.scans import ScanLimits
+from btray.scans import ScanLimits, count_pages
 from btray.serving_metrics import Metrics
 from btray.settings_serve import CanaryConfig, LimitsConfig, ServiceConfig
 from btray.storage import StorageError
@@ -32,6 +33,12 @@ _log = logging.getLogger(__name__)
 
 # What is decoded in a few milliseconds.
 _SMALL = ScanLimits(max_bytes=2**18, max_pixels=2**20)
+
+# Seconds between attempts at a bundle whose store is away.
+_FIRST_PAUSE = 2.0
+_LONGEST_PAUSE = 60.0
+
+Prepare = Callable[[], Callable[[], None]]
 
 Found = list[Frame] | Rejection
 """The frames of one image, or why there are none."""
@@ -74,18 +81,18 @@ class ServedModel:
 
     async def at_once(self, image: bytes) -> tuple[list[Frame], list[Prediction]] | None:
         """The frame and the prediction of one small image, decoded where it is classified; None where it is not small,
-        cannot be read or has several frames, or where the model is at work: others are not to wait for a decoder.
+        cannot be read or has several pages, or where the model is at work: others are not to wait for a decoder.
 
         Each change of thread costs a lone caller about half a millisecond, most of it in caches that have gone cold.
         """
-        if len(image) > _SMALL.max_bytes or not self.batcher.idle:
+        if len(image) > _SMALL.max_bytes or not self.batcher.idle or count_pages(image) > 1:
             return None
         return await self.batcher.alone(partial(self._decode_and_predict, image))
 
     def _decode_and_predict(self, image: bytes) -> tuple[list[Frame], list[Prediction]] | None:
         limits = replace(_SMALL, max_pixels=min(_SMALL.max_pixels, self.source.limits.max_pixels))
         frames = replace(self.source, limits=limits).from_bytes(image)
-        if isinstance(frames, Rejection) or len(frames) > 1:
+        if isinstance(frames, Rejection):
             return None
         return frames, self.classifier.predict_decoded([frames], [None])
 
@@ -135,49 +142,76 @@ class ServedModels:
         self.line: Line | None = None
         self.switch: dict[str, str] | None = None
         """What became of the latest switch: `state` loading, refused or done, and `detail`."""
-        self._wanted: tuple[ServiceConfig, Callable[[], None]] | None = None
+        self._asked = 0  # configs so far; what becomes of any but the last one is no news
+        self._wanted: tuple[int, ServiceConfig, Prepare] | None = None
+        self._news = asyncio.Event()
         self._switching: asyncio.Task[None] | None = None
 
-    async def configure(self, config: ServiceConfig, taken: Callable[[], None]) -> None:
+    async def configure(self, config: ServiceConfig, prepare: Prepare) -> None:
         """Serve `config`. The first one is waited for, and raises UserError where a bundle is bad.
 
-        A later one takes over once it is ready, without this call waiting for it; where its bundle is bad the one
-        before it stays and `switch` says why. `taken` is called at the moment when a config takes over.
+        A later one takes over once it is ready, without this call waiting for it; where it is bad the one before it
+        stays and `switch` says why, and while its store is away it is tried again. `prepare` reads what else belongs to
+        the config, in the thread that loads it, and gives what is to be called when the config takes over.
         """
+        self._asked += 1
         if self.line is None:
-            line = await asyncio.to_thread(self._load, config, None)
+            taken, line = await asyncio.to_thread(self._prepared, config, prepare)
             taken()
             self.line = line
-            self._report("done", config.model)
+            self._report(self._asked, "done", config.model)
             return
-        self._wanted = config, taken
-        self._report("loading", config.model)
+        self._wanted = self._asked, config, prepare
+        self._news.set()
+        self._report(self._asked, "loading", config.model)
         if self._switching is None or self._switching.done():
             self._switching = asyncio.create_task(self._switch())
 
+    def refuse(self, model: str, error: Exception) -> None:
+        """Say why the config that names `model`, the latest one, is not served."""
+        self._asked += 1
+        self._refused(self._asked, model, error)
+
     async def _switch(self) -> None:
         while self._wanted is not None:
-            (config, taken), self._wanted = self._wanted, None
+            (number, config, prepare), self._wanted = self._wanted, None
+            self._news.clear()
             try:
-                line = await asyncio.to_thread(self._load, config, self.line)
+                taken, line = await self._patiently(number, config, prepare)
             except Exception as error:
-                self.refuse(config.model, error)
+                self._refused(number, config.model, error)
             else:
                 taken()
                 self.line = line
-                if self._wanted is None:
-                    self._report("done", config.model)
+                self._report(number, "done", config.model)
 
-    def refuse(self, model: str, error: Exception) -> None:
-        """Say why the config that names `model` is not served."""
+    async def _patiently(self, number: int, config: ServiceConfig, prepare: Prepare) -> tuple[Callable[[], None], Line]:
+        """`_prepared`, again while a store is away and nothing else is wanted: Serve will not ask for it twice."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return await asyncio.to_thread(self._prepared, config, prepare)
+            except UserError as error:
+                if not may_pass(error) or self._wanted is not None:
+                    raise
+                self._report(number, "loading", config.model, f"{error}; it is tried again")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _refused(self, number: int, model: str, error: Exception) -> None:
         if not isinstance(error, UserError):
             _log.error("loading %s failed", model, exc_info=error)
-        self._report("refused", model, str(error))
+        self._report(number, "refused", model, str(error))
 
-    def _report(self, state: str, model: str, why: str = "") -> None:
-        self.switch = {"state": state, "detail": why}
+    def _report(self, number: int, state: str, model: str, why: str = "") -> None:
+        if number == self._asked:
+            self.switch = {"state": state, "detail": why}
         level = logging.WARNING if why else logging.INFO
         _log.log(level, "bundle %s: %s%s", model, state, why and f": {why}; the one before it goes on serving")
+
+    def _prepared(self, config: ServiceConfig, prepare: Prepare) -> tuple[Callable[[], None], Line]:
+        return prepare(), self._load(config, self.line)
 
     def _load(self, config: ServiceConfig, now: Line | None) -> Line:
         main = self._served(CanaryConfig(model=config.model, model_id=config.model_id), config, now)
@@ -199,6 +233,11 @@ class ServedModels:
             watch=self.metrics.batch,
         )
         return ServedModel(classifier, _source(classifier, config.limits), batcher, _facts(bundle))
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether what stands behind an error is a store that is away."""
+    return isinstance(error.__cause__, StorageError) and error.__cause__.retryable
 
 
 def _named(now: Line | None) -> list[tuple[ServedModel, CanaryConfig]]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import ray
@@ -37,6 +37,7 @@ from btray.config import ComponentConfig, set_environment
 from btray.errors import UserError
 from btray.haproxy_guard import wrapper
 from btray.http_gate import Gate, proxy_middlewares
+from btray.served_models import may_pass
 from btray.serving_api import Service, build_app
 from btray.settings_serve import ApplicationConfig, ReplicasConfig, ServeConfig, ServiceConfig, is_loopback
 
@@ -51,6 +52,7 @@ LOOPBACK = "127.0.0.1"
 # Serve counts requests to a replica in its own queue; the gate refuses long before it is full, with a problem to read.
 _ONGOING = 256
 _OTHERS = 20.0  # seconds that other replicas have to say what they serve; where there are none, none answers
+_PATIENCE = 20.0  # seconds of starting, after which is said what Serve waits for
 _DRAIN = 20.0  # seconds that a replica that goes has for the requests it holds
 
 
@@ -68,19 +70,28 @@ class Replica:
         """Serve `user_config`, or where it cannot be served what is served already; see `Service.configure`.
 
         A replica that starts meanwhile takes what the others serve: else one bad bundle would keep a service from
-        growing under load, and from replacing what dies. Raises UserError where there are no others.
+        growing under load, and from replacing what dies. Raises what was wrong where there are no others.
         """
         config = None
         try:
             config = _validated(ServiceConfig, user_config)
             await self.service.configure(config)
-        except UserError as error:
+        except Exception as error:
             if self.service.models.line is None:
-                good = await _served_by_others()
-                if good in (None, config):
-                    raise
-                await self.service.configure(good)
+                if may_pass(error):
+                    raise  # Serve starts a replica again, and the store may be back by then
+                await self._serve_as_others(config, error)
             self.service.models.refuse(str(user_config.get("model")), error)
+
+    async def _serve_as_others(self, config: ServiceConfig | None, error: Exception) -> None:
+        """Serve what another replica does. Raises `error`, of `config`, where there is none or it serves the same."""
+        good = await _served_by_others()
+        if good is None or good == config:
+            raise error
+        try:
+            await self.service.configure(good)
+        except Exception as another:
+            raise error from another
 
     async def serving(self) -> ServiceConfig | None:
         """What is served, for a replica that starts."""
@@ -159,10 +170,10 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
         _put_into(signals)  # Ray's own handler of SIGTERM, set by init, would end the process with all that it holds
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=_serve_host(config), port=config.port))
         deploy(config.replicas, service)
-        _wait_until_running()
-        _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
-        while signals.get() == signal.SIGHUP:
-            _reload(config, reload)
+        if _wait_until_running(signals):
+            _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
+            while signals.get() == signal.SIGHUP:
+                _reload(config, reload)
         _log.info("draining")
         # While replicas end what they hold, the proxy stays; a shutdown alone would end all at once.
         with suppress(TimeoutError):
@@ -193,15 +204,27 @@ def deploy(replicas: ReplicasConfig, service: ServiceConfig) -> None:
     client.deploy_apps(schema)
 
 
-def _wait_until_running() -> None:
-    """Raises UserError where the application fails."""
+def _wait_until_running(signals: SimpleQueue[int]) -> bool:
+    """Whether the application runs; False where a signal told it to end before. Raises UserError where it fails."""
+    told, since, again = "", time.monotonic(), False
     while True:
         status = serve.status().applications[APPLICATION]
         if status.status == ApplicationStatus.RUNNING:
-            return
+            if again:
+                signals.put(signal.SIGHUP)
+            return True
         if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise UserError(f"the service does not start: {' '.join(status.message.split())[-400:]}")
-        time.sleep(0.2)
+        why = (
+            " ".join(f"{status.message} {status.deployments[DEPLOYMENT].message}".split()) if status.deployments else ""
+        )
+        if why != told and time.monotonic() - since > _PATIENCE:
+            told = why
+            _log.warning("still waiting for replicas: %s", why[-400:])
+        with suppress(Empty):
+            again = signals.get(timeout=0.2) == signal.SIGHUP
+            if not again:
+                return False
 
 
 def _serve_host(config: ServeConfig) -> str:
@@ -242,7 +265,7 @@ def _checked(config: ServeConfig) -> ServiceConfig:
     for entry, uri, model_id in wanted:
         bundle = load_bundle(uri, model_id=model_id)
         entry |= {"model": bundle.uri, "model_id": bundle.manifest.model_id}
-    if config.keys:
+    if config.keys is not None:
         service["keys"] = KeyRing.of(config.keys).uri
     return ServiceConfig(**service)
 

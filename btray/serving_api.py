@@ -24,7 +24,6 @@ from btray import api_schema, serving_metrics
 from btray.api_keys import KeyRing
 from btray.classifier import Prediction
 from btray.cli import NOTICE
-from btray.errors import UserError
 from btray.explain import heat_png, overlay_png, slice_png
 from btray.frames import Rejection
 from btray.http_gate import CLIENT_WENT, Access, Gate, read_body
@@ -65,13 +64,12 @@ class Service:
 
         The first config raises UserError where it cannot be served; a later one is refused, and all stays as it was.
         """
-        try:
-            keys = await asyncio.to_thread(KeyRing.of, config.keys) if config.keys is not None else None
-            await self.models.configure(config, lambda: self._take(config, keys))
-        except UserError as error:
-            if self.models.line is None:
-                raise
-            self.models.refuse(config.model, error)
+
+        def prepare() -> Callable[[], None]:
+            keys = KeyRing.of(config.keys) if config.keys is not None else None
+            return lambda: self._take(config, keys)
+
+        await self.models.configure(config, prepare)
 
     def _take(self, config: ServiceConfig, keys: KeyRing | None) -> None:
         self.access = Access(keys, insecure=config.insecure, sees_callers=self.sees_callers, reader=self.key_reader)
@@ -147,6 +145,8 @@ async def classify(
     images = [upload.data for upload in uploads]
     at_once = await service.at_once(model, images)
     found = at_once[0] if at_once else await service.decoded(model, images)
+    if explain:
+        _require_explainable(found, service.limits.max_images)
     predictions = at_once[1] if at_once else await service.predict(model, found)
     if len(found) == 1 and isinstance(found[0], Rejection):
         rejection = found[0]
@@ -179,6 +179,13 @@ async def _quickly(service: Service, size: int, function: Callable[[], Result]) 
     return function() if size < _SMALL else await service.decoding(function)
 
 
+def _require_explainable(found: Sequence[Found], most: int) -> None:
+    """Raise Problem for more frames than pictures are drawn of; nothing of them is classified then."""
+    frames = sum(len(frames) for frames in found if not isinstance(frames, Rejection))
+    if frames > most:
+        raise Problem(413, "too_many_explanations", f"{frames} frames, above the {most} explained: ask without explain")
+
+
 async def _explain(
     service: Service,
     model: ServedModel,
@@ -188,8 +195,6 @@ async def _explain(
 ) -> None:
     """Add the pictures to the results that are answers."""
     rows = [row for row, prediction in enumerate(predictions) if prediction.status == "ok"]
-    if len(rows) > service.limits.max_images:
-        raise Problem(413, "too_many_images", f"{len(rows)} frames, above the {service.limits.max_images} explained")
     if not rows:
         return
     frames = [found[predictions[row].index][predictions[row].frame] for row in rows]  # type: ignore[index]

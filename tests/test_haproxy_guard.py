@@ -68,6 +68,8 @@ def test_the_service_listens_where_it_was_told_and_all_else_on_this_machine(
     assert binds(safe) == ["127.0.0.1:9101", listens, "127.0.0.1:8404"]
     assert "mode 600 level admin" in safe
     assert "mode 666" not in safe
+    assert "local0" not in safe, "requests would be told to a syslog"
+    assert "local1" in safe, "Ray's metrics come by a log of their own"
     assert mended(safe, host, 64) == safe, "what is mended already stays as it is"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +22,14 @@ import tritonclient.http as triton
 import yaml
 
 from btray.bulk import classify
-from btray.bundle import Thresholds
+from btray.bundle import Bundle, Thresholds, load_bundle
 from btray.classifier import Classifier
 from btray.errors import UserError
 from btray.network import build_network
 from btray.ood import Distribution
 from btray.results import current
 from btray.settings_serve import ServeConfig, ServiceConfig, is_loopback
+from btray.storage import StorageError
 from tests.classify_helpers import job, write_objects
 from tests.conftest import ROOT
 from tests.hostile_bodies import hostile_bodies
@@ -225,6 +230,72 @@ def test_wrong_use_is_told_before_anything_starts(tmp_path: Path) -> None:
         ):
             with pytest.raises(UserError, match=said):
                 run_service(ServeConfig(**flags), lambda: ServeConfig(model=model))
+
+
+STORE_AWAY = UserError("the store does not answer")
+STORE_AWAY.__cause__ = StorageError("unavailable", "s3://b/x")
+
+
+@pytest.mark.parametrize(
+    ("failure", "others", "expected"),
+    [
+        (UserError("no such bundle"), "good", "no such bundle"),
+        (RuntimeError("size mismatch"), "good", "size mismatch"),
+        (UserError("no such bundle"), None, UserError),
+        (RuntimeError("size mismatch"), "gone", RuntimeError),
+        (STORE_AWAY, "good", UserError),
+    ],
+)
+def test_a_starting_replica_serves_as_others_do_or_says_what_is_wrong_with_its_own_config(
+    model: str, monkeypatch: pytest.MonkeyPatch, failure: Exception, others: str | None, expected: str | type[Exception]
+) -> None:
+    from btray import served_models, serving
+
+    def load(uri: str, **options: Any) -> Bundle:
+        if uri != model:
+            raise failure if uri == "bad" else UserError("what the others had is gone")
+        return load_bundle(uri, **options)
+
+    async def ask_others() -> ServiceConfig | None:
+        return ServiceConfig(model=model if others == "good" else others) if others else None
+
+    monkeypatch.setattr(served_models, "load_bundle", load)
+    monkeypatch.setattr(serving, "_served_by_others", ask_others)
+    replica = serving.Replica()
+    if isinstance(expected, str):
+        asyncio.run(replica.reconfigure({"model": "bad"}))
+        assert replica.service.models.line
+        assert replica.service.models.line.config.model == model
+        assert replica.service.models.switch == {"state": "refused", "detail": expected}
+    else:
+        with pytest.raises(expected, match=str(failure)):
+            asyncio.run(replica.reconfigure({"model": "bad"}))
+
+
+def test_a_service_that_never_starts_ends_when_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray.serve.schema import ApplicationStatus
+
+    from btray import serving
+
+    waiting = SimpleNamespace(message="no CPU is left")
+    application = SimpleNamespace(status=ApplicationStatus.DEPLOYING, message="", deployments={"Classifier": waiting})
+    monkeypatch.setattr(serving.serve, "status", lambda: SimpleNamespace(applications={"btray": application}))
+    monkeypatch.setattr(serving, "_PATIENCE", 0.0)
+    signals: SimpleQueue[int] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(serving._wait_until_running, signals)
+        signals.put(signal.SIGHUP)
+        until(lambda: "no CPU is left" in caplog.text)
+        signals.put(signal.SIGTERM)
+        assert running.result(10) is False
+        signals.put(signal.SIGHUP)
+        running = pool.submit(serving._wait_until_running, signals)
+        until(signals.empty)
+        application.status = ApplicationStatus.RUNNING
+        assert running.result(10) is True
+        assert signals.get_nowait() == signal.SIGHUP, "a reload that was asked for while it started is lost"
 
 
 def test_an_open_address_is_refused_by_the_job_itself() -> None:

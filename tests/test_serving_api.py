@@ -20,14 +20,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btray import explain
+from btray import explain, served_models
+from btray.bundle import Bundle, load_bundle
 from btray.classifier import Classifier
 from btray.errors import UserError
+from btray.storage import StorageError
 from tests.scan_corpus import bad_scans, good_scans
 from tests.serving_helpers import PNG, Running, bundle_at, problem, running, scan
+from tools.processes import until
 
 CLASSIFY = "/v1/classify"
 JPEG = "image/jpeg"
+TWO_GZIPS = gzip.compress(b"x" * 99) + gzip.compress(b"y")
 CUT_GZIP = gzip.compress(b"x" * 99)[:-9]
 
 
@@ -145,6 +149,7 @@ def test_marks_of_the_model_reach_the_caller(tmp_path: Path) -> None:
         ({"data": b'{"images": ["***"]}', "kind": "application/json"}, 422, "invalid"),
         ({"data": b'{"images": [{"url": "http://a/b"}]}', "kind": "application/json"}, 422, "invalid"),
         ({"data": b'{"images": [7]}', "kind": "application/json"}, 422, "invalid"),
+        ({"data": TWO_GZIPS, "kind": JPEG, "headers": {"Content-Encoding": "gzip"}}, 400, "bad_body"),
         ({"data": b"x", "kind": "multipart/form-data"}, 400, "bad_body"),
         ({"data": b"x", "kind": "multipart/form-data; boundary=b"}, 400, "bad_body"),
         ({"data": b"--b\r\n\r\nx", "kind": "multipart/form-data; boundary=b"}, 400, "bad_body"),
@@ -350,6 +355,54 @@ def test_a_bad_bundle_leaves_the_old_one_serving_and_says_why(model: str, tmp_pa
             assert service.post(CLASSIFY, scan(), JPEG).status_code == 200
         with pytest.raises(UserError, match="changed"), running(model=broken):
             pass
+
+
+def test_what_is_told_is_what_became_of_the_latest_config(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = bundle_at(tmp_path, "other", seed=9)
+    go_on = threading.Event()
+
+    def slow(*arguments: Any, **options: Any) -> Bundle:
+        assert go_on.wait(30)
+        return load_bundle(*arguments, **options)
+
+    with running(model=model) as service:
+        monkeypatch.setattr(served_models, "load_bundle", slow)
+        service.configure(model=other)
+        service.service.models.refuse("a config that is none", UserError("no such field"))
+        go_on.set()
+        until(lambda: service.served() == [Classifier.load(other).model_id])
+        assert service.switched() == {"state": "refused", "detail": "no such field"}
+        service.configure(model=model, keys=str(tmp_path / "no keys"))
+        assert "no keys" in service.switched()["detail"]
+        service.configure(model=model)
+        assert service.switched() == {"state": "done", "detail": ""}
+
+
+def test_a_bundle_whose_store_is_away_is_tried_again_until_it_is_there_or_another_is_wanted(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, third = (bundle_at(tmp_path, name, seed=seed) for name, seed in (("other", 9), ("third", 10)))
+    away = {other: 2, third: 10**6}
+
+    def unreliable(uri: str, **options: Any) -> Bundle:
+        away[uri] = away.get(uri, 0) - 1
+        if away[uri] >= 0:
+            raise UserError("the store does not answer") from StorageError("unavailable", uri)
+        return load_bundle(uri, **options)
+
+    monkeypatch.setattr(served_models, "load_bundle", unreliable)
+    monkeypatch.setattr(served_models, "_FIRST_PAUSE", 0.05)
+    with running(model=model) as service:
+        service.configure(model=other)
+        assert service.switched() == {"state": "done", "detail": ""}
+        assert service.served() == [Classifier.load(other).model_id]
+        monkeypatch.setattr(served_models, "_FIRST_PAUSE", 60.0)
+        service.configure(model=third)
+        until(lambda: "tried again" in service.get("/v1/models").json()["switch"]["detail"])
+        service.configure(model=model)
+        assert service.switched() == {"state": "done", "detail": ""}
 
 
 def test_the_latest_of_several_configs_wins(model: str, tmp_path: Path) -> None:

@@ -166,8 +166,13 @@ def test_an_answer_that_takes_too_long_is_a_problem_with_the_time_to_wait(model:
 # ---- frames
 
 
-def test_more_pages_than_a_request_may_have_are_refused_undecoded(service: Running) -> None:
+def test_more_pages_than_a_request_may_have_are_refused_undecoded(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(service.post(CLASSIFY, pages(20), "image/tiff").json()["results"]) == 20
+    decoded: list[int] = []
+    from_bytes = FrameSource.from_bytes
+    monkeypatch.setattr(FrameSource, "from_bytes", lambda *given: decoded.append(1) or from_bytes(*given))
     problem(service.post(CLASSIFY, pages(21), "image/tiff"), 413, "too_many_frames")
     problem(service.post(CLASSIFY, pages(300), "image/tiff"), 413, "too_many_frames")
     files = [("images", ("a.tif", pages(11))), ("images", ("b.jpg", scan())), ("images", ("c.tif", pages(9)))]
@@ -175,6 +180,15 @@ def test_more_pages_than_a_request_may_have_are_refused_undecoded(service: Runni
     encoded = base64.b64encode(pages(30)).decode()
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [encoded]}
     problem(service.post(INFER, json={"inputs": [tensor]}), 413, "too_many_frames")
+    assert decoded == []
+
+
+def test_more_pages_than_are_explained_are_refused_before_they_are_classified(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(model=model, limits={"max_images": 3}) as few:
+        monkeypatch.setattr(Classifier, "answer", Mock(side_effect=AssertionError("classified")))
+        problem(few.post(CLASSIFY + "?explain=true", pages(4), "image/tiff"), 413, "too_many_explanations")
 
 
 def test_many_frames_go_in_parts_and_others_come_between() -> None:

@@ -134,7 +134,9 @@ def test_keyboard_and_screen_reader_find_everything(service: Running, browser: B
     assert browser.run("document.activeElement.type") == "range"
     told = browser.accessible()
     assert ("status", "") in told
-    assert ("slider", "Heat map") in told or any(role == "slider" and "Heat map" in name for role, name in told)
+    assert ("slider", "Heat map over " + files[0].name) in told
+    assert ("article", "notes.jpg") in told
+    assert ("list", "Calibrated probabilities of " + files[0].name) in told
     assert any(role == "image" and name.startswith("Heat map for") for role, name in told)
     assert any(role == "image" and name.startswith("Slice of") for role, name in told)
     headings = [name for role, name in told if role == "heading"]
@@ -186,10 +188,23 @@ def test_doubts_and_honest_figures_are_shown(browser: Browser, files: list[Path]
         classified(browser)
         assert "The model abstains" in cards(browser)[0]
         assert "Perhaps" in cards(browser)[0]
-        service.configure(model=unlike)
+        service.configure(model=unlike, abstain_below=1.0)
         assert service.switched()["state"] == "done", service.switched()
         browser.give_files("#files", files[:1])
-        until(lambda: "Unlike the training images" in "".join(cards(browser)))
+        until(lambda: "Unlike the training images" in cards(browser)[0])
+        assert "The model abstains" in cards(browser)[0], "one doubt hides the other"
+
+
+def test_a_file_of_more_pages_than_are_explained_is_classified_without_pictures(
+    browser: Browser, files: list[Path], tmp_path: Path
+) -> None:
+    with running(model=bundle_at(tmp_path, "model"), limits={"max_images": 1}) as service:
+        browser.open(service.url)
+        wait_for_model(browser)
+        browser.give_files("#files", files[2:])
+        assert classified(browser) == "1 of 1 scan classified."
+        assert len(cards(browser)) == 2
+        assert all("No heat map" in card and "Calibrated" in card for card in cards(browser))
 
 
 def test_a_service_with_keys_asks_for_one(browser: Browser, files: list[Path], tmp_path: Path) -> None:
@@ -197,11 +212,17 @@ def test_a_service_with_keys_asks_for_one(browser: Browser, files: list[Path], t
     with running(model=bundle_at(tmp_path, "model"), keys=str(tmp_path / "keys.txt")) as service:
         browser.open(service.url)
         until(lambda: browser.run("!document.getElementById('key-form').hidden"))
-        browser.run("document.getElementById('key').focus()")
-        browser.send("Input.insertText", text=key)
-        browser.send(
-            "Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
-        )
+        status = "document.getElementById('status').textContent"
+        assert browser.run("document.activeElement.id") == "key"
+        assert browser.run(status) == "This service asks for an API key."
+        for given, said in (("wrong", "The service does not know this key."), (key, "The key is good.")):
+            browser.run("document.getElementById('key').value = ''")
+            browser.send("Input.insertText", text=given)
+            browser.send(
+                "Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
+            )
+            until(lambda said=said: browser.run(status) == said)
+            assert browser.run("document.getElementById('key').ariaInvalid") == ("true" if given == "wrong" else None)
         wait_for_model(browser)
         browser.give_files("#files", files[:1])
         assert classified(browser) == "1 of 1 scan classified."

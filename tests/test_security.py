@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.training_helpers import write_tree
-from tools.loopback_cluster import LoopbackCluster
+from tools.loopback_cluster import BIN, LoopbackCluster
 from tools.s3_server import S3Server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
@@ -57,6 +57,28 @@ def test_without_the_token_and_with_a_wrong_one_nobody_is_let_in(guarded: Guarde
                               timeout=120, check=False)  # fmt: skip
         assert done.returncode != 0
         assert "in {" not in done.stdout
+
+
+def test_a_job_is_submitted_with_the_tokens_file_and_not_without(guarded: Guarded, tmp_path: Path) -> None:
+    environment = guarded.environment_of_jobs() | {
+        "HOME": str(tmp_path),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{guarded.dashboard}",
+    }
+    del environment["RAY_AUTH_TOKEN"]
+    command = [str(BIN / "ray"), "job", "submit", "--", sys.executable, "-c", "print('it', 'ran')"]
+
+    def submitted() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                              check=False)  # fmt: skip
+
+    assert submitted().returncode != 0, "there is no token yet"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    done = submitted()
+    assert done.returncode == 0, done.stderr
+    assert "it ran" in done.stdout
+    del environment["RAY_AUTH_MODE"]
+    assert submitted().returncode != 0, "Ray has learnt to look for its token: docs/operations.md says otherwise"
 
 
 def test_secrets_that_a_training_on_s3_used_stand_in_no_file_afterwards(

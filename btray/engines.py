@@ -85,7 +85,7 @@ def _traced(network: Network, example: Tensor) -> bytes:
     structure is traced once in a process, and what is loaded from the result goes as it came: a service may switch
     models for ever.
     """
-    key = (repr(network), example.shape, example.device)
+    key = (repr(network), example.shape, example.device)  # see Network.extra_repr
     if key not in _traces:
         saved = io.BytesIO()
         torch.jit.save(torch.jit.trace(_WithSummary(network), example, check_trace=False), saved)

@@ -45,6 +45,10 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width * (2 if pooling == "average_max" else 1), classes)
 
+    def extra_repr(self) -> str:
+        """What no layer shows: two networks of one repr compute the same, but for their weights."""
+        return f"pooling={self.pooling}"
+
     def feature_map(self, images: Tensor) -> Tensor:
         """The last feature map: [n, 1, size, size] -> [n, width, rows, columns]."""
         for part in self.parts:

@@ -234,6 +234,16 @@ def test_a_process_may_freeze_one_network_after_another_for_ever() -> None:
     assert resident() - before < 3 * size
 
 
+def test_networks_that_differ_in_no_layer_are_not_taken_for_one_another(caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.rand(2, 1, 32, 32)
+    for pooling in ("average", "max"):
+        network = build_network(NetworkConfig(widths=(8, 16), depths=(1, 1), pooling=pooling), 3).eval()
+        engine = make_engine("frozen", network, size=32, device=torch.device("cpu"))
+        with torch.inference_mode():
+            assert torch.allclose(engine(images)[0], network(images), atol=1e-5)
+    assert "eager is used instead" not in caplog.text
+
+
 def test_full_gpu_memory_halves_the_batch_and_loses_no_answer(scans: list[bytes]) -> None:
     whole = Classifier(random_bundle(), device="cpu")
     tight = Classifier(random_bundle(), device="cpu", batch_size=64)

@@ -6,9 +6,11 @@ worker; tracing takes a second. So they stay here, behind one function, and are 
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -79,7 +81,7 @@ _traces: dict[tuple[str, torch.Size, torch.device], bytes] = {}
 
 
 def _traced(network: Network, example: Tensor) -> bytes:
-    """What tracing the network gives, with some weights.
+    """What tracing the network gives, with zeros for weights.
 
     torch never gives the memory of a trace back, nor that of what is frozen from one (pytorch #96726). So each
     structure is traced once in a process, and what is loaded from the result goes as it came: a service may switch
@@ -87,10 +89,13 @@ def _traced(network: Network, example: Tensor) -> bytes:
     """
     key = (repr(network), example.shape, example.device)  # see Network.extra_repr
     if key not in _traces:
+        empty = copy.deepcopy(network)
+        for tensor in empty.state_dict().values():
+            tensor.zero_()
         saved = io.BytesIO()
-        torch.jit.save(torch.jit.trace(_WithSummary(network), example, check_trace=False), saved)
-        _traces[key] = saved.getvalue()
-    return _traces[key]
+        torch.jit.save(torch.jit.trace(_WithSummary(empty), example, check_trace=False), saved)
+        _traces[key] = zlib.compress(saved.getvalue(), 1)
+    return zlib.decompress(_traces[key])
 
 
 def _onnx(network: Network, example: Tensor) -> Engine:

@@ -25,7 +25,7 @@ function askForKey() {
   byId("key-form").hidden = false;
   field.setAttribute("aria-invalid", String(key !== ""));
   say(key ? "The service does not know this key." : "This service asks for an API key.");
-  field.focus();
+  if (document.activeElement !== field) field.focus();
 }
 
 class Refused extends Error {
@@ -194,12 +194,12 @@ async function classify(file, place) {
       return card;
     });
     place.replaceWith(...cards);
-    return true;
+    return "";
   } catch (error) {
     const card = newCard(file.name);
     refuse(card, error instanceof Refused ? `${error.code}: ${error.message}` : "The service cannot be reached.");
     place.replaceWith(card);
-    return false;
+    return error.code || "unreachable";
   }
 }
 
@@ -214,18 +214,21 @@ async function classifyAll(files) {
   const total = waiting.length;
   let done = 0;
   let good = 0;
+  let denied = false;
   say(`Classifying ${total} ${total === 1 ? "scan" : "scans"}…`);
   const work = async () => {
     while (waiting.length) {
       const [file, place] = waiting.shift();
-      const classified = await classify(file, place);
-      if (classified) good++;
+      const trouble = await classify(file, place);
+      if (!trouble) good++;
+      if (trouble === "unauthorized") denied = true;
       done++;
       say(`${done} of ${total} done`);
     }
   };
   await Promise.all(Array.from({ length: AT_A_TIME }, work));
-  say(`${good} of ${total} ${total === 1 ? "scan" : "scans"} classified.`);
+  say(`${good} of ${total} ${total === 1 ? "scan" : "scans"} classified.` +
+    (denied ? " The service wants another key." : ""));
 }
 
 // ---- the page

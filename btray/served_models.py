@@ -170,6 +170,7 @@ class ServedModels:
     def refuse(self, model: str, error: Exception) -> None:
         """Say why the config that names `model`, the latest one, is not served."""
         self._asked += 1
+        self._news.set()
         self._refused(self._asked, model, error)
 
     async def _switch(self) -> None:
@@ -186,17 +187,19 @@ class ServedModels:
                 self._report(number, "done", config.model)
 
     async def _patiently(self, number: int, config: ServiceConfig, prepare: Prepare) -> tuple[Callable[[], None], Line]:
-        """`_prepared`, again while a store is away and nothing else is wanted: Serve will not ask for it twice."""
+        """`_prepared`, again while a store is away and no other config comes: Serve will not ask for it twice."""
         pause = _FIRST_PAUSE
         while True:
             try:
                 return await asyncio.to_thread(self._prepared, config, prepare)
             except UserError as error:
-                if not may_pass(error) or self._wanted is not None:
+                if not may_pass(error):
                     raise
                 self._report(number, "loading", config.model, f"{error}; it is tried again")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), pause)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), pause)
+                if number != self._asked:
+                    raise
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _refused(self, number: int, model: str, error: Exception) -> None:

@@ -8,6 +8,7 @@ by the service itself. docs/operations.md says what each one means.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -20,14 +21,16 @@ import ray
 from ray.util import metrics
 
 from btray.drift import RUNS_BEFORE
-from btray.errors import Failed, UserError
+from btray.errors import UserError
 
 if TYPE_CHECKING:
     from btray.bulk_report import Totals
 
+_log = logging.getLogger(__name__)
+
 Kind = Literal["counter", "gauge"]
 
-# How often a Pushgateway that is away is asked again, in 31 s: the run has ended, and only its numbers would be lost.
+# How often a Pushgateway that is away is asked again, with half a minute of pauses.
 _PUSHES = 5
 _BACKOFF = 1.0
 _AWAY = (429, 500, 502, 503, 504)
@@ -199,7 +202,8 @@ def lines_of(job: str, report: Mapping[str, Any], ended: float) -> str:
 def leave(target: str, job: str, lines: str) -> None:
     """Leave a job's numbers for later: in a file of node-exporter's textfile collector, or at a Pushgateway's URL.
 
-    Raises UserError where neither takes them, Failed where a Pushgateway stays away for half a minute.
+    Raises UserError where neither takes them. A Pushgateway that stays away is an error in the log alone: the run has
+    ended in order, and would not be run again for its numbers.
     """
     if target.startswith(("http://", "https://")):
         _push(target, job, lines)
@@ -222,8 +226,9 @@ def _push(url: str, job: str, lines: str) -> None:
     from urllib3.util import Retry
 
     again = Retry(
-        _PUSHES, backoff_factor=_BACKOFF, status_forcelist=_AWAY, allowed_methods=["PUT"], raise_on_status=False
-    )
+        _PUSHES, backoff_factor=_BACKOFF, status_forcelist=_AWAY, allowed_methods=["PUT"], raise_on_status=False,
+        respect_retry_after_header=False,
+    )  # fmt: skip
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(max_retries=again))
@@ -232,14 +237,15 @@ def _push(url: str, job: str, lines: str) -> None:
                 f"{url.rstrip('/')}/metrics/job/btray_{job}",
                 data=lines.encode(),
                 headers={"Content-Type": "text/plain; version=0.0.4"},
-                timeout=20,
+                timeout=10,
             )
         except ValueError as error:  # requests' word for what is no URL
             raise UserError(f"--metrics-to {url} is no URL of a Pushgateway: {error}") from error
         except requests.RequestException as error:
-            raise Failed(f"--metrics-to {url} does not answer: {error}") from error
+            _log.error("--metrics-to %s does not answer, and the run's numbers are not left there: %s", url, error)
+            return
     said = f"--metrics-to {url} took no numbers: {answer.status_code} {answer.reason}"
     if answer.status_code in _AWAY:
-        raise Failed(said)
-    if not answer.ok:
+        _log.error("%s", said)
+    elif not answer.ok:
         raise UserError(f"{said}; is it a Pushgateway?")

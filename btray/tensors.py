@@ -156,7 +156,7 @@ def _input(entry: dict[str, Any], raw: bytes, max_images: int) -> tuple[str, Ten
         raise Problem(400, "bad_request", f"{where}: datatype {str(datatype)[:40]!r} is not taken")
     if not isinstance(shape, list) or not 1 <= len(shape) <= _MOST_SIDES or not all(map(_is_side, shape)):
         raise Problem(400, "bad_request", f"{where}: shape must be one to {_MOST_SIDES} whole numbers from 1 on")
-    if shape[0] > max_images:
+    if (math.prod(shape) if datatype == "BYTES" else shape[0]) > max_images:
         raise Problem(413, "too_many_images", f"the request has more than {max_images} images")
     size = _parameters(entry).get("binary_data_size")
     if size is None and not raw:

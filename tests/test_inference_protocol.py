@@ -242,6 +242,8 @@ MOST = 2**31 - 1
         ("UINT8", [MOST] * 500, b"x"),
         ("BYTES", [1], bytes(400_000)),
         ("BYTES", [MOST], bytes(400_000)),
+        ("BYTES", [1, 100_000], bytes(400_000)),
+        ("BYTES", [1, 1, 9], bytes(36)),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -319,3 +321,4 @@ def test_what_nearly_makes_sense_has_the_shape_it_names_or_is_a_problem(
         assert shape
         found = [len(tensor.values)] if isinstance(tensor.values, list) else list(tensor.values.shape)
         assert found == shape or (datatype == "BYTES" and math.prod(shape) == found[0])
+        assert found[0] <= 8

@@ -400,9 +400,21 @@ def test_a_bundle_whose_store_is_away_is_tried_again_until_it_is_there_or_anothe
         assert service.served() == [Classifier.load(other).model_id]
         monkeypatch.setattr(served_models, "_FIRST_PAUSE", 60.0)
         service.configure(model=third)
-        until(lambda: "tried again" in service.get("/v1/models").json()["switch"]["detail"])
+
+        def waits() -> None:
+            until(lambda: "tried again" in service.get("/v1/models").json()["switch"]["detail"])
+            away[third] = 0  # it is there again, and nobody wants it any more
+
+        waits()
+        service.configure(model=str(tmp_path / "nothing"))
+        assert "no model bundle" in service.switched()["detail"]
+        assert service.served() == [Classifier.load(other).model_id]
+        away[third] = 10**6
+        service.configure(model=third)
+        waits()
         service.configure(model=model)
         assert service.switched() == {"state": "done", "detail": ""}
+        assert service.served() == [Classifier.load(model).model_id]
 
 
 def test_the_latest_of_several_configs_wins(model: str, tmp_path: Path) -> None:

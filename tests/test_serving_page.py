@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from btray.api_keys import make_key
+from btray.api_keys import make_key, revoke_key
 from btray.bundle import Thresholds
 from btray.ood import Distribution
 from tests.browser import Browser, find_chromium
@@ -226,6 +226,11 @@ def test_a_service_with_keys_asks_for_one(browser: Browser, files: list[Path], t
         wait_for_model(browser)
         browser.give_files("#files", files[:1])
         assert classified(browser) == "1 of 1 scan classified."
+        revoke_key(str(tmp_path / "keys.txt"), "reader")
+        until(lambda: service.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401)
+        browser.give_files("#files", files[:1])
+        until(lambda: browser.run(status) == "0 of 1 scan classified. The service wants another key.")
+        assert browser.run("document.activeElement.id") == "key"
 
 
 def test_the_ood_bundle_of_these_tests_fits_its_network(tmp_path: Path) -> None:

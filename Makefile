@@ -34,6 +34,7 @@ test: $(READY) ## lint, types and all tests but soak; every step runs, whatever 
 	step ruff check .; \
 	step ruff format --check .; \
 	step mypy; \
+	step lint-imports --no-logo; \
 	step pytest -q -m 'not soak' --durations=20 -n 2 --dist loadfile; \
 	echo; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; else echo "all passed"; fi
@@ -41,8 +42,8 @@ test: $(READY) ## lint, types and all tests but soak; every step runs, whatever 
 soak: $(READY) ## the tests that take minutes, stopped after SOAK_SECONDS
 	@timeout --signal=INT --kill-after=60 $(SOAK_SECONDS) $(BIN)/pytest -m soak --durations=0 --timeout=3600
 
-lint: $(READY) ## ruff and mypy alone
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: $(READY) ## ruff, mypy and the import rules alone
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 format: $(READY) ## rewrite the sources in the project's format, with the safe fixes
 	@$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .

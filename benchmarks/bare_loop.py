@@ -17,9 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from btray.augment import Augmenter
-from btray.network import build_network
-from btray.settings import AugmentConfig, NetworkConfig
+from btray.model.config import NetworkConfig
+from btray.model.network import build_network
+from btray.training.augment import Augmenter
+from btray.training.config import AugmentConfig
 
 
 def main(path: str, epochs: int, batch_size: int) -> None:

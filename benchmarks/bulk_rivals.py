@@ -30,7 +30,7 @@ WORKERS = 2
 def _predictions(model: str, engine: Any, uris: list[str]) -> tuple[int, float, float]:
     import torch
 
-    from btray.classifier import Classifier
+    from btray.model.classifier import Classifier
 
     torch.set_num_threads(1)
     classifier = Classifier.load(model, engine=engine)
@@ -58,7 +58,7 @@ class _Eager:
     """The actor of Ray's documentation."""
 
     def __init__(self, model: str) -> None:
-        from btray.classifier import Classifier
+        from btray.model.classifier import Classifier
 
         self.classifier = Classifier.load(model, engine="eager")
 
@@ -89,7 +89,7 @@ class _Frames:
     """A dataset of preprocessed frames."""
 
     def __init__(self, uris: list[str], preprocess: Any) -> None:
-        from btray.frames import FrameSource
+        from btray.data.frames import FrameSource
 
         self.uris = uris
         self.source = FrameSource(preprocess)
@@ -111,7 +111,7 @@ def dataloader(model: str, engine: Any, uris: list[str], out: str) -> dict[str, 
     import torch
     from torch.utils.data import DataLoader
 
-    from btray.classifier import Classifier
+    from btray.model.classifier import Classifier
 
     torch.set_num_threads(WORKERS)
     classifier = Classifier.load(model, engine=engine)
@@ -140,7 +140,7 @@ def daft(model: str, engine: Any, uris: list[str], out: str) -> dict[str, float]
         def __init__(self) -> None:
             import torch
 
-            from btray.classifier import Classifier
+            from btray.model.classifier import Classifier
 
             torch.set_num_threads(1)
             self.classifier = Classifier.load(model, engine=engine)

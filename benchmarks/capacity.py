@@ -185,8 +185,8 @@ def _measured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     """Rates from one core, and how well they predict one core and two."""
     if not arguments.model or not arguments.input:
         parser.error("give --model and --input to measure, or --rates")
-    from btray.bundle import load_bundle
-    from btray.network import count_flops
+    from btray.model.bundle import load_bundle
+    from btray.model.network import count_flops
 
     bundle = load_bundle(arguments.model)
     gflop = count_flops(bundle.network(), bundle.manifest.preprocess.size) / 1e9

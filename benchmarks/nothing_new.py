@@ -19,10 +19,11 @@ from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
 
-from btray import results, storage
-from btray.bundle import load_bundle
-from btray.classifier import Prediction
-from btray.part_files import write_part
+from btray import storage
+from btray.bulk import table as results_table
+from btray.bulk.part_files import write_part
+from btray.model.bundle import load_bundle
+from btray.model.classifier import Prediction
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,15 +55,15 @@ def main() -> None:
 
 def _fill(archive: str, table: str, model_id: str) -> None:
     """A table in which every object of the archive stands."""
-    product = results.product(model_id)
+    product = results_table.product(model_id)
     folder = storage.join(table, product.folder("2026-01-01"))
     now = datetime.now(UTC)
     found = storage.list_files(archive)
     number = 0
     while infos := list(islice(found, product.part_objects)):
         said = Prediction(index=0, label="glioma", confidence=0.9, probabilities={"glioma": 0.9, "no_tumor": 0.1})
-        rows = [results.row_of(said, info, run_id="earlier", classified_at=now) for info in infos]
-        write_part(storage.join(folder, f"part-earlier-{number:06d}.parquet"), rows, results.SCHEMA, {})
+        rows = [results_table.row_of(said, info, run_id="earlier", classified_at=now) for info in infos]
+        write_part(storage.join(folder, f"part-earlier-{number:06d}.parquet"), rows, results_table.SCHEMA, {})
         number += 1
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from btray.classifier import Classifier
-from btray.preprocess import to_tensor
+from btray.data.preprocess import to_tensor
+from btray.model.classifier import Classifier
 
 BATCH = 64
 

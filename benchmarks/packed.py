@@ -17,11 +17,11 @@ from pathlib import Path
 import checkout  # noqa: F401 - `tools` is found
 
 from btray import storage
-from btray.archive import Selection, list_archive
-from btray.lots import LotReader
-from btray.packing import pack
-from btray.scans import ScanLimits
-from btray.settings_bulk import PackConfig
+from btray.bulk.archive import Selection, list_archive
+from btray.bulk.config import PackConfig
+from btray.bulk.lots import LotReader
+from btray.bulk.pack import pack
+from btray.data.scans import ScanLimits
 from tools.s3_server import S3Server
 
 

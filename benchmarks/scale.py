@@ -40,8 +40,8 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from btray.allocator import keep_freed_memory
-from btray.classifier import Classifier
+from btray.core.allocator import keep_freed_memory
+from btray.model.classifier import Classifier
 keep_freed_memory()
 model, paths = sys.argv[1], json.load(sys.stdin)
 classifier = Classifier.load(model, engine="auto")
@@ -56,14 +56,14 @@ print(time.perf_counter() - started, flush=True)
 """,
     "pack": """
 import json, sys, tempfile, time
-from btray.allocator import keep_freed_memory
+from btray.core.allocator import keep_freed_memory
 from collections import defaultdict
-from btray.lots import LotReader
-from btray.packing import PartPacker
-from btray.packs import SCHEMA
-from btray.part_files import write_part
-from btray.scans import ScanLimits
-from btray.settings_bulk import PackConfig
+from btray.bulk.lots import LotReader
+from btray.bulk.pack import PartPacker
+from btray.data.packs import SCHEMA
+from btray.bulk.part_files import write_part
+from btray.data.scans import ScanLimits
+from btray.bulk.config import PackConfig
 from btray.storage import describe
 paths = json.load(sys.stdin)
 keep_freed_memory()

@@ -141,7 +141,7 @@ def bare(model: str, port: int) -> None:
     import torch
     import uvicorn
 
-    from btray.classifier import Classifier
+    from btray.model.classifier import Classifier
 
     torch.set_num_threads(1)
     classifier, pool, app = Classifier.load(model, engine="auto"), ThreadPoolExecutor(2), FastAPI()
@@ -170,7 +170,7 @@ def plain_serve(model: str, port: int) -> None:
     @serve.ingress(app)
     class Plain:
         def __init__(self) -> None:
-            from btray.classifier import Classifier
+            from btray.model.classifier import Classifier
 
             self.classifier = Classifier.load(model, engine="auto")
 
@@ -194,7 +194,7 @@ def plain_serve(model: str, port: int) -> None:
 @contextmanager
 def server(kind: str, model: str, *flags: str) -> Iterator[tuple[str, int]]:
     """The URL of a running server and its process id; `kind` is bare, plain, or a --proxy of jobs/serve.py."""
-    from btray.serving import free_port
+    from btray.serving.job import free_port
 
     port = free_port()
     command = [sys.executable, "jobs/serve.py", "--model", model, "--port", str(port), "--proxy", kind, *flags]
@@ -270,8 +270,8 @@ def overload(model: str, seconds: float) -> None:
     accepted waits for a place in HAProxy, and then for those that its replica has in work; half of the machine goes to
     the clients and to what is refused.
     """
-    from btray.haproxy_guard import QUEUE_SECONDS
-    from btray.settings_serve import LimitsConfig
+    from btray.serving.config import LimitsConfig
+    from btray.serving.haproxy import QUEUE_SECONDS
 
     replicas = 2
     with server("haproxy", model, "--replicas.min-replicas", str(replicas)) as (url, _), ThreadPoolExecutor(1) as pool:

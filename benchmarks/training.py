@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from btray.fingerprint import fingerprint_of
-from btray.frames import FrameSource, Rejection
-from btray.settings import PreprocessConfig
-from btray.worklist import read_labelled
+from btray.data.config import PreprocessConfig
+from btray.data.fingerprint import fingerprint_of
+from btray.data.frames import FrameSource, Rejection
+from btray.data.labelled import read_labelled
 
 HERE = Path(__file__).resolve().parent
 WORKERS = 2
@@ -107,8 +107,8 @@ def _ray_loader(manifest: Path) -> float:
     """Images a second of the job's own decoding, after its worker processes have started."""
     import pyarrow as pa
 
-    from btray.cluster import connected
-    from btray.feeding import decode_rows
+    from btray.core.cluster import connected
+    from btray.training.feeds import decode_rows
 
     table = read_labelled(str(manifest))
     rows = pa.table({"row": np.arange(len(table)), "uri": table["uri"], "label": np.zeros(len(table), np.int64)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from btray.classifier import Classifier, Prediction
+    from btray.model.classifier import Classifier, Prediction
 
 __all__ = ["Classifier", "Prediction"]
 
@@ -13,7 +13,7 @@ __all__ = ["Classifier", "Prediction"]
 def __getattr__(name: str) -> Any:
     """Import torch only where it is needed: `import btray` and a job's `--help` stay quick."""
     if name in __all__:
-        from btray import classifier
+        from btray.model import classifier
 
         return getattr(classifier, name)
     raise AttributeError(f"module 'btray' has no attribute {name!r}")

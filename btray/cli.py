@@ -15,15 +15,16 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from btray.config import JobConfig, run_command
-from btray.errors import UserError
-from btray.settings import PredictConfig
-from btray.settings_serve import KeyConfig
+from btray.core.config import JobConfig
+from btray.core.errors import UserError
+from btray.core.notice import NOTICE
+from btray.launch import run_command
+from btray.model.config import PredictConfig
+from btray.serving.config import KeyConfig
 
 if TYPE_CHECKING:
-    from btray.classifier import Classifier, Prediction
+    from btray.model.classifier import Classifier, Prediction
 
-NOTICE = "This supports a reader; it is no diagnosis."
 # Scans held in memory at a time: a folder of any size goes through.
 _AT_A_TIME = 32
 
@@ -46,7 +47,7 @@ def main() -> None:
 
 def predict(config: PredictConfig) -> None:
     """Print a line for each frame of each scan, as they are read. Raises UserError where none could be classified."""
-    from btray.classifier import Classifier
+    from btray.model.classifier import Classifier
 
     classifier = Classifier.load(config.model, model_id=config.model_id, abstain_below=config.abstain_below)
     print(NOTICE, file=sys.stderr, flush=True)
@@ -70,7 +71,7 @@ def predict(config: PredictConfig) -> None:
 
 def key(config: KeyConfig) -> None:
     """Make an API key and print it, or revoke one. Raises UserError where the file cannot be used."""
-    from btray.api_keys import make_key, revoke_key
+    from btray.serving.access import make_key, revoke_key
 
     if config.revoke:
         revoke_key(config.file, config.name)
@@ -83,7 +84,7 @@ def key(config: KeyConfig) -> None:
 def _scans(files: Sequence[str]) -> Iterator[str | Prediction]:
     """Every file, those of folders one by one; a folder that cannot be listed is a rejected prediction."""
     from btray import storage
-    from btray.classifier import Prediction
+    from btray.model.classifier import Prediction
 
     for file in files:
         uri = storage.resolve(file)

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from btray.classifier import Classifier
-from btray.preprocess import Frame, to_tensor
+from btray.data.preprocess import Frame, to_tensor
+from btray.model.classifier import Classifier
 
 Heat = npt.NDArray[np.float32]
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from btray import storage
-from btray.errors import UserError
-from btray.labels import CANONICAL
+from btray.core.errors import UserError
+from btray.data.labels import CANONICAL
 
 CLASSES = CANONICAL
 SPLITS = ("Training", "Testing")

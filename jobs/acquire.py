@@ -6,13 +6,13 @@ python jobs/acquire.py --source https://example.org/slices.zip --sha256 <64 digi
 
 from __future__ import annotations
 
-from btray.config import run_job
-from btray.settings import AcquireConfig
+from btray.acquire.config import AcquireConfig
+from btray.launch import run_job
 
 
 def main(config: AcquireConfig) -> str:
     """Return the URI of the manifest."""
-    from btray.acquire import acquire
+    from btray.acquire.job import acquire
 
     return acquire(config)
 

@@ -6,13 +6,13 @@ ray job submit --working-dir . -- python jobs/classify.py --model s3://bucket/mo
     --output s3://bucket/results
 """
 
-from btray.config import run_job
-from btray.settings_bulk import ClassifyConfig
+from btray.bulk.config import ClassifyConfig
+from btray.launch import run_job
 
 
 def main(config: ClassifyConfig) -> str:
     """Return the URI of the table."""
-    from btray.bulk import classify
+    from btray.bulk.classify import classify
 
     return classify(config)
 

@@ -3,13 +3,13 @@
 python jobs/evaluate.py --model runs/first --data ../data/brain-tumor-mri --out runs/evaluation
 """
 
-from btray.config import run_job
-from btray.settings import EvaluateConfig
+from btray.evaluation.config import EvaluateConfig
+from btray.launch import run_job
 
 
 def main(config: EvaluateConfig) -> str:
     """Return the folder of the report."""
-    from btray.assess import evaluate
+    from btray.evaluation.assessment import evaluate
 
     return evaluate(config)
 

@@ -5,13 +5,13 @@ python jobs/train.py --data runs/packed --out runs/first
 ray job submit --working-dir . -- python jobs/pack.py --input s3://bucket/scans --output s3://bucket/packed
 """
 
-from btray.config import run_job
-from btray.settings_bulk import PackConfig
+from btray.bulk.config import PackConfig
+from btray.launch import run_job
 
 
 def main(config: PackConfig) -> str:
     """Return the URI of the pack."""
-    from btray.packing import pack
+    from btray.bulk.pack import pack
 
     return pack(config)
 

@@ -6,15 +6,15 @@ kill -HUP PID                                                  # takes over a ne
 serve deploy serve.yaml                                        # on a cluster; the bundle stands in serve.yaml
 """
 
-from btray.config import run_job
-from btray.settings_serve import ServeConfig
+from btray.launch import read_config, run_job
+from btray.serving.config import ServeConfig
 
 
 def main(config: ServeConfig) -> str:
     """Return the URL, once the service was told to end."""
-    from btray.serving import run_service
+    from btray.serving.job import run_service
 
-    return run_service(config, ServeConfig.from_command_line)
+    return run_service(config, lambda: read_config(ServeConfig))
 
 
 if __name__ == "__main__":

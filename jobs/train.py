@@ -5,13 +5,13 @@ python jobs/train.py --data ../data/brain-tumor-mri --out runs/small --epochs 2 
 ray job submit --working-dir . -- python jobs/train.py --data s3://bucket/scans --out s3://bucket/models/first
 """
 
-from btray.config import run_job
-from btray.settings import TrainConfig
+from btray.launch import run_job
+from btray.training.config import TrainConfig
 
 
 def main(config: TrainConfig) -> str:
     """Return the URI of the bundle."""
-    from btray.training import train
+    from btray.training.job import train
 
     return train(config)
 

@@ -5,13 +5,13 @@ python jobs/tune.py --data dataset --out runs/tuned --trials 4 --epochs 4 --prep
 ray job submit --working-dir . -- python jobs/tune.py --data s3://bucket/scans --out s3://bucket/models/tuned --use-gpu
 """
 
-from btray.config import run_job
-from btray.settings_tune import TuneConfig
+from btray.launch import run_job
+from btray.training.config import TuneConfig
 
 
 def main(config: TuneConfig) -> str:
     """Return the URI of the bundle."""
-    from btray.tuning import tune
+    from btray.training.tuning import tune
 
     return tune(config)
 

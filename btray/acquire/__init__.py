@@ -1,0 +1,1 @@
+"""The acquire job: data sets are brought in."""

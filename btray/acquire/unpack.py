@@ -1,0 +1,308 @@
+"""Unpack a downloaded zip or tar archive into an empty folder, trusting nothing that the archive says of itself."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import stat
+import struct
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import IO, Self, cast
+
+from btray.core.errors import UserError
+
+SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
+"""What archives are usually called; what one is, its content tells."""
+
+_CHUNK = 1 << 20
+_HEADER_BYTES = 4 << 20  # a tar header with its long-name extensions is a few kB; a hostile one claims gigabytes
+_NAME_BYTES = 200  # file systems end at 255 bytes a name; a temporary file's suffix must still fit
+# What zipfile, tarfile and the decompressors raise on broken or hostile input; some of it is not documented.
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError,
+    RuntimeError, ValueError, LookupError, ArithmeticError,
+)  # fmt: skip
+_OTHER_FORMATS = {b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip", b"\x28\xb5\x2f\xfd": "Zstandard"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpackLimits:
+    """What an archive may unpack to before it is refused as a bomb."""
+
+    max_bytes: int
+    """All members together, counted while unpacking."""
+    max_files: int
+    """Members, folders among them."""
+    max_ratio: float
+    """Bytes unpacked for each byte of the archive; the most that deflate can do is 1032."""
+    free_bytes: int = 64 << 20
+    """Up to this many bytes `max_ratio` is not applied: small archives of blank images compress very well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A file that was not taken."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class _Unpacking:
+    """The state of one archive's unpacking: what was spent, and every name that was taken."""
+
+    archive: Path
+    shown: str
+    folder: Path
+    limits: UnpackLimits
+    leave_out: Callable[[str], str | None]
+    budget: int = field(init=False)
+    left_out: list[LeftOut] = field(default_factory=list)
+    members: int = 0
+    spent: int = 0
+    files: set[str] = field(default_factory=set)
+    folders: set[str] = field(default_factory=set)
+    exact: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        by_ratio = max(self.limits.free_bytes, int(self.limits.max_ratio * self.archive.stat().st_size))
+        self.budget = min(self.limits.max_bytes, by_ratio)
+
+    def count_member(self) -> None:
+        self.members += 1
+        if self.members > self.limits.max_files:
+            raise UserError(
+                f"{self.shown} holds more than {self.limits.max_files} files; if you trust it, raise --max-files"
+            )
+
+    def spend(self, size: int) -> None:
+        self.spent += size
+        if self.spent <= self.budget:
+            return
+        if self.spent > self.limits.max_bytes:
+            limit = f"{self.limits.max_bytes / 1e9:g} GB; if you trust it, raise --max-unpacked-gb"
+        else:
+            limit = f"{self.limits.max_ratio:g} times its own size; if you trust it, raise --max-ratio"
+        raise UserError(f"{self.shown} unpacks to more than {limit}")
+
+    def unsafe(self, name: str, why: str) -> UserError:
+        return UserError(f"{self.shown} is unsafe and was not used: its member {name!r} {why}")
+
+    def target(self, name: str) -> Path | None:
+        """Where the file `name` goes; None where it is left out, which is noted."""
+        parts = self._parts(name)
+        path = "/".join(parts)
+        keys = [_fold("/".join(parts[:end])) for end in range(1, len(parts) + 1)]
+        reason = self._reason(path, keys)
+        if reason:
+            self.left_out.append(LeftOut(name=name.encode("utf-8", "backslashreplace").decode(), reason=reason))
+            return None
+        self.folders.update(keys[:-1])
+        self.files.add(keys[-1])
+        self.exact.add(path)
+        return self.folder.joinpath(*parts)
+
+    def _parts(self, name: str) -> list[str]:
+        """Split a member's name; archives made on Windows separate with backslashes."""
+        unix = name.replace("\\", "/")
+        if unix.startswith("/") or PureWindowsPath(name).drive:
+            raise self.unsafe(name, "has an absolute path")
+        parts = [part for part in unix.split("/") if part not in {"", "."}]
+        if ".." in parts:
+            raise self.unsafe(name, "lies outside the archive ('..')")
+        if not parts or "\0" in name:
+            raise self.unsafe(name, "has no usable name")
+        return parts
+
+    def _reason(self, path: str, keys: list[str]) -> str | None:
+        try:
+            longest = max(len(part.encode()) for part in path.split("/"))
+        except UnicodeEncodeError:
+            return "unusable_name"
+        if longest > _NAME_BYTES:
+            return "unusable_name"
+        if path in self.exact:
+            return "duplicate_name"
+        if keys[-1] in self.files or keys[-1] in self.folders or any(key in self.files for key in keys[:-1]):
+            return "colliding_name"
+        return self.leave_out(path)
+
+
+def _fold(path: str) -> str:
+    """Equal for two names that one file system or another takes for the same."""
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def unpack(
+    archive: Path, folder: Path, *, limits: UnpackLimits, shown: str, leave_out: Callable[[str], str | None]
+) -> list[LeftOut]:
+    """Unpack `archive` (zip, tar, tar.gz, tar.bz2, tar.xz; told by its content) into the empty `folder`.
+
+    `leave_out(path)` gives a reason for a file that is not wanted, or None. Besides those, files are left out, and
+    returned, whose name stands in the archive already (`duplicate_name`; the first one is kept), differs from
+    another only in case or Unicode form or is also a folder (`colliding_name`), or cannot be stored
+    (`unusable_name`). Archives inside the archive stay packed.
+
+    Raises `UserError`, in which the archive is called `shown`, for an absolute path, a `..`, a link, a device, an
+    encrypted member, more files or bytes than `limits` allows, and damage of any kind.
+    """
+    state = _Unpacking(archive, shown, folder, limits, leave_out)
+    with archive.open("rb") as file:
+        start = file.read(8)
+        file.seek(0)
+        _refuse_other_formats(start, shown)
+        if start.startswith(b"PK"):
+            _unpack_zip(file, state)
+        else:
+            _unpack_tar(_decompressed(file, start), state)
+    return state.left_out
+
+
+def _refuse_other_formats(start: bytes, shown: str) -> None:
+    if start.lstrip().startswith(b"<"):
+        raise UserError(f"{shown} is a web page, no archive; give the address of the file itself")
+    for magic, format_name in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise UserError(f"{shown} is a {format_name} archive, which is not read; repack it as zip or tar")
+
+
+@contextmanager
+def _damage_refused(state: _Unpacking) -> Iterator[None]:
+    """Reading, never writing, stands inside: a full disk is no damage."""
+    try:
+        yield
+    except _DAMAGE as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{state.shown} is damaged or no zip or tar archive ({why}); get it again") from error
+
+
+def _unpack_zip(file: IO[bytes], state: _Unpacking) -> None:
+    with _damage_refused(state):
+        archive = zipfile.ZipFile(file)
+    with archive:
+        for member in archive.infolist():
+            state.count_member()
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
+                raise state.unsafe(member.filename, "is a link, a device or another special file")
+            if member.is_dir() or member.filename.endswith("\\"):
+                continue
+            if member.flag_bits & 1:
+                raise UserError(
+                    f"{state.shown}: member {member.filename!r} is encrypted; unpack it and give the folder"
+                )
+            target = state.target(member.filename)
+            if target:
+                with _damage_refused(state):
+                    content = archive.open(member)
+                _copy(content, target, state)
+
+
+def _unpack_tar(stream: IO[bytes], state: _Unpacking) -> None:
+    meter = _Meter(stream)
+    meter.limit = _HEADER_BYTES
+    with _damage_refused(state):
+        archive = tarfile.TarFile.open(
+            fileobj=cast("IO[bytes]", meter), mode="r|", bufsize=_CHUNK, tarinfo=_StrictTarInfo
+        )
+    with archive:
+        while member := _next_member(archive, meter, state):
+            state.count_member()
+            if member.isdir():
+                continue
+            if not member.isreg():
+                raise state.unsafe(member.name, "is a link, a device or another special file")
+            target = state.target(member.name)
+            try:
+                tarfile.data_filter(member, str(state.folder))
+            except tarfile.FilterError as error:
+                raise state.unsafe(member.name, f"is refused by tarfile ({error})") from error
+            # What is left out is read as well: it lies in the way of the next member, and counts.
+            _copy(cast("IO[bytes]", archive.extractfile(member)), target, state)
+
+
+def _next_member(archive: tarfile.TarFile, meter: _Meter, state: _Unpacking) -> tarfile.TarInfo | None:
+    vars(archive)["members"].clear()  # tarfile would remember every header
+    with _damage_refused(state):
+        meter.limit = meter.position + _HEADER_BYTES
+        member = archive.next()
+        meter.limit = None
+        if member:
+            return member
+        stream = cast("IO[bytes]", archive.fileobj)
+        while rest := stream.read(_CHUNK):
+            state.spend(len(rest))
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError("there is more behind its end")
+    return None
+
+
+def _copy(content: IO[bytes], target: Path | None, state: _Unpacking) -> None:
+    """Copy in chunks, counted as they come: the size that an archive declares may be a lie."""
+    with content:
+        if target is None:
+            for chunk in _chunks(content, state):
+                state.spend(len(chunk))
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as out:
+            for chunk in _chunks(content, state):
+                state.spend(len(chunk))
+                out.write(chunk)
+
+
+def _chunks(content: IO[bytes], state: _Unpacking) -> Iterator[bytes]:
+    while True:
+        with _damage_refused(state):
+            chunk = content.read(_CHUNK)
+        if not chunk:
+            return
+        yield chunk
+
+
+def _decompressed(file: IO[bytes], start: bytes) -> IO[bytes]:
+    """Choose by content: servers and people misname archives."""
+    if start.startswith(b"\x1f\x8b"):
+        return cast("IO[bytes]", gzip.GzipFile(fileobj=file))
+    if start.startswith(b"BZh"):
+        return bz2.BZ2File(file)
+    if start.startswith(b"\xfd7zXZ"):
+        return lzma.LZMAFile(file)
+    return file
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a broken or cut-off header for the end of the archive; here it is an error."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+            return super().frombuf(buf, encoding, errors)
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}; it was cut off or altered") from error
+
+
+class _Meter:
+    """A stream that refuses to give more than `limit` bytes in all: a header's length must not fill the memory."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.position = 0
+        self.limit: int | None = None
+
+    def read(self, size: int, /) -> bytes:
+        data = self._stream.read(size)
+        self.position += len(data)
+        if self.limit is not None and self.position > self.limit:
+            raise tarfile.ReadError(f"a header of more than {_HEADER_BYTES} bytes")
+        return data

@@ -1,0 +1,1 @@
+"""The audit job: what makes figures untrue is looked for."""

@@ -1,0 +1,43 @@
+"""The settings of the audit job. No heavy import: `--help` must be quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from btray.core.config import JobConfig
+
+AUDIT_FINDINGS = ("leak", "conflict", "patient", "duplicate", "not_mri", "unreadable")
+
+
+class AuditConfig(JobConfig):
+    """Look for what makes figures untrue in labelled data: duplicates, leakage between splits, label conflicts.
+
+    Writes audit.json, duplicates.parquet, report.html and lists of unreadable files and of what is no MRI slice.
+    """
+
+    data: str
+    """Labelled data, as for training; one class is enough."""
+    out: str
+    """Where the audit is written; local or s3://."""
+    fail_on: str = ""
+    """Findings that end the job with exit code 3 once all is written, separated by commas: leak (an image of the val \
+    or test split has a twin in a split before it), conflict (one image, several labels), patient (in several splits), \
+    duplicate, not_mri, unreadable."""
+    report_groups: Annotated[int, Field(ge=0, le=1000)] = 60
+    """Most duplicate groups whose pictures the report shows; leaks and conflicts come first."""
+
+    @field_validator("fail_on")
+    @classmethod
+    def _known_findings(cls, value: str) -> str:
+        for name in (part.strip() for part in value.split(",") if part.strip()):
+            if name not in AUDIT_FINDINGS:
+                raise ValueError(f"{name!r} is no finding; choose of {', '.join(AUDIT_FINDINGS)}")
+        return value
+
+    @property
+    def failing(self) -> tuple[str, ...]:
+        """The findings of --fail-on, in the order of AUDIT_FINDINGS."""
+        named = {part.strip() for part in self.fail_on.split(",")}
+        return tuple(name for name in AUDIT_FINDINGS if name in named)

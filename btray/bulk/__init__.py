@@ -1,0 +1,1 @@
+"""The classify and pack jobs: archives are worked through every night."""

@@ -1,0 +1,86 @@
+"""The settings of the jobs that work on whole archives. No heavy import: `--help` must be quick."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from btray.core.config import JobConfig, Positive, Probability
+
+
+class ArchiveConfig(JobConfig):
+    """What the jobs on archives have in common."""
+
+    input: str
+    """Folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory (manifest.json), file list \
+    (.txt) or packed archive (the folder that jobs/pack.py wrote); local or s3://."""
+    output: str
+    """Where the result is written; local or s3://."""
+    include: tuple[str, ...] = ()
+    """Only paths below the input (keys of an inventory) that match one of these globs; `*` matches `/` too."""
+    exclude: tuple[str, ...] = ()
+    """No paths below the input that match one of these globs."""
+    since: datetime | None = None
+    """Only objects modified at this time or later, ISO 8601, UTC where no zone is given."""
+    limit: Positive | None = None
+    """At most so many objects."""
+    dry_run: bool = False
+    """Say how many objects would be read, how large they are and how long that takes; write nothing."""
+    max_rejected: Probability | None = None
+    """Share of rejected objects above which the job, having written everything, ends with exit code 3; default: any."""
+    metrics_to: str | None = None
+    """Where the run's last numbers are left for Prometheus: a file (.prom) that node-exporter's textfile collector \
+    reads, or the http:// URL of a Pushgateway."""
+    actors: Positive | None = None
+    """Most actors that work at a time; default: one a CPU, or as many as the GPUs hold with --use-gpu. On a cluster \
+    that grows, give as many as it may grow to hold."""
+    threads: Positive = 16
+    """Objects that an actor reads at a time."""
+    patience: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds that a store which is away is waited for, before its objects are rejected or the job fails."""
+
+    @field_validator("since")
+    @classmethod
+    def _utc(cls, value: datetime | None) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class ClassifyConfig(ArchiveConfig):
+    """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
+
+    model: str
+    """Model bundle."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    reclassify: bool = False
+    """Read all objects again; their new rows supersede the old ones."""
+    retry_rejected: bool = False
+    """Read again what was rejected for good; what failed for the store's sake is read again anyway."""
+    use_gpu: bool = False
+    """Classify on GPUs."""
+    gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPU of each actor with --use-gpu; below 1 several share one."""
+    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
+    """How the network is run: as it is, as a frozen graph, or by ONNX Runtime (extra onnx); auto: frozen on a CPU, \
+    eager on a GPU."""
+    batch_size: Positive | None = None
+    """Images a forward pass; default: 16 on a CPU, 64 on a GPU, where it halves by itself when the memory is full."""
+    explain: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Write pictures of what spoke for the label (Grad-CAM) of so many of the least certain scans."""
+    explain_labels: tuple[str, ...] = ()
+    """Write such pictures of every scan that gets one of these labels."""
+
+    @model_validator(mode="after")
+    def _onnx_on_a_cpu(self) -> Self:
+        if self.use_gpu and self.engine == "onnx":
+            raise ValueError("engine onnx runs on a CPU: leave out --use-gpu, or choose --engine eager or frozen")
+        return self
+
+
+class PackConfig(ArchiveConfig):
+    """Pack many small objects into few Parquet shards, which classify, train and audit read several times faster.
+
+    Run again it packs what is new or changed. Exit code 0 where every object was read, whatever it holds.
+    """

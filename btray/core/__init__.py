@@ -1,0 +1,1 @@
+"""What everything stands on: errors, configs, logs, Ray itself, metrics."""

@@ -1,0 +1,3 @@
+"""What every user is told: `NOTICE`."""
+
+NOTICE = "This supports a reader; it is no diagnosis."

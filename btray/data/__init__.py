@@ -1,0 +1,1 @@
+"""Labelled data and scans: manifests, splits, decoding, preprocessing, packs."""

@@ -1,0 +1,57 @@
+"""The class vocabulary: canonical labels, the folder names that mean them, and the order of a model's classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from btray.core.errors import UserError
+
+CANONICAL = ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor")
+
+_ALIASES = {
+    "glioma": "glioma",
+    "gliomas": "glioma",
+    "meningioma": "meningioma",
+    "meningiomas": "meningioma",
+    "pituitary": "pituitary",
+    "pituitaryadenoma": "pituitary",
+    "pituitaryadenomas": "pituitary",
+    "metastasis": "metastasis",
+    "metastases": "metastasis",
+    "metastatic": "metastasis",
+    "brainmetastasis": "metastasis",
+    "brainmetastases": "metastasis",
+    "no": "no_tumor",
+    "non": "no_tumor",
+    "none": "no_tumor",
+    "normal": "no_tumor",
+    "healthy": "no_tumor",
+}
+
+
+def canonical_label(folder_name: str) -> str:
+    """The canonical label that a folder name or manifest label means, else the name itself, stripped.
+
+    Case, spaces, `-`, `_` and a closing "tumor" or "tumour" do not count: `Glioma_Tumor`, `no tumour` and `notumor` are
+    known.
+    """
+    name = folder_name.strip()
+    key = re.sub(r"[\W_]+", "", name.casefold())
+    return _ALIASES.get(re.sub(r"tumou?rs?$", "", key), name)
+
+
+def class_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """The distinct labels in the order of a model's outputs: canonical ones as in CANONICAL, then the others sorted."""
+    distinct = set(labels)
+    return tuple(label for label in CANONICAL if label in distinct) + tuple(sorted(distinct - set(CANONICAL)))
+
+
+def require_known_labels(labels: Iterable[str], classes: Sequence[str], source: str) -> None:
+    """Raise UserError where one of `labels`, which come from `source`, is none of a model's `classes`."""
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise UserError(
+            f"{source} has the label {unknown[0]!r}, which is none of the model's classes ({', '.join(classes)}); "
+            "remove or rename it, or train a model with it"
+        )

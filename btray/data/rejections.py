@@ -1,0 +1,62 @@
+"""Inputs that could not be used: named in the log, listed in a file, counted against a limit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from btray.core.errors import ThresholdExceeded
+from btray.data.frames import FRAMES_PER_SCAN
+
+_log = logging.getLogger(__name__)
+
+_NAMED = 20
+REJECTED = "rejected.csv"
+
+
+def rejections_in(survey: pa.Table) -> pa.Table:
+    """The rejected rows of what `feeding.survey` gives, with columns row, code, message."""
+    bad = survey.filter(pc.not_equal(survey["code"], ""))
+    return pa.table(
+        {"row": bad["sample"].to_numpy() // FRAMES_PER_SCAN, "code": bad["code"], "message": bad["message"]}
+    )
+
+
+def report_rejections(rejected: pa.Table, table: pa.Table) -> None:
+    """Name the inputs of `table` that were rejected (columns row, code, message) in the log, the first ones each."""
+    entries = rejected.to_pylist()
+    for entry in entries[:_NAMED]:
+        _log.warning("rejected: %s (%s): %s", table["uri"][entry["row"]], entry["code"], entry["message"])
+    if len(entries) > _NAMED:
+        _log.warning("... and %d more; all are in %s", len(entries) - _NAMED, REJECTED)
+
+
+def rejections_csv(rejected: pa.Table, table: pa.Table) -> bytes:
+    """Every rejected input with its code and what was found."""
+    rows = [(table["uri"][entry["row"]].as_py(), entry["code"], entry["message"]) for entry in rejected.to_pylist()]
+    return as_csv(("uri", "error_code", "error"), rows)
+
+
+def enforce_max_rejected(rejected: pa.Table, total: int, limit: float) -> None:
+    """Raise ThresholdExceeded where more than the share `limit` of `total` inputs was rejected, and say why mostly."""
+    if total == 0 or len(rejected) / total <= limit:
+        return
+    code, count = Counter(rejected["code"].to_pylist()).most_common(1)[0]
+    raise ThresholdExceeded(
+        f"{len(rejected)} of {total} inputs were rejected ({len(rejected) / total:.1%}), above --max-rejected "
+        f"{limit:.1%}; most often {code} ({count}); mend the data or raise --max-rejected"
+    )
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """A CSV file; file names that are no UTF-8 are written with escapes."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().encode("utf-8", "backslashreplace")

@@ -1,0 +1,81 @@
+"""What kind of file some bytes are, told by their beginning alone: no decoder is run on bytes that nobody knows."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Final, Literal
+
+Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP"]
+
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_GIF_FRAME = re.compile(rb"\x21\xf9\x04.{4}\x00\x2c", re.DOTALL)
+_FOREIGN: Final[tuple[tuple[int, bytes, str], ...]] = (
+    (128, b"DICM", "a DICOM file"),
+    (344, b"n+1\0", "a NIfTI file"),
+    (344, b"ni1\0", "a NIfTI header"),
+    (4, b"n+2\0", "a NIfTI-2 file"),
+    (0, b"NRRD000", "an NRRD file"),
+    (0, b"ObjectType = Image", "a MetaImage file"),
+    (0, b"\x89HDF\r\n", "an HDF5 (perhaps MINC or MATLAB) file"),
+    (0, b"%PDF-", "a PDF document"),
+    (0, b"%!PS", "a PostScript file"),
+    (0, b"\xc5\xd0\xd3\xc6", "an EPS file"),
+    (0, b"8BPS", "a Photoshop file"),
+    (0, b"\0\0\1\0", "an icon"),
+    (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 file"),
+    (0, b"\0\0\0\x0cJXL ", "a JPEG XL file"),
+    (4, b"ftyp", "a HEIC, AVIF or MP4 file"),
+    (0, b"<svg", "an SVG drawing"),
+)
+_NO_IMAGE: Final[tuple[tuple[bytes, str], ...]] = (
+    (b"<!doctype html", "an HTML page (perhaps an error of a web server)"),
+    (b"<html", "an HTML page (perhaps an error of a web server)"),
+    (b"<?xml", "an XML document (perhaps an error of an object store)"),
+    (b"{", "a JSON document"),
+    (b"pk\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"par1", "a Parquet file"),
+)
+
+
+def recognise(data: bytes) -> Format | None:
+    """The format that `btray.data.scans` reads, or None."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(_TIFF_MAGIC):
+        return "TIFF"
+    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    return None
+
+
+def describe_foreign(data: bytes) -> tuple[str, str]:
+    """(rejection code, message) for bytes that `recognise` does not know."""
+    if data.startswith(b"GIF8"):
+        frames = len(_GIF_FRAME.findall(data))
+        code = "animated" if frames > 1 else "unsupported"
+        return code, f"a GIF of {frames} frames" if frames > 1 else "a GIF: convert it to PNG"
+    head = _unpacked_head(data) if data.startswith(b"\x1f\x8b") else data[:1024]
+    for offset, magic, name in _FOREIGN:
+        if head.startswith(magic, offset):
+            return "unsupported", f"{name}: there is no reader for it here; convert it to PNG or TIFF"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for magic, name in _NO_IMAGE:
+        if text.startswith(magic) or data.startswith(magic):
+            return "not_an_image", f"{name}, not an image"
+    if not any(head):
+        return "not_an_image", "it begins with nothing but zero bytes: it was never written"
+    return "not_an_image", f"no known image: it begins with {data[:8].hex(' ')}"
+
+
+def _unpacked_head(data: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(data[:65536], 1024)
+    except zlib.error:
+        return b""

@@ -1,0 +1,395 @@
+"""Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP and WebP. Every rejection has a code; see `REJECTION_CODES`.
+
+All callers decode with `decode`, so that training, bulk classification and serving see the same pixels. It keeps no
+state and is thread-safe. DICOM and NIfTI are recognised and refused as `unsupported`; nothing is read from disk here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from PIL import BmpImagePlugin, Image, ImageChops, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import WebPImagePlugin as WebpImagePlugin
+from PIL.ImageFile import ImageFile
+
+from btray.data.scan_kinds import Format, describe_foreign, recognise
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+REJECTION_CODES: Final[dict[str, str]] = {
+    "empty": "The object has no bytes: the upload was cut off; write it again.",
+    "not_an_image": "The bytes are no image (text, an error page, an archive): leave it out of the worklist.",
+    "truncated": "The image ends too early: the upload or download was cut off; copy it again from its source.",
+    "bomb": "Decoding would take too much memory or time: inspect it, then split it or raise max_pixels if it is real.",
+    "too_large": "The object has more bytes than max_bytes: split it or raise the limit.",
+    "too_small": "The image is smaller than min_side: an icon or a placeholder; leave it out.",
+    "animated": "The image is an animation: export its frames as single images.",
+    "unsupported": "The file is of a kind that is not read here: convert it to PNG, TIFF or JPEG.",
+    "decode_failed": "The image is damaged: copy it again from its source.",
+    "not_found": "The object is no longer there: it was deleted after the listing; list again.",
+    "forbidden": "The credentials may not read the object: mend the policy or the credentials and run again.",
+    "throttled": "The store asked to slow down and retries did not help: run again with less concurrency.",
+    "unavailable": "The store could not be reached and retries did not help: run again when it is up.",
+    "changed": "The object was written anew after the listing: the next run lists and reads it as it is then.",
+    "is_directory": "The name is a folder or a directory marker, not a file: leave it out of the worklist.",
+    "failed": "The store answered with an error of no known kind: see the message.",
+}
+
+
+class ScanRejected(Exception):
+    """A scan that cannot be used. `code` is a key of `REJECTION_CODES`, the text one line that says what was found."""
+
+    retryable: Final = False
+    """Bytes that were refused once are refused always."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanLimits:
+    """What a scan may cost. Pillow's own bound of about 179 million pixels a frame stands above `max_pixels`."""
+
+    max_bytes: int = 256 * 2**20
+    """Largest encoded size, in bytes."""
+    max_pixels: int = 64_000_000
+    """Most pixels of all frames together, counted from the headers before anything is decoded."""
+    min_side: int = 16
+    """Smallest width and height, in pixels."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A decoded scan. Identifiers are None where the format has none."""
+
+    frames: list[Array]
+    """Gray frames [height, width], uint8 or uint16 in native byte order, C-contiguous, writable."""
+    study_uid: str | None = None
+    series_uid: str | None = None
+    instance_uid: str | None = None
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What an image file is before it becomes gray frames."""
+
+    format: Format
+    mode: str
+    """Pillow's name for how a pixel is stored, "L" or "RGB" say."""
+    width: int
+    height: int
+    """In pixels, as stored: of the first page, before an EXIF orientation is applied."""
+    colours: Array | None
+    """A small copy in colour, uint8 [height, width, 3]; None where pixels have no colour."""
+
+
+_DEFAULT_LIMITS = ScanLimits()
+_COLOUR_SIDE = 64  # of the small copy in colour, in pixels, at least where the file has as many
+_COLOURLESS = ("1", "L", "LA", "I", "F")
+
+# Built by class, not by Image.open: no other decoder can ever see the bytes, and Image.open's warning about large
+# images, which cannot be silenced for one thread alone, is never issued. `_check_size` stands in its place.
+_READERS: Final[dict[Format, type[ImageFile]]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "WebP": WebpImagePlugin.WebPImageFile,
+}
+
+_MAX_PAGES = 10_000  # Pillow walks a TIFF's directories in quadratic time
+# Encoders write about ten; each costs libjpeg a pass over the whole image, however few bytes it has.
+_MAX_PROGRESSIVE_SCANS = 100
+_PNG_END = b"IEND\xaeB`\x82"  # with its checksum
+# bytes of a value, by TIFF's number of its type; 14 and 15 mean nothing
+_TIFF_TYPE_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), start=1))
+_LAST_PIXEL_TAG = 347  # tags above it do not say how pixels are stored
+_SUBFILE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES = 254, 258, 262, 284
+_REDUCED_OR_MASK = 0b101  # bits of a TIFF page that is a thumbnail or a mask of another one
+_DEEP_RAW_MODE = re.compile(r"(?P<bands>RGBA?|LA);16(?P<order>[BLN])$")
+_OPPOSITE_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+_BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
+_UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
+
+
+def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DEFAULT_LIMITS) -> Scan:
+    """Decode one encoded scan to gray frames; more than one frame only from a multi-page TIFF.
+
+    Colour becomes luma (ITU-R 601), transparency is laid on black, EXIF orientation is applied. 16-bit gray and colour
+    stay uint16; signed integers are shifted, 32-bit integers and floats scaled from their own range to 0..65535.
+    `min_side` is a hint, in pixels: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side
+    keeps at least that many. Raises `ScanRejected` and nothing else whatever the bytes are.
+    """
+    if min_side is not None and min_side < 1:
+        raise ValueError(f"min_side must be at least 1, not {min_side}")
+    if not data:
+        raise ScanRejected("empty", "the object has no bytes")
+    if len(data) > limits.max_bytes:
+        raise ScanRejected("too_large", f"{len(data)} bytes, above max_bytes {limits.max_bytes}")
+    kind = recognise(data)
+    if kind is None:
+        raise ScanRejected(*describe_foreign(data))
+    try:
+        return Scan(_frames(data, kind, min_side, limits))
+    except ScanRejected:
+        raise
+    except Exception as error:  # damaged bytes make Pillow raise nearly anything: SyntaxError, KeyError, struct.error
+        raise _rejection(error, data, kind) from error
+
+
+def count_pages(data: bytes) -> int:
+    """Pages of one encoded scan by its headers, thumbnails and masks too; 1 where `decode` will say what is wrong."""
+    try:
+        return max(1, _check_directories(data)) if recognise(data) == "TIFF" else 1
+    except ScanRejected:
+        return 1
+
+
+def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
+    """What kind of file a scan is, and a glimpse of its colours. Raises `ScanRejected` and nothing else."""
+    kind = recognise(data)
+    if kind is None:
+        raise ScanRejected(*describe_foreign(data))
+    try:
+        image = _READERS[kind](io.BytesIO(data))
+        _check_size(image, limits)
+        mode, (width, height) = image.mode, image.size
+        return FileFacts(kind, mode, width, height, None if mode.startswith(_COLOURLESS) else _small_colours(image))
+    except ScanRejected:
+        raise
+    except Exception as error:
+        raise _rejection(error, data, kind) from error
+
+
+def _small_colours(image: ImageFile) -> Array:
+    image.draft("RGB", (_COLOUR_SIDE, _COLOUR_SIDE))  # a JPEG is decoded at an eighth of its size
+    factors = (max(1, image.width // _COLOUR_SIDE), max(1, image.height // _COLOUR_SIDE))
+    if image.mode in ("P", "PA"):
+        return np.asarray(image.convert("RGB").reduce(factors))
+    return np.asarray(image.reduce(factors).convert("RGB"))
+
+
+def _frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLimits) -> list[Array]:
+    if kind == "TIFF":
+        _check_directories(data)
+    image = _READERS[kind](io.BytesIO(data))
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return list(_pages(data, image, limits))
+    _check_size(image, limits)
+    if getattr(image, "is_animated", False):
+        raise ScanRejected("animated", f"a {kind} animation of {getattr(image, 'n_frames', 'several')} frames")
+    if kind == "JPEG":
+        if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_PROGRESSIVE_SCANS:
+            raise ScanRejected("bomb", f"a JPEG of more than {_MAX_PROGRESSIVE_SCANS} progressive scans")
+        image.draft("L", (min_side, min_side) if min_side else None)
+    elif kind == "PNG":
+        # Pillow's load checks neither the checksums of the pixels nor that the file ends; verify() spends its object.
+        if _PNG_END not in data:
+            raise ScanRejected("truncated", f"a PNG cut off after {len(data)} bytes: no end chunk")
+        PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()
+    return [_frame(data, image)]
+
+
+def _pages(data: bytes, image: TiffImagePlugin.TiffImageFile, limits: ScanLimits) -> Iterator[Array]:
+    pixels = 0
+    for page in itertools.count():
+        try:
+            image.seek(page)
+        except EOFError:
+            return
+        if page and int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
+            continue
+        pixels = _check_size(image, limits, pixels)
+        _check_strips(image.tag_v2, len(data))
+        inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero: Pillow inverts up to 8 bit only
+        frame = _frame(data, image)
+        yield np.invert(frame) if inverted and frame.dtype == np.uint16 else frame
+
+
+def _check_directories(data: bytes) -> int:
+    """Number of a TIFF's pages. Raises `ScanRejected` where their list is cut or endless, which Pillow passes over."""
+    order, big = "<" if data.startswith(b"II") else ">", b"+" in data[:4]
+    count_format, entry, inline, word = ("Q", 20, 8, "Q") if big else ("H", 12, 4, "I")
+    seen: set[int] = set()
+    entries = 0
+    try:
+        (offset,) = struct.unpack_from(order + word, data, inline)
+        while offset and offset not in seen:
+            seen.add(offset)
+            (count,) = struct.unpack_from(order + count_format, data, offset)
+            first = offset + struct.calcsize(count_format)
+            (offset,) = struct.unpack_from(order + word, data, first + count * entry)
+            entries += count
+            if len(seen) > _MAX_PAGES or entries * entry > len(data):
+                raise ScanRejected("bomb", f"a TIFF of more than {_MAX_PAGES} pages or of overlapping directories")
+            for at in range(first, first + count * entry, entry):
+                tag, kind, length, value = struct.unpack_from(order + "HH" + word * 2, data, at)
+                size = length * _TIFF_TYPE_SIZES.get(kind, 0)
+                if tag <= _LAST_PIXEL_TAG and size > inline and value + size > len(data):
+                    raise ScanRejected("truncated", f"a TIFF cut off after {len(data)} bytes: tag {tag} lies behind it")
+    except (struct.error, OverflowError) as error:
+        raise ScanRejected(
+            "truncated", f"a TIFF cut off after {len(data)} bytes: a directory lies behind it"
+        ) from error
+    return len(seen)
+
+
+def _check_strips(tags: TiffImagePlugin.ImageFileDirectory_v2, end: int) -> None:
+    for offsets, lengths in ((273, 279), (324, 325)):  # strips, tiles
+        for offset, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False):
+            if offset + length > end:
+                raise ScanRejected("truncated", f"a TIFF cut off after {end} bytes: pixels lie behind it")
+
+
+def _check_size(image: Image.Image, limits: ScanLimits, pixels_before: int = 0) -> int:
+    """Number of pixels up to and including `image`; raises `ScanRejected` where it breaks a limit."""
+    width, height = image.size
+    pixels = pixels_before + width * height
+    if pixels > limits.max_pixels:
+        total = f", {pixels} pixels with the pages before it" if pixels_before else f", {pixels} pixels"
+        raise ScanRejected("bomb", f"{width}x{height}{total}, above max_pixels {limits.max_pixels}")
+    if min(width, height) < limits.min_side:
+        raise ScanRejected("too_small", f"{width}x{height} pixels, below min_side {limits.min_side}")
+    return pixels
+
+
+def _frame(data: bytes, image: ImageFile) -> Array:
+    """The current page of a file that is open and not loaded."""
+    deep = _deep_colour(data, image)
+    image.load()
+    with contextlib.suppress(Exception):
+        image.getexif()  # where it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
+    if deep is None:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _gray(image)
+    gray = Image.fromarray(deep)
+    gray.info = image.info
+    ImageOps.exif_transpose(gray, in_place=True)
+    return np.array(gray)
+
+
+def _gray(image: Image.Image) -> Array:
+    mode = image.mode
+    if mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+        key = image.info.get("transparency")
+        return values if key is None else np.where(values == key, np.uint16(0), values)
+    if mode == "I":
+        return _integers_to_uint16(np.asarray(image))
+    if mode == "F":
+        return _floats_to_uint16(np.asarray(image))
+    if mode == "CMYK":
+        image = image.convert("RGB")
+    elif mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.has_transparency_data:
+        luma, alpha = image.convert("LA").split()
+        return np.array(ImageChops.multiply(luma, alpha))
+    return np.array(image if image.mode == "L" else image.convert("L"))
+
+
+def _integers_to_uint16(values: Array) -> Array:
+    low, high = int(values.min()), int(values.max())
+    if low >= 0 and high <= 0xFFFF:
+        return values.astype(np.uint16)
+    if high - low <= 0xFFFF:
+        return (values - low).astype(np.uint16)
+    return _floats_to_uint16(values)
+
+
+def _floats_to_uint16(values: Array) -> Array:
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ScanRejected("decode_failed", "no pixel is a finite number")
+    low, high = float(values[finite].min()), float(values[finite].max())
+    if low == high:
+        return np.zeros(values.shape, np.uint16)
+    known = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return np.rint((known - low) * (0xFFFF / (high - low))).astype(np.uint16)
+
+
+def _deep_colour(data: bytes, image: ImageFile) -> Array | None:
+    """Gray uint16 [height, width] of a page with several bands of 16 bit; None for any other.
+
+    Pillow drops the low byte of such bands, which is most of a 12-bit scan. Its decoders do give the low bytes where
+    they are told the opposite byte order, so the page is decoded a second time with that.
+    """
+    raw_modes = {str(tile.args[0] if isinstance(tile.args, tuple) else tile.args) for tile in image.tile}
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    bits = tags.get(_BITS_PER_SAMPLE, ())
+    if not (len(bits) > 1 and max(bits) > 8) and not any(_DEEP_RAW_MODE.match(raw_mode) for raw_mode in raw_modes):
+        return None
+    raw_mode = raw_modes.pop()
+    if raw_mode == "LA;16B":
+        pairs = _load_as(image, "RGBA").view(">u2").astype(np.uint16)
+        return _on_black(pairs[..., 0], pairs[..., 1])
+    match = _DEEP_RAW_MODE.match(raw_mode)
+    if raw_modes or match is None or tags.get(_PLANES, 1) != 1:
+        raise ScanRejected("unsupported", f"a {image.format} of several 16-bit bands laid out as {raw_mode}")
+    twin = type(image)(io.BytesIO(data))
+    twin.seek(image.tell())
+    low = _load_as(twin, f"{match['bands']};16{_OPPOSITE_ORDER[match['order']]}")
+    bands = np.asarray(image).astype(np.uint16) << 8 | low
+    gray = _luma(bands)
+    key = image.info.get("transparency")
+    if key is not None:
+        gray[(bands == key).all(axis=-1)] = 0
+    return _on_black(gray, bands[..., 3]) if bands.shape[-1] == 4 else gray
+
+
+def _load_as(image: ImageFile, raw_mode: str) -> Array:
+    """Bytes [height, width, bands] of a file not yet loaded, read in another layout than its header says."""
+    image.tile = [
+        tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
+        for tile in image.tile
+    ]
+    return np.asarray(image)
+
+
+def _luma(bands: Array) -> Array:
+    """ITU-R 601 luma of uint16 [height, width, 3 or more], with Pillow's weights: equal bands stay what they are."""
+    red, green, blue = (bands[..., band].astype(np.uint32) for band in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint16)
+
+
+def _on_black(gray: Array, alpha: Array) -> Array:
+    return ((gray.astype(np.uint32) * alpha + 0x7FFF) // 0xFFFF).astype(np.uint16)
+
+
+def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
+    """What a decoder's exception means to an operator."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or _BOMB_TEXT.search(text):
+        return ScanRejected("bomb", f"{kind}: {text}")
+    if "truncated" in text.lower() or _is_cut(data, kind):
+        return ScanRejected("truncated", f"a {kind} cut off after {len(data)} bytes: {text}")
+    if _UNSUPPORTED_TEXT.search(text):
+        return ScanRejected("unsupported", f"a {kind} of a kind that is not read: {text}")
+    return ScanRejected("decode_failed", f"a damaged {kind}: {text}")
+
+
+def _is_cut(data: bytes, kind: Format) -> bool:
+    """Whether the end that the format prescribes is missing."""
+    if kind == "JPEG":
+        return data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda")
+    if kind == "PNG":
+        return _PNG_END not in data
+    if kind == "BMP":
+        return int.from_bytes(data[2:6], "little") > len(data)
+    if kind == "WebP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    return False  # a TIFF has no mark of its end; `_check_directories` and `_check_strips` have been before

@@ -1,0 +1,1 @@
+"""The evaluate job: metrics, plots and the report."""

@@ -1,0 +1,26 @@
+"""The settings of the evaluate job. No heavy import: `--help` must be quick."""
+
+from __future__ import annotations
+
+from btray.core.config import JobConfig, Positive, Probability
+
+
+class EvaluateConfig(JobConfig):
+    """Measure a bundle on labelled data: metrics.json, plots and report.html."""
+
+    model: str
+    """Model bundle."""
+    data: str
+    """Labelled data, as for training; its test split where it has one, else all of it. One class is enough."""
+    out: str
+    """Where the report is written; local or s3://."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    abstain_below: Probability | None = None
+    """Confidence below which the model abstains; default: the bundle's own."""
+    max_rejected: Probability = 0.05
+    """Share of unreadable images above which the job ends with exit code 3."""
+    batch_size: Positive | None = None
+    """Images a forward pass; default: 16 on a CPU, 64 on a GPU."""
+    use_gpu: bool = False
+    """One actor a GPU."""

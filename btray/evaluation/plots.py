@@ -1,0 +1,323 @@
+"""The figures of a report as PNG bytes. Each says how many images it rests on."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
+from sklearn.metrics import roc_curve
+
+from btray.evaluation.metrics import auroc, reliability, wilson_interval
+from btray.model.abstention import RiskCoverage, risk_coverage
+from btray.reports.plot_style import BLUE, INK, LINES, MUTED, PALE, PALETTE, VERMILLION, canvas, png
+
+if TYPE_CHECKING:
+    pass
+
+
+@png
+def confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
+    """Counts and row percentages of the confusion matrix in `btray.evaluation.metrics.compute_metrics`'s result."""
+    names = metrics["confusion_matrix"]["labels"]
+    matrix = np.asarray(metrics["confusion_matrix"]["matrix"])
+    size, support = len(names), matrix.sum(axis=1)
+    share = matrix / np.maximum(support, 1)[:, None]
+    # The root lifts the small shares: errors are what one looks for, and few of them are frequent.
+    depth = np.where(np.eye(size, dtype=bool), share, np.sqrt(share))
+    cell = float(np.interp(size, (2, 5, 12), (1.15, 0.95, 0.66)))
+    figure, body = canvas(
+        (max(5.2, 2.2 + cell * size), 1.6 + cell * size),
+        "Confusion matrix",
+        f"{_images(metrics['n'])}; percentages are of each row, the true class",
+    )
+    axes = body.subplots()
+    colours = np.where(np.eye(size, dtype=bool)[..., None], to_rgb(BLUE), to_rgb(VERMILLION))
+    axes.imshow(1 - depth[..., None] * (1 - colours), aspect="equal")
+    font = float(np.interp(size, (5, 12), (11, 8)))
+    for (row, column), count in np.ndenumerate(matrix):
+        text: dict[str, Any] = {
+            "ha": "center",
+            "va": "center",
+            "color": "white" if depth[row, column] > 0.62 else INK if count else PALE,
+        }
+        axes.text(column, row - 0.09 / cell, f"{count}", fontsize=font, fontweight="bold", **text)
+        axes.text(column, row + 0.14 / cell, _percent(count, support[row]), fontsize=0.8 * font, **text)
+    if size > 5:
+        axes.set_xticks(range(size), [_elide(name, 18) for name in names])
+        axes.tick_params(axis="x", rotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    else:
+        axes.set_xticks(range(size), [_wrap(name, 13) for name in names])
+    axes.set_yticks(
+        range(size), [f"{_wrap(name, 18)}\nn = {count}" for name, count in zip(names, support, strict=True)]
+    )
+    axes.set_xlabel("predicted class", labelpad=8)
+    axes.set_ylabel("true class", labelpad=8)
+    axes.set_xticks(np.arange(-0.5, size), minor=True)
+    axes.set_yticks(np.arange(-0.5, size), minor=True)
+    axes.grid(visible=False, which="major")
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+@png
+def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Figure:
+    """ROC curve and AUROC of each class against the rest. `labels` int [n], `probabilities` [n, classes]."""
+    labels = np.asarray(labels)
+    columns = 2 if len(classes) > 4 else 1
+    rows = -(-len(classes) // columns)
+    figure, body = canvas(
+        (6.2, 6.2 + 0.21 * rows), "ROC curves", f"{_images(len(labels))}; each class against the rest"
+    )
+    axes = body.subplots()
+    axes.plot([0, 1], [0, 1], color="#aab4c0", linewidth=1, linestyle=":")
+    handles, texts, areas = [], [], []
+    for index, name in enumerate(classes):
+        area = auroc(labels, probabilities, index)
+        areas.append(area)
+        positive = labels == index
+        curve = ([], []) if area is None else roc_curve(positive, np.asarray(probabilities)[:, index])[:2]
+        style: dict[str, Any] = {
+            "color": PALETTE[index % len(PALETTE)],
+            "linestyle": LINES[index // len(PALETTE) % len(LINES)],
+        }
+        handles += axes.plot(*curve, **style)
+        value = "undefined" if area is None else f"{area:.3f}"
+        texts.append(f"{_elide(name, 14 if columns > 1 else 30)}  {value}  (n = {positive.sum()})")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axes.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if all(area is None or area > 0.9 for area in areas):
+        _magnify_corner(axes)
+    body.legend(
+        handles,
+        texts,
+        loc="outside lower center",
+        ncols=columns,
+        title="class, AUROC, images of the class",
+        title_fontproperties={"size": 9.5, "weight": "bold"},
+    )
+    return figure
+
+
+@png
+def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
+    """Accuracy against top confidence in 15 bins, with 95 % intervals and the ECE; below it how confidences spread."""
+    table = reliability(labels, probabilities)
+    used = table.count > 0
+    confidence, accuracy = table.confidence[used], table.accuracy[used]
+    figure, body = canvas(
+        (6.2, 6.9),
+        "Reliability of the confidence",
+        f"{_images(int(table.count.sum()))} in {len(table.count)} bins; expected calibration error {table.ece:.3f}",
+    )
+    top, bottom = body.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    diagonal = np.array([0.0, 1.0])
+    top.fill_between(diagonal, diagonal, color=VERMILLION, alpha=0.07, linewidth=0)
+    top.fill_between(diagonal, diagonal, 1, color=BLUE, alpha=0.06, linewidth=0)
+    top.text(0.97, 0.04, "too sure", ha="right", color=VERMILLION, fontweight="bold")
+    top.text(0.03, 0.96, "not sure enough", va="top", color=BLUE, fontweight="bold")
+    bounds = [wilson_interval(int(k), int(n)) for k, n in zip(table.correct[used], table.count[used], strict=True)]
+    top.plot(confidence, accuracy, "o-", color=INK, linewidth=1.2, label="accuracy of a bin", zorder=3)
+    top.vlines(confidence, *np.array(bounds).T, color=PALE, linewidth=1.4, label="its 95 % interval (Wilson)")
+    top.plot(diagonal, diagonal, color=MUTED, linewidth=1, linestyle=":", label="perfect calibration")
+    top.set(xlim=(0, 1), ylim=(-0.015, 1.015), ylabel="accuracy")
+    top.yaxis.set_major_formatter(PercentFormatter(1))
+    body.legend(loc="outside lower center", ncols=3)
+    centres = (table.edges[:-1] + table.edges[1:]) / 2
+    bars = bottom.bar(centres, table.count, 0.9 / len(centres), color="#8fa3b8")
+    bottom.bar_label(bars, [f"{count}" if count else "" for count in table.count], fontsize=8, color=MUTED, padding=1)
+    bottom.set(xlabel="confidence of the predicted class", ylabel="images")
+    bottom.margins(y=0.2)
+    bottom.xaxis.set_major_formatter(PercentFormatter(1))
+    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return figure
+
+
+@png
+def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold: float | None) -> Figure:
+    """Accuracy on what is answered against the share answered; the model's own `threshold` is marked, if it has one."""
+    curve = risk_coverage(labels, probabilities)
+    right = np.rint(curve.accuracy * curve.answered).astype(int)
+    figure, body = canvas(
+        (6.2, 4.6), "Risk and coverage", f"{_images(len(labels))}, answered in order of falling confidence"
+    )
+    axes = body.subplots()
+    bounds = [wilson_interval(k, n) for k, n in zip(right.tolist(), curve.answered.tolist(), strict=True)]
+    low, high = np.array(bounds).T
+    axes.fill_between(curve.coverage, low, high, color=BLUE, alpha=0.15, linewidth=0, step="post")
+    axes.plot(curve.coverage, curve.accuracy, color=BLUE, drawstyle="steps-post")
+    axes.plot(curve.coverage[-1], curve.accuracy[-1], "o", color=BLUE, markersize=6)
+    answered = np.flatnonzero(curve.threshold >= threshold) if threshold is not None else np.array([], int)
+    if len(answered):
+        _mark_threshold(axes, curve, int(answered[-1]))
+    lowest = min(bound[0] for bound in bounds[len(bounds) // 20 :])
+    axes.set(xlim=(0, 1.01), ylim=(max(0.0, lowest - 0.03), 1.005))
+    axes.set(xlabel="coverage: share of images that is answered", ylabel="accuracy on these")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def _mark_threshold(axes: Axes, curve: RiskCoverage, step: int) -> None:
+    place = (curve.coverage[step], curve.accuracy[step])
+    axes.axvline(place[0], color=INK, linewidth=1, linestyle=":")
+    axes.plot(*place, "o", color=VERMILLION, markersize=7, markeredgecolor="white")
+    left = place[0] > 0.5
+    axes.annotate(
+        f"abstains below {curve.threshold[step]:.2f}: {place[1]:.1%} right on {place[0]:.0%}",
+        place, (-10 if left else 10, -18), textcoords="offset points", ha="right" if left else "left", va="top",
+        fontweight="bold",
+    )  # fmt: skip
+
+
+@png
+def learning_curves(
+    history: Sequence[Mapping[str, Any]], *, best_epoch: int, train_images: int, val_images: int
+) -> Figure:
+    """Loss, validation macro-F1 and learning rate by epoch; `best_epoch`, whose weights were kept, is marked.
+
+    `history` has a mapping an epoch with the keys epoch, train_loss, val_loss, val_macro_f1 and learning_rate. Where an
+    epoch stands twice, as after a resumed run, the later entry counts. `ValueError` where there is none.
+    """
+    by_epoch = {int(entry["epoch"]): entry for entry in history}
+    if not by_epoch:
+        raise ValueError("the history holds no epoch")
+    epochs = sorted(by_epoch)
+    series = {
+        key: np.array([by_epoch[epoch][key] for epoch in epochs], dtype=float)
+        for key in ("train_loss", "val_loss", "val_macro_f1", "learning_rate")
+    }
+    style: dict[str, Any] = {"marker": "o"} if len(epochs) < 3 else {}
+    figure, body = canvas(
+        (6.6, 6.6), "Learning curves", f"trained on {_images(train_images)}, validated on {_images(val_images)}"
+    )
+    loss, f1, rate = body.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.1))
+    loss.plot(epochs, series["train_loss"], color=BLUE, label="training", **style)
+    loss.plot(epochs, series["val_loss"], color=VERMILLION, label="validation", **style)
+    f1.plot(epochs, series["val_macro_f1"], color=VERMILLION, **style)
+    rate.plot(epochs, series["learning_rate"], color=MUTED, **style)
+    _mark_best(f1, (loss, rate), epochs, series["val_macro_f1"], epochs.index(best_epoch))
+    loss.set_ylabel("loss")
+    loss.legend(loc="upper right")
+    f1.set_ylabel("validation\nmacro-F1")
+    rate.set(ylabel="learning\nrate", xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ylim=(0, None))
+    rate.yaxis.set_major_locator(MaxNLocator(2))
+    rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    rate.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+    body.align_ylabels()
+    return figure
+
+
+@png
+def error_grid(
+    frames: np.ndarray,
+    true: Sequence[str],
+    predicted: Sequence[str],
+    confidence: Sequence[float] | np.ndarray,
+    names: Sequence[str],
+    *,
+    errors: int,
+    images: int,
+) -> Figure:
+    """The k worst errors, first one first: slice, true label, predicted label, its confidence and the file's name.
+
+    `frames` is uint8 [k, height, width], the other sequences are [k]; there were `errors` errors in `images` images.
+    """
+    shown, columns, tile, text = len(frames), 4, 1.72, 0.8
+    rows = -(-shown // columns)
+    width, height = 0.2 + columns * (tile + 0.12), 0.75 + rows * (tile + text)
+    title = "Worst errors" if shown else "No error"
+    figure, _ = canvas(
+        (width, height),
+        title,
+        f"of {errors} wrong among {_images(images)}, most confident first" if errors else _images(images),
+    )
+    entries = zip(list(frames), true, predicted, confidence, names, strict=True)
+    for index, (frame, truth, guess, sure, name) in enumerate(entries):
+        row, column = divmod(index, columns)
+        left, top = 0.16 + column * (tile + 0.12), height - 0.7 - row * (tile + text)
+        axes = figure.add_axes((left / width, (top - tile) / height, tile / width, tile / height))
+        axes.imshow(frame, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+        axes.set_axis_off()
+        axes.set_facecolor("black")
+        caption: tuple[tuple[str, dict[str, Any]], ...] = (
+            (f"true: {_elide(truth, 16)}", {"color": BLUE, "fontsize": 8.5}),
+            (f"said: {_elide(guess, 15)}", {"color": VERMILLION, "fontsize": 8.5, "fontweight": "bold"}),
+            (f"confidence {sure:.1%}", {"fontsize": 8.5}),
+            (_elide(name, 27), {"color": MUTED, "fontsize": 7, "family": "DejaVu Sans Mono"}),
+        )
+        for line, (content, look) in enumerate(caption):
+            figure.text(left / width, (top - tile - 0.06 - 0.155 * line) / height, content, va="top", **look)
+    return figure
+
+
+def _percent(count: int, total: int) -> str:
+    if not total:
+        return "–"
+    return "<1%" if 0 < count < 0.005 * total else f"{count / total:.0%}"
+
+
+def _magnify_corner(axes: Axes) -> None:
+    """Show the corner where good curves crowd again, in the empty half below the diagonal."""
+    inset = axes.inset_axes((0.42, 0.08, 0.54, 0.54), xlim=(-0.002, 0.2), ylim=(0.8, 1.002))
+    for line in axes.get_lines():
+        inset.plot(*line.get_data(), color=line.get_color(), linestyle=line.get_linestyle(), linewidth=1.6)
+    for axis in (inset.xaxis, inset.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_locator(MultipleLocator(0.05))
+    inset.tick_params(labelsize=8)
+    inset.spines[:].set_visible(True)
+    axes.indicate_inset_zoom(inset, edgecolor=MUTED)
+
+
+def _mark_best(f1: Axes, others: Sequence[Axes], epochs: Sequence[int], values: np.ndarray, best: int) -> None:
+    for axes in (f1, *others):
+        axes.axvline(epochs[best], color=INK, linewidth=1, linestyle=":")
+    f1.plot(epochs[best], values[best], "o", color=VERMILLION, markersize=7, markeredgecolor="white")
+    late = best > len(epochs) / 2
+    f1.annotate(
+        f"kept: {values[best]:.3f}, epoch {epochs[best]}",
+        (epochs[best], values[best]),
+        (-10 if late else 10, -16),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        va="top",
+        fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+    )
+
+
+def _images(count: int) -> str:
+    return f"{count:,}".replace(",", "\u2009") + (" image" if count == 1 else " images")
+
+
+def _printable(text: str) -> str:
+    """Names come from folders and files: anything may stand in them, line feeds and broken encodings too."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def _elide(text: str, most: int) -> str:
+    """Shorten in the middle: both ends of a file name tell it from its neighbours."""
+    text = _printable(text)
+    head, tail = (most - 1) - (most - 1) // 2, (most - 1) // 2
+    return text if len(text) <= most else f"{text[:head]}…{text[-tail:]}"
+
+
+def _wrap(name: str, width: int) -> str:
+    """Break a class name into at most two lines of `width`, at its underscores where it has any."""
+    marked = _elide(name, 2 * width - 4).replace("_", "_\u200b").replace("-", "-\u200b")
+    pieces = marked.split("\u200b")
+    if len(marked.replace("\u200b", "")) <= width:
+        return "".join(pieces)
+    return "\n".join(textwrap.wrap(" ".join(pieces), width)[:2]).replace("_ ", "_").replace("- ", "-")

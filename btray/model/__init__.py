@@ -1,0 +1,1 @@
+"""The network, its bundle and the classifier."""

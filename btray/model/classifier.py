@@ -1,0 +1,258 @@
+"""A bundle in use, with no Ray in it: bytes, paths or arrays in, predictions out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from btray import storage
+from btray.core.errors import UserError
+from btray.data.frames import FrameSource, Rejection
+from btray.data.preprocess import Frame, make_frame, to_tensor
+from btray.model.abstention import label_sets
+from btray.model.bundle import Bundle, load_bundle
+from btray.model.engines import EngineName, make_engine
+
+_log = logging.getLogger(__name__)
+
+_CPU_BATCH, _GPU_BATCH = 16, 64
+"""Images a forward pass where nothing else is said. On a CPU the activations of more images than that no longer fit
+what the C library keeps of freed memory, and every layer pays page faults for its output: 10 to 20 % of the time."""
+
+Input = bytes | str | PathLike[str] | npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the model says of one frame, or why it says nothing."""
+
+    index: int
+    """Which input it belongs to; a scan of several frames gives several predictions."""
+    frame: int = 0
+    """Which frame of that input."""
+    uri: str | None = None
+    """The input where it was a path or URI."""
+    status: str = "ok"
+    """`ok` or `rejected`."""
+    error_code: str | None = None
+    """A key of `scans.REJECTION_CODES` where rejected."""
+    error: str | None = None
+    """What was found, where rejected."""
+    retryable: bool = False
+    """Another try may succeed."""
+    label: str | None = None
+    """The most probable class."""
+    confidence: float | None = None
+    """Its calibrated probability, in [0, 1]."""
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Calibrated probability of every class; they sum to 1."""
+    abstained: bool = False
+    """The confidence lies below the threshold: `label` is a guess that the model does not stand by."""
+    label_set: tuple[str, ...] = ()
+    """The labels that cannot be ruled out, where the bundle was made with a conformal error rate."""
+    out_of_distribution: bool = False
+    """The input is unlike the training images: no answer can be trusted."""
+    ood_score: float | None = None
+    """How unlike they are it is, about 1 for training images; None where the bundle cannot tell."""
+    model_id: str = ""
+    """The model that answered."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one forward pass gives for n frames."""
+
+    logits: npt.NDArray[np.float32]
+    """Raw outputs, [n, classes]."""
+    features: npt.NDArray[np.float32]
+    """Channel means of the feature maps, [n, features]: what the out-of-distribution score is made of."""
+
+
+class Classifier:
+    """Classifies scans with one bundle on one device. Thread-safe; `batch_size` halves where a GPU's memory is full."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int | None = None,
+        engine: EngineName = "eager",
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if batch_size is None:
+            batch_size = _CPU_BATCH if self.device.type == "cpu" else _GPU_BATCH
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} must be at least 1")
+        self.ood = bundle.ood
+        self.manifest = bundle.manifest
+        self.classes = bundle.manifest.classes
+        self.model_id = bundle.manifest.model_id
+        self.batch_size = batch_size
+        self.source = FrameSource(bundle.manifest.preprocess)
+        self.network = bundle.network().to(self.device).to(memory_format=torch.channels_last)
+        self._engine = make_engine(engine, self.network, size=bundle.manifest.preprocess.size, device=self.device)
+
+    @classmethod
+    def load(
+        cls,
+        uri: str | PathLike[str],
+        *,
+        model_id: str | None = None,
+        device: str | None = None,
+        batch_size: int | None = None,
+        abstain_below: float | None = None,
+        engine: EngineName = "eager",
+    ) -> Self:
+        """Load and verify the bundle at `uri`; `model_id` pins which model is meant. Raises UserError.
+
+        `abstain_below` replaces the bundle's own threshold. `engine` says how the network is run (see `engines`):
+        `eager` starts at once, `auto` is faster over many scans.
+        """
+        bundle = load_bundle(str(uri), model_id=model_id).abstaining_below(abstain_below)
+        return cls(bundle, device=device, batch_size=batch_size, engine=engine)
+
+    def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
+        """Classify encoded images (bytes), paths or URIs (str, Path), or gray arrays ([height, width]).
+
+        Gives one prediction a frame, in the order of the inputs; an input that cannot be used gives one with status
+        `rejected`, never an exception. Raises UserError where the model, whatever the input, gives no numbers.
+        """
+        uris = [None if isinstance(given, bytes | np.ndarray) else str(given) for given in inputs]
+        return self.predict_decoded(self.frames(inputs), uris)
+
+    def predict_decoded(self, found: Sequence[list[Frame] | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
+        """What `predict` says of inputs whose frames, or why there are none, are at hand; `uris` are their names."""
+        frames: list[Frame] = []
+        places: list[dict[str, Any]] = []
+        for index, (uri, result) in enumerate(zip(uris, found, strict=True)):
+            place = {"index": index, "uri": uri}
+            if isinstance(result, Rejection):
+                places.append(place | {"rejection": result})
+                continue
+            places += [place | {"frame": number} for number in range(len(result))]
+            frames += result
+        answers = self.answer(np.stack(frames)) if frames else None
+        said = iter(self.marked(answers) if answers else ())
+        return [
+            self._rejected(place) if "rejection" in place else Prediction(**place, **next(said)) for place in places
+        ]
+
+    def answer(self, frames: npt.NDArray[np.uint8]) -> Answers:
+        """What the network gives for preprocessed frames (uint8 [n, size, size])."""
+        while True:
+            try:
+                passes = [self._forward(batch) for batch in torch.from_numpy(frames).split(self.batch_size)]
+                return Answers(*(np.concatenate(parts) for parts in zip(*passes, strict=True)))
+            except torch.OutOfMemoryError:  # of a GPU's memory, which others may share
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                torch.cuda.empty_cache()
+                _log.warning("the GPU's memory is full: going on with batches of %d", self.batch_size)
+
+    def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Calibrated probabilities [n, classes]. Raises UserError where the model gives no numbers."""
+        probabilities = self.calibrated(logits, self.manifest.calibration.temperature)
+        if not np.isfinite(probabilities).all():
+            raise UserError(
+                f"model {self.model_id} gives no finite probabilities: its training diverged; train it again"
+            )
+        return probabilities
+
+    @staticmethod
+    def calibrated(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
+        """Softmax of logits [n, classes] divided by `temperature`; each row depends on itself alone."""
+        return (torch.from_numpy(logits) / temperature).softmax(1).numpy()
+
+    @torch.inference_mode()
+    def _forward(self, frames: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        images = to_tensor(frames.to(self.device)).contiguous(memory_format=torch.channels_last)
+        logits, features = self._engine(images)
+        return logits.float().cpu().numpy(), features.float().cpu().numpy()
+
+    def frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:
+        """Frames (uint8 [size, size]) of each input, or why there are none; stored ones are read together."""
+        uris = [_uri(given) for given in inputs]
+        stored = iter(self.source.from_uris([uri for uri in uris if isinstance(uri, str)]))
+        found: list[list[Frame] | Rejection] = []
+        for given, uri in zip(inputs, uris, strict=True):
+            if isinstance(given, bytes):
+                found.append(self.source.from_bytes(given))
+            elif isinstance(given, np.ndarray):
+                found.append(self._from_array(given))
+            else:
+                found.append(uri if isinstance(uri, Rejection) else next(stored))
+        return found
+
+    def _from_array(self, pixels: npt.NDArray[Any]) -> list[Frame] | Rejection:
+        if pixels.ndim != 2:
+            return Rejection("unsupported", f"an array of shape {pixels.shape} is not [height, width]", False)
+        least = self.source.limits.min_side
+        if min(pixels.shape) < least:
+            return Rejection("too_small", f"{pixels.shape[1]}x{pixels.shape[0]} pixels, below min_side {least}", False)
+        if pixels.dtype not in (np.uint8, np.uint16):
+            if pixels.dtype.kind not in "biuf" or not np.isfinite(pixels).all():
+                return Rejection("unsupported", f"{pixels.dtype} array with values that are no finite numbers", False)
+            pixels = _spread_over_uint16(pixels)
+        return [make_frame(pixels, self.manifest.preprocess)]
+
+    def marked(self, answers: Answers) -> Iterator[dict[str, Any]]:
+        """What a Prediction holds of each answer."""
+        limits, classes = self.manifest.thresholds, self.classes
+        probabilities = self.probabilities(answers.logits)
+        scores = self.ood.scores(answers.features).tolist() if self.ood else [None] * len(probabilities)
+        sets = label_sets(probabilities, limits.conformal) if limits.conformal is not None else None
+        for index, (row, score) in enumerate(zip(probabilities, scores, strict=True)):
+            best = int(row.argmax())
+            yield {
+                "label": classes[best],
+                "confidence": float(row[best]),
+                "probabilities": dict(zip(classes, map(float, row), strict=True)),
+                "abstained": limits.abstain_below is not None and float(row[best]) < limits.abstain_below,
+                "label_set": () if sets is None else tuple(np.array(classes, object)[sets[index]]),
+                "ood_score": score,
+                "out_of_distribution": None not in (score, limits.ood_score) and score > limits.ood_score,
+                "model_id": self.model_id,
+            }
+
+    def _rejected(self, place: dict[str, Any]) -> Prediction:
+        rejection: Rejection = place["rejection"]
+        return Prediction(
+            index=place["index"],
+            uri=place["uri"],
+            status="rejected",
+            error_code=rejection.code,
+            error=rejection.message,
+            retryable=rejection.retryable,
+            model_id=self.model_id,
+        )
+
+
+def _uri(given: object) -> str | Rejection | None:
+    """Where a path or URI points to; None for what is at hand already."""
+    if isinstance(given, bytes | np.ndarray):
+        return None
+    if not isinstance(given, str | PathLike):
+        return Rejection("unsupported", f"{type(given).__name__} is neither bytes, path nor array", False)
+    try:
+        return storage.resolve(given if isinstance(given, str) else Path(given))
+    except UserError as error:
+        return Rejection("unsupported", str(error), False)
+
+
+def _spread_over_uint16(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """Map the range of `pixels` to 0 to 65535; preprocessing stretches gray levels anyway, so no unit is lost by it."""
+    wide = pixels.astype(np.float64)
+    wide /= max(1.0, float(np.abs(wide).max()))  # so that the range of the largest doubles stays finite
+    low, high = float(wide.min()), float(wide.max())
+    return ((wide - low) * (65535.0 / (high - low or 1.0))).astype(np.uint16)

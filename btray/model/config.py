@@ -1,0 +1,71 @@
+"""The settings of the network and of `btray predict`. No heavy import: `--help` must be quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
+from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
+
+BACKBONES = ("resnet18", "resnet50", "vgg16", "efficientnet_b0", "densenet121", "convnext_tiny")
+
+
+class NetworkConfig(ComponentConfig):
+    """A custom 2D CNN, described wholly, or a torchvision backbone by name."""
+
+    architecture: Literal["cnn", *BACKBONES] = "cnn"  # type: ignore[valid-type]
+    """`cnn`: the family below; else a torchvision backbone, which uses only `dropout`."""
+    stem_width: Positive = 24
+    """Channels after the first convolution."""
+    stem_stride: Literal[1, 2, 4] = 2
+    """Stride of the first convolution."""
+    widths: tuple[Positive, ...] = (32, 64, 96, 144)
+    """Channels of each stage; every stage after the first halves the resolution."""
+    depths: tuple[Positive, ...] = (1, 1, 2, 2)
+    """Blocks in each stage."""
+    kernel: Literal[3, 5, 7] = 3
+    """Edge of the convolution kernels, in pixels."""
+    first_stride: Literal[1, 2] = 2
+    """Stride of the first stage."""
+    norm: Literal["batch", "group", "none"] = "batch"
+    """Normalisation after each convolution."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Non-linearity."""
+    residual: bool = True
+    """Add each block's input to its output (He et al. 2016, arXiv:1512.03385)."""
+    squeeze_excite: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Width of the squeeze-and-excitation gate, a share of the channels (Hu et al. 2018, arXiv:1709.01507); 0: none."""
+    pooling: Literal["average", "max", "average_max"] = "average_max"
+    """How the last feature map becomes one vector."""
+    dropout: Share = 0.3
+    """Dropout before the last layer."""
+
+    @model_validator(mode="after")
+    def _one_depth_a_width(self) -> Self:
+        if not self.widths or len(self.widths) != len(self.depths):
+            raise ValueError(
+                f"network.widths {self.widths} and network.depths {self.depths} must have as many entries, at least one"
+            )
+        return self
+
+
+class PredictConfig(JobConfig):
+    """Classify a few scans on this machine and print what the model says; no cluster is needed.
+
+    Exit code 0 where at least one scan was classified; rejected ones are named with a code. 2 where none could be.
+    """
+
+    model_config = SettingsConfigDict(cli_shortcuts={"json-lines": "json"})
+
+    files: CliPositionalArg[Annotated[tuple[str, ...], Field(min_length=1)]]
+    """Scans, or folders of them, local or s3://."""
+    model: str
+    """Model bundle."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    abstain_below: Probability | None = None
+    """Confidence below which the model abstains; default: the bundle's own."""
+    json_lines: bool = False
+    """Print one JSON object a line in place of a table."""

@@ -1,0 +1,193 @@
+"""What can be set of the service: `ServiceConfig` while it runs (Serve's user_config), `ServeConfig` at its start."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from btray.core.config import ComponentConfig, JobConfig, Positive, Probability
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+
+
+class CanaryConfig(ComponentConfig):
+    """A second bundle that answers a share of the requests."""
+
+    model: str
+    """Model bundle."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    share: Probability = 0.1
+    """Share of the requests that it answers."""
+
+
+class LimitsConfig(ComponentConfig):
+    """What callers may ask of one replica."""
+
+    max_body_mb: Annotated[float, Field(gt=0, le=2048)] = 32.0
+    """Largest request body, packed or unpacked, in MB (10^6 bytes); it is refused before it is read whole."""
+    max_json_mb: Annotated[float, Field(gt=0, le=2048)] = 4.0
+    """Largest JSON, in MB: reading it keeps all other requests waiting. Images and tensors as bytes do not."""
+    max_images: Positive = 64
+    """Most images, and most frames that an answer explains, of one request."""
+    max_frames: Positive = 256
+    """Most frames of one request: the pages of all its images, counted before anything is decoded."""
+    max_megapixels: Annotated[float, Field(gt=0)] = 64.0
+    """Most pixels of one image, all its pages together, in millions; counted before anything is decoded."""
+    max_requests: Positive = 32
+    """Requests in work at a time, from when they are read; the next ones are answered 503 with Retry-After."""
+    max_reading: Positive = 64
+    """Requests whose bodies are on their way at a time; they take no place of those in work."""
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds that reading a body may take, and again that answering may take."""
+
+    @property
+    def max_body(self) -> int:
+        """Bytes."""
+        return int(self.max_body_mb * 1_000_000)
+
+    @property
+    def max_json(self) -> int:
+        """Bytes."""
+        return int(self.max_json_mb * 1_000_000)
+
+    @property
+    def places(self) -> int:
+        """Requests that HAProxy gives a replica at a time; the next ones wait, or are refused, in HAProxy."""
+        return max(64, 2 * self.max_requests)
+
+
+class ServiceConfig(ComponentConfig):
+    """What a running service takes over without a restart: Serve's `user_config`."""
+
+    model: str
+    """Model bundle."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    canary: CanaryConfig | None = None
+    """A second bundle that answers a share of the requests."""
+    name: Name = "btray"
+    """Name of the model in the Open Inference Protocol."""
+    abstain_below: Probability | None = None
+    """Confidence below which the model abstains; default: each bundle's own."""
+    keys: str | None = None
+    """File of API keys (see `btray key`), local or s3://; default: none, and only this machine is answered."""
+    insecure: bool = False
+    """Answer every machine without a key."""
+    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
+    """How the network is run; auto: a frozen graph on a CPU, eager elsewhere. onnx needs the extra onnx."""
+    max_batch: Positive = 16
+    """Most frames of one forward pass; they are those that wait while the one before it runs."""
+    decoders: Positive = 2
+    """Images decoded at a time."""
+    limits: LimitsConfig = LimitsConfig()
+    """What callers may ask of one replica."""
+
+
+class ReplicasConfig(ComponentConfig):
+    """How many processes answer; each takes one CPU."""
+
+    min_replicas: Positive = 1
+    """Replicas that are always there."""
+    max_replicas: Positive | None = None
+    """Replicas under load; default: one a CPU of the machine that starts the service."""
+    upscale_delay: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds of load before a replica is added."""
+    downscale_delay: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds without it before one is taken away."""
+    use_gpu: bool = False
+    """Give each replica a GPU."""
+
+    @property
+    def most(self) -> int:
+        """`max_replicas`, or its default."""
+        return self.max_replicas or max(self.min_replicas, os.cpu_count() or 1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self
+
+
+class ApplicationConfig(ReplicasConfig):
+    """What the application takes where it is deployed."""
+
+    model: str | None = None
+    """Model bundle, where nothing else is to be set; None: it stands in the deployment's user_config."""
+
+
+class ServeConfig(JobConfig):
+    """Serve a bundle on this machine over HTTP: a page for people, /v1/classify, the Open Inference Protocol, metrics.
+
+    On a cluster: serve deploy serve.yaml.
+    """
+
+    model: str
+    """Model bundle."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    canary: CanaryConfig | None = None
+    """A second bundle that answers a share of the requests."""
+    host: str = "127.0.0.1"
+    """Address to listen on; another than loopback needs --keys, or --insecure."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
+    name: Name = "btray"
+    """Name of the model in the Open Inference Protocol."""
+    keys: str | None = None
+    """File of API keys (see `btray key`), local or s3://; without one only this machine is answered."""
+    insecure: bool = False
+    """Answer every machine without a key."""
+    abstain_below: Probability | None = None
+    """Confidence below which the model abstains; default: each bundle's own."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """How many processes answer."""
+    proxy: Literal["haproxy", "ray"] = "haproxy"
+    """What stands before the replicas: HAProxy, kept to this machine (fast), or Ray Serve's own proxy."""
+    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
+    """How the network is run; auto: a frozen graph on a CPU, eager elsewhere. onnx needs the extra onnx."""
+    max_batch: Positive = 16
+    """Most frames of one forward pass; they are those that wait while the one before it runs."""
+    decoders: Positive = 2
+    """Images that a replica decodes at a time."""
+    limits: LimitsConfig = LimitsConfig()
+    """What callers may ask of one replica."""
+
+    @model_validator(mode="after")
+    def _not_open_by_mistake(self) -> Self:
+        if not is_loopback(self.host) and self.keys is None and not self.insecure:
+            raise ValueError(
+                f"--host {self.host} lets other machines in: give --keys FILE (btray key makes keys), or --insecure"
+            )
+        return self
+
+    @property
+    def service(self) -> ServiceConfig:
+        """What the replicas are given."""
+        shared = ServiceConfig.model_fields.keys() & type(self).model_fields.keys()
+        return ServiceConfig(**{name: getattr(self, name) for name in shared})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or the name localhost, is this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class KeyConfig(JobConfig):
+    """Make an API key for the service, or revoke one. The key is printed once; the file keeps its digest only."""
+
+    file: str
+    """File of API keys, local or s3://; made where it is not there."""
+    name: Name
+    """Whom the key is for."""
+    revoke: bool = False
+    """Take the keys of this name out of the file."""

@@ -1,0 +1,113 @@
+"""Optimiser, schedule, loss, mixup and weight averaging: how one training step changes the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from btray.model.network import Network
+from btray.training.config import OptimiserConfig
+
+# The layers from input to output count as this many steps of `layer_decay`, however finely a network is cut.
+_DECAY_STEPS = 4
+
+
+def make_optimiser(network: Network, config: OptimiserConfig, *, fine_tune: bool) -> torch.optim.AdamW:
+    """AdamW over parameter groups: no decay on norms and biases; with `fine_tune` lower rates towards the input.
+
+    Each group's `share` is its part of the scheduled learning rate.
+    """
+    last = len(network.parts) - 1
+    groups = []
+    for index, part in enumerate([*network.parts, network.head]):
+        distance = _DECAY_STEPS * (last - index) / max(last, 1) + 1 if index <= last else 0
+        share = config.layer_decay**distance if fine_tune else 1.0
+        parameters = list(part.parameters())
+        for decays in (True, False):
+            chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
+            weight_decay = config.weight_decay if decays else 0.0
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay, "share": share})
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
+    """The scheduled learning rate of `step` (from 0) out of `total`: linear warm-up, then cosine or constant."""
+    warmup = round(total * config.warmup)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_learning_rate + (1.0 - config.final_learning_rate) * cosine)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group its share of `rate`."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["share"]
+
+
+def freeze_body(network: Network, frozen: bool) -> None:
+    """Let only the head learn, or everything; batch statistics of a frozen body stay as they are."""
+    for parameter in network.parts.parameters():
+        parameter.requires_grad_(not frozen)
+    network.parts.train(not frozen)
+
+
+def class_weights(counts: Sequence[int], config: OptimiserConfig) -> Tensor:
+    """Weight of each class in the loss: inverse to its count with `class_balance` "weights", else 1."""
+    numbers = torch.tensor(counts, dtype=torch.float32)
+    if config.class_balance != "weights":
+        return torch.ones_like(numbers)
+    return numbers.sum() / (len(numbers) * numbers.clamp(min=1.0))
+
+
+def soft_targets(labels: Tensor, classes: int, config: OptimiserConfig) -> Tensor:
+    """One-hot targets [n, classes] with label smoothing."""
+    smoothing = config.label_smoothing
+    return F.one_hot(labels, classes).float() * (1.0 - smoothing) + smoothing / classes
+
+
+def mix_up(
+    images: Tensor, targets: Tensor, weights: Tensor, alpha: float, seed: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blend each sample with one from the other end of the batch by a share from Beta(alpha, alpha).
+
+    The share is drawn once for the batch, from `seed`; see Zhang et al. 2018, arXiv:1710.09412.
+    """
+    drawn = float(np.random.default_rng(seed).beta(alpha, alpha))
+    share = max(drawn, 1.0 - drawn)
+    blended = (share * tensor + (1.0 - share) * tensor.flip(0) for tensor in (images, targets, weights))
+    return next(blended), next(blended), next(blended)
+
+
+def weighted_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the batch of each sample's cross-entropy against soft `targets`, times its weight."""
+    cross_entropy = -(targets * F.log_softmax(logits.float(), 1)).sum(1)
+    return (cross_entropy * weights).sum()
+
+
+def make_average(network: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of weights and batch statistics.
+
+    Its decay rises from 0.1 to `decay` over the first steps, so that a short run's average is not its random start.
+    """
+    return AveragedModel(network, avg_fn=_rising_average(decay), use_buffers=True)
+
+
+def _rising_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    def update(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+        now = min(decay, (1.0 + int(steps)) / (10.0 + int(steps)))
+        if not averaged.is_floating_point():
+            return current
+        return averaged.lerp(current, 1.0 - now)
+
+    return update

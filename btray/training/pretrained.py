@@ -1,0 +1,58 @@
+"""Weights to start from: a bundle, a safetensors file, or a torch state dict. Nothing is unpickled but tensors."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from btray import storage
+from btray.core.errors import UserError
+from btray.model.bundle import MANIFEST, load_bundle
+from btray.model.config import NetworkConfig
+from btray.model.network import build_network, load_matching
+from btray.storage import StorageError, user_error
+
+_log = logging.getLogger(__name__)
+
+
+def read_initial_weights(uri: str, network: NetworkConfig, classes: int) -> dict[str, Tensor]:
+    """Tensors by name from a bundle or weights file (local or s3://), of which at least one must fit the network.
+
+    Raises UserError where there is nothing to read, where the file would have to be unpickled, or where nothing fits.
+    """
+    weights = _read(storage.resolve(uri))
+    probe = build_network(network, classes)
+    copied = load_matching(probe, weights)
+    if not copied:
+        raise UserError(
+            f"--init-from {uri}: not one of its {len(weights)} tensors fits --network.architecture "
+            f"{network.architecture}; name the architecture that the weights are of"
+        )
+    _log.info("starting from %s: %d of %d tensors taken over", uri, len(copied), len(probe.state_dict()))
+    return weights
+
+
+def _read(uri: str) -> dict[str, Tensor]:
+    try:
+        if storage.exists(storage.join(uri, MANIFEST)):
+            return load_bundle(uri).weights
+        data = storage.read_bytes(uri)
+    except StorageError as error:
+        raise user_error(error) from error
+    try:
+        if uri.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make torch's unpickler raise nearly anything: KeyError, IndexError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--init-from {uri} is neither a safetensors file nor a plain state dict: {reason}") from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"--init-from {uri} holds no tensors by name; give a state dict")
+    return tensors

@@ -1,0 +1,110 @@
+"""The progress line says what is done, how fast and how long it takes, to a terminal only; the summary says it all."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from btray.bulk import progress as bulk_report
+from btray.bulk.progress import Progress, Totals, duration, summary
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time that the report sees."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(bulk_report.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def tally(objects: int, *, rejected: dict[str, int] | None = None, reused: bool = False) -> str:
+    wrong = rejected or {}
+    frames = objects - sum(wrong.values())
+    counts = {"objects": objects, "frames": frames, "bytes": 9, "labels": {"glioma": frames}, "rejected": wrong}
+    return json.dumps(counts | {"seconds": {"read": 1.0, "predict": 3.0}, "reused": reused})
+
+
+def listed(objects: int, *, complete: bool) -> Any:
+    return SimpleNamespace(objects=objects, complete=complete)
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, totals: Totals, listing: Any) -> str:
+    monkeypatch.setattr("sys.stderr", stream)
+    progress = Progress(totals, listing)
+    progress.show()
+    progress.end()
+    return stream.getvalue()
+
+
+def at_work(clock: SimpleNamespace) -> Totals:
+    """300 objects in 20 s after the first part, at 10 a second."""
+    totals = Totals()
+    for part, seconds in (("0", 5), ("1", 10), ("2", 10)):
+        clock.seconds += seconds
+        totals.add(part, tally(100, rejected={"truncated": 2}))
+    return totals
+
+
+def test_the_time_left_is_what_the_rate_gives_for_the_rest(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = at_work(clock)
+    said = shown(monkeypatch, Terminal(), totals, listed(1550, complete=True))
+    assert "300 of 1550, 10 images/s, 6 rejected, 2:05 left" in said
+    assert said.startswith("\r")
+    assert said.endswith("\n")
+    said = shown(monkeypatch, Terminal(), totals, listed(1550, complete=False))
+    assert "300 of 1550 or more, 10 images/s, 6 rejected" in said
+    assert "left" not in said, "nobody knows how much more is listed"
+
+
+def test_nothing_is_shown_where_nobody_looks(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, io.StringIO(), at_work(clock), listed(1550, complete=True)) == ""
+
+
+def test_the_line_is_written_twice_a_second_at_most(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = Progress(at_work(clock), listed(300, complete=True))
+    for _ in range(100):
+        clock.seconds += 0.02
+        progress.show()
+    assert 3 <= terminal.getvalue().count("\r") <= 5
+
+
+def test_the_rate_leaves_out_the_first_part_and_what_an_earlier_attempt_did(clock: SimpleNamespace) -> None:
+    totals = at_work(clock)
+    totals.add("3", tally(100, reused=True))
+    assert totals.add("2", tally(100)) is None, "a part that is reported again counts once"
+    assert (totals.objects, totals.rate) == (400, 10.0)
+    report = totals.report(7)
+    assert (report["unchanged"], report["taken_from_earlier_attempt"]) == (7, 100)
+    assert (report["seconds"], report["seconds_to_first_part"]) == (25.0, 5.0)
+    assert report["images_per_second_with_start"] == 12.0
+
+
+def test_the_summary_says_how_many_of_what_and_where_time_went(clock: SimpleNamespace) -> None:
+    assert summary(at_work(clock).report(7)).splitlines() == [
+        "300 objects in 0:25: 294 frames classified, 6 rejected; 7 unchanged",
+        "labels: glioma 294",
+        "rejected: truncated 6",
+        "10 images/s; of the actors' time: read 25%, predict 75%",
+    ]
+    clock.seconds += 3
+    nothing = Totals()
+    clock.seconds += 2
+    assert summary(nothing.report(9)) == "0 objects in 0:02: 0 frames classified, 0 rejected; 9 unchanged"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0:00"), (59.6, "1:00"), (125, "2:05"), (3723, "1:02:03")])
+def test_durations_read_like_a_clock(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

@@ -1,0 +1,442 @@
+"""The classify job: every frame once, only what is new is read, and the answers are those of the classifier."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from btray import phantoms, storage
+from btray.bulk import classify as bulk
+from btray.bulk import runs
+from btray.bulk.classify import classify
+from btray.bulk.classify_worker import PartClassifier, pieces_of
+from btray.bulk.config import ClassifyConfig
+from btray.bulk.driver import parts_through
+from btray.bulk.lots import read_patiently
+from btray.bulk.table import KEY
+from btray.core.errors import ThresholdExceeded, UserError
+from btray.data.frames import Rejection
+from btray.data.preprocess import make_frame
+from btray.model.classifier import Classifier
+from btray.model.drift import Profile
+from btray.results import current
+from btray.storage import FileInfo, StorageError, lease
+from tests.conftest import ROOT
+from tests.helpers.classify_helpers import (
+    QUICK_LEASE,
+    actor,
+    actors,
+    job,
+    keys_of,
+    mixed_objects,
+    part_files,
+    plain_rows,
+    start,
+    write_inventory,
+    write_objects,
+)
+from tests.helpers.scan_corpus import bad_scans, good_scans
+from tests.helpers.tiny_bundle import PREPROCESS, saved_bundle
+from tools.processes import until
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("bundle") / "model")
+    saved_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(s3: Any) -> str:
+    """A bucket with a bad object of every kind among good ones."""
+    s3.make_bucket("test-classify")
+    write_objects("s3://test-classify/scans", mixed_objects(300))
+    return "s3://test-classify/scans"
+
+
+def report_of(output: str) -> dict[str, Any]:
+    """run.json of the latest run."""
+    found = [
+        storage.join(output, "_runs", model, run, runs.RUN)
+        for model in storage.list_names(storage.join(output, "_runs"))
+        for run in storage.list_names(storage.join(output, "_runs", model))
+    ]
+    report: dict[str, Any] = storage.read_json(max(found, key=lambda uri: uri.split("/")[-2]))
+    return report
+
+
+def one_colour(gray: int, side: int) -> bytes:
+    body = io.BytesIO()
+    Image.new("L", (side, 90), gray).save(body, "PNG")
+    return body.getvalue()
+
+
+def assert_equal_to_the_classifier(rows: pa.Table, model: str) -> None:
+    by_key = {(row["uri"], row["frame"]): row for row in rows.to_pylist()}
+    uris = sorted({uri for uri, _ in by_key})
+    predictions = Classifier.load(model, batch_size=7).predict(uris)
+    assert len(predictions) == len(by_key)
+    for expected in predictions:
+        row = by_key[str(expected.uri), expected.frame]
+        assert (row["status"], row["error_code"]) == (expected.status, expected.error_code)
+        assert row["label"] == expected.label
+        if expected.status == "ok":
+            assert dict(row["probabilities"]) == pytest.approx(expected.probabilities, abs=1e-5)
+            assert row["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
+        else:
+            assert row["probabilities"] is None
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.s3
+def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classifiers(
+    ray_session: None, model: str, archive: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
+    output = "s3://test-classify/killed"
+    config = job(model, archive, output, actors=2)
+    chance = random.Random(5)
+    for victims in ("worker", "driver", "driver"):
+        before = len(part_files(output))
+        driver = start(config)
+        until(lambda: len(part_files(output)) > before or not driver.is_alive())  # noqa: B023
+        time.sleep(chance.random())
+        assert not {key for key, count in Counter(keys_of(plain_rows(output))).items() if count > 1}
+        if victims == "worker":
+            os.kill(chance.choice(until(actors)), signal.SIGKILL)
+            time.sleep(chance.random())
+        driver.kill()
+        driver.join()
+    classify(config)
+    rows = plain_rows(output)
+    listed = {info.uri for info in storage.list_files(archive)}
+    assert {uri for uri, _ in keys_of(rows)} == listed
+    assert max(Counter(keys_of(rows)).values()) == 1
+    assert len(rows) == len(listed) + 2  # pages.tif has three
+    assert_equal_to_the_classifier(rows, model)
+    report = report_of(output)
+    assert report["objects"] + report["unchanged"] == len(listed)  # a driver may have ended before it was killed
+    rejected = Counter(code for code in rows["error_code"].to_pylist() if code is not None)
+    assert rejected == Counter(code for _, code in bad_scans().values())
+    assert not [name for name in storage.list_names(f"{output}/_runs/{report['model_id']}") if "worklist" in name]
+
+
+def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
+    ray_session: None, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans, output = tmp_path / "scans", str(tmp_path / "out")
+    objects = {name: data for name, data in mixed_objects(40).items() if name.endswith((".jpg", "gif", "json"))}
+    write_objects(str(scans), objects)
+    (scans / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    config = job(model, str(scans), output)
+
+    classify(config.model_copy(update={"dry_run": True, "limit": 3}))
+    assert capsys.readouterr().out.startswith("3 new objects, ")
+    assert not Path(output).exists()
+
+    with pytest.raises(ThresholdExceeded, match="--max-rejected"):
+        classify(config.model_copy(update={"max_rejected": 0.0}))
+    count = len(objects) + 1
+    assert len(plain_rows(output)) == count
+    report = report_of(output)
+    assert report["objects"] == count
+    wrong = Counter(code for name, (_, code) in bad_scans().items() if name.endswith((".jpg", "gif", "json")))
+    assert report["rejected_by_code"] == dict(wrong + Counter(not_found=1))
+    assert sum(report["labels"].values()) == report["frames"] == count - report["rejected"]
+    gone = current(output).filter(pa.compute.equal(current(output)["error_code"], "not_found"))
+    assert gone["retryable"].to_pylist() == [True]
+
+    (scans / "gone.jpg").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("btray.bulk.driver.connected", None)  # nothing is new, so there is no need for Ray
+        classify(config)
+    assert report_of(output)["unchanged"] == len(objects)
+    assert len(plain_rows(output)) == count
+
+    name = "day/0001.jpg"
+    (scans / name).write_bytes(objects["day/0002.jpg"])
+    (scans / "gone.jpg").write_bytes(objects["day/0003.jpg"])
+    classify(config)
+    assert report_of(output)["objects"] == 2
+    assert sorted(Counter(plain_rows(output)["uri"].to_pylist()).values())[-3:] == [1, 2, 2]
+    assert len(current(output)) == count + 2
+
+    classify(config.model_copy(update={"retry_rejected": True}))
+    assert report_of(output)["objects"] == report_of(output)["rejected"] == sum(".jpg" not in name for name in objects)
+    classify(config.model_copy(update={"reclassify": True, "include": ("*.jpg",), "limit": 5}))
+    assert report_of(output)["objects"] == 5
+    rows = current(output)
+    assert len(rows) == count + 2
+    assert max(Counter(zip(*(rows[column].to_pylist() for column in KEY), strict=True)).values()) == 1
+    assert_equal_to_the_classifier(
+        rows.filter(pa.array([uri != str(scans / name) and "gone" not in uri for uri in rows["uri"].to_pylist()])),
+        model,
+    )
+
+
+@pytest.mark.s3
+def test_an_inventory_is_classified_whatever_its_keys_are(
+    ray_session: None, bucket: str, model: str, tmp_path: Path
+) -> None:
+    scan = mixed_objects(1)["day/0000.jpg"]
+    names = [
+        "patient=1/a=b.jpg",
+        "100% #1?.jpg",
+        "a+b c.jpg",
+        "%41.jpg",
+        "日本/x",
+        "q?x=1&y=2",
+        "changed.jpg",
+        "gone.jpg",
+    ]
+    write_objects(bucket, dict.fromkeys(names, scan))
+    listed = {info.uri.removeprefix(f"{bucket}/"): info for info in storage.list_files(bucket)}
+    rows = [{"Key": name, "Size": info.size, "ETag": info.etag} for name, info in listed.items()]
+    manifest, output = write_inventory(bucket, "CSV", rows), str(tmp_path / "dataset=1")
+    storage.write_bytes(f"{bucket}/changed.jpg", mixed_objects(2)["day/0001.jpg"])
+    storage.delete(f"{bucket}/gone.jpg")
+
+    classify(job(model, manifest, output))
+    found = {row["uri"].removeprefix(f"{bucket}/"): row for row in plain_rows(output).to_pylist()}
+    assert len(plain_rows(output)) == len(names)
+    assert {name: row["etag"] for name, row in found.items()} == {name: listed[name].etag for name in names}
+    retried = {name: row["error_code"] for name, row in found.items() if row["retryable"]}
+    assert retried == {"changed.jpg": "changed", "gone.jpg": "not_found"}
+    assert {row["status"] for name, row in found.items() if name not in retried} == {"ok"}
+
+    classify(job(model, manifest, output))
+    assert report_of(output)["objects"] == 2
+    assert report_of(output)["unchanged"] == len(names) - 2
+
+
+def test_another_model_writes_beside_the_first(ray_session: None, model: str, tmp_path: Path) -> None:
+    other = saved_bundle(tmp_path / "other", seed=9)
+    write_objects(str(tmp_path / "scans"), {"a.jpg": mixed_objects(1)["day/0000.jpg"]})
+    for bundle in (model, str(tmp_path / "other")):
+        classify(job(bundle, str(tmp_path / "scans"), str(tmp_path / "out")))
+    assert len(set(plain_rows(str(tmp_path / "out"))["model_id"].to_pylist())) == 2
+    assert len(current(str(tmp_path / "out"), model_id=other.manifest.model_id)) == 1
+
+
+_ON_ONE_CPU = """
+import ray, sys
+from btray.bulk import classify
+from btray.bulk.config import ClassifyConfig
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+classify(ClassifyConfig(model=sys.argv[1], input=sys.argv[2], output=sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_one_cpu_is_enough(model: str, tmp_path: Path) -> None:
+    write_objects(str(tmp_path / "scans"), {name: mixed_objects(40)[name] for name in ("day/0001.jpg", "pages.tif")})
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _ON_ONE_CPU, model, str(tmp_path / "scans"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(plain_rows(str(tmp_path / "out"))) == 4
+
+
+def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for changes, said in (
+        ({"input": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"model": str(tmp_path)}, "no model bundle"),
+        ({"model_id": "0" * 32}, "0" * 32),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)) as caught:
+            classify(ClassifyConfig(**{"model": model, "input": str(tmp_path), "output": str(output), **changes}))
+        assert "\n" not in str(caught.value)
+        assert not output.exists()
+    (tmp_path / "scan.jpg").write_bytes(b"x")
+    with lease.held(str(output)), pytest.raises(UserError, match="another run"):
+        classify(job(model, str(tmp_path), str(output)))
+
+
+def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_there(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("btray.bulk.classify.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.bulk.driver.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.bulk.driver.require_gpus", lambda: 2)
+    monkeypatch.setattr("btray.bulk.driver.is_own", lambda: True)
+    monkeypatch.setattr(
+        "btray.bulk.classify.parts_through",
+        lambda worker, arguments, run, **how: asked.update(how, options=arguments[2]),
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    run = runs.Run(run_id="r", group="m", parts="p", output="out", request={})
+    for changes, device, actors_of, share in (
+        ({}, "cpu", (8, 8), 0.0),
+        ({"actors": 3}, "cpu", (3, 3), 0.0),
+        ({"use_gpu": True}, "cuda", (2, 2), 1.0),
+        ({"use_gpu": True, "gpu_share": 0.5}, "cuda", (4, 4), 0.5),
+    ):
+        bulk._dataset(ClassifyConfig(model=model, input="in", output="out", **changes), run)
+        assert (asked["options"].device, asked["actors"], asked["gpu_share"]) == (device, actors_of, share)
+    assert actor(monkeypatch, model, device="cpu").classifier.device.type == "cpu"
+    with pytest.raises(ValueError, match="onnx runs on a CPU: leave out --use-gpu"):
+        ClassifyConfig(model=model, input="in", output="out", use_gpu=True, engine="onnx")
+
+
+def test_actors_with_gpus_are_a_pipeline_that_ray_takes(ray_session: None, tmp_path: Path) -> None:
+    run = runs.Run(run_id="r", group="m", parts="p", output=str(tmp_path), request={})
+    dataset = parts_through(PartClassifier, (), run, actors=(1, 2), patience=1, gpu_share=0.5)
+    assert "PartClassifier" in str(dataset)
+
+
+def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btray.bulk.lots._PAUSE", 0.01)
+    up_at = time.monotonic() + 0.3
+    monkeypatch.setattr("btray.bulk.lots._answers_at_all", lambda uri: time.monotonic() > up_at)
+
+    def read(uris: Any) -> list[Any]:
+        down = time.monotonic() < up_at
+        return [StorageError("unavailable", uri) if down or uri == "s3://b/broken" else uri.encode() for uri in uris]
+
+    answers = read_patiently(["s3://b/1", "s3://b/2"], read, 60)
+    assert answers == [b"s3://b/1", b"s3://b/2"]
+    started = time.monotonic()
+    answers = read_patiently(["s3://b/1", "s3://b/broken"], read, 60)
+    assert answers[0] == b"s3://b/1"
+    assert isinstance(answers[1], StorageError)
+    assert time.monotonic() - started < 1
+    up_at = time.monotonic() + 600
+    started = time.monotonic()
+    assert all(isinstance(answer, StorageError) for answer in read_patiently(["s3://b/1"], read, 0.2))
+    assert 0.2 < time.monotonic() - started < 5
+
+
+def test_a_store_that_refuses_all_is_waited_for_and_one_that_refuses_a_few_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("btray.bulk.lots._PAUSE", 0.001)
+    rounds = iter(range(1000))
+    refusing = 20
+
+    def read(uris: Any) -> list[Any]:
+        refuses = next(rounds) < refusing
+        return [StorageError("throttled", uri) if refuses or uri == "s3://b/hot" else uri.encode() for uri in uris]
+
+    for listing_answers in (False, True):  # a store may refuse to be read while it can be listed
+        rounds, left = iter(range(1000)), iter([listing_answers] * refusing)
+        monkeypatch.setattr("btray.bulk.lots._answers_at_all", lambda uri: next(left, True))  # noqa: B023
+        assert read_patiently(["s3://b/1", "s3://b/2"], read, 60) == [b"s3://b/1", b"s3://b/2"]
+    rounds = iter(range(refusing, 1000))
+    answers = read_patiently(["s3://b/1", "s3://b/hot"], read, 60)
+    assert answers[0] == b"s3://b/1"
+    assert isinstance(answers[1], StorageError)
+    assert next(rounds) == refusing + 2, "an object that is refused while others are read is asked for once more"
+
+
+@pytest.mark.parametrize("decoders", [1, 3])
+def test_scans_of_many_pages_take_the_memory_of_a_few_and_give_the_rows_of_all(
+    model: str, monkeypatch: pytest.MonkeyPatch, decoders: int
+) -> None:
+    monkeypatch.setattr("btray.bulk.classify_worker._SMALL", 8 * PREPROCESS.size**2)
+    monkeypatch.setattr("btray.bulk.classify_worker._FRAMES", 20)
+    worker = actor(monkeypatch, model, decoders=decoders)
+    assert worker.most_frames == 2 * worker.classifier.batch_size == 32
+    pages = [Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 20), np.uint8)) for seed in range(40)]
+    body = io.BytesIO()
+    pages[0].save(body, "TIFF", save_all=True, append_images=pages[1:])
+    objects = [*list(good_scans().values())[:5], good_scans()["tiff_pages"], b"", body.getvalue(), b"<html>"]
+    objects += [body.getvalue(), body.getvalue()]
+    lot = [FileInfo(str(number), len(data), "e", 0.0) for number, data in enumerate(objects)]
+
+    expected = worker.classifier.predict(objects)
+    made = itertools.count()
+    monkeypatch.setattr("btray.data.frames.make_frame", lambda *given: (next(made), make_frame(*given))[1])
+    used = 0
+    for number, pieces in enumerate(
+        pieces_of(worker._decoded(objects), worker.classifier.source, most=worker.most_frames)
+    ):
+        some = sum(0 if isinstance(piece.frames, Rejection) else len(piece.frames) for piece in pieces)
+        used += some
+        assert some <= worker.most_frames
+        # what stood between the two looks at the counter was counted by them
+        assert next(made) - number - used <= 8 * (2 * decoders + 1), "frames are made long before they are used"
+    assert used == sum(said.status == "ok" for said in expected)
+
+    rows = worker.rows(lot, objects, defaultdict(float))
+    assert [(row["uri"], row["frame"], row["status"], row["error_code"], row["label"]) for row in rows] == [
+        (str(said.index), said.frame, said.status, said.error_code, said.label) for said in expected
+    ]
+    assert [row["confidence"] for row in rows] == pytest.approx([said.confidence for said in expected], abs=1e-5)
+
+
+def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
+    ray_session: None, model: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    good = [name for name in mixed_objects(6) if name.endswith(".jpg") and "bad" not in name]
+    write_objects(str(tmp_path / "scans"), mixed_objects(6) | {"bad.jpg": b"<html>"})
+    classes = Classifier.load(model).classes
+    chosen = Classifier.load(model).predict([str(tmp_path / "scans" / good[0])])[0].label
+    classify(job(model, str(tmp_path / "scans"), output, explain=3, explain_labels=(chosen,)))
+    report = report_of(output)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["rejected_by_code"]["not_an_image"] >= 1
+    assert set(report["seconds_by_stage"]) == {"read", "decode", "predict", "explain", "write"}
+
+    rows = [row for row in plain_rows(output).to_pylist() if row["status"] == "ok"]
+    assert Profile.from_json(report["profile"]) == Profile.of(rows)
+    least = sorted(row["confidence"] for row in rows)[:24]
+    assert [scan["confidence"] for scan in report["least_certain"]] == pytest.approx(least)
+
+    folder = Path(output, "_explained", report["run_id"])
+    said = [line for path in folder.glob("*.csv") for line in csv.DictReader(path.open())]
+    explained = {(line["uri"], int(line["frame"])) for line in said}
+    assert explained >= {(row["uri"], row["frame"]) for row in rows if row["label"] == chosen}
+    assert len([line for path in folder.glob("least*.csv") for line in csv.DictReader(path.open())]) == 3
+    for line in said:
+        assert line["label"] in classes
+        with Image.open(folder / line["picture"]) as picture:
+            assert picture.size == (PREPROCESS.size, PREPROCESS.size)
+
+    page = Path(output, "_runs", report["model_id"], report["run_id"], "summary.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/png') == 2 + len(report["least_certain"])  # this model has no score
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "not_an_image" in page
+
+    with pytest.raises(UserError, match=r"glioblastoma.*it knows glioma"):
+        classify(job(model, str(tmp_path / "scans"), output, explain_labels=("glioblastoma",)))
+
+
+@pytest.mark.soak
+def test_a_change_of_the_answers_is_seen_against_the_runs_before(ray_session: None, model: str, tmp_path: Path) -> None:
+    pictures = {f"{number}.jpg": phantoms.encoded_phantom("glioma", number) for number in range(30)}
+    write_objects(str(tmp_path / "scans"), pictures)
+    output = str(tmp_path / "out")
+    classify(job(model, str(tmp_path / "scans"), output))
+    assert report_of(output)["drift"] == {}  # a first run of a bundle without the profile of its validation images
+    classify(job(model, str(tmp_path / "scans"), output, reclassify=True))
+    assert report_of(output)["drift"]["runs before"]["confidence"] == pytest.approx(0, abs=1e-6)
+    white = {f"{number}.png": one_colour(255, 90 + number) for number in range(30)}
+    write_objects(str(tmp_path / "scans"), white)
+    classify(job(model, str(tmp_path / "scans"), output))
+    found = report_of(output)["drift"]["runs before"]
+    assert (found["frames"], report_of(output)["objects"]) == (60, 30)
+    assert found["confidence"] > 0.25

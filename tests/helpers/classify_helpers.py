@@ -1,0 +1,156 @@
+"""Archives with good and bad objects, and a classify job in a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import multiprocessing
+import os
+from datetime import datetime
+from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import quote_plus
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from btray import phantoms, storage
+from btray.bulk.classify_worker import PartClassifier, WorkerOptions
+from btray.bulk.config import ClassifyConfig
+from btray.bulk.runs import Run
+from btray.model.bundle import load_bundle
+from btray.storage import lease
+from tests.helpers.scan_corpus import bad_scans, good_scans
+from tools.processes import named
+
+Contents = dict[str, bytes]
+
+_IN_PARQUET = {
+    "Bucket": "bucket",
+    "Key": "key",
+    "IsLatest": "is_latest",
+    "IsDeleteMarker": "is_delete_marker",
+    "Size": "size",
+    "LastModifiedDate": "last_modified_date",
+    "ETag": "e_tag",
+}
+FIELDS = tuple(_IN_PARQUET)
+"""Of an inventory."""
+
+QUICK_LEASE = (0.5, 4.0)
+"""Seconds between signs of life and until a killed driver counts as dead."""
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["btray.bulk.classify", "tests.classify_helpers"])
+
+
+def mixed_objects(good: int) -> Contents:
+    """`good` small phantoms, and a bad object of every kind there is, spread among them; one scan has pages."""
+    pictures = [phantoms.encoded_phantom("glioma", seed) for seed in range(12)]
+    objects = {f"day/{number:04d}.jpg": pictures[number % len(pictures)] for number in range(good)}
+    for number, (name, (data, _)) in enumerate(bad_scans().items()):
+        objects[f"day/{number * max(1, good // len(bad_scans())):04d} {name}"] = data
+    return objects | {"pages.tif": good_scans()["tiff_pages"]}
+
+
+def write_objects(root: str, objects: Contents) -> None:
+    for name, data in objects.items():
+        storage.write_bytes(storage.join(root, name), data)
+
+
+def write_inventory(bucket: str, kind: str, rows: list[dict[str, Any]], *, fields: tuple[str, ...] = FIELDS) -> str:
+    """An S3 Inventory report on objects of `bucket`, as S3 writes it; its URI. What rows leave out is usual."""
+    name, usual = bucket.removeprefix("s3://"), {"IsLatest": True, "IsDeleteMarker": False, "Size": 7, "ETag": "e"}
+    full = [usual | {"Bucket": name, "LastModifiedDate": "2026-11-01T00:00:00.000Z"} | row for row in rows]
+    body = io.BytesIO()
+    if kind == "Parquet":
+        columns: dict[str, Any] = {_IN_PARQUET[field]: [row[field] for row in full] for field in fields}
+        times = [datetime.fromisoformat(time) for time in columns["last_modified_date"]]
+        pq.write_table(pa.table(columns | {"last_modified_date": pa.array(times, pa.timestamp("ms"))}), body)
+    else:
+        encoded = [row | {"Key": quote_plus(row["Key"])} for row in full]
+        lines = [",".join(f'"{"" if row[field] is None else row[field]}"' for field in fields) for row in encoded]
+        body.write(gzip.compress("\n".join(lines).encode()))
+    file = f"inventory/data/1.{'parquet' if kind == 'Parquet' else 'csv.gz'}"
+    storage.write_bytes(storage.join(bucket, file), body.getvalue())
+    report = {
+        "sourceBucket": name,
+        "destinationBucket": f"arn:aws:s3:::{name}",
+        "fileFormat": kind,
+        "fileSchema": ", ".join(fields),
+        "files": [{"key": file, "size": len(body.getvalue())}],
+    }
+    manifest = storage.join(bucket, "inventory", "manifest.json")
+    storage.write_json(manifest, report)
+    return manifest
+
+
+def job(model: str, source: str, output: str, **changes: Any) -> ClassifyConfig:
+    """With one actor unless said otherwise: starting them is what takes time."""
+    return ClassifyConfig(**{"model": model, "input": source, "output": output, "actors": 1, **changes})
+
+
+def plain_rows(output: str) -> pa.Table:
+    """What a reader sees that knows nothing of this project."""
+    filesystem, path = storage.arrow_filesystem(output)
+    return pq.read_table(path, filesystem=filesystem)
+
+
+def keys_of(rows: pa.Table) -> list[tuple[str, int]]:
+    return sorted(zip(rows["uri"].to_pylist(), rows["frame"].to_pylist(), strict=True))
+
+
+def actor(patch: pytest.MonkeyPatch, model: str, **changes: Any) -> PartClassifier:
+    """The actor of the job in this process, without Ray; `changes` replace its options."""
+    context = SimpleNamespace(was_current_actor_reconstructed=False)
+    patch.setattr("btray.bulk.worker.ray.get_runtime_context", lambda: context)
+    patch.setattr("btray.bulk.classify_worker.logs.begin_in_worker", lambda *_, **__: None)
+    patch.setattr("btray.bulk.worker.keep_freed_memory", lambda: None)
+    run = Run(run_id="run", group="model", parts="parts", output="out", request={})
+    options: dict[str, Any] = {
+        "model_id": load_bundle(model).manifest.model_id,
+        "engine": "eager",
+        "device": "cpu",
+        "batch_size": None,
+        "threads": 4,
+        "decoders": 1,
+        "patience": 1.0,
+        "explain_labels": (),
+        "least_certain": 0,
+    }
+    return PartClassifier(model, run, WorkerOptions(**options | changes))
+
+
+# ---- killing
+
+
+def start(config: ClassifyConfig, *, address: str | None = None) -> BaseProcess:
+    """The job as a driver of its own, on the test's Ray cluster or that at `address`."""
+    address = address or ray.get_runtime_context().gcs_address
+    process = _forks.Process(target=_drive, args=(config.model_dump(), address, dict(os.environ)))
+    process.start()
+    return process
+
+
+def _drive(config: dict[str, Any], address: str, environment: dict[str, str]) -> None:
+    from btray.bulk.classify import classify
+
+    os.environ.update(environment | {"RAY_ADDRESS": address})
+    lease.HEARTBEAT, lease.EXPIRY = QUICK_LEASE
+    storage.reconnect()
+    classify(ClassifyConfig(**config))
+
+
+def actors() -> list[int]:
+    """Process ids of the actors of this test's own cluster that classify."""
+    return named(b"PartClassifier", os.getpid())
+
+
+def part_files(output: str) -> list[str]:
+    try:
+        return [info.uri for info in storage.list_files(output) if info.uri.endswith(".parquet")]
+    except storage.StorageError:
+        return []

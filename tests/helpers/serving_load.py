@@ -1,0 +1,103 @@
+"""A service on Ray Serve, and clients that keep it busy, for the tests that need replicas."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+
+from btray.serving.config import ReplicasConfig, ServiceConfig
+from tests.helpers.serving_helpers import scan
+from tools.processes import named, until
+
+JPEG = {"Content-Type": "image/jpeg"}
+
+
+@dataclass
+class Served:
+    """A running application."""
+
+    url: str
+    model: str
+    session: requests.Session = field(default_factory=requests.Session)
+    headers: dict[str, str] = field(default_factory=lambda: dict(JPEG))
+
+    def deploy(self, **service: Any) -> None:
+        from btray.serving.job import deploy
+
+        config = ServiceConfig(**{"model": self.model, **service})
+        deploy(ReplicasConfig(min_replicas=2, max_replicas=2), config)
+
+    def wait(self) -> None:
+        from ray import serve
+
+        from btray.serving.job import APPLICATION
+
+        def running() -> bool:
+            application = serve.status().applications[APPLICATION]
+            states = application.deployments["Classifier"].replica_states if application.deployments else {}
+            return application.status == "RUNNING" and states == {"RUNNING": 2}
+
+        until(running, seconds=90)
+
+    def classify(self, data: bytes) -> requests.Response:
+        return self.session.post(self.url + "/v1/classify", data, headers=self.headers, timeout=60)
+
+    def models(self) -> dict[str, Any]:
+        return self.session.get(self.url + "/v1/models", timeout=60).json()
+
+
+@dataclass
+class Load:
+    """Clients that ask as fast as they are answered, each again where it is not."""
+
+    served: Served
+    answers: list[tuple[int, str]] = field(default_factory=list)
+    retried: int = 0
+    lost: int = 0
+
+    def client(self, stop: threading.Event) -> None:
+        with requests.Session() as session:
+            while not stop.is_set():
+                for _ in range(10):
+                    try:
+                        answer = session.post(
+                            self.served.url + "/v1/classify", scan(), headers=self.served.headers, timeout=30
+                        )
+                    except requests.ConnectionError:
+                        answer = None
+                    if answer is not None and answer.status_code == 200:
+                        self.answers.append((200, answer.json()["model_id"]))
+                        break
+                    self.retried += 1
+                    time.sleep(0.2)
+                else:
+                    self.lost += 1
+
+
+@contextmanager
+def under_load(served: Served, clients: int = 3) -> Iterator[Load]:
+    load, stop = Load(served), threading.Event()
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(load.client, stop) for _ in range(clients)]
+        try:
+            until(lambda: len(load.answers) > 5)
+            yield load
+            seen = len(load.answers)
+            until(lambda: len(load.answers) > seen + 20)
+        finally:
+            stop.set()
+        for future in running:
+            future.result()
+
+
+def replicas(root: int | None = None) -> list[int]:
+    """Process ids of the replicas below a process; by default those of this test's own Serve."""
+    return named(b"ServeReplica:btray", root or os.getpid())

@@ -1,0 +1,309 @@
+"""`btray predict` says for every scan what the model says or why it says nothing, on any laptop, with no Ray."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from btray import cli, storage
+from btray.model.classifier import Classifier
+from btray.phantoms import encoded_phantom
+from tests.helpers import scan_corpus
+from tests.helpers.forked_jobs import ROOT
+from tests.helpers.tiny_bundle import random_bundle, saved_bundle
+
+KEYS = [
+    "uri",
+    "frame",
+    "status",
+    "error_code",
+    "error",
+    "retryable",
+    "label",
+    "confidence",
+    "probabilities",
+    "abstained",
+    "label_set",
+    "out_of_distribution",
+    "ood_score",
+    "model_id",
+]
+
+
+class Ended(NamedTuple):
+    """How the command ended."""
+
+    code: int
+    out: list[str]
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_mine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("BTRAY_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bundle") / "model"
+    saved_bundle(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    path = tmp_path / "scan.jpg"
+    path.write_bytes(encoded_phantom("glioma", 1))
+    return path
+
+
+@pytest.fixture
+def btray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["btray", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        captured = capsys.readouterr()
+        return Ended(code, captured.out.splitlines(), captured.err)
+
+    return run
+
+
+def records(ended: Ended) -> list[dict[str, Any]]:
+    def strict(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=strict) for line in ended.out]
+
+
+def test_the_table_has_a_row_a_scan_with_all_probabilities(btray: Callable[..., Ended], model: str, scan: Path) -> None:
+    ended = btray("predict", "--model", model, scan)
+    (expected,) = Classifier.load(model).predict([scan])
+    assert ended.code == 0
+    header, row = ended.out
+    assert header.split() == ["file", "label", "confidence", *expected.probabilities]
+    values = [f"{value:.3f}" for value in expected.probabilities.values()]
+    assert row.split() == [str(scan), expected.label, f"{expected.confidence:.3f}", *values]
+    assert len(header) == len(row), "columns do not stand below their titles"
+    assert "no diagnosis" in ended.err
+
+
+def test_json_is_strict_and_says_what_the_classifier_says(btray: Callable[..., Ended], model: str, scan: Path) -> None:
+    ended = btray("predict", "--json", "--model", model, scan, scan)
+    (expected,) = Classifier.load(model).predict([scan])
+    assert ended.code == 0
+    assert "no diagnosis" in ended.err
+    first, second = records(ended)
+    assert first == second
+    assert list(first) == KEYS
+    assert first["uri"] == str(scan)
+    assert first["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+    assert (first["label"], first["status"], first["model_id"]) == (
+        expected.label,
+        "ok",
+        random_bundle().manifest.model_id,
+    )
+
+
+def test_rejected_scans_are_rows_with_their_code_between_the_others(
+    btray: Callable[..., Ended], model: str, scan: Path, tmp_path: Path
+) -> None:
+    bad = {name: tmp_path / name for name in ("png_flipped_bit", "html_error_page", "no_bytes", "one_pixel_png")}
+    for name, path in bad.items():
+        path.write_bytes(scan_corpus.bad_scans()[name][0])
+    files = [tmp_path / "absent.png", scan, *bad.values(), scan]
+    found = records(btray("predict", "--model", model, "--json", *files))
+    assert [record["uri"] for record in found] == list(map(str, files))
+    codes = [scan_corpus.bad_scans()[name][1] for name in bad]
+    assert [record["error_code"] for record in found] == ["not_found", None, *codes, None]
+    ended = btray("predict", "--model", model, *files)
+    assert ended.code == 0
+    assert len(ended.out) == 1 + len(files)
+    for line, code in zip(ended.out[3:-1], codes, strict=True):
+        assert f" rejected {code}: " in " ".join(line.split())
+
+
+def test_where_nothing_could_be_classified_the_exit_code_is_2(
+    btray: Callable[..., Ended], model: str, tmp_path: Path
+) -> None:
+    ended = btray("predict", "--model", model, "--json", tmp_path / "absent.png")
+    assert ended.code == 2
+    assert [record["error_code"] for record in records(ended)] == ["not_found"]
+    assert "not one of 1 scans" in ended.err
+    (tmp_path / "empty").mkdir()
+    ended = btray("predict", "--model", model, tmp_path / "empty")
+    assert (ended.code, ended.out) == (2, [])
+    assert f"{tmp_path / 'empty'} holds no file" in ended.err
+
+
+def test_folders_give_every_file_below_them_in_order(
+    btray: Callable[..., Ended], model: str, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_AT_A_TIME", 3)
+    names = ["a/1.jpg", "a/b/2.jpg", "a/no ending", "c/3.jpg", "c/4.jpg"]
+    for name in names:
+        storage.write_bytes(str(tmp_path / "in" / name), scan.read_bytes())
+    (tmp_path / "in" / "_hidden").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    ended = btray(
+        "predict", "--model", model, "--json", tmp_path / "in", tmp_path / "empty", scan, tmp_path / "in" / "c"
+    )
+    below = [str(tmp_path / "in" / name) for name in names]
+    assert [record["uri"] for record in records(ended)] == [*below, str(scan), *below[3:]]
+    assert ended.code == 0
+    assert len(btray("predict", "--model", model, tmp_path / "in").out) == 1 + len(names), "one header"
+
+
+def test_every_frame_of_a_scan_is_a_row(btray: Callable[..., Ended], model: str, tmp_path: Path) -> None:
+    path = tmp_path / "pages.tiff"
+    path.write_bytes(scan_corpus.good_scans()["tiff_pages"])
+    found = records(btray("predict", "--model", model, "--json", path))
+    assert [record["frame"] for record in found] == [0, 1, 2]
+    assert [line.split()[:3] for line in btray("predict", "--model", model, path).out[2:]] == [
+        [str(path), "frame", "1"],
+        [str(path), "frame", "2"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b.jpg", "[1].jpg", "none", "with space.jpg", "ü%20#?.jpg", "line\nbreak.jpg", "-x.jpg"]
+)
+def test_odd_file_names_are_taken_literally(
+    btray: Callable[..., Ended], model: str, scan: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan.rename(scan.with_name(name))
+    monkeypatch.chdir(scan.parent)
+    (found,) = records(btray("predict", "--model", model, "--json", "--", name))
+    assert (found["uri"], found["status"]) == (name, "ok")
+    assert len(btray("predict", "--model", model, "--", name).out) == 2
+
+
+def test_a_name_that_is_no_utf8_is_classified_and_printed_with_escapes(model: str, scan: Path) -> None:
+    odd = os.path.join(os.fsencode(scan.parent), b"\xff\xfe.jpg")
+    os.rename(scan, odd)
+    command = [sys.executable, "-c", "from btray.cli import main; main()", "predict", "--model", model]
+    done = subprocess.run([*command, odd], capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff\\udcfe.jpg" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "command"),
+        (["foretell"], "foretell"),
+        (["--modle", "x"], "command"),
+        (["predict"], "FILES"),
+        (["predict", "--model"], "--model"),
+        (["predict", "--model", "m"], "FILES"),
+        (["predict", "x.png"], "--model"),
+        (["predict", "--model", "/nowhere/at/all", "x.png"], "bundle.json"),
+        (["predict", "--modle", "m", "x.png"], "--modle"),
+        (["predict", "--model", "gs://bucket/model", "x.png"], "gs://"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(btray: Callable[..., Ended], arguments: list[str], said: str) -> None:
+    ended = btray(*arguments)
+    assert (ended.code, ended.out) == (2, [])
+    assert len(ended.err.splitlines()) == 1, ended.err
+    assert ended.err.startswith("error: ")
+    assert said in ended.err
+
+
+def test_the_pin_and_schemes_are_checked(btray: Callable[..., Ended], model: str, scan: Path) -> None:
+    right = random_bundle().manifest.model_id
+    assert btray("predict", "--model", model, "--model-id", right, scan).code == 0
+    wrong = btray("predict", "--model", model, "--model-id", "0" * 32, scan)
+    assert (wrong.code, wrong.out) == (2, [])
+    assert "--model-id" in wrong.err
+    assert btray("predict", "--model", model, "http://example.org/scan.png").code == 2
+
+
+def test_settings_come_from_the_environment_too(
+    btray: Callable[..., Ended], model: str, scan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BTRAY_MODEL", model)
+    assert btray("predict", scan).code == 0
+    monkeypatch.setenv("BTRAY_MODDEL", model)
+    assert "BTRAY_MODDEL" in btray("predict", scan).err
+
+
+def test_help_and_version(btray: Callable[..., Ended]) -> None:
+    ended = btray("--help")
+    assert ended.code == 0
+    assert "predict" in "\n".join(ended.out)
+    ended = btray("predict", "--help")
+    assert ended.code == 0
+    for flag in ("usage: btray predict", "--model", "--model-id", "--json", "FILES", "Exit code"):
+        assert flag in "\n".join(ended.out)
+    assert btray("--version") == Ended(0, [f"btray {importlib.metadata.version('btray')}"], "")
+
+
+def test_a_bundle_that_was_tampered_with_is_refused(btray: Callable[..., Ended], scan: Path, tmp_path: Path) -> None:
+    saved_bundle(tmp_path / "bad")
+    (tmp_path / "bad" / "metrics.json").write_bytes(b"{}")
+    ended = btray("predict", "--model", tmp_path / "bad", scan)
+    assert (ended.code, ended.out) == (2, [])
+    assert "metrics.json" in ended.err
+
+
+@pytest.mark.s3
+def test_model_scans_and_folders_may_lie_in_object_storage(
+    btray: Callable[..., Ended], bucket: str, scan: Path
+) -> None:
+    saved_bundle(f"{bucket}/model")
+    for name in ("1.jpg", "deep/2.jpg"):
+        storage.write_bytes(f"{bucket}/in/{name}", scan.read_bytes())
+    uris = [f"{bucket}/in/1.jpg", f"{bucket}/in", f"{bucket}/absent.jpg", "s3://no-such-bucket-of-btray/x.jpg", scan]
+    ended = btray("predict", "--model", f"{bucket}/model", "--json", *uris)
+    assert ended.code == 0, ended.err
+    found = records(ended)
+    assert [(Path(record["uri"]).name, record["error_code"]) for record in found] == [
+        ("1.jpg", None), ("1.jpg", None), ("2.jpg", None), ("absent.jpg", "not_found"), ("x.jpg", "not_found"),
+        ("scan.jpg", None),
+    ]  # fmt: skip
+    assert len({record["confidence"] for record in found if record["status"] == "ok"}) == 1
+
+
+def test_ray_is_neither_imported_nor_started_and_a_closed_pipe_is_no_traceback(model: str, scan: Path) -> None:
+    code = (
+        "import sys, btray.cli\n"
+        f"sys.argv = ['btray', 'predict', '--model', {model!r}, {str(scan)!r}]\n"
+        "btray.cli.main()\n"
+        "print(sorted({'ray', 'matplotlib', 'sklearn', 'pandas', 'jinja2'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    read, write = os.pipe()
+    os.close(read)
+    script = [str(Path(sys.executable).parent / "btray"), "predict", "--model", model, "--json", str(scan)]
+    done = subprocess.run(script, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_model_that_diverged_never_prints_nan(btray: Callable[..., Ended], tmp_path: Path) -> None:
+    """Weights that are finite but logits that are not."""
+    saved_bundle(tmp_path / "model", temperature=1e-44)
+    path = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(path)
+    ended = btray("predict", "--model", tmp_path / "model", "--json", path)
+    assert "NaN" not in "".join(ended.out)
+    assert len(ended.err.splitlines()) <= 2
+    assert ended.code == 2
+    assert "diverged" in ended.err

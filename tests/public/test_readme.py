@@ -1,0 +1,79 @@
+"""The README's commands run, in order, as they stand there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from btray.results import current
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+# Training by the README takes its time; these make it a minute's work without touching the commands.
+QUICK = {
+    "BTRAY_EPOCHS": "1",
+    "BTRAY_PREPROCESS__SIZE": "48",
+    "BTRAY_NETWORK__WIDTHS": "[8,16]",
+    "BTRAY_NETWORK__DEPTHS": "[1,1]",
+    "BTRAY_NUM_WORKERS": "1",
+    "BTRAY_REFIT_EPOCHS": "0",
+}
+
+
+def commands() -> list[str]:
+    """What stands in the README's shell blocks after the mark."""
+    tested = README.read_text(encoding="utf-8").split("<!-- every command below is run by")[1]
+    return [block.strip() for block in re.findall(r"```sh\n(.*?)```", tested, re.DOTALL)]
+
+
+def environment_of(command: str) -> dict[str, str]:
+    """The caller's environment with this Python first, the Ray that runs, and quick settings where they are known."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return os.environ | running | (QUICK if "jobs/train.py" in command else {})
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_commands_of_the_readme_run_one_after_the_other(ray_session: None, tmp_path: Path) -> None:
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    for command in commands():
+        done = subprocess.run(
+            ["bash", "-ec", command],
+            cwd=tmp_path,
+            env=environment_of(command),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    metrics = json.loads((tmp_path / "reports" / "first" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["n"] == 5 * 10, "the report is of the test split of what the README trains on"
+    assert len(current(str(tmp_path / "results"))) == 5 * 10
+    assert (tmp_path / "models" / "second" / "bundle.json").is_file()
+
+
+def test_every_job_stands_in_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    missing = [path.name for path in (ROOT / "jobs").glob("*.py") if f"jobs/{path.name}" not in text]
+    assert missing == []
+
+
+def test_every_file_that_the_readme_and_docs_link_to_is_there() -> None:
+    for page in (README, *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_package_has_its_line_in_the_readme_and_no_other() -> None:
+    rooms = README.read_text(encoding="utf-8").partition("## Where things are")[2]
+    lines = re.findall(r"^\| `(\w+)` \|", rooms, re.MULTILINE)
+    assert sorted(lines) == sorted(path.parent.name for path in (ROOT / "btray").glob("*/__init__.py"))

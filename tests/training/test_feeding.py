@@ -1,0 +1,197 @@
+"""How samples reach the workers: each once an epoch, in an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.train
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from btray.data.frames import FRAMES_PER_SCAN, FrameSource
+from btray.training import feeds
+from btray.training.config import OptimiserConfig, TrainConfig
+from btray.training.feeds import MemoryFeed, Plan, _Decode, epoch_order
+from btray.training.job import fit
+from tests.helpers.training_helpers import PREPROCESS, history_of, prepared, tiny, train_and_collect, write_tree
+
+
+def plan_of(labels: list[int], train: list[int], **settings: Any) -> Plan:
+    balance = settings.pop("class_balance", "weights")
+    config = TrainConfig(data="d", out="o", optimiser=OptimiserConfig(class_balance=balance), **settings)
+    everything = np.arange(len(labels))
+    return Plan(
+        config=config,
+        classes=tuple(f"class {index}" for index in range(max(labels) + 1)),
+        run_uri="",
+        samples=everything * FRAMES_PER_SCAN,
+        labels=np.array(labels),
+        train=np.array(train),
+        validation=np.setdiff1d(everything, train),
+        streaming=False,
+    )
+
+
+class InWorker:
+    """What Ray Train tells a worker, and a data set whose frames all show their position."""
+
+    def __init__(self, plan: Plan, rank: int, workers: int) -> None:
+        self.plan, self.rank, self.workers = plan, rank, workers
+
+    def feed(self, monkeypatch: pytest.MonkeyPatch) -> MemoryFeed:
+        monkeypatch.setattr(ray.train, "get_context", lambda: self)
+        monkeypatch.setattr(ray.train, "get_dataset_shard", lambda name: self)
+        return MemoryFeed(self.plan)
+
+    def get_world_rank(self) -> int:
+        return self.rank
+
+    def get_world_size(self) -> int:
+        return self.workers
+
+    def iter_batches(self, **_: Any) -> Iterator[dict[str, np.ndarray]]:
+        positions = np.arange(len(self.plan.samples), dtype=np.uint8)
+        frames = np.broadcast_to(positions[:, None, None], (len(positions), 160, 160))
+        # As decoding gives them: in any order, rejected scans among them.
+        yield {"code": np.array(["truncated"]), "sample": np.array([-1]), "frame": frames[:1]}
+        yield {"code": np.full(len(frames), ""), "sample": self.plan.samples[::-1], "frame": frames[::-1]}
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(2, 60), epoch=st.integers(0, 100))
+def test_an_epoch_takes_every_training_sample_once_and_no_other(seed: int, n: int, epoch: int) -> None:
+    train = list(range(0, 2 * n, 2))
+    plan = plan_of([index % 3 for index in range(2 * n)], train, seed=seed)
+    assert sorted(epoch_order(plan, epoch).tolist()) == train
+    assert epoch_order(plan, epoch).tolist() == epoch_order(plan, epoch).tolist()
+
+
+def test_order_differs_by_epoch_and_by_seed() -> None:
+    orders = {
+        tuple(epoch_order(plan_of([0, 1] * 20, list(range(40)), seed=seed), epoch))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_sampling_draws_rare_classes_as_often_as_common_ones() -> None:
+    labels = [0] * 900 + [1] * 90 + [2] * 10
+    plan = plan_of(labels, list(range(1000)), class_balance="sampling")
+    drawn = np.concatenate([plan.labels[epoch_order(plan, epoch)] for epoch in range(10)])
+    assert np.bincount(drawn) / len(drawn) == pytest.approx([1 / 3] * 3, abs=0.03)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_share_each_batch_of_one_worker_between_them(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of([index % 2 for index in range(50)], list(range(43)), batch_size=10)
+    alone = InWorker(plan, 0, 1).feed(monkeypatch)
+    team = [InWorker(plan, rank, workers).feed(monkeypatch) for rank in range(workers)]
+    for epoch in (0, 5):
+        whole = list(alone.train(epoch))
+        parts = [list(feed.train(epoch)) for feed in team]
+        assert len(whole) == 4
+        assert all(len(steps) == 4 for steps in parts)
+        for step, batch in enumerate(whole):
+            together = [sample for steps in parts for sample in steps[step].samples.tolist()]
+            assert sorted(together) == sorted(batch.samples.tolist())
+            assert len(together) == 10
+    held_out = [sample for feed in team for batch in feed.validation() for sample in batch.samples.tolist()]
+    assert sorted(held_out) == (np.arange(43, 50) * FRAMES_PER_SCAN).tolist()
+
+
+def test_each_frame_keeps_its_label_and_sample_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of([0, 1, 2, 0, 1, 2, 1, 1], [7, 1, 2, 3, 4, 5], batch_size=3)
+    for batch in InWorker(plan, 0, 1).feed(monkeypatch).train(3):
+        positions = batch.samples.numpy() // FRAMES_PER_SCAN
+        assert batch.labels.tolist() == plan.labels[positions].tolist()
+        assert batch.frames[:, 0, 0].tolist() == positions.tolist()
+
+
+def test_a_batch_is_never_larger_than_the_training_data() -> None:
+    plan = plan_of([0, 1] * 5, list(range(9)), batch_size=64)
+    assert (plan.batch_size, plan.steps_per_epoch) == (9, 1)
+
+
+def tiff(pages: int) -> bytes:
+    """Pages that all differ."""
+    first, *others = (Image.new("L", (40, 40), 10 + page) for page in range(pages))
+    body = io.BytesIO()
+    first.save(body, "TIFF", save_all=True, append_images=others)
+    return body.getvalue()
+
+
+def decoded(folder: Path, pages: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """The blocks that decoding makes of a TIFF for each of `pages`, labelled 0, 1, ..."""
+    uris = [str(folder / f"{number}.tiff") for number in range(len(pages))]
+    for uri, count in zip(uris, pages, strict=True):
+        Path(uri).write_bytes(tiff(count))
+    places = np.arange(len(pages))
+    return list(_Decode(FrameSource(PREPROCESS))({"uri": np.array(uris), "row": places, "label": places}))
+
+
+def test_no_frame_has_the_sample_number_of_another_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "FRAMES_PER_SCAN", 4)
+    (block,) = decoded(tmp_path, [4, 5, 2])
+    assert block["sample"].tolist() == [0, 1, 2, 3, 4, 8, 9]
+    assert block["label"].tolist() == (block["sample"] // 4).tolist()
+    assert block["code"].tolist() == [""] * 4 + ["bomb"] + [""] * 2
+    assert "5 frames" in block["message"][4]
+
+
+def test_blocks_hold_few_frames_however_many_a_scan_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "_BLOCK_ROWS", 6)
+    blocks = decoded(tmp_path, [5, 5, 1, 5, 5])
+    assert [len(block["frame"]) for block in blocks] == [10, 6, 5]
+    assert np.concatenate([block["label"] for block in blocks]).tolist() == [0] * 5 + [1] * 5 + [2] + [3] * 5 + [4] * 5
+
+
+@pytest.mark.cluster
+def test_frames_are_kept_while_they_fit_however_few_scans_they_are_of(ray_session: None, tmp_path: Path) -> None:
+    root = Path(write_tree(tmp_path / "data", {"train/glioma": 6, "train/no_tumor": 6, "val/glioma": 2}))
+    Path(root, "train", "no_tumor", "many.tiff").write_bytes(tiff(50))
+    frames = 6 + 6 + 2 + 50
+    for room, streaming in ((frames, False), (frames - 1, True)):
+        data = prepared(tiny(str(root), tmp_path / "out", cache_gb=room * PREPROCESS.size**2 / 1e9))
+        assert data.plan.streaming == streaming
+        assert len(data.plan.samples) == frames
+        assert (data.frames is None) == streaming
+        if data.frames is not None:
+            assert sorted(row["sample"] for row in data.frames.take_all()) == data.plan.samples.tolist()
+
+
+@pytest.mark.soak
+@pytest.mark.cluster
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streaming_feeds_every_sample_on_two_cpus(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    monkeypatch.setattr("btray.training.train_loop", train_and_collect)
+    source = write_tree(
+        tmp_path / "data", {"train/glioma": 33, "train/no_tumor": 31, "val/glioma": 9, "val/no_tumor": 8}
+    )
+    config = tiny(source, tmp_path / "out", num_workers=str(workers), cache_gb=0, epochs=2)
+    data = prepared(config)
+    assert data.plan.streaming
+    assert len(data.plan.validation) == 17
+    Path(source, "train/glioma/000.png").unlink()  # it could be read when the run began
+    fit(data)
+    assert [record["rejected"] for record in history_of(config)] == [1, 1]
+    parts = [json.loads(Path(data.plan.run_uri, f"{rank}.json").read_text()) for rank in range(workers)]
+    orders = []
+    for epoch in (0, 1):
+        trained = [sample for part in parts for batch in part[epoch][0] for sample in batch]
+        validated = [sample for part in parts for batch in part[epoch][1] for sample in batch]
+        assert sorted(validated) == data.plan.samples[data.plan.validation].tolist()
+        assert len(set(trained)) == len(trained)
+        assert set(trained) <= set(data.plan.samples[data.plan.train].tolist())
+        assert len(trained) == 63  # four whole batches but for the lost image
+        orders.append([part[epoch][0] for part in parts])
+    assert orders[0] != orders[1]

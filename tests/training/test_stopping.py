@@ -1,0 +1,208 @@
+"""A run that is asked to stop, or whose machine is taken back: checkpoints in the midst of an epoch, and going on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+from torch import Tensor
+
+from btray import storage
+from btray.core.errors import Stopped
+from btray.storage import StorageError
+from btray.training import preemption
+from btray.training.job import train
+from btray.training.preemption import STOP, Watch, stoppable
+from tests.conftest import ROOT
+from tests.helpers.training_helpers import history_of, run_of, tiny, train_here, write_tree
+
+
+@pytest.fixture
+def nothing_is_reclaimed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No node is drained but those whose ids the test appends."""
+    drained: list[str] = []
+    monkeypatch.setattr(
+        ray.train,
+        "get_preemption_info",
+        lambda: SimpleNamespace(preempted_node_ids=list(drained)) if drained else None,
+    )
+    return drained
+
+
+def alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# ---- the look-out
+
+
+def test_each_notice_is_given_once_and_a_stop_again_and_again(
+    nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption, "EVERY", 0.0)  # look after every step
+    watch = Watch(str(tmp_path), 0, alone)
+    assert watch.after_step() is None
+    nothing_is_reclaimed.append("a")
+    assert [watch.after_step() for _ in range(3)] == ["reclaimed", None, None]
+    nothing_is_reclaimed.append("b")
+    assert [watch.after_step() for _ in range(2)] == ["reclaimed", None]
+    (tmp_path / STOP).touch()
+    assert [watch.after_step() for _ in range(2)] == ["stop", "stop"]
+
+
+@pytest.mark.parametrize("pace", [0.01, 2.0, 30.0])
+def test_looks_are_seconds_apart_whatever_a_step_takes(
+    nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pace: float
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
+    looked: list[float] = []
+    watch = Watch(str(tmp_path), 0, lambda tensor: looked.append(now) or tensor)  # type: ignore[func-returns-value]
+    for _ in range(2000):
+        now += pace
+        watch.after_step()
+    gaps = [later - earlier for earlier, later in pairwise(looked)]
+    assert looked[0] == pytest.approx(pace), "after the first step already"
+    assert all(preemption.EVERY * 0.99 <= gap <= max(preemption.EVERY, pace) + pace for gap in gaps)
+
+
+def test_all_workers_look_after_the_same_steps_however_their_clocks_go(
+    nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that looked alone would wait for the others for ever."""
+    said: list[Tensor] = []
+    first = Watch(str(tmp_path), 0, lambda tensor: said.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    answers: list[Tensor] = []
+    other = Watch(str(tmp_path), 1, lambda tensor: answers.pop(0) + tensor)
+    looks: list[tuple[bool, bool]] = []
+    for step in range(400):
+        if step == 100:
+            (tmp_path / STOP).touch()
+        if step % 50 == 0:
+            time.sleep(0.01)  # clocks differ
+        before = len(said)
+        found = first.after_step()
+        answers += said[before:]
+        waiting = len(answers)
+        also = other.after_step()
+        looks.append((len(said) > before, waiting > len(answers)))
+        assert found == also
+    assert all(mine == yours for mine, yours in looks)
+
+
+def test_a_store_that_is_away_ends_no_training(
+    nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(uri: str) -> bool:
+        raise StorageError("unavailable", uri, "no answer")
+
+    monkeypatch.setattr(storage, "exists", away)
+    assert Watch(str(tmp_path), 0, alone).after_step() is None
+
+
+# ---- the signal
+
+
+def test_the_signal_leaves_a_mark_and_only_within_the_block(tmp_path: Path) -> None:
+    (tmp_path / STOP).touch()
+    before = signal.getsignal(signal.SIGTERM)
+    with stoppable(str(tmp_path)) as asked:
+        assert not (tmp_path / STOP).exists(), "the mark of an earlier stop does not count"
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+        deadline = time.monotonic() + 10
+        while not (tmp_path / STOP).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+_WAITS = """
+import sys, time
+from btray.core.config import JobConfig
+from btray.launch import run_job
+from btray.core.errors import Stopped
+from btray.training.preemption import stoppable
+class Config(JobConfig):
+    '''A job.'''
+def job(config):
+    with stoppable(sys.argv[1]) as asked:
+        print("ready", flush=True)
+        while not (asked() and sys.argv[2] == "obeys"):
+            time.sleep(0.02)
+    raise Stopped("stopped; the same command goes on")
+arguments, sys.argv[1:] = sys.argv[1:], []
+sys.argv += arguments
+import btray.core.config
+btray.core.config.JobConfig.from_command_line = classmethod(lambda cls, *_, **__: cls())
+run_job(Config, job)
+"""
+
+
+@pytest.mark.parametrize(("how", "signals"), [("obeys", 1), ("does not", 2)])
+def test_a_stopped_job_ends_with_143_and_a_second_signal_ends_one_that_hangs(
+    tmp_path: Path, how: str, signals: int
+) -> None:
+    job = subprocess.Popen([sys.executable, "-c", _WAITS, str(tmp_path), how], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "ready\n"
+        for _ in range(signals):
+            job.terminate()
+            time.sleep(0.3)
+        _, said = job.communicate(timeout=20)
+    finally:
+        job.kill()
+    assert job.returncode == 143
+    assert "Traceback" not in said
+    assert ("the same command goes on" in said) == (how == "obeys")
+
+
+# ---- a training
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+def test_a_training_that_is_stopped_within_an_epoch_goes_on_at_that_step_as_if_nothing_had_been(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    data = write_tree(tmp_path / "data", {"Training/glioma": 30, "Training/no_tumor": 20})
+    config = tiny(data, tmp_path / "model", epochs=2, batch_size=8)
+    undisturbed, _ = train_here(tiny(data, tmp_path / "undisturbed", epochs=2, batch_size=8))
+
+    def stop() -> None:
+        deadline = time.monotonic() + 120
+        while "stoppable" not in repr(signal.getsignal(signal.SIGTERM)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Stopped, match="the same command goes on"):
+        train(config)
+    stopper.join()
+    (name,) = [name for name in storage.list_names(run_of(config)) if name.startswith("epoch_")]
+    state: dict[str, Any] = torch.load(Path(run_of(config), name, "state.pt"), weights_only=True)
+    assert state["steps"] == 1
+    assert state["history"] == history_of(config) == []
+    train(config)
+    curves = [[(record["train_loss"], record["val_loss"]) for record in history]
+              for history in (history_of(config), undisturbed)]  # fmt: skip
+    assert [loss for pair in curves[0] for loss in pair] == pytest.approx(
+        [loss for pair in curves[1] for loss in pair], rel=1e-4
+    )

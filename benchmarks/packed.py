@@ -19,7 +19,7 @@ import checkout  # noqa: F401 - `tools` is found
 from btray import storage
 from btray.bulk.archive import Selection, list_archive
 from btray.bulk.config import PackConfig
-from btray.bulk.lots import LotReader
+from btray.bulk.lots import Prefetcher
 from btray.bulk.pack import pack
 from btray.data.scans import ScanLimits
 from tools.s3_server import S3Server
@@ -50,7 +50,7 @@ def main() -> None:
 def _rate(uri: str) -> float:
     """Objects read a second, listing aside."""
     objects = list(list_archive(uri, Selection()))
-    reader = LotReader(threads=16, patience=10, max_bytes=ScanLimits().max_bytes)
+    reader = Prefetcher(threads=16, patience=10, max_bytes=ScanLimits().max_bytes)
     started = time.perf_counter()
     read = [answer for _, answers in reader.lots(objects, {"read": 0.0}) for answer in answers]
     seconds = time.perf_counter() - started

@@ -12,7 +12,7 @@ import pyarrow.dataset
 from btray import storage
 from btray.bulk.table import KEY, PARTITIONS, SCHEMA
 from btray.core.errors import UserError
-from btray.storage.errors import typed
+from btray.storage.errors import storage_errors_for
 
 if TYPE_CHECKING:
     pass
@@ -30,7 +30,7 @@ def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | N
         raise UserError(f"{root} holds no results; give the --output of a classify job.")
     wanted = list(dict.fromkeys([*KEY, "classified_at", "run_id", *(columns or table.schema.names)]))
     chosen = None if model_id is None else pc.field("model_id") == model_id
-    with typed(root):
+    with storage_errors_for(root):
         rows = table.to_table(columns=wanted, filter=chosen)
     rows = rows.sort_by([("classified_at", "ascending"), ("run_id", "ascending")])
     numbered = rows.select(list(KEY)).append_column("row", pa.array(range(len(rows)), pa.int64()))
@@ -41,7 +41,7 @@ def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | N
 def _dataset(root: str) -> pa.dataset.Dataset | None:
     """The files below `root`, with the columns of their paths; None where there are none."""
     filesystem, path = storage.arrow_filesystem(root)
-    with typed(root):
+    with storage_errors_for(root):
         try:
             found = pa.dataset.dataset(
                 path,

@@ -19,7 +19,7 @@ from btray.acquire.unpack import SUFFIXES, LeftOut, UnpackLimits, unpack
 from btray.core.errors import UserError
 from btray.data.labelled import MANIFESTS, SPLITS, read_labelled
 from btray.data.labels import CANONICAL, canonical_label
-from btray.storage.errors import StorageError, typed
+from btray.storage.errors import StorageError, storage_errors_for
 
 Kind = Literal["kaggle", "http", "archive", "folder", "manifest"]
 
@@ -157,7 +157,7 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
     elif source.kind == "manifest":
         yield _manifest(source.uri)
     else:
-        with typed(str(cache)):
+        with storage_errors_for(str(cache)):
             cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as folder:
             archive = _archive_of(source, cache, Path(folder))
@@ -180,7 +180,7 @@ def _archive_of(source: Source, cache: Path, folder: Path) -> Path:
         return Path(source.uri)
     filesystem, path = storage.arrow_filesystem(source.uri)
     target = folder / "archive"
-    with typed(source.uri), filesystem.open_input_stream(path) as stream, target.open("wb") as file:
+    with storage_errors_for(source.uri), filesystem.open_input_stream(path) as stream, target.open("wb") as file:
         shutil.copyfileobj(stream, file, 1 << 20)
     return target
 

@@ -23,7 +23,7 @@ from btray.core.errors import UserError
 from btray.data.manifests import named_in_csv, named_in_list, named_in_parquet
 from btray.data.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError
-from btray.storage.errors import PATIENCE, typed
+from btray.storage.errors import PATIENCE, storage_errors_for
 from btray.storage.read_many import until_dead
 
 _DESCRIBED_AT_A_TIME = 1024
@@ -101,7 +101,7 @@ def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) 
         yield from selection.recent(selection.filter(_below(root), _listed(root)))
         return
     try:
-        with typed(root):
+        with storage_errors_for(root):
             found = selection.filter(_paths(root, kind), _readable(root, kind))
             yield from selection.recent(found if kind is list_pack else _described(found, patience))
     except StorageError as error:

@@ -16,7 +16,7 @@ import numpy as np
 
 from btray import storage
 from btray.bulk.explanations import FOLDER, write_explanations
-from btray.bulk.lots import LotReader
+from btray.bulk.lots import Prefetcher
 from btray.bulk.runs import Run
 from btray.bulk.table import SCHEMA, row_of
 from btray.bulk.worker import PartWorker, Row, Seconds
@@ -97,7 +97,7 @@ class PartClassifier(PartWorker):
         batch = self.classifier.batch_size
         self.most_frames = batch * math.ceil(_FRAMES / batch)
         max_bytes = self.classifier.source.limits.max_bytes
-        reader = LotReader(threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=batch)
+        reader = Prefetcher(threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=batch)
         super().__init__(run, reader, options.patience)
 
     def rows(self, lot: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:

@@ -24,7 +24,7 @@ from btray.bulk.outcomes import CLASSIFIED, RECORD, REJECTED, WITHHELD, Records,
 from btray.bulk.runs import has_ended, run_of
 from btray.data.key_set import keys_of
 from btray.storage import FileInfo, StorageError
-from btray.storage.errors import typed
+from btray.storage.errors import storage_errors_for
 
 _FORMAT = 1  # of RECORD and of the digests in it
 _INDEX = "keys.json"
@@ -136,7 +136,7 @@ def _read(files: Iterator[FileInfo]) -> Iterator[Records]:
 
 
 def _records_of(info: FileInfo) -> list[Records]:
-    with typed(info.uri), _opened(info) as file:
+    with storage_errors_for(info.uri), _opened(info) as file:
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
         return [_records(batch) for batch in table.iter_batches(65_536, columns=_COLUMNS, use_threads=False)]
 

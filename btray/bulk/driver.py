@@ -33,7 +33,7 @@ from btray.bulk.pipeline import WorklistSource
 from btray.bulk.progress import Progress, Totals, duration
 from btray.bulk.runs import Run
 from btray.core import logs, metrics
-from btray.core.cluster import connected, cpus, is_own, require_gpus
+from btray.core.cluster import connected, cpus, require_gpus, started_ray_here
 from btray.core.errors import Failed, ThresholdExceeded, UserError
 from btray.data.key_set import KeySet
 from btray.storage import FileInfo, StorageError, lease
@@ -147,7 +147,7 @@ def _estimate(config: ArchiveConfig, work: Work, found: Iterator[FileInfo]) -> R
 def _run(config: ArchiveConfig, work: Work, found: Iterator[FileInfo], check: Callable[[], None]) -> Report:
     started = datetime.now(UTC)
     totals = Totals(least_certain=work.least_certain)
-    with storage.patient(config.patience), tempfile.TemporaryDirectory() as scratch:
+    with storage.retry_timeout(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(work.output, work.group, _request(config, work), work.product)
         logs.bind(run_id=run.run_id)
         if resumed:
@@ -205,14 +205,14 @@ def _through(work: Work, run: Run, totals: Totals, listing: Listing, check: Call
     line = Progress(totals, listing)
     with connected(dashboard=False), metrics.lasting():
         # before the first part already: who waits for actors that never start is to see that
-        progress.run_goes_on(work.name, run.run_id, totals, queue=listing.objects)
+        progress.report_progress(work.name, run.run_id, totals, queue=listing.objects)
         for batch in work.dataset(run).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()
             for row in pa.Table.to_pylist(batch):
                 counts = totals.add(row["part"], row["tally"])
                 if counts is not None:
                     progress.part_ended(work.name, run.run_id, counts)
-            progress.run_goes_on(work.name, run.run_id, totals, queue=listing.objects - totals.objects)
+            progress.report_progress(work.name, run.run_id, totals, queue=listing.objects - totals.objects)
             line.show()
         line.end()
 
@@ -225,7 +225,7 @@ def actors_for(wanted: int | None, gpu_share: float = 0.0) -> tuple[int, int | N
     """
     fitting = max(1, math.floor(require_gpus() / gpu_share) if gpu_share else int(cpus()))
     first = min(wanted or fitting, fitting)
-    return first, first if is_own() else wanted
+    return first, first if started_ray_here() else wanted
 
 
 def parts_through(

@@ -80,7 +80,7 @@ class Listing(threading.Thread):
 
     def run(self) -> None:
         """The thread."""
-        with storage.patient(self._patience):
+        with storage.retry_timeout(self._patience):
             try:
                 self._write()
             except BaseException as error:  # it is raised again by the thread that waits for the rows

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from btray import storage
 from btray.storage import FileInfo, StorageError, s3
-from btray.storage.read_many import AWAY, Answer, read_many
+from btray.storage.read_many import UNREACHABLE_CODES, Answer, read_many
 
 # What an actor holds at a time, twice: one lot is read while the one before it is worked on.
 _LOT_OBJECTS = 64
@@ -27,7 +27,7 @@ def objects_of(part: dict[str, Any]) -> list[FileInfo]:
     return [FileInfo(uri, size, etag, 0.0, place) for uri, size, etag, place in zip(*columns, strict=True)]
 
 
-class LotReader:
+class Prefetcher:
     """Reads lots of at most `least` or 64 objects, whichever is more, and 64 MiB; `threads` objects at a time."""
 
     def __init__(self, *, threads: int, patience: float, max_bytes: int, least: int = 1) -> None:
@@ -94,7 +94,7 @@ def read_patiently(
 
 
 def _is_unanswered(answer: object) -> TypeGuard[StorageError]:
-    return isinstance(answer, StorageError) and answer.code in AWAY
+    return isinstance(answer, StorageError) and answer.code in UNREACHABLE_CODES
 
 
 def _is_throttled(answer: object) -> bool:

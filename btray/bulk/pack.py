@@ -8,7 +8,7 @@ from pathlib import Path
 from btray import storage
 from btray.bulk.config import PackConfig
 from btray.bulk.driver import Report, Work, actors_for, parts_through, run_archive
-from btray.bulk.lots import LotReader
+from btray.bulk.lots import Prefetcher
 from btray.bulk.part_files import Product
 from btray.bulk.progress import counts_of
 from btray.bulk.runs import Run
@@ -93,7 +93,7 @@ class PartPacker(PartWorker):
     }
 
     def __init__(self, run: Run, root: str, threads: int, patience: float) -> None:
-        reader = LotReader(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
+        reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
         super().__init__(run, reader, patience)
         self.below = root.rstrip("/") + "/"
 

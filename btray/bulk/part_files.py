@@ -53,7 +53,7 @@ def read_tally(uri: str) -> dict[str, Any] | None:
     filesystem, path = storage.arrow_filesystem(uri)
     try:
         storage.describe(uri)
-        with storage.typed(uri), filesystem.open_input_file(path) as file:
+        with storage.storage_errors_for(uri), filesystem.open_input_file(path) as file:
             metadata = pa.parquet.read_metadata(file).metadata
     except StorageError as error:
         if error.code == "not_found":

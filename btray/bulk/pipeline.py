@@ -34,6 +34,6 @@ class WorklistSource(ray.data.Datasource):
         return None
 
     def _parts(self) -> Iterator[pa.Table]:
-        with storage.patient(self.patience):
+        with storage.retry_timeout(self.patience):
             runs.require_seen(self.run)
             yield from segments.parts(self.run.worklist, lambda: runs.has_ended(self.run.folder))

@@ -166,7 +166,7 @@ def part_ended(job: str, run_id: str, counts: Mapping[str, Any]) -> None:
             metrics.record({name + "stage_seconds": seconds}, run_id=run_id, stage=stage)
 
 
-def run_goes_on(job: str, run_id: str, totals: Totals, *, queue: int) -> None:
+def report_progress(job: str, run_id: str, totals: Totals, *, queue: int) -> None:
     """How a run over an archive stands; `queue` objects are listed and not yet done."""
     name = f"btray_{job}_"
     values: dict[str, float | None] = {

@@ -15,7 +15,7 @@ import ray
 
 from btray import storage
 from btray.bulk import runs
-from btray.bulk.lots import LotReader, objects_of
+from btray.bulk.lots import Prefetcher, objects_of
 from btray.bulk.part_files import read_tally, write_part
 from btray.bulk.runs import Run
 from btray.core.allocator import keep_freed_memory
@@ -35,7 +35,7 @@ class PartWorker(ABC):
     write_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     """Of pyarrow.parquet.write_table."""
 
-    def __init__(self, run: Run, reader: LotReader, patience: float) -> None:
+    def __init__(self, run: Run, reader: Prefetcher, patience: float) -> None:
         keep_freed_memory()  # of images and of whole parts
         self.run = run
         self._reader = reader
@@ -56,7 +56,7 @@ class PartWorker(ABC):
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Parts as `segments.parts` gives them -> columns part, tally (JSON)."""
         tallies = []
-        with storage.patient(self._patience):
+        with storage.retry_timeout(self._patience):
             if not self._sees_output:
                 runs.require_seen(self.run)
                 self._sees_output = True

@@ -119,14 +119,14 @@ def require_gpus() -> int:
     Raises UserError where this process started its Ray itself: no GPU will ever come there, and waiting has no end.
     """
     found = gpus()
-    if found == 0 and is_own():
+    if found == 0 and started_ray_here():
         raise UserError("--use-gpu: this machine has no GPU; leave it out, or connect to a cluster (RAY_ADDRESS)")
     if found == 0:
         _log.warning("--use-gpu: the cluster has no GPU yet; the job waits until its autoscaler has started one")
     return found
 
 
-def is_own() -> bool:
+def started_ray_here() -> bool:
     """Whether this process started the Ray that it uses, rather than joined one: such a Ray never grows."""
     node: Any = ray._private.worker._global_node
     return node is not None and bool(node.is_head())

@@ -103,6 +103,6 @@ def _shards(uri: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def _read_rows(shard: str) -> tuple[str, list[dict[str, Any]]]:
-    with storage.open_ranges(shard) as file, storage.typed(shard):
+    with storage.open_ranges(shard) as file, storage.storage_errors_for(shard):
         table = pa.parquet.read_table(file, columns=_LISTED)
     return shard, table.to_pylist()

@@ -26,7 +26,7 @@ from btray.model.classifier import Prediction
 from btray.serving import metrics as serving_metrics
 from btray.serving import openapi
 from btray.serving.gate import CLIENT_WENT, Gate, read_body
-from btray.serving.models import Found, Line, ServedModel
+from btray.serving.models import Found, ServedModel, TrafficSplit
 from btray.serving.oip import add_protocol
 from btray.serving.problems import REJECTION_STATUS, Problem
 from btray.serving.service import Service, quickly
@@ -58,7 +58,7 @@ def build_app(service: Service) -> Gate:
 
 
 async def classify(
-    service: Service, line: Line, uploads: Sequence[Upload], explain: bool, top_k: int | None
+    service: Service, line: TrafficSplit, uploads: Sequence[Upload], explain: bool, top_k: int | None
 ) -> dict[str, Any]:
     """The answer of /v1/classify. Raises Problem for a single image that cannot be used."""
     model = line.choose()

@@ -126,7 +126,7 @@ class Gate:
         self._require_place(limits)
         if self.reading >= limits.max_reading:
             raise Problem(503, "busy", f"{self.reading} requests are being read already", retry_after=1)
-        place = _Place(self, limits, receive)
+        place = _Slot(self, limits, receive)
         try:
             await self.app(scope, place.receive, answer)
         finally:
@@ -148,7 +148,7 @@ class Gate:
         self.watcher.in_work(self.working)
 
 
-class _Place:
+class _Slot:
     """What a request takes of a gate: it is read, then in work. One that arrives slowly keeps nobody from working."""
 
     def __init__(self, gate: Gate, limits: LimitsConfig, receive: Receive) -> None:

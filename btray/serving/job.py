@@ -39,7 +39,7 @@ from btray.serving.app import build_app
 from btray.serving.config import ApplicationConfig, ReplicasConfig, ServeConfig, ServiceConfig, is_loopback
 from btray.serving.gate import Gate, proxy_middlewares
 from btray.serving.haproxy import wrapper
-from btray.serving.models import may_pass
+from btray.serving.models import is_retryable
 from btray.serving.service import Service
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Replica:
             await self.service.configure(config)
         except Exception as error:
             if self.service.models.line is None:
-                if may_pass(error):
+                if is_retryable(error):
                     raise  # Serve starts a replica again, and the store may be back by then
                 await self._serve_as_others(config, error)
             self.service.models.refuse(str(user_config.get("model")), error)

@@ -107,7 +107,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Line:
+class TrafficSplit:
     """What is served at one moment; a switch replaces it whole."""
 
     config: ServiceConfig
@@ -139,7 +139,7 @@ class ServedModels:
     def __init__(self, executor: Executor, metrics: Metrics) -> None:
         self.executor = executor
         self.metrics = metrics
-        self.line: Line | None = None
+        self.line: TrafficSplit | None = None
         self.switch: dict[str, str] | None = None
         """What became of the latest switch: `state` loading, refused or done, and `detail`."""
         self._asked = 0  # configs so far; what becomes of any but the last one is no news
@@ -186,14 +186,16 @@ class ServedModels:
                 self.line = line
                 self._report(number, "done", config.model)
 
-    async def _patiently(self, number: int, config: ServiceConfig, prepare: Prepare) -> tuple[Callable[[], None], Line]:
+    async def _patiently(
+        self, number: int, config: ServiceConfig, prepare: Prepare
+    ) -> tuple[Callable[[], None], TrafficSplit]:
         """`_prepared`, again while a store is away and no other config comes: Serve will not ask for it twice."""
         pause = _FIRST_PAUSE
         while True:
             try:
                 return await asyncio.to_thread(self._prepared, config, prepare)
             except UserError as error:
-                if not may_pass(error):
+                if not is_retryable(error):
                     raise
                 self._report(number, "loading", config.model, f"{error}; it is tried again")
                 with suppress(TimeoutError):
@@ -213,14 +215,14 @@ class ServedModels:
         level = logging.WARNING if why else logging.INFO
         _log.log(level, "bundle %s: %s%s", model, state, why and f": {why}; the one before it goes on serving")
 
-    def _prepared(self, config: ServiceConfig, prepare: Prepare) -> tuple[Callable[[], None], Line]:
+    def _prepared(self, config: ServiceConfig, prepare: Prepare) -> tuple[Callable[[], None], TrafficSplit]:
         return prepare(), self._load(config, self.line)
 
-    def _load(self, config: ServiceConfig, now: Line | None) -> Line:
+    def _load(self, config: ServiceConfig, now: TrafficSplit | None) -> TrafficSplit:
         main = self._served(CanaryConfig(model=config.model, model_id=config.model_id), config, now)
-        return Line(config, main, self._served(config.canary, config, now) if config.canary else None)
+        return TrafficSplit(config, main, self._served(config.canary, config, now) if config.canary else None)
 
-    def _served(self, wanted: CanaryConfig, config: ServiceConfig, now: Line | None) -> ServedModel:
+    def _served(self, wanted: CanaryConfig, config: ServiceConfig, now: TrafficSplit | None) -> ServedModel:
         """The model of a bundle; one that is served already is taken over, with the new limits."""
         for model, named in _named(now):
             if (named.model, named.model_id) == (wanted.model, wanted.model_id) and _alike(config, now):
@@ -238,19 +240,19 @@ class ServedModels:
         return ServedModel(classifier, _source(classifier, config.limits), batcher, _facts(bundle))
 
 
-def may_pass(error: Exception) -> bool:
+def is_retryable(error: Exception) -> bool:
     """Whether what stands behind an error is a store that is away."""
     return isinstance(error.__cause__, StorageError) and error.__cause__.retryable
 
 
-def _named(now: Line | None) -> list[tuple[ServedModel, CanaryConfig]]:
+def _named(now: TrafficSplit | None) -> list[tuple[ServedModel, CanaryConfig]]:
     if now is None:
         return []
     named = [(now.main, CanaryConfig(model=now.config.model, model_id=now.config.model_id))]
     return [*named, *([(now.canary, now.config.canary)] if now.canary and now.config.canary else [])]
 
 
-def _alike(config: ServiceConfig, now: Line | None) -> bool:
+def _alike(config: ServiceConfig, now: TrafficSplit | None) -> bool:
     """Whether a loaded model answers to `config` as one that is loaded anew."""
     names = ("abstain_below", "max_batch", "engine")
     return now is not None and all(getattr(config, name) == getattr(now.config, name) for name in names)

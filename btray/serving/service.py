@@ -13,7 +13,7 @@ from btray.serving import metrics as serving_metrics
 from btray.serving.access import KeyRing
 from btray.serving.config import LimitsConfig, ServiceConfig
 from btray.serving.gate import Access
-from btray.serving.models import Found, Line, ServedModel, ServedModels
+from btray.serving.models import Found, ServedModel, ServedModels, TrafficSplit
 from btray.serving.problems import Problem
 
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class Service:
         before, self.decoders = self.decoders, ThreadPoolExecutor(config.decoders, "decode")
         before.shutdown(wait=False)
 
-    def line(self) -> Line:
+    def line(self) -> TrafficSplit:
         """What is served now. Raises Problem where nothing is yet."""
         if self.models.line is None:
             raise Problem(503, "not_ready", "the model is being loaded", retry_after=2)

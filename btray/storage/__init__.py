@@ -1,6 +1,6 @@
 """Files and objects, local or s3://: named, listed, read with retry, written whole."""
 
-from btray.storage.errors import StorageError, patient, typed, user_error
+from btray.storage.errors import StorageError, retry_timeout, storage_errors_for, user_error
 from btray.storage.files import (
     FileInfo,
     arrow_filesystem,
@@ -45,14 +45,14 @@ __all__ = [
     "list_names",
     "name",
     "open_ranges",
-    "patient",
     "read_bytes",
     "read_json",
     "read_text",
     "reconnect",
     "require_writable",
     "resolve",
-    "typed",
+    "retry_timeout",
+    "storage_errors_for",
     "upload_file",
     "user_error",
     "write_bytes",

@@ -125,7 +125,7 @@ _ERRNO_CODES = {
 
 
 @contextmanager
-def typed(uri: str) -> Iterator[None]:
+def storage_errors_for(uri: str) -> Iterator[None]:
     """Turn what the OS, s3fs and botocore raise within into a StorageError for `uri`."""
     try:
         yield
@@ -176,7 +176,7 @@ def check_found(uri: str, size: int, found: str, *, max_bytes: int | None, etag:
 
 
 @contextmanager
-def patient(seconds: float) -> Iterator[None]:
+def retry_timeout(seconds: float) -> Iterator[None]:
     """Within the block, ask a store for `seconds` in place of PATIENCE; holds for this thread and not for others."""
     before = _patience.set(seconds)
     try:
@@ -185,7 +185,7 @@ def patient(seconds: float) -> Iterator[None]:
         _patience.reset(before)
 
 
-def waits() -> Iterator[float]:
+def backoff_delays() -> Iterator[float]:
     """Growing, jittered pauses between attempts, in seconds; none that would end later than patience lasts."""
     return _waits(time.monotonic() + (_patience.get() or PATIENCE))
 

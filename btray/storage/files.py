@@ -27,7 +27,7 @@ import pyarrow.fs
 from btray.core.errors import UserError
 from btray.storage import local as local_files
 from btray.storage import packed, s3
-from btray.storage.errors import StorageError, check_found, typed, user_error, waits
+from btray.storage.errors import StorageError, backoff_delays, check_found, storage_errors_for, user_error
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _present(require: Callable[[], None]) -> bool:
 
 def _require_file(uri: str) -> None:
     if not is_remote(uri):
-        with typed(uri):
+        with storage_errors_for(uri):
             os.stat(uri)
     elif s3.split(uri)[1]:
         s3.call(uri, "head_object", Key=s3.split(uri)[1])
@@ -123,7 +123,7 @@ def _require_folder(uri: str) -> None:
     if is_remote(uri):
         s3.require_folder(uri)
         return
-    with typed(uri):
+    with storage_errors_for(uri):
         if not stat.S_ISDIR(os.stat(uri).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "not a folder")
 
@@ -162,7 +162,7 @@ def describe(uri: str) -> FileInfo:
     if is_remote(uri):
         answer = s3.call(uri, "head_object", Key=s3.split(uri)[1])
         return _info_s3(uri, answer["ContentLength"], answer)
-    with typed(uri):
+    with storage_errors_for(uri):
         return _info_local(uri, os.stat(uri))
 
 
@@ -171,7 +171,7 @@ def _info_s3(uri: str, size: int, item: dict[str, Any]) -> FileInfo:
 
 
 def _list_local(path: str) -> Iterator[FileInfo]:
-    with typed(path):
+    with storage_errors_for(path):
         status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         yield from _walk(path, {(status.st_dev, status.st_ino)})
@@ -180,7 +180,7 @@ def _list_local(path: str) -> Iterator[FileInfo]:
 
 
 def _walk(folder: str, above: set[tuple[int, int]]) -> Iterator[FileInfo]:
-    with typed(folder), os.scandir(folder) as entries:
+    with storage_errors_for(folder), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries)
     for entry in names:
         if entry.startswith((".", "_")):
@@ -222,7 +222,7 @@ def list_names(uri: str) -> list[str]:
         StorageError: not_found where there is no such folder, forbidden and so on.
     """
     if not is_remote(uri):
-        with typed(uri):
+        with storage_errors_for(uri):
             return sorted(os.listdir(uri))
     prefix = s3.prefix_of(uri)
     found: list[str] = []
@@ -252,10 +252,10 @@ def read_bytes(uri: str, *, max_bytes: int | None = None, etag: str = "") -> byt
 
 
 def _read_local(path: str, max_bytes: int | None, etag: str) -> bytes:
-    pauses = waits()
+    pauses = backoff_delays()
     while True:
         try:
-            with typed(path), open(path, "rb", opener=_without_waiting) as file:
+            with storage_errors_for(path), open(path, "rb", opener=_without_waiting) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError(errno.EINVAL, "not a regular file")
@@ -274,7 +274,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 def open_ranges(uri: str) -> IO[bytes]:
     """The file or object open for reading pieces of it: each read of an object is one request. Raises StorageError."""
-    with typed(uri):
+    with storage_errors_for(uri):
         file: IO[bytes] = s3.open_ranges(uri) if is_remote(uri) else open(uri, "rb")  # noqa: SIM115 - the caller's
         return file
 
@@ -282,14 +282,14 @@ def open_ranges(uri: str) -> IO[bytes]:
 def read_text(uri: str) -> str:
     """The file as UTF-8 text. Raises StorageError; `failed` where it is no UTF-8."""
     data = read_bytes(uri)
-    with typed(uri):
+    with storage_errors_for(uri):
         return data.decode()
 
 
 def read_json(uri: str) -> Any:
     """The file as JSON. Raises StorageError; `failed` where it is no JSON."""
     text = read_text(uri)
-    with typed(uri):
+    with storage_errors_for(uri):
         return json.loads(text)
 
 
@@ -334,7 +334,7 @@ def write_json(uri: str, obj: Any) -> None:
 
 def upload_file(local: Path, uri: str) -> None:
     """Copy a local file of any size to `uri`, whole or not at all. Raises StorageError."""
-    with typed(str(local)), open(local, "rb") as source:
+    with storage_errors_for(str(local)), open(local, "rb") as source:
         if is_remote(uri):
             s3.upload(str(local), uri)
         else:
@@ -346,7 +346,7 @@ def delete(uri: str) -> None:
     if is_remote(uri):
         s3.call(uri, "delete_object", Key=s3.split(uri)[1])
         return
-    with typed(uri):
+    with storage_errors_for(uri):
         Path(uri).unlink(missing_ok=True)
 
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 from btray import storage
 from btray.core.errors import UserError
 from btray.storage import StorageError, s3
-from btray.storage.errors import typed
+from btray.storage.errors import storage_errors_for
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def _holder() -> dict[str, Any]:
 
 @contextmanager
 def _held_locally(path: str) -> Iterator[Callable[[], None]]:
-    with typed(path):
+    with storage_errors_for(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it is closed below, which frees the lock
     with file:
@@ -73,7 +73,7 @@ def _held_locally(path: str) -> Iterator[Callable[[], None]]:
 
 
 def _lock(file: IO[str], path: str) -> None:
-    with typed(path):
+    with storage_errors_for(path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from btray.storage.errors import StorageError, typed
+from btray.storage.errors import StorageError, storage_errors_for
 
 _TEMPORARY = ".tmp"
 
 
 def replace(path: str, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write what `fill` writes over what was there; makes folders. Raises StorageError."""
-    with typed(path), _filled_beside(path, fill) as temporary:
+    with storage_errors_for(path), _filled_beside(path, fill) as temporary:
         os.replace(temporary, path)
 
 
 def create(path: str, data: bytes) -> bool:
     """Write `data` where nothing is there yet; False where something is. Raises StorageError."""
-    with typed(path), _filled_beside(path, lambda file: file.write(data)) as temporary:
+    with storage_errors_for(path), _filled_beside(path, lambda file: file.write(data)) as temporary:
         try:
             os.link(temporary, path)  # unlike a rename it fails where the name is taken
         except FileExistsError:
@@ -51,7 +51,7 @@ def remove_temporaries(folder: str) -> None:
     """Remove what killed writers left in a folder, if it is there; its names are not gathered. Raises StorageError."""
     if not os.path.isdir(folder):
         return
-    with typed(folder), os.scandir(folder) as entries:
+    with storage_errors_for(folder), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") and entry.name.endswith(_TEMPORARY):
                 Path(entry.path).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ Answer = bytes | StorageError
 """What a file or object holds, or why it could not be read."""
 Found = TypeVar("Found")
 
-AWAY = ("unavailable", "throttled")
+UNREACHABLE_CODES = ("unavailable", "throttled")
 """Codes of a store that answers nothing, or nobody for now: it is worth waiting for."""
 
 # Seconds a local file may take, on average after the first ones, for the next one to be read without a thread.
@@ -64,7 +64,7 @@ def until_dead(ask: Callable[..., Found]) -> Callable[..., Found | StorageError]
             result = ask(uri, *more)
         except StorageError as error:
             result = error
-        if not isinstance(result, StorageError) or result.code not in AWAY:
+        if not isinstance(result, StorageError) or result.code not in UNREACHABLE_CODES:
             answers += 1
         elif answers == before:
             dead = result

@@ -11,7 +11,14 @@ import s3fs
 from fsspec.asyn import sync, sync_wrapper
 
 from btray.storage import s3_bodies
-from btray.storage.errors import FAILURES, StorageError, as_storage_error, check_found, typed, waits
+from btray.storage.errors import (
+    FAILURES,
+    StorageError,
+    as_storage_error,
+    backoff_delays,
+    check_found,
+    storage_errors_for,
+)
 
 
 class _Client(s3fs.S3FileSystem):
@@ -19,7 +26,7 @@ class _Client(s3fs.S3FileSystem):
 
     async def _call_s3(self, method: str, *options: Any, **arguments: Any) -> Any:
         """Every request, also those of pyarrow and Ray, is repeated here and nowhere else."""
-        pauses = waits()
+        pauses = backoff_delays()
         while True:
             try:
                 return await super()._call_s3(method, *options, **arguments)
@@ -70,7 +77,7 @@ def prefix_of(uri: str) -> str:
 
 def call(uri: str, method: str, **arguments: Any) -> dict[str, Any]:
     """The answer to one request, named as in botocore, to the bucket of `uri`. Raises StorageError."""
-    with typed(uri):
+    with storage_errors_for(uri):
         answer: dict[str, Any] = client().call_s3(method, Bucket=split(uri)[0], **arguments)
         return answer
 
@@ -132,14 +139,14 @@ def read(uri: str, max_bytes: int | None, etag: str = "") -> bytes:
 
 def open_ranges(uri: str) -> Any:
     """The object as a file of which each read is one GET of just that range. Raises StorageError."""
-    with typed(uri):
+    with storage_errors_for(uri):
         return client().open("/".join(split(uri)), "rb", cache_type="none")
 
 
 def read_tagged(uri: str) -> tuple[bytes, str, dict[str, str]]:
     """The whole object, its entity tag and the headers of the answer, names in lower case. Raises StorageError."""
     s3 = client()
-    with typed(uri):
+    with storage_errors_for(uri):
         found: tuple[bytes, str, dict[str, str]] = sync(s3.loop, _get_tagged, s3, uri)
     return found
 
@@ -171,7 +178,7 @@ def delete_many(uris: Sequence[str]) -> None:
 
 def upload(path: str, uri: str) -> None:
     """Write a local file to an object, whole or not at all; in parts where it is large. Raises StorageError."""
-    with typed(uri):
+    with storage_errors_for(uri):
         client().put_file(path, uri)
 
 
@@ -185,13 +192,13 @@ def _is_folder(uri: str) -> bool:
 
 def _got(uri: str, check: Callable[[int, str], None]) -> bytes:
     s3 = client()
-    with typed(uri):
+    with storage_errors_for(uri):
         data: bytes = sync(s3.loop, _get, s3, *split(uri), check)
         return data
 
 
 async def _get(s3: _Client, bucket: str, key: str, check: Callable[[int, str], None]) -> bytes:
-    pauses = waits()
+    pauses = backoff_delays()
     while True:
         answer = await s3._call_s3("get_object", Bucket=bucket, Key=key)
         try:

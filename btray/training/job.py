@@ -58,7 +58,7 @@ RUN_MAY_CHANGE = frozenset({
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """The best network of a run, and all its epochs."""
 
     weights: dict[str, Any]
@@ -139,7 +139,7 @@ def _first_difference(then: Any, now: Any, key: str = "") -> str | None:
     return None if then == now else key
 
 
-def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[Any] = ()) -> Trained:
+def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[Any] = ()) -> TrainResult:
     """Run Ray Train and bring back the best epoch's network.
 
     `within` is how many CPUs the run may take; default: all of the cluster. `callbacks` are Ray Train's. Raises Stopped
@@ -177,7 +177,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
             raise Stopped(f"run {plan.run_uri} was stopped and has written a checkpoint; the same command goes on")
     if result.checkpoint is None or not result.best_checkpoints:
         raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
-    return Trained(best_weights(result.best_checkpoints, config.name), _read_state(result.checkpoint)["history"])
+    return TrainResult(best_weights(result.best_checkpoints, config.name), _read_state(result.checkpoint)["history"])
 
 
 def best_weights(checkpoints: Sequence[tuple[ray.train.Checkpoint, dict[str, Any]]], run: str) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
         return load_state(folder)
 
 
-def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment, pa.Table]:
+def _finish(data: TrainingData, trained: TrainResult) -> tuple[Bundle, Assessment, pa.Table]:
     """Calibrate on the validation images, refit, then read the labels of the test split, once, and measure.
 
     Third, the test images that could not be read: columns row, code, message.
@@ -230,17 +230,17 @@ def _finish(data: TrainingData, trained: Trained) -> tuple[Bundle, Assessment, p
     return bundle, assessment, test.rejected
 
 
-def _refit(data: TrainingData, trained: Trained) -> Trained:
+def _refit(data: TrainingData, trained: TrainResult) -> TrainResult:
     """Go on with the best network on all images for a few epochs; `trained` itself where that is not wanted."""
     plan = data.plan
     if plan.config.refit_epochs == 0 or "val" in data.table["split"].to_pylist():
         return trained
     _log.info("%d more epochs on all %d images, the held-out ones too", plan.config.refit_epochs, len(plan.samples))
     refitted = fit(replace(data, plan=refit_plan(plan, trained.weights, len(trained.history))))
-    return Trained(refitted.weights, trained.history, len(refitted.history))
+    return TrainResult(refitted.weights, trained.history, len(refitted.history))
 
 
-def _score(data: TrainingData, trained: Trained, rows: npt.NDArray[np.int64]) -> Scores:
+def _score(data: TrainingData, trained: TrainResult, rows: npt.NDArray[np.int64]) -> Scores:
     """What the network, not yet calibrated, says of some rows."""
     config, uris = data.plan.config, data.table["uri"].take(rows)
     bundle = _bundle(data, trained, Limits())
@@ -248,7 +248,7 @@ def _score(data: TrainingData, trained: Trained, rows: npt.NDArray[np.int64]) ->
 
 
 def _assess(
-    data: TrainingData, trained: Trained, bundle: Bundle, test: Scores, validation: Scores | None
+    data: TrainingData, trained: TrainResult, bundle: Bundle, test: Scores, validation: Scores | None
 ) -> Assessment:
     """Metrics, plots and texts on the test split; where it has no readable image, on the validation images."""
     plan, table = data.plan, data.table
@@ -300,7 +300,7 @@ def _labels_of(plan: Plan, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
     return np.array([label_of_row[row] for row in rows.tolist()], np.int64)
 
 
-def _bundle(data: TrainingData, trained: Trained, limits: Limits) -> Bundle:
+def _bundle(data: TrainingData, trained: TrainResult, limits: Limits) -> Bundle:
     plan = data.plan
     return make_bundle(
         weights=trained.weights,

@@ -56,7 +56,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
     torch.set_num_threads(settings["threads"])
     with telemetry.lasting():
-        TrainingRun(plan).run()
+        Trainer(plan).run()
 
 
 def _quieten_reports() -> None:
@@ -79,7 +79,7 @@ def score_of(macro_f1: float, loss: float) -> float:
     return macro_f1 - _TIE_BREAK * min(loss, 10.0)
 
 
-class TrainingRun:
+class Trainer:
     """The state of one worker: the same on all workers but for their share of the data."""
 
     def __init__(self, plan: Plan) -> None:

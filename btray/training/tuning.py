@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from btray import storage
-from btray.core.cluster import connected, cpus, gpus, is_own
+from btray.core.cluster import connected, cpus, gpus, started_ray_here
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
 from btray.model.config import NetworkConfig
@@ -206,14 +206,14 @@ def concurrency(config: TuneConfig) -> int:
     A cluster that this job joined may grow to hold as many as are asked for (--concurrent).
     """
     room = max(1, int((gpus() if config.use_gpu else cpus()) // worker_range(config)[1]))
-    most = room if is_own() else max(room, config.concurrent or 0)
+    most = room if started_ray_here() else max(room, config.concurrent or 0)
     return min(config.concurrent or room, most, config.trials)
 
 
 def cpus_of_a_trial(config: TuneConfig, at_a_time: int) -> float:
     """Its share of the CPUs; no less than its workers need of a cluster that is yet to grow."""
     share = cpus() / at_a_time
-    return share if is_own() else max(share, _WORKER_CPUS * worker_range(config)[1])
+    return share if started_ray_here() else max(share, _WORKER_CPUS * worker_range(config)[1])
 
 
 class EarlyStopping(ASHAScheduler):

@@ -16,7 +16,7 @@ import pytest
 
 from btray import storage
 from btray.bulk.archive import Selection, list_archive
-from btray.bulk.lots import LotReader
+from btray.bulk.lots import Prefetcher
 from btray.bulk.table import RETRIED
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
@@ -167,7 +167,7 @@ def test_a_store_that_goes_away_while_a_manifest_is_examined_costs_time_and_no_e
 def test_no_bytes_come_of_what_was_written_anew_since_it_was_listed(place: str) -> None:
     known = list(storage.list_files(place))
     storage.write_bytes(uris(place, "a.jpg")[0], b"quite another scan")
-    ((_, answers),) = LotReader(threads=2, patience=1, max_bytes=100).lots(known, defaultdict(float))
+    ((_, answers),) = Prefetcher(threads=2, patience=1, max_bytes=100).lots(known, defaultdict(float))
     for info, answer in zip(known, answers, strict=True):
         if info.uri.endswith("a.jpg"):
             assert isinstance(answer, storage.StorageError)
@@ -178,7 +178,7 @@ def test_no_bytes_come_of_what_was_written_anew_since_it_was_listed(place: str) 
 
 def test_no_bytes_come_of_what_was_listed_without_an_etag(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"scan")
-    reader = LotReader(threads=2, patience=1, max_bytes=100)
+    reader = Prefetcher(threads=2, patience=1, max_bytes=100)
     known = storage.describe(str(tmp_path / "a.jpg"))
     unknown = [storage.FileInfo(str(tmp_path / name), 0, "", 0.0) for name in ("a.jpg", "gone.jpg")]
     ((_, answers),) = reader.lots([known, *unknown], defaultdict(float))

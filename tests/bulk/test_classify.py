@@ -281,7 +281,7 @@ def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_the
     monkeypatch.setattr("btray.bulk.classify.cpus", lambda: 8.0)
     monkeypatch.setattr("btray.bulk.driver.cpus", lambda: 8.0)
     monkeypatch.setattr("btray.bulk.driver.require_gpus", lambda: 2)
-    monkeypatch.setattr("btray.bulk.driver.is_own", lambda: True)
+    monkeypatch.setattr("btray.bulk.driver.started_ray_here", lambda: True)
     monkeypatch.setattr(
         "btray.bulk.classify.parts_through",
         lambda worker, arguments, run, **how: asked.update(how, options=arguments[2]),

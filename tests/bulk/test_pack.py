@@ -17,7 +17,7 @@ from btray import storage
 from btray.bulk.archive import Selection, list_archive
 from btray.bulk.classify import classify
 from btray.bulk.config import PackConfig
-from btray.bulk.lots import LotReader
+from btray.bulk.lots import Prefetcher
 from btray.bulk.pack import pack
 from btray.core.errors import UserError
 from btray.data import packs
@@ -179,7 +179,7 @@ def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_not_given_up_f
     monkeypatch.setattr(storage, "_read_local", lambda path, *more: (reads.append(path), local_read(path, *more))[1])
     places = [member_uri(str(damaged), row, f"{row}.jpg") for row in range(512)]
     objects = [FileInfo(place, 4, "e", 0.0, place) for place in [*places, member_uri(str(whole), 0, "x.jpg")]]
-    reader = LotReader(threads=4, patience=60, max_bytes=100)
+    reader = Prefetcher(threads=4, patience=60, max_bytes=100)
     *answers, last = [answer for _, lot in reader.lots(objects, defaultdict(float)) for answer in lot]
     assert last == b"scan"
     assert all(isinstance(answer, storage.StorageError) and answer.retryable for answer in answers)

@@ -72,7 +72,7 @@ def exported() -> set[str]:
 
 
 def test_what_the_service_counts_is_what_stands_here() -> None:
-    source = (ROOT / "btray" / "serving_metrics.py").read_text(encoding="utf-8")
+    source = (ROOT / "btray" / "serving" / "metrics.py").read_text(encoding="utf-8")
     made = set(re.findall(r'(?:counter\(|PREFIX \+ )"(\w+)"', source))
     assert made == {re.sub(r"^btray_serve_|_total$|_bucket$", "", name) for name in OF_SERVICE}
 

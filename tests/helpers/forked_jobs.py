@@ -1,6 +1,6 @@
 """Runs command lines as their users do, each in a process of its own, but pays for the imports once.
 
-python -m tests.forked_jobs < cases.json: a list of {"script", "arguments", "environment"}; prints a list of
+python -m tests.helpers.forked_jobs < cases.json: a list of {"script", "arguments", "environment"}; prints a list of
 {"code", "stdout", "stderr"}. The scripts' modules are imported first, then each case runs in a fork.
 """
 
@@ -39,7 +39,7 @@ def run_all(
         for number, (script, arguments) in enumerate(cases)
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.forked_jobs"],
+        [sys.executable, "-m", "tests.helpers.forked_jobs"],
         input=json.dumps(wanted),
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ from btray.training.config import AugmentConfig, OptimiserConfig, TrainConfig
 from btray.training.feeds import Plan
 from btray.training.prepare import TrainingData, datasets, prepare, training_classes
 from btray.training.pretrained import read_initial_weights
-from btray.training.train_loop import TrainingRun, load_state, train_loop
+from btray.training.train_loop import Trainer, load_state, train_loop
 from tools.processes import named
 
 SIDE = 48
@@ -125,7 +125,7 @@ def train_here(config: TrainConfig) -> tuple[list[dict[str, Any]], dict[str, Any
 def train_and_collect(settings: dict[str, Any]) -> None:
     """For Ray Train: train as ever, then write down which samples this worker is fed in two more epochs."""
     plan: Plan = settings["plan"]
-    run = TrainingRun(plan)
+    run = Trainer(plan)
     run.run()
     epochs = [
         [[batch.samples.tolist() for batch in feed] for feed in (run.feed.train(epoch), run.feed.validation())]

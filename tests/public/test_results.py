@@ -136,7 +136,7 @@ def test_the_table_is_asked_for_as_patiently_as_the_job_says(bucket: str, monkey
         return await answer(client, method, *options, **arguments)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", away)
-    with storage.patient(60):
+    with storage.retry_timeout(60):
         assert done_of(bucket) == {"a", "b"}
     assert time.monotonic() > down_until
 

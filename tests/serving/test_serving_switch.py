@@ -122,17 +122,17 @@ def test_a_bundle_whose_store_is_away_is_tried_again_until_it_is_there_or_anothe
         monkeypatch.setattr(served_models, "_FIRST_PAUSE", 60.0)
         service.configure(model=third)
 
-        def waits() -> None:
+        def backoff_delays() -> None:
             until(lambda: "tried again" in service.get("/v1/models").json()["switch"]["detail"])
             away[third] = 0  # it is there again, and nobody wants it any more
 
-        waits()
+        backoff_delays()
         service.configure(model=str(tmp_path / "nothing"))
         assert "no model bundle" in service.switched()["detail"]
         assert service.served() == [Classifier.load(other).model_id]
         away[third] = 10**6
         service.configure(model=third)
-        waits()
+        backoff_delays()
         service.configure(model=model)
         assert service.switched() == {"state": "done", "detail": ""}
         assert service.served() == [Classifier.load(model).model_id]

@@ -53,7 +53,7 @@ def package(folder: Path, target: Path) -> list[str]:
 def test_the_upload_is_small_and_holds_what_jobs_need(tmp_path: Path) -> None:
     names = package(ROOT, tmp_path / "package.zip")
     assert (tmp_path / "package.zip").stat().st_size < 2_000_000
-    assert {"jobs/train.py", "jobs/classify.py", "btray/training.py", "pyproject.toml"} <= set(names)
+    assert {"jobs/train.py", "jobs/classify.py", "btray/training/job.py", "pyproject.toml"} <= set(names)
     assert not [name for name in names if re.match(r"\.git/|\.venv|tests/|docs/|runs/|benchmarks/|deploy/", name)]
 
 
@@ -360,7 +360,7 @@ def test_a_classification_begun_on_a_head_without_cpus_grows_over_the_nodes_that
 def test_gpus_are_refused_where_the_job_started_its_ray_and_awaited_where_it_joined_one(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert btray_cluster.is_own()
+    assert btray_cluster.started_ray_here()
     with pytest.raises(UserError, match=r"^--use-gpu: .*leave it out, or connect"):
         btray_cluster.require_gpus()
     monkeypatch.setattr(btray_cluster, "is_own", lambda: False)

@@ -142,16 +142,16 @@ def test_nothing_beats_the_frontier_and_what_it_leaves_out_is_beaten(points: lis
 
 
 def test_the_table_has_every_trial_best_first_and_failed_ones_last() -> None:
-    rows = [
+    trials = [
         trial("a", 1.0, 0.5),
         trial("b", 2.0, None, "failed"),
         trial("c", 3.0, 0.9),
         trial("d", 4.0, 0.7, "stopped"),
     ]
-    read = list(csv.DictReader(io.StringIO(table_csv(rows).decode())))
+    read = list(csv.DictReader(io.StringIO(table_csv(trials).decode())))
     assert [line["trial"] for line in read] == ["c", "d", "a", "b"]
-    columns = "trial,state,epochs,score,val_macro_f1,val_accuracy,val_loss,gflop,parameters,images_per_second,seconds,width"
-    assert list(read[0]) == columns.split(",")
+    columns = "trial state epochs score val_macro_f1 val_accuracy val_loss gflop parameters images_per_second seconds"
+    assert list(read[0]) == [*columns.split(), "width"]
     assert [line["score"] for line in read] == ["0.9", "0.7", "0.5", ""]
     lines = table_text(trials, ["width"]).splitlines()
     assert [line.split()[0] for line in lines] == ["trial", "c", "d", "a", "b"]
@@ -159,7 +159,7 @@ def test_the_table_has_every_trial_best_first_and_failed_ones_last() -> None:
 
 
 def test_the_plot_is_a_picture_of_all_trials() -> None:
-    rows = [
+    trials = [
         trial("a", 0.1, 0.5),
         trial("b", 0.2, None, "failed"),
         trial("c", 0.4, 0.9),

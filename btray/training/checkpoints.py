@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import ray.train
 import torch
-from ray.train import CheckpointUploadMode
 from torch import Tensor
 
 from btray.training.history import EpochRecord
@@ -50,26 +49,17 @@ class Checkpoint:
         return cls(**state | {"history": [EpochRecord(**record) for record in state["history"]]})
 
 
-def report_epoch(record: EpochRecord, checkpoint: Checkpoint | None) -> None:
-    """Report a completed epoch to Ray Train, from all workers; rank 0's carries the checkpoint.
+def report(metrics: Mapping[str, Any], content: Checkpoint | None, name: str, *, wait: bool = False) -> None:
+    """Report to Ray Train, from all workers; rank 0 gives the content of the checkpoint that is kept as `name`.
 
-    The upload runs while the next epoch trains.
+    The upload runs while training continues, unless `wait`.
     """
-    _report(asdict(record), checkpoint, f"epoch_{record.epoch:05d}", CheckpointUploadMode.ASYNC)
-
-
-def report_interruption(epoch: int, step: int, score: float, checkpoint: Checkpoint | None) -> None:
-    """Report a checkpoint after `step` steps of `epoch` (from 0); returns once it is stored, as the machine may go."""
-    metrics = {"epoch": epoch, "step": step, "score": score}
-    _report(metrics, checkpoint, f"epoch_{epoch:05d}_step_{step:07d}", CheckpointUploadMode.SYNC)
-
-
-def _report(metrics: Mapping[str, Any], content: Checkpoint | None, name: str, upload: CheckpointUploadMode) -> None:
     checkpoint = None
     if content is not None:
-        folder = tempfile.mkdtemp(prefix="btray-checkpoint-")
+        folder = tempfile.mkdtemp(prefix="btray-checkpoint-")  # deleted by Ray after the upload
         content.save(folder)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
+    upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
     ray.train.report(
         dict(metrics),
         checkpoint,

@@ -143,10 +143,9 @@ class TrainConfig(JobConfig):
         if value is None:
             return None
         bounds = str(value).split(":")
-        if len(bounds) > 2 or not all(part.isdigit() for part in bounds):
-            raise ValueError("give N or MIN:MAX")
-        if not 1 <= int(bounds[0]) <= int(bounds[-1]):
-            raise ValueError("N, or MIN:MAX with 1 <= MIN <= MAX")
+        whole = len(bounds) <= 2 and all(part.isdigit() for part in bounds)
+        if not whole or not 1 <= int(bounds[0]) <= int(bounds[-1]):
+            raise ValueError("give N, or MIN:MAX with 1 <= MIN <= MAX")
         return str(value)
 
     @field_serializer("mlflow")

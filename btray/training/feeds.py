@@ -6,7 +6,8 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import ray
 import ray.data
 import ray.train
 import torch
+from ray.data import DataIterator, Dataset
 from torch import Tensor
 
 from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of
@@ -53,20 +55,7 @@ class Batch:
     """int64 [batch]: labels of the step over all workers, if this one knows them."""
 
 
-class Feed(Protocol):
-    """Where the training loop takes its batches from."""
-
-    rejected: int
-    """Scans that were readable when the run began and gave no frame since the counter was reset."""
-
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch, shuffled."""
-
-    def validation(self) -> Iterator[Batch]:
-        """Yield this worker's share of the held-out samples."""
-
-
-def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, kept: bool = False) -> ray.data.Dataset:
+def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, kept: bool = False) -> Dataset:
     """Decode the scans of `table` (columns row, uri, label as a number) to one row per frame.
 
     Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), fingerprint (of the scan, packed), code
@@ -77,7 +66,7 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
     tasks = min(len(blocks), int(ray.cluster_resources().get("CPU", 0.0))) if kept else 0
     return ray.data.from_arrow(blocks).map_batches(
-        _Decode(source),
+        partial(decode_block, source=source),
         batch_size=None,
         batch_format="numpy",
         num_cpus=_KEPT_CPUS if tasks else num_cpus,
@@ -85,13 +74,13 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
     )
 
 
-def survey(frames: ray.data.Dataset) -> pa.Table:
+def survey(frames: Dataset) -> pa.Table:
     """Collect decoded rows without their frames: sample, label, digest, fingerprint, code, message; by sample."""
     batches = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables(batches).sort_by("sample")
 
 
-def keep(frames: ray.data.Dataset, most: int) -> tuple[ray.data.Dataset | None, pa.Table]:
+def keep(frames: Dataset, most: int) -> tuple[Dataset | None, pa.Table]:
     """Keep decoded frames in Ray's object store, None if there are more than `most`; and return their `survey`.
 
     Frames are counted, not scans, of which some have hundreds; past the limit all are released.
@@ -109,52 +98,39 @@ def keep(frames: ray.data.Dataset, most: int) -> tuple[ray.data.Dataset | None, 
     return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(surveyed).sort_by("sample")
 
 
-class _Decode:
-    """Turns a block of URIs into blocks of frames; picklable."""
-
-    def __init__(self, source: FrameSource) -> None:
-        self.source = source
-
-    def __call__(self, batch: Arrays) -> Iterator[Arrays]:
-        """Yield blocks of some _BLOCK_ROWS frames as they are decoded: scans of many frames do not fill the memory."""
-        rows: list[dict[str, Any]] = []
-        scans = self.source.scans([str(uri) for uri in batch["uri"]])
-        for row, label, scan in zip(batch["row"], batch["label"], scans, strict=True):
-            rows += self._frames(int(row), int(label), scan)
-            if len(rows) >= _BLOCK_ROWS:
-                yield _as_columns(rows)
-                rows = []
-        if rows:
+def decode_block(batch: Arrays, source: FrameSource) -> Iterator[Arrays]:
+    """Yield blocks of some _BLOCK_ROWS frames as they are decoded: scans of many frames do not fill the memory."""
+    rows: list[tuple[Any, ...]] = []
+    scans = source.scans([str(uri) for uri in batch["uri"]])
+    for row, label, scan in zip(batch["row"], batch["label"], scans, strict=True):
+        rows += _frames(source, int(row), int(label), scan)
+        if len(rows) >= _BLOCK_ROWS:
             yield _as_columns(rows)
-
-    def _frames(self, row: int, label: int, scan: Scan | Rejection) -> list[dict[str, Any]]:
-        if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
-            # The sample numbers of its last frames would be those of the next scan.
-            reason = f"{len(scan.frames)} frames, more than the {FRAMES_PER_SCAN} training takes per scan: split it"
-            scan = Rejection("bomb", reason, retryable=False)
-        if isinstance(scan, Rejection):
-            frames = [np.zeros((self.source.preprocess.size,) * 2, np.uint8)]
-            fingerprint, code, message = NO_FINGERPRINT, scan.code, scan.message
-        else:
-            frames, fingerprint, code, message = self.source.frames_of(scan), fingerprint_of(scan.frames), "", ""
-        return [
-            {
-                "sample": row * FRAMES_PER_SCAN + number,
-                "label": label,
-                "digest": hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest(),
-                "fingerprint": fingerprint,
-                "code": code,
-                "message": message,
-                "frame": frame,
-            }
-            for number, frame in enumerate(frames)
-        ]
+            rows = []
+    if rows:
+        yield _as_columns(rows)
 
 
-def _as_columns(rows: list[dict[str, Any]]) -> Arrays:
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "fingerprint"}
-    # As objects: numpy's own bytes lose the zeros at their end.
-    return columns | {"fingerprint": np.array([row["fingerprint"] for row in rows], object)}
+def _frames(source: FrameSource, row: int, label: int, scan: Scan | Rejection) -> Iterator[tuple[Any, ...]]:
+    """Yield what _SURVEYED names of each frame of a scan, and the frame."""
+    if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
+        # The sample numbers of its last frames would be those of the next scan.
+        reason = f"{len(scan.frames)} frames, more than the {FRAMES_PER_SCAN} that training takes per scan: split it"
+        scan = Rejection("bomb", reason, retryable=False)
+    if isinstance(scan, Rejection):
+        frames = [np.zeros((source.preprocess.size,) * 2, np.uint8)]
+        fingerprint, code, message = NO_FINGERPRINT, scan.code, scan.message
+    else:
+        frames, fingerprint, code, message = source.frames_of(scan), fingerprint_of(scan.frames), "", ""
+    for number, frame in enumerate(frames):
+        digest = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
+        yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, code, message, frame
+
+
+def _as_columns(rows: list[tuple[Any, ...]]) -> Arrays:
+    columns = dict(zip([*_SURVEYED, "frame"], zip(*rows, strict=True), strict=True))
+    # Fingerprints as objects: numpy's own bytes lose the zeros at their end.
+    return {name: np.array(values, object if name == "fingerprint" else None) for name, values in columns.items()}
 
 
 class StreamSplit(ray.train.DataConfig):
@@ -164,18 +140,12 @@ class StreamSplit(ray.train.DataConfig):
     """
 
     def configure(
-        self,
-        datasets: dict[str, ray.data.Dataset],
-        world_size: int,
-        worker_handles: list[Any] | None,
-        worker_node_ids: list[str] | None,
-        **kwargs: Any,
-    ) -> list[dict[str, ray.data.DataIterator]]:
+        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+    ) -> list[dict[str, DataIterator]]:
         """Return one mapping per worker, from the name of each data set to the worker's share."""
         equal = {name: rows for name, rows in datasets.items() if name != "validation"}
-        shares: list[dict[str, ray.data.DataIterator]] = super().configure(
-            equal, world_size, worker_handles, worker_node_ids, **kwargs
-        )
+        shares: list[dict[str, DataIterator]]
+        shares = super().configure(equal, world_size, worker_handles, worker_node_ids, **kwargs)
         rows = datasets.get("validation")
         if rows is not None:
             rows.context.execution_options = self.default_ingest_options()
@@ -194,7 +164,7 @@ class MemoryFeed:
     def __init__(self, plan: Plan) -> None:
         context = ray.train.get_context()
         self.plan, self.rank, self.workers = plan, context.get_world_rank(), context.get_world_size()
-        self.rejected = 0
+        self.rejected = 0  # as a StreamFeed counts them: frames in memory stay readable
         size = plan.config.preprocess.size
         frames = np.empty((len(plan.samples), size, size), np.uint8)
         for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
@@ -229,7 +199,7 @@ class StreamFeed:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.share = max(1, plan.batch_size // ray.train.get_context().get_world_size())
-        self.rejected = 0
+        self.rejected = 0  # scans that were readable when the run began
 
     def train(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's batches of one epoch: rows in the driver's random order, shuffled again in a buffer."""

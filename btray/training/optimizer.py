@@ -110,11 +110,11 @@ def weighted_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 def make_average(network: nn.Module, decay: float) -> AveragedModel:
-    """Build the exponential moving average of weights and batch statistics (Tarvainen & Valpola 2017,
-    arXiv:1703.01780).
+    """Build the exponential moving average of weights and batch statistics.
 
-    Its decay rises from 0.1 to `decay` over the first steps, as in TensorFlow's ExponentialMovingAverage, so that the
-    average of a short run is not dominated by its random start.
+    Evaluating the average is worth a lower learning rate at the end (Polyak & Juditsky 1992; Tarvainen & Valpola 2017,
+    arXiv:1703.01780). Its decay rises from 0.1 to `decay` over the first steps, as in TensorFlow's
+    ExponentialMovingAverage, so that the average of a short run is not dominated by its random start.
     """
 
     def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:

@@ -90,20 +90,10 @@ class Plan:
         config = self.config
         # Named after both lengths: if the first run is continued, or the refit is to be longer, that is another refit.
         name = f"{config.name}.refit-{epochs_before}-{config.refit_epochs}"
-        optimiser = {
-            "learning_rate": config.optimiser.learning_rate * _REFIT_RATE,
-            "freeze_epochs": 0,
-            "layer_decay": 1.0,
-        }
-        changed = config.model_copy(
-            update={
-                "name": name,
-                "epochs": config.refit_epochs,
-                "patience": 0,
-                "optimiser": config.optimiser.model_copy(update=optimiser),
-                "augment": config.augment.only_flips(),
-            }
-        )
+        rate = config.optimiser.learning_rate * _REFIT_RATE
+        optimiser = config.optimiser.model_copy(update={"learning_rate": rate, "freeze_epochs": 0, "layer_decay": 1.0})
+        changes = {"name": name, "epochs": config.refit_epochs, "patience": 0, "optimiser": optimiser}
+        changed = config.model_copy(update=changes | {"augment": config.augment.only_flips()})
         return replace(
             self,
             config=changed,

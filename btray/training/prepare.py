@@ -50,17 +50,10 @@ class Source:
     initial_weights: dict[str, Tensor] | None = None
 
     def numbered(self, rows: Indices) -> pa.Table:
-        """Return what `decode_rows` takes: the position, URI and label number of the given rows.
-
-        Rows of the test split get 0: no label of theirs is looked at before the network is final.
-        """
+        """Return what `decode_rows` takes: the position, URI and label number of the given rows."""
         number = {label: index for index, label in enumerate(self.classes)}
-        chosen = self.table.take(rows)
-        labels = [
-            0 if split == "test" else number[label]
-            for split, label in zip(chosen["split"].to_pylist(), chosen["label"].to_pylist(), strict=True)
-        ]
-        return pa.table({"row": rows, "uri": chosen["uri"], "label": np.array(labels, np.int64)})
+        labels = [number[label] for label in self.table["label"].take(rows).to_pylist()]
+        return pa.table({"row": rows, "uri": self.table["uri"].take(rows), "label": np.array(labels, np.int64)})
 
 
 @dataclass(frozen=True)
@@ -80,26 +73,21 @@ class TrainingData:
 
     def digest(self) -> str:
         """Compute the SHA-256 over digest, label and use of every image: what they show counts, not where they lie."""
-        held_out = np.zeros(len(self.used), bool)
-        held_out[self.plan.validation] = True
-        lines = sorted(
-            f"{digest} {self.plan.classes[label]} {'validation' if held else 'train'}"
-            for digest, label, held in zip(
-                self.used["digest"].to_pylist(), self.plan.labels.tolist(), held_out, strict=True
-            )
-        )
+        plan, digests = self.plan, self.used["digest"].to_pylist()
+        use = np.where(np.isin(np.arange(len(digests)), plan.validation), "validation", "train")
+        images = zip(digests, plan.labels, use, strict=True)
+        lines = sorted(f"{digest} {plan.classes[label]} {use}" for digest, label, use in images)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Count the images of each class in each part."""
-        plan = self.plan
-        parts = {"train": plan.train, "validation": plan.validation}
-        counts = {
-            part: {plan.classes[label]: n for label, n in sorted(Counter(plan.labels[positions].tolist()).items())}
-            for part, positions in parts.items()
+        plan, test = self.plan, self.source.table.filter(in_splits(self.source.table, "test"))
+        labels = {
+            "train": [plan.classes[label] for label in sorted(plan.labels[plan.train])],
+            "validation": [plan.classes[label] for label in sorted(plan.labels[plan.validation])],
+            "test": test["label"].to_pylist(),
         }
-        test = self.source.table.filter(in_splits(self.source.table, "test"))
-        return counts | ({"test": dict(Counter(test["label"].to_pylist()))} if len(test) else {})
+        return {part: dict(Counter(values)) for part, values in labels.items() if values or part != "test"}
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
         """Return what workers read: all decoded frames, or rows in random order that are decoded when needed."""
@@ -107,7 +95,8 @@ class TrainingData:
             return {"frames": self.frames}
         plan = self.plan
         shuffled = np.random.default_rng(plan.config.seed).permutation(plan.train)
-        rows = {"train": _first_of_each(plan.samples[shuffled] // FRAMES_PER_SCAN)}
+        scans = dict.fromkeys((plan.samples[shuffled] // FRAMES_PER_SCAN).tolist())  # each once, in their random order
+        rows = {"train": np.array(list(scans))}
         if len(plan.validation):
             rows["validation"] = plan.rows(plan.validation)
         source = FrameSource(plan.config.preprocess)
@@ -262,9 +251,3 @@ def worker_range(config: TrainConfig) -> tuple[int, int]:
     """Return the least and the most data-parallel workers: as configured, else one per GPU, or per CPU up to four."""
     available = require_gpus() if config.use_gpu else min(4, int(cpus()))
     return config.worker_range or (max(1, available), max(1, available))
-
-
-def _first_of_each(values: Indices) -> Indices:
-    """Return each value once, in the order in which it comes first."""
-    _, first = np.unique(values, return_index=True)
-    return values[np.sort(first)]

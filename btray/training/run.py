@@ -19,7 +19,7 @@ from btray.training.feeds import TRAINING_CPUS, StreamSplit
 from btray.training.history import DIVERGED, EpochRecord, best_record
 from btray.training.preemption import stoppable
 from btray.training.prepare import TrainingData, worker_range
-from btray.training.tracking import require_mlflow
+from btray.training.tracking import flatten, require_mlflow
 from btray.training.train_loop import train_loop
 
 RUN = "run.json"
@@ -67,7 +67,9 @@ def claim_run(data: TrainingData, may_change: Set[str]) -> None:
     identity = {"config": settings | resolved, "classes": list(plan.classes), "data": data.digest()}
     uri = storage.join(plan.run_uri, RUN)
     if storage.exists(uri):
-        different = _first_difference(storage.read_json(uri), identity)
+        before, now = flatten(storage.read_json(uri)), flatten(identity)
+        different = next((name for name in before | now if before.get(name) != now.get(name)), "")
+        different = different.removeprefix("config.")
         if different:
             raise UserError(
                 f"run {config.name!r} in {storage.resolve(config.storage_uri)} was started with another "
@@ -75,15 +77,6 @@ def claim_run(data: TrainingData, may_change: Set[str]) -> None:
             )
     storage.write_json(uri, identity)
     storage.write_text(storage.join(plan.run_uri, "config.yaml"), config.to_yaml())
-
-
-def _first_difference(before: Any, now: Any, key: str = "") -> str | None:
-    """Return the dotted name of the first setting that differs."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return None if before == now else key.removeprefix("config.")
-    names = ((name, f"{key}.{name}".lstrip(".")) for name in {**before, **now})
-    differences = (_first_difference(before.get(name), now.get(name), dotted) for name, dotted in names)
-    return next(filter(None, differences), None)
 
 
 def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[Any] = ()) -> TrainResult:

@@ -102,27 +102,19 @@ class _MlflowRun:
 
     def __init__(self, config: TrainConfig, run_uri: str) -> None:
         self._client = require_mlflow().MlflowClient(tracking_uri=config.mlflow)
-        uri = storage.join(run_uri, _MLFLOW)
-        self._run_id = storage.read_text(uri) if storage.exists(uri) else None
-        if self._run_id is not None and self._is_active(self._run_id):
-            self._client.update_run(self._run_id, status="RUNNING")
-            return
         experiment = self._client.get_experiment_by_name("btray")
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment("btray")
+        uri = storage.join(run_uri, _MLFLOW)
+        self._run_id = storage.read_text(uri) if storage.exists(uri) else ""
+        # It may be another server than before, or the run was deleted there: searching finds none then.
+        if self._run_id and self._client.search_runs([experiment_id], f"attributes.run_id = '{self._run_id}'"):
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
         self._run_id = self._client.create_run(experiment_id, run_name=config.name).info.run_id
         storage.write_text(uri, self._run_id)
         # Only now: the config of a resumed run may differ, and MLflow refuses to change a parameter.
-        for key, value in _flat(config.model_dump(mode="json")).items():
+        for key, value in flatten(config.model_dump(mode="json")).items():
             self._client.log_param(self._run_id, key, value)
-
-    def _is_active(self, run_id: str) -> bool:
-        """Ask the server for the run: it may be another server than before, or the run was deleted there."""
-        try:
-            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
-        except require_mlflow().exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
 
     def log(self, numbers: Mapping[str, float], epoch: int) -> None:
         for key, value in numbers.items():
@@ -141,9 +133,9 @@ def require_mlflow() -> Any:
     return mlflow
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

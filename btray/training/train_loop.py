@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 
-from btray.core import logs, metrics
+from btray.core import logs
+from btray.core.metrics import lasting
 from btray.data.preprocess import to_tensor
 from btray.model.network import Network, build_network, load_matching
 from btray.training import optimizer
 from btray.training.augment import Augmenter
-from btray.training.checkpoints import Checkpoint, report_epoch, report_interruption
+from btray.training.checkpoints import Checkpoint, report
 from btray.training.collectives import Collectives
-from btray.training.feeds import Batch, Feed, MemoryFeed, StreamFeed
+from btray.training.feeds import Batch, MemoryFeed, StreamFeed
 from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
 from btray.training.plan import Plan
 from btray.training.preemption import InterruptionWatch
@@ -37,7 +39,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     plan: Plan = settings["plan"]
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
     torch.set_num_threads(settings["threads"])
-    with metrics.lasting():
+    with lasting():
         Trainer(plan).run()
 
 
@@ -71,10 +73,9 @@ class Trainer:
         self.totals = torch.zeros(3, dtype=torch.float64)  # of those steps: loss, weight, images
         self.waited = 0.0  # seconds for batches of this epoch
         self.stopping = False
+        self.frozen: bool | None = None
         self._resume()
-        self.frozen = self._is_frozen()
-        self.parallel = self._wrap()
-        self.feed: Feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
+        self.feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
         self.watch = InterruptionWatch(plan.run_uri, self.collectives)
 
     def run(self) -> None:
@@ -85,10 +86,8 @@ class Trainer:
         """
         tracker = Tracker(self.plan.run_uri, self.config) if self.collectives.rank == 0 else None
         while len(self.history) < self.config.epochs and not (self.stopping or self._is_over()):
-            if self.frozen != self._is_frozen():
-                self.frozen = not self.frozen
-                self.parallel = self._wrap()
             epoch, started = len(self.history), time.perf_counter()
+            self._freeze(self.plan.initial_weights is not None and epoch < self.config.optimiser.freeze_epochs)
             trained = self._train_epoch(epoch)
             if trained is None:
                 break
@@ -98,7 +97,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             record = EpochRecord(epoch=epoch + 1, **trained, **validated, rejected=rejected, seconds=seconds)
             self.history.append(record)
-            report_epoch(record, self._checkpoint())
+            report(asdict(record), self._checkpoint(), f"epoch_{record.epoch:05d}")
             if tracker:
                 tracker.epoch_ended(self.history)
         if tracker:
@@ -166,7 +165,10 @@ class Trainer:
         if notice:
             # The sums over all workers are kept by rank 0 alone, so that they count once however many resume.
             self.totals = self.collectives.sum(self.totals) * (self.collectives.rank == 0)
-            report_interruption(epoch, self.steps, INTERRUPTED, self._checkpoint())
+            # Waiting for the upload: afterwards the machine may go.
+            name = f"epoch_{epoch:05d}_step_{self.steps:07d}"
+            metrics = {"epoch": epoch, "step": self.steps, "score": INTERRUPTED}
+            report(metrics, self._checkpoint(), name, wait=True)
             if self.collectives.rank == 0:
                 _log.warning("%s: wrote a checkpoint of epoch %d, step %d", notice, epoch + 1, self.steps)
         return self.stopping
@@ -269,13 +271,12 @@ class Trainer:
             return True
         return 0 < self.config.patience <= latest.epoch - best_record(self.history).epoch
 
-    def _is_frozen(self) -> bool:
-        return self.plan.initial_weights is not None and len(self.history) < self.config.optimiser.freeze_epochs
-
-    def _wrap(self) -> nn.Module:
-        """Wrap the network in DDP; anew when the frozen phase ends, as DDP fixes at the start what it reduces."""
-        optimizer.freeze_body(self.network, self.frozen)
-        return ray.train.torch.prepare_model(self.network, move_to_device=False)
+    def _freeze(self, frozen: bool) -> None:
+        """Freeze the body or not, and wrap the network in DDP again, which fixes what it reduces, if that changes."""
+        if frozen != self.frozen:
+            self.frozen = frozen
+            optimizer.freeze_body(self.network, frozen)
+            self.parallel = ray.train.torch.prepare_model(self.network, move_to_device=False)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Copy to the worker's device; from pinned memory the copy overlaps with work on the GPU."""

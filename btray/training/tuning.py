@@ -76,7 +76,7 @@ def tune(config: TuneConfig) -> str:
             storage.write_bytes(storage.join(folder, name), body)
         print(table_text(trials, varied_settings(config.space)), flush=True)
         print(f"trial {best.trial} is the best; trials: {storage.join(folder, 'trials.csv')}", flush=True)
-        return train(trial_config(config, dict(best.settings), best.trial), files=files)
+        return train(trial_config(config, best.settings, best.trial), files=files)
 
 
 def _search_kind(config: TuneConfig) -> str:
@@ -93,14 +93,13 @@ def _search_kind(config: TuneConfig) -> str:
 
 def varied_settings(space: SpaceConfig) -> list[str]:
     """Return the names of the settings that differ between trials."""
-    return [name for name in SpaceConfig.model_fields if len(set(getattr(space, name))) > 1]
+    return [name for name, values in space if len(set(values)) > 1]
 
 
 def domains(space: SpaceConfig) -> Settings:
     """Return the space in Ray Tune's terms: a value or a distribution for each setting."""
     domains: Settings = {}
-    for name in SpaceConfig.model_fields:
-        values = getattr(space, name)
+    for name, values in space:
         if len(set(values)) == 1:
             domains[name] = values[0]
         elif name in _CHOICES:
@@ -112,16 +111,11 @@ def domains(space: SpaceConfig) -> Settings:
 
 def default_point(config: TuneConfig) -> Settings | None:
     """Return the config as it is given, as a point of the space; None if it lies outside."""
-    network, optimiser = config.network, config.optimiser
-    point: Settings = {"width": 1.0, "depth": 0}
-    for name in SpaceConfig.model_fields.keys() - point.keys():
-        point[name] = getattr(network if hasattr(network, name) else optimiser, name)
-    for name, value in point.items():
-        values = getattr(config.space, name)
-        inside = value in values if name in _CHOICES else values[0] <= value <= values[1]
-        if not inside:
+    given = dict(config.network) | dict(config.optimiser) | {"width": 1.0, "depth": 0}
+    for name, values in config.space:
+        if not (given[name] in values if name in _CHOICES else values[0] <= given[name] <= values[1]):
             return None
-    return point
+    return {name: given[name] for name in SpaceConfig.model_fields}
 
 
 def trial_config(config: TuneConfig, point: Settings, trial: str) -> TrainConfig:
@@ -159,19 +153,14 @@ def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
     trial = ray.tune.with_parameters(_run_trial, config=config, data=data, within=within)
     trainable = ray.tune.with_resources(trial, {"CPU": _DRIVER_CPUS})
     filesystem, path = storage.arrow_filesystem(data.plan.run_uri)
-    if ray.tune.Tuner.can_restore(f"{path}/search", storage_filesystem=filesystem):
+    search: dict[str, Any] = {"trainable": trainable, "param_space": domains(config.space)}
+    folder = f"{path}/search"
+    if ray.tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
         _log.info("resuming the search %s", config.name)
-        tuner = ray.tune.Tuner.restore(
-            f"{path}/search",
-            trainable,
-            resume_errored=True,
-            param_space=domains(config.space),
-            storage_filesystem=filesystem,
-        )
+        tuner = ray.tune.Tuner.restore(folder, resume_errored=True, storage_filesystem=filesystem, **search)
     else:
         tuner = ray.tune.Tuner(
-            trainable,
-            param_space=domains(config.space),
+            **search,
             tune_config=ray.tune.TuneConfig(
                 metric="score",
                 mode="max",

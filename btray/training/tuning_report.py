@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,10 @@ from btray.data.rejections import as_csv
 from btray.reports.plot_style import BLUE, INK, MUTED, PALE, VERMILLION, canvas, png
 from btray.training.history import EpochRecord
 
+_COLUMNS = (
+    "trial", "state", "epochs", "score", "val_macro_f1", "val_accuracy", "val_loss", "gflop", "parameters",
+    "images_per_second", "seconds",
+)  # fmt: skip
 _SHOWN = ("trial", "state", "epochs", "val_macro_f1", "val_accuracy", "gflop", "parameters", "images_per_second")
 
 
@@ -33,20 +37,14 @@ class TrialRecord:
     parameters: int
     seconds: float
     """Of all epochs."""
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """A value for each setting of the space."""
 
     def columns(self) -> dict[str, Any]:
         """Return the cells of the trial's row, by column; those of an epoch are the best one's."""
-        measured = ("score", "val_macro_f1", "val_accuracy", "val_loss")
-        return {
-            **{name: getattr(self, name) for name in ("trial", "state", "epochs")},
-            **{name: getattr(self.best, name, None) for name in measured},
-            **{name: getattr(self, name) for name in ("gflop", "parameters")},
-            "images_per_second": self.best and self.best.images_per_second,
-            "seconds": self.seconds,
-            **self.settings,
-        }
+        best = {name: getattr(self.best, name, None) for name in EpochRecord.__dataclass_fields__}
+        cells = best | vars(self) | self.settings  # both have epochs' `seconds`: the trial's count
+        return {name: cells[name] for name in (*_COLUMNS, *self.settings)}
 
     @property
     def macro_f1(self) -> float | None:

@@ -18,7 +18,7 @@ from PIL import Image
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.training import feeds
 from btray.training.config import OptimiserConfig, TrainConfig
-from btray.training.feeds import MemoryFeed, _Decode
+from btray.training.feeds import MemoryFeed, decode_block
 from btray.training.plan import Plan
 from btray.training.run import fit
 from tests.helpers.training_helpers import PREPROCESS, history_of, prepared, tiny, train_and_collect, write_tree
@@ -134,7 +134,7 @@ def decoded(folder: Path, pages: Sequence[int]) -> list[dict[str, np.ndarray]]:
     for uri, count in zip(uris, pages, strict=True):
         Path(uri).write_bytes(tiff(count))
     places = np.arange(len(pages))
-    return list(_Decode(FrameSource(PREPROCESS))({"uri": np.array(uris), "row": places, "label": places}))
+    return list(decode_block({"uri": np.array(uris), "row": places, "label": places}, FrameSource(PREPROCESS)))
 
 
 def test_no_frame_has_the_sample_number_of_another_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,11 +214,6 @@ def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_the_best_of_none(
     assert "NaN" not in storage.read_text(storage.join(run_folder(config), "history.jsonl"))
 
 
-def test_a_score_is_finite_and_that_of_a_diverged_epoch_below_every_other() -> None:
-    for loss in (float("nan"), float("inf")):
-        assert score_of(1.0, loss) < score_of(0.0, 1e9)
-
-
 def test_the_best_finite_checkpoint_is_kept_and_where_there_is_none_the_remedy_is_named(tmp_path: Path) -> None:
     def checkpoint(epoch: int, value: float) -> ray.train.Checkpoint:
         folder = tmp_path / str(epoch)

@@ -156,7 +156,7 @@ def test_the_view_of_the_guide_gives_what_current_gives(tmp_path: Path) -> None:
 @pytest.mark.s3
 def test_the_table_is_asked_for_as_patiently_as_the_job_says(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(bucket, "1", row("a"), row("b"))
-    monkeypatch.setattr("btray.storage.errors.PATIENCE", 0.2)
+    monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 0.2)
     monkeypatch.setattr("btray.bulk.completed._SMALL", 0)
     answer, down_until = s3fs.S3FileSystem._call_s3, time.monotonic() + 1.5
 

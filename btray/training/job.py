@@ -126,7 +126,9 @@ def _refit(first: TrainedModel) -> TrainedModel:
     data, plan, result = first.data, first.data.plan, first.result
     if plan.config.refit_epochs == 0 or in_splits(data.source.table, "val").any():
         return first
-    _log.info("%d more epochs on all %d images, the held-out ones too", plan.config.refit_epochs, len(plan.samples))
+    _log.info(
+        "refit: %d more epochs on all %d images, including those held out", plan.config.refit_epochs, len(plan.samples)
+    )
     refitted = fit(replace(data, plan=plan.refit(result.weights, len(result.history))))
     return replace(first, result=TrainResult(refitted.weights, result.history, len(refitted.history)))
 

@@ -479,7 +479,7 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
     assert metrics["out_of_distribution"]["flagged"] == 1
     assert metrics["model_id"] == manifest.model_id
     assert (manifest.data["epochs"], manifest.data["refit_epochs"]) == (3, 2)
-    best = best_record(history_of(config))["epoch"]
+    best = best_record(history_of(config)).epoch
     assert manifest.data["best_epoch"] == best
     assert f"3, of which number {best} was the best; then 2 on all images" in storage.read_text(
         f"{config.out}/report.html"

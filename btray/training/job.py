@@ -48,9 +48,10 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     with connected():
         data = prepare(config, source)
         claim_run(data, RUN_MAY_CHANGE)
-        first, validation = _calibrate(TrainedModel(data, fit(data)))
-        final, test = _score_test(first, _refit(first))
-        assessment = _assess(first, final, validation, test)
+        trained = TrainedModel(data, fit(data))
+        calibrated, validation = _calibrate(trained)
+        final, test = _score_test(calibrated, _refit(calibrated))
+        assessment = _assess(calibrated, final, validation, test)
     saved = save_bundle(final.bundle(), out, {**assessment.files, **(files or {})})
     print(summary(assessment.metrics), flush=True)
     report = storage.join(out, "report.html")
@@ -117,26 +118,25 @@ def _calibrate(model: TrainedModel) -> tuple[TrainedModel, Scores]:
     return replace(model, limits=limits), validation
 
 
-def _refit(first: TrainedModel) -> TrainedModel:
-    """Train the best network on all images for a few more epochs; `first` itself if that is not configured.
+def _refit(calibrated: TrainedModel) -> TrainedModel:
+    """Train the best network on all images for a few more epochs; the same model if that is not configured.
 
     Temperature and thresholds stay: they need images that the network has not learnt from, and none is left. A val
     split that the source brings is never learnt from.
     """
-    data, plan, result = first.data, first.data.plan, first.result
-    if plan.config.refit_epochs == 0 or in_splits(data.source.table, "val").any():
-        return first
-    _log.info(
-        "refit: %d more epochs on all %d images, including those held out", plan.config.refit_epochs, len(plan.samples)
-    )
+    data, plan, result = calibrated.data, calibrated.data.plan, calibrated.result
+    epochs = plan.config.refit_epochs
+    if epochs == 0 or in_splits(data.source.table, "val").any():
+        return calibrated
+    _log.info("refit: %d more epochs on all %d images, including those held out", epochs, len(plan.samples))
     refitted = fit(replace(data, plan=plan.refit(result.weights, len(result.history))))
-    return replace(first, result=TrainResult(refitted.weights, result.history, len(refitted.history)))
+    return replace(calibrated, result=TrainResult(refitted.weights, result.history, len(refitted.history)))
 
 
-def _score_test(first: TrainedModel, final: TrainedModel) -> tuple[TrainedModel, Scores]:
-    """Score the test split, once. A refit moves features: the distribution of the training images' is taken again."""
+def _score_test(calibrated: TrainedModel, final: TrainedModel) -> tuple[TrainedModel, Scores]:
+    """Score the test split, once. A refit moves features: the distribution of the training images' is fitted again."""
     test_rows = np.flatnonzero(in_splits(final.data.source.table, "test"))
-    if final is first:
+    if final is calibrated:
         (test,) = final.score(test_rows)
         return final, test
     reference, test = final.score(final.reference_rows(), test_rows)
@@ -144,10 +144,10 @@ def _score_test(first: TrainedModel, final: TrainedModel) -> tuple[TrainedModel,
     return replace(final, limits=limits), test
 
 
-def _assess(first: TrainedModel, final: TrainedModel, validation: Scores, test: Scores) -> Assessment:
+def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, test: Scores) -> Assessment:
     """Measure on the test split and write plots and texts; on the validation images if no test image is readable.
 
-    The validation images were scored by the `first` network, and are measured by its own out-of-distribution limit.
+    The validation images were scored by the network before the refit, and are measured by its own limits.
     """
     data, plan, table = final.data, final.data.plan, final.data.source.table
     bundle, prints = final.bundle(), unpack(data.used["fingerprint"].to_pylist())
@@ -168,7 +168,7 @@ def _assess(first: TrainedModel, final: TrainedModel, validation: Scores, test: 
             "learnt from these images too."
         )
         measured_on = f"the validation images of {plan.config.data}"
-        measured = replace(bundle, ood=first.limits.ood)
+        measured = replace(bundle, ood=calibrated.limits.ood)
         assessment = assess(measured, table, validation, measured_on=measured_on, history=history, notes=[note])
     files = assessment.files | {
         "MODEL_CARD.md": model_card_of(bundle.manifest, assessment.metrics).encode(),
@@ -176,6 +176,6 @@ def _assess(first: TrainedModel, final: TrainedModel, validation: Scores, test: 
         HISTORY: as_lines(final.result.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),
         # Later answers are compared with those to images that the network had not learnt from.
-        REFERENCE: json.dumps(profile_of(first.bundle(), validation).to_json()).encode(),
+        REFERENCE: json.dumps(profile_of(calibrated.bundle(), validation).to_json()).encode(),
     }
     return Assessment(assessment.metrics, files)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal
 
@@ -86,10 +86,12 @@ class InterruptionWatch:
         if self._steps < self._interval:
             return None
         now = time.monotonic()
-        status = torch.zeros(2, dtype=torch.float64)
+        status = torch.zeros(2, dtype=torch.float64)  # stop, steps to the next look
         if self._collectives.rank == 0:  # its clock and its look at the mark count for all
             pace = (now - self._looked) / self._steps
-            status = torch.tensor([self._stop_requested(), math.ceil(EVERY / max(pace, 1e-3))], dtype=torch.float64)
+            status[1] = math.ceil(EVERY / max(pace, 1e-3))
+            with suppress(StorageError):  # an unreachable store must not end the training
+                status[0] = storage.exists(self._mark)
         stop, interval = self._collectives.sum(status).tolist()
         self._steps, self._interval, self._looked = 0, int(interval), now
         info = ray.train.get_preemption_info()
@@ -99,9 +101,3 @@ class InterruptionWatch:
         if stop:
             return "stop"
         return "reclaimed" if fresh else None
-
-    def _stop_requested(self) -> bool:
-        try:
-            return storage.exists(self._mark)
-        except StorageError:  # an unreachable store must not end the training
-            return False

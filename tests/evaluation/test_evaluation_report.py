@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from base64 import b64decode
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -19,6 +22,7 @@ from scipy.special import softmax
 from btray.evaluation import plots
 from btray.evaluation.metrics import (
     Abstention,
+    ClassMetrics,
     Evaluation,
     LabelSets,
     Metrics,
@@ -32,6 +36,7 @@ from btray.training.config import TrainConfig
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.tiny_bundle import random_bundle
 
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor")
 
 
@@ -293,3 +298,25 @@ def test_card_counts_every_image_of_every_class() -> None:
     assert "| class | train | test |\n|---|---:|---:|\n| glioma | 3 | 5 |\n" in text
     assert "| extra | 4 | 0 |\n| all | 7 | 5 |\n" in text
     assert NO_DIAGNOSIS in text
+
+
+def test_metrics_json_has_the_documented_fields_in_this_order_and_a_version() -> None:
+    record = json.loads(evaluation().to_json())
+    assert list(record) == [
+        "n", "accuracy", "accuracy_ci95", "macro_f1", "bootstrap_ci95", "auroc_macro", "ece", "per_class",
+        "confusion_matrix", "clean", "ece_uncalibrated", "abstention", "conformal", "out_of_distribution",
+        "measured_on", "rejected", "model_id", "format_version",
+    ]  # fmt: skip
+    assert record["format_version"] == 1
+    documented = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    table = documented[documented.index("| field |") :]
+    nested = [field.name for part in (ClassMetrics, Abstention, LabelSets, OutOfDistribution) for field in fields(part)]
+    for name in (*record, *nested):
+        assert re.search(rf"^\| [^|]*\b{name}\b", table, re.MULTILINE), name
+
+
+def test_metrics_json_tells_no_clean_image_from_unknown() -> None:
+    none = json.loads(evaluation(clean=None, twins=60).to_json())["clean"]
+    assert none == {**dict.fromkeys(field.name for field in fields(Metrics)), "n": 0}
+    assert json.loads(evaluation(clean=None, twins=None).to_json())["clean"] is None
+    assert json.loads(evaluation().to_json())["clean"]["n"] == 60

@@ -72,9 +72,11 @@ def assess(
         UserError: not one image could be read.
     """
     manifest, rejected = bundle.manifest, len(scores.rejected)
-    labels, probabilities = labels_and_probabilities(bundle, table, scores)
-    if len(labels) == 0:
+    if len(scores.row) == 0:
         raise UserError(f"{measured_on}: not one image could be read; see {REJECTED}")
+    numbers = {label: number for number, label in enumerate(manifest.classes)}
+    labels = np.array([numbers[label] for label in table["label"].take(scores.row).to_pylist()], np.int64)
+    probabilities = Classifier.calibrated(scores.answers.logits, manifest.calibration.temperature)
     metrics = measure(bundle, scores, labels, probabilities, measured_on=measured_on, learnt_from=learnt_from)
     figures = {
         "confusion_matrix": plots.confusion_matrix(metrics.confusion_matrix),
@@ -95,14 +97,6 @@ def assess(
     page = render_report(metrics, manifest, figures=figures, notes=[*unread, *notes])
     files = {f"{name}.png": png for name, png in figures.items()}
     return Assessment(metrics, files | {"metrics.json": metrics.to_json(), "report.html": page.encode()})
-
-
-def labels_and_probabilities(bundle: Bundle, table: pa.Table, scores: Scores) -> tuple[Labels, Probabilities]:
-    """Return label numbers [n] and calibrated probabilities [n, classes] of all n scored frames of `table`."""
-    numbers = {label: number for number, label in enumerate(bundle.manifest.classes)}
-    labels = np.array([numbers[label] for label in table["label"].to_pylist()], np.int64)
-    temperature = bundle.manifest.calibration.temperature
-    return labels[scores.row], Classifier.calibrated(scores.answers.logits, temperature)
 
 
 def measure(

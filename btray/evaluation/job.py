@@ -11,11 +11,13 @@ from btray.core.cluster import connected, require_gpus
 from btray.data.labelled import read_labelled
 from btray.data.labels import require_known_labels
 from btray.data.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
-from btray.evaluation.assessment import assess, labels_and_probabilities
+from btray.evaluation.assessment import assess
 from btray.evaluation.config import EvaluateConfig
 from btray.evaluation.report import summary
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import Bundle, load_bundle, read_fingerprints
+from btray.model.classifier import interpret
+from btray.model.prediction import Place, csv_cells, csv_header
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -61,14 +63,10 @@ def evaluate(config: EvaluateConfig) -> str:
 
 
 def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:
-    """Return one line per frame: uri, true label, predicted label, confidence and the probability of every class."""
-    classes = bundle.manifest.classes
-    _, probabilities = labels_and_probabilities(bundle, table, scores)
+    """Return predictions.csv, one line per frame: URI, true label, and the fields of the answer."""
     images = table.take(scores.row)
-    rows = [
-        (uri, label, classes[int(values.argmax())], f"{values.max():.6f}", *(f"{p:.6f}" for p in values))
-        for uri, label, values in zip(
-            images["uri"].to_pylist(), images["label"].to_pylist(), probabilities, strict=True
-        )
-    ]
-    return as_csv(("uri", "label", "predicted", "confidence", *(f"p_{name}" for name in classes)), rows)
+    places = [Place(row) for row in scores.row.tolist()]
+    predictions = interpret(scores.answers, places, bundle.manifest, bundle.ood)
+    header = ["predicted" if title == "label" else title for title in csv_header(bundle.manifest.classes)]
+    answers = zip(images["uri"].to_pylist(), images["label"].to_pylist(), predictions, strict=True)
+    return as_csv(("uri", "label", *header), [(uri, label, *csv_cells(answer)) for uri, label, answer in answers])

@@ -16,7 +16,8 @@ from btray.core import logs
 from btray.core.cluster import connected
 from btray.data.fingerprint import unpack
 from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv, report_rejections
-from btray.evaluation.assessment import Assessment, assess, model_card_of, summary
+from btray.evaluation.assessment import Assessment, assess
+from btray.evaluation.report import model_card, summary
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, save_bundle
 from btray.model.drift import REFERENCE
@@ -171,7 +172,7 @@ def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, t
         measured = replace(bundle, ood=calibrated.limits.ood)
         assessment = assess(measured, table, validation, measured_on=measured_on, history=history, notes=[note])
     files = assessment.files | {
-        "MODEL_CARD.md": model_card_of(bundle.manifest, assessment.metrics).encode(),
+        "MODEL_CARD.md": model_card(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": plan.config.to_yaml().encode(),
         HISTORY: as_lines(final.result.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),

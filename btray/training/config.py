@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.data.config import PreprocessConfig
 from btray.model.config import BACKBONES, NetworkConfig
+
+T = TypeVar("T")
 
 
 class AugmentConfig(ComponentConfig):
@@ -173,58 +175,60 @@ class TrainConfig(JobConfig):
         return self.storage or self.out.rstrip("/") + "/_run"
 
 
-Bounds = tuple[float, float]
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("give at least one value")
+    return tuple(dict.fromkeys(values))
+
+
+def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= bounds[0] <= bounds[1]:
+        raise ValueError("give LOW,HIGH with 0 <= LOW <= HIGH")
+    return bounds
+
+
+def _below_one(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[1] >= 1:
+        raise ValueError("the bounds must end below 1")
+    return bounds
+
+
+def _above_zero(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] <= 0:
+        raise ValueError("the bounds must begin above 0: the scale is logarithmic")
+    return bounds
+
+
+Choices = Annotated[tuple[T, ...], AfterValidator(_distinct)]
+Shares = Annotated[tuple[float, float], AfterValidator(_in_order), AfterValidator(_below_one)]
+Logarithmic = Annotated[tuple[float, float], AfterValidator(_in_order), AfterValidator(_above_zero)]
 
 
 class SpaceConfig(ComponentConfig):
     """What differs between trials. A setting with one choice, or with equal bounds, is fixed."""
 
-    architecture: tuple[Literal["cnn", *BACKBONES], ...] = ("cnn",)  # type: ignore[valid-type]
+    architecture: Choices[Literal["cnn", *BACKBONES]] = ("cnn",)  # type: ignore[valid-type]
     """Choices of --network.architecture; a backbone ignores the five settings of the family below."""
-    width: tuple[Annotated[float, Field(gt=0, le=8)], ...] = (0.5, 0.75, 1.0, 1.5)
+    width: Choices[Annotated[float, Field(gt=0, le=8)]] = (0.5, 0.75, 1.0, 1.5)
     """Choices of a factor on --network.stem-width and --network.widths; the result is rounded to eights."""
-    depth: tuple[Annotated[int, Field(ge=0, le=8)], ...] = (0, 1)
+    depth: Choices[Annotated[int, Field(ge=0, le=8)]] = (0, 1)
     """Choices of blocks added to every stage of --network.depths."""
-    kernel: tuple[Literal[3, 5, 7], ...] = (3, 5)
+    kernel: Choices[Literal[3, 5, 7]] = (3, 5)
     """Choices of --network.kernel."""
-    squeeze_excite: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25)
+    squeeze_excite: Choices[Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.25)
     """Choices of --network.squeeze-excite."""
-    pooling: tuple[Literal["average", "max", "average_max"], ...] = ("average", "average_max")
+    pooling: Choices[Literal["average", "max", "average_max"]] = ("average", "average_max")
     """Choices of --network.pooling."""
-    dropout: Bounds = (0.1, 0.5)
+    dropout: Shares = (0.1, 0.5)
     """Bounds of --network.dropout, LOW,HIGH."""
-    learning_rate: Bounds = (5e-4, 1e-2)
+    learning_rate: Logarithmic = (5e-4, 1e-2)
     """Bounds of --optimiser.learning-rate, drawn evenly on a logarithmic scale."""
-    weight_decay: Bounds = (5e-3, 0.2)
+    weight_decay: Logarithmic = (5e-3, 0.2)
     """Bounds of --optimiser.weight-decay, drawn evenly on a logarithmic scale."""
-    label_smoothing: Bounds = (0.0, 0.2)
+    label_smoothing: Shares = (0.0, 0.2)
     """Bounds of --optimiser.label-smoothing."""
-    mixup: tuple[Annotated[float, Field(ge=0, le=4)], ...] = (0.0, 0.2)
+    mixup: Choices[Annotated[float, Field(ge=0, le=4)]] = (0.0, 0.2)
     """Choices of --optimiser.mixup."""
-
-    @field_validator("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling", "mixup")
-    @classmethod
-    def _at_least_one(cls, value: tuple[object, ...]) -> tuple[object, ...]:
-        if not value:
-            raise ValueError("give at least one value")
-        return tuple(dict.fromkeys(value))
-
-    @field_validator("dropout", "label_smoothing", "learning_rate", "weight_decay")
-    @classmethod
-    def _in_order(cls, value: Bounds) -> Bounds:
-        if not 0 <= value[0] <= value[1]:
-            raise ValueError("give LOW,HIGH with 0 <= LOW <= HIGH")
-        return value
-
-    @model_validator(mode="after")
-    def _within_what_training_takes(self) -> Self:
-        for key in ("dropout", "label_smoothing"):
-            if getattr(self, key)[1] >= 1:
-                raise ValueError(f"space.{key} {getattr(self, key)} must end below 1")
-        for key in ("learning_rate", "weight_decay"):
-            if getattr(self, key)[0] <= 0:
-                raise ValueError(f"space.{key} {getattr(self, key)} must begin above 0: its scale is logarithmic")
-        return self
 
 
 class TuneConfig(TrainConfig):

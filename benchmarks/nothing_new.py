@@ -22,7 +22,7 @@ from btray import storage
 from btray.bulk import table as results_table
 from btray.bulk.part_files import write_part
 from btray.model.bundle import load_bundle
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction
 
 ROOT = Path(__file__).resolve().parent.parent
 

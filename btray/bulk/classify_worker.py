@@ -26,9 +26,10 @@ from btray.data.frames import FrameSource, Rejection
 from btray.data.key_set import keys_of
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
-from btray.model.classifier import Classifier, Prediction
+from btray.model.classifier import Classifier
 from btray.model.drift import Profile
 from btray.model.engines import EngineName
+from btray.model.prediction import Prediction
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult
 

@@ -24,9 +24,8 @@ from btray.data.fingerprint import unpack
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.data.labelled import read_labelled
 from btray.data.labels import class_order, require_known_labels
-from btray.data.leakage import Leak, answer_leak, find_leak
 from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
-from btray.data.splits import hold_out
+from btray.data.splits import Leak, find_leak, hold_out, report_leak
 from btray.model.network import build_network
 from btray.training.config import TrainConfig
 from btray.training.feeds import decode_rows, keep, survey
@@ -182,7 +181,7 @@ def _resolve_leak(config: TrainConfig, source: Source, readable: pa.Table) -> tu
     groups = group_by_fingerprint(unpack(everything["fingerprint"].to_pylist()))
     rows = everything["sample"].to_numpy() // FRAMES_PER_SCAN
     leak = find_leak(np.array(source.table["split"].take(rows).to_pylist(), object), groups)
-    answer_leak(leak, config.on_leak, config.data)
+    report_leak(leak, config.on_leak, config.data)
     used = np.arange(len(readable))
     if config.on_leak == "drop":
         used = used[~leak.learnt[: len(readable)]]

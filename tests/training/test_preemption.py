@@ -1,4 +1,4 @@
-"""A run that is stopped, or whose machine is reclaimed: checkpoints in the middle of an epoch, and resuming from them."""
+"""A run that is stopped, or whose machine is reclaimed: checkpoints in the middle of an epoch, and resuming."""
 
 from __future__ import annotations
 

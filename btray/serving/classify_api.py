@@ -10,13 +10,13 @@ from typing import Annotated, Final
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 from starlette.responses import Response
 
 from btray.core.notice import NOTICE
 from btray.data.frames import Rejection
 from btray.explain import heat_png, overlay_png, slice_png
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction, answer_model_fields, as_answer
 from btray.serving.gate import read_body
 from btray.serving.models import DecodedImage, ModelFacts, ServedModel, SwitchReport
 from btray.serving.openapi import BINARY, EXAMPLE_PNG, request_body
@@ -42,39 +42,21 @@ class Explanation(_Answer):
     """The heat map alone, the more transparent the colder it is."""
 
 
-class ImageAnswer(_Answer):
-    """The model's answer for one frame of one image, or why there is none."""
-
+class _ImageAnswer(_Answer):
     index: int
     """Which image of the request it belongs to, from 0."""
     name: str | None
     """The name that the image came with."""
-    frame: int
-    """Which page of a multi-page image, from 0."""
-    status: str
-    """ok or rejected."""
-    model_id: str
-    """The model that answered."""
-    error_code: str | None = None
-    """Why the image was rejected, for programs."""
-    error: str | None = None
-    """Why the image was rejected, for people."""
-    label: str | None = None
-    """The most probable class."""
-    confidence: float | None = None
-    """Its calibrated probability."""
-    probabilities: dict[str, float] | None = None
-    """Calibrated probabilities, the largest first."""
-    abstained: bool | None = None
-    """The confidence is below the threshold: label is a guess that the model does not stand by."""
-    label_set: list[str] | None = None
-    """The labels that cannot be ruled out, if the bundle was made for it."""
-    out_of_distribution: bool | None = None
-    """The image is unlike the training images: no answer can be trusted."""
-    ood_score: float | None = None
-    """How unlike they are it is, about 1 for training images."""
     explanation: Explanation | None = None
     """With explain=true."""
+
+
+ImageAnswer = create_model(
+    "ImageAnswer",
+    __base__=_ImageAnswer,
+    __doc__="The model's answer for one frame of one image, or why there is none.",
+    **answer_model_fields(),
+)
 
 
 class ClassifyAnswer(_Answer):
@@ -84,7 +66,7 @@ class ClassifyAnswer(_Answer):
     """The model that answered."""
     notice: str
     """What the answers must not be used for."""
-    results: list[ImageAnswer]
+    results: list[ImageAnswer]  # type: ignore[valid-type]
     """One for each frame of each image, in their order."""
 
 
@@ -200,47 +182,37 @@ async def classify(
         raise Problem.of_rejection(images[0].code, images[0].message)
     results = [_image_answer(prediction, uploads[prediction.index], top_k) for prediction in predictions]
     if explain:
-        await _explain(service, model, images, results)
+        await _explain(service, model, images, predictions, results)
     return ClassifyAnswer(model_id=model.model_id, notice=NOTICE, results=results)
 
 
-def _image_answer(prediction: Prediction, upload: Upload, top_k: int | None) -> ImageAnswer:
-    answer = ImageAnswer(
-        index=prediction.index,
-        name=upload.name,
-        frame=prediction.frame,
-        status=prediction.status,
-        model_id=prediction.model_id,
-    )
-    if prediction.status != "ok":
-        return answer.model_copy(update={"error_code": prediction.error_code, "error": prediction.error})
-    ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:top_k]
-    return answer.model_copy(
-        update={
-            "label": prediction.label,
-            "confidence": prediction.confidence,
-            "probabilities": dict(ranked),
-            "abstained": prediction.abstained,
-            "label_set": list(prediction.label_set),
-            "out_of_distribution": prediction.out_of_distribution,
-            "ood_score": prediction.ood_score,
-        }
-    )
+def _image_answer(prediction: Prediction, upload: Upload, top_k: int | None) -> _ImageAnswer:
+    fields = as_answer(prediction)
+    if prediction.status == "ok":
+        ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+        fields["probabilities"] = dict(ranked[:top_k])
+    return ImageAnswer(index=prediction.index, name=upload.name, **fields)
 
 
 async def _explain(
-    service: Service, model: ServedModel, images: Sequence[DecodedImage], results: Sequence[ImageAnswer]
+    service: Service,
+    model: ServedModel,
+    images: Sequence[DecodedImage],
+    predictions: Sequence[Prediction],
+    results: Sequence[_ImageAnswer],
 ) -> None:
     """Add the pictures to the results that are answers."""
-    answers = [result for result in results if result.label is not None]
+    answers = [
+        (prediction, result) for prediction, result in zip(predictions, results, strict=True) if prediction.label
+    ]
     if not answers:
         return
-    frames = [images[answer.index][answer.frame] for answer in answers]  # type: ignore[index]
-    heats = await model.explain(frames, [str(answer.label) for answer in answers])
-    pairs = zip(answers, frames, heats, strict=True)
-    pictures = [service.decoding(_explanation, str(answer.label), frame, heat) for answer, frame, heat in pairs]
-    for answer, explanation in zip(answers, await asyncio.gather(*pictures), strict=True):
-        answer.explanation = explanation
+    labels = [str(prediction.label) for prediction, _ in answers]
+    frames = [images[prediction.index][prediction.frame] for prediction, _ in answers]  # type: ignore[index]
+    heats = await model.explain(frames, labels)
+    drawing = [service.decoding(_explanation, *drawn) for drawn in zip(labels, frames, heats, strict=True)]
+    for (_, result), explanation in zip(answers, await asyncio.gather(*drawing), strict=True):
+        result.explanation = explanation
 
 
 def _explanation(label: str, frame: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> Explanation:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from btray.data.frames import Rejection
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction, output_arrays, output_specs
 from btray.serving.gate import read_body
 from btray.serving.models import DecodedImage, ServedModel
 from btray.serving.oip_codec import (
     LENGTH_HEADER,
-    Array,
     InferAnswer,
     InferBody,
     InferRequest,
@@ -69,7 +67,7 @@ _INFER: Final[dict[str, Any]] = {
     "response_model": InferAnswer,
     "responses": {
         200: {
-            "description": "label, probabilities, abstained, out_of_distribution and error_code, one row per image.",
+            "description": f"{', '.join(name for name, *_ in output_specs([]))}, one row per image.",
             "content": {"application/octet-stream": {"schema": BINARY}},
         },
         **problem_responses(400, 401, 403, 404, 408, 413, 415, 422, 503),
@@ -147,9 +145,6 @@ def _model(service: Service, name: str, version: str | None) -> ServedModel:
 
 def _metadata(service: Service, name: str, model: ServedModel) -> ModelMetadata:
     classes = list(model.classifier.classes)
-    outputs = {"label": "BYTES", "probabilities": "FP32", "abstained": "BOOL", "out_of_distribution": "BOOL"}
-    outputs |= {"error_code": "BYTES"}
-    shapes = {"probabilities": [-1, len(classes)]}
     return ModelMetadata(
         name=name,
         versions=[served.model_id for served in service.split().models()],
@@ -159,8 +154,8 @@ def _metadata(service: Service, name: str, model: ServedModel) -> ModelMetadata:
             TensorMetadata(name="pixels", datatype="UINT8", shape=[-1, -1, -1]),
         ],
         outputs=[
-            TensorMetadata(name=output, datatype=datatype, shape=shapes.get(output, [-1]))
-            for output, datatype in outputs.items()
+            TensorMetadata(name=output, datatype=datatype, shape=shape)
+            for output, datatype, shape in output_specs(classes)
         ],
         parameters={"classes": classes, "pixels_datatypes": ["UINT8", "FP32"]},
     )
@@ -171,7 +166,7 @@ async def _infer(service: Service, name: str, model: ServedModel, request: Infer
     if len(predictions) == 1 and predictions[0].status != "ok":
         raise Problem.of_rejection(str(predictions[0].error_code), str(predictions[0].error))
     answer = InferAnswer(model_name=name, model_version=model.model_id, id=request.body.id)
-    body, length = format_answer(answer, _outputs(predictions, model), request.body)
+    body, length = format_answer(answer, output_arrays(predictions, model.classifier.classes), request.body)
     if length is None:
         return Response(body, media_type="application/json")
     return Response(body, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
@@ -199,16 +194,3 @@ def _single(image: DecodedImage) -> DecodedImage:
     if isinstance(image, Rejection) or len(image) == 1:
         return image
     return Rejection("unsupported", f"a scan of {len(image)} frames has several answers: use /v1/classify", False)
-
-
-def _outputs(predictions: Sequence[Prediction], model: ServedModel) -> dict[str, Array]:
-    """Return the columns of the answer; a rejected image has no label, zeros for probabilities, and its code."""
-    classes = model.classifier.classes
-    rows = [[prediction.probabilities.get(label, 0.0) for label in classes] for prediction in predictions]
-    return {
-        "label": np.array([prediction.label or "" for prediction in predictions], np.str_),
-        "probabilities": np.array(rows, np.float32),
-        "abstained": np.array([prediction.abstained for prediction in predictions], np.bool_),
-        "out_of_distribution": np.array([prediction.out_of_distribution for prediction in predictions], np.bool_),
-        "error_code": np.array([prediction.error_code or "" for prediction in predictions], np.str_),
-    }

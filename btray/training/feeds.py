@@ -74,24 +74,19 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
     )
 
 
-def survey(frames: Dataset) -> pa.Table:
-    """Collect decoded rows without their frames: sample, label, digest, fingerprint, code, message; by sample."""
-    batches = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
-    return pa.concat_tables(batches).sort_by("sample")
+def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]:
+    """Collect decoded rows without their frames: sample, label, digest, fingerprint, code, message; by sample.
 
-
-def keep(frames: Dataset, most: int) -> tuple[Dataset | None, pa.Table]:
-    """Keep decoded frames in Ray's object store, None if there are more than `most`; and return their `survey`.
-
-    Frames are counted, not scans, of which some have hundreds; past the limit all are released.
+    Up to `keep` rows stay in Ray's object store with their frames, as the data set that is returned first. Frames are
+    counted, not scans, of which some have hundreds: if there are more than `keep`, all are released and it is None.
     """
     kept: list[Any] = []  # references to blocks
     surveyed, count = [], 0
-    blocks: Iterator[Any] = iter(frames.iter_batches(batch_size=None, batch_format="pyarrow"))
-    for block in blocks:
+    blocks: Any = frames if keep else frames.select_columns(_SURVEYED)
+    for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
         surveyed.append(block.select(_SURVEYED).take(np.arange(len(block))))  # a copy, which does not hold the frames
         count += len(block)
-        if count <= most:
+        if count <= keep:
             kept.append(ray.put(block))
         else:
             kept.clear()

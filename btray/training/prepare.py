@@ -28,7 +28,7 @@ from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv
 from btray.data.splits import Leak, find_leak, hold_out, report_leak
 from btray.model.network import build_network
 from btray.training.config import TrainConfig
-from btray.training.feeds import decode_rows, keep, survey
+from btray.training.feeds import decode_rows, survey
 from btray.training.plan import Indices, Plan, run_folder
 from btray.training.pretrained import read_initial_weights
 
@@ -145,7 +145,7 @@ def prepare(config: TrainConfig, source: Source) -> TrainingData:
     _check_streaming(config, too_many)
     _log.info("reading %d images of %d classes from %s", len(rows), len(source.classes), config.data)
     decoded = decode_rows(source.numbered(rows), FrameSource(config.preprocess), kept=not too_many)
-    frames, surveyed = (None, survey(decoded)) if too_many else keep(decoded, most)
+    frames, surveyed = survey(decoded, keep=0 if too_many else most)
     _check_streaming(config, frames is None)  # again: a scan may have many frames
     rejected = rejections_in(surveyed)
     report_rejections(rejected, table)
@@ -178,7 +178,7 @@ def _resolve_leak(config: TrainConfig, source: Source, readable: pa.Table) -> tu
     test = np.flatnonzero(in_splits(source.table, "test"))
     surveyed = readable.slice(0, 0)
     if len(test):
-        surveyed = survey(decode_rows(source.numbered(test), FrameSource(config.preprocess)))
+        _, surveyed = survey(decode_rows(source.numbered(test), FrameSource(config.preprocess)))
     everything = pa.concat_tables([readable, surveyed.filter(pc.equal(surveyed["code"], ""))])
     groups = group_by_fingerprint(unpack(everything["fingerprint"].to_pylist()))
     rows = everything["sample"].to_numpy() // FRAMES_PER_SCAN

@@ -21,6 +21,8 @@ from btray.training.history import HISTORY, EpochRecord, as_lines, best_record
 _log = logging.getLogger(__name__)
 
 _MLFLOW = "mlflow_run"
+# Metrics of Prometheus that have a field's name; core/metrics.py says what they mean.
+_EXPORTED = ("epoch", "val_loss", "val_macro_f1", "images_per_second", "feed_ratio", "rejected")
 
 
 class Tracker:
@@ -40,18 +42,8 @@ class Tracker:
             # Not print(): Ray Train sends what workers print to its log as well, and the line would come twice.
             sys.stdout.write(progress_line(history, self.config.epochs) + "\n")
             sys.stdout.flush()
-        metrics.record(
-            {
-                "btray_train_epoch": record.epoch,
-                "btray_train_loss": record.train_loss,
-                "btray_train_val_loss": record.val_loss,
-                "btray_train_val_macro_f1": record.val_macro_f1,
-                "btray_train_images_per_second": record.images_per_second,
-                "btray_train_feed_ratio": record.feed_ratio,
-                "btray_train_rejected": record.rejected,
-            },
-            run_id=self.config.name,
-        )
+        exported = {f"btray_train_{name}": getattr(record, name) for name in _EXPORTED}
+        metrics.record(exported | {"btray_train_loss": record.train_loss}, run_id=self.config.name)
         # All epochs again: object storage cannot append, and one that was trained twice stands once.
         storage.write_text(storage.join(self.run_uri, HISTORY), as_lines(history))
         numbers = {key: value for key, value in asdict(record).items() if key != "epoch" and value is not None}

@@ -49,7 +49,7 @@ class Source:
     initial_weights: dict[str, Tensor] | None = None
 
     def numbered(self, rows: Indices) -> pa.Table:
-        """Return what `decode_rows` takes: the position, URI and label number of the given rows."""
+        """Return the table that `decode_rows` takes: the position, URI and label number of the given rows."""
         number = {label: index for index, label in enumerate(self.classes)}
         labels = [number[label] for label in self.table["label"].take(rows).to_pylist()]
         return pa.table({"row": rows, "uri": self.table["uri"].take(rows), "label": np.array(labels, np.int64)})
@@ -57,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The labelled images of a run and what was decided about them."""
+    """The labelled images of a run, with all decisions about them."""
 
     source: Source
     frames: ray.data.Dataset | None
@@ -65,15 +65,14 @@ class TrainingData:
     rejected: pa.Table
     """The training and validation images that could not be read: columns row, code, message."""
     used: pa.Table
-    """What `feeds.survey` tells of the samples of the plan, in their order."""
+    """The rows of `feeds.survey` that are the samples of the plan, in their order."""
     leak: Leak
     """Which images the test and val splits have in common with those that are learnt from."""
     plan: Plan
 
     def digest(self) -> str:
-        """Compute the SHA-256 over digest, label and use of every image: what they show counts, not where they lie."""
+        """Compute the SHA-256 over digest, label and use of every image, whatever the files are called."""
         plan, digests = self.plan, self.used["digest"].to_pylist()
-        # Sorted, so that neither the order of the listing nor the names of files count.
         use = np.where(np.isin(np.arange(len(digests)), plan.validation), "validation", "train")
         images = zip(digests, plan.labels, use, strict=True)
         lines = sorted(f"{digest} {plan.classes[label]} {use}" for digest, label, use in images)
@@ -90,7 +89,7 @@ class TrainingData:
         return {part: dict(Counter(values)) for part, values in labels.items() if values or part != "test"}
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
-        """Return what workers read: all decoded frames, or rows in random order that are decoded when needed."""
+        """Return the data sets of the workers: all decoded frames, or rows in random order that are decoded on demand."""
         if self.frames is not None:
             return {"frames": self.frames}
         plan = self.plan
@@ -173,7 +172,7 @@ def prepare(config: TrainConfig, source: Source) -> TrainingData:
 def _resolve_leak(config: TrainConfig, source: Source, readable: pa.Table) -> tuple[Leak, pa.Table, Indices]:
     """Compare the pixels of the splits and act on --on-leak.
 
-    Returns what leaks, the rows of the survey that are used, and for each a number that images of the same scan share.
+    Returns the leak, the rows of the survey that are used, and for each a number that files of the same image share.
     """
     test = np.flatnonzero(in_splits(source.table, "test"))
     surveyed = readable.slice(0, 0)

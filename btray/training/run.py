@@ -23,7 +23,7 @@ from btray.training.tracking import flatten, require_mlflow
 from btray.training.train_loop import train_loop
 
 RUN = "run.json"
-# What may differ between two commands that mean the same run: none of it changes an epoch that is already trained.
+# Settings that may differ between two commands for the same run: none changes an epoch that is already trained.
 RUN_MAY_CHANGE = frozenset({
     "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
     "abstain_target", "conformal_error", "refit_epochs",
@@ -57,9 +57,9 @@ def require_destinations(config: TrainConfig) -> None:
 
 
 def claim_run(data: TrainingData, may_change: Set[str]) -> None:
-    """Write down what the run is; if one of its name is there, raise UserError unless it is the same one.
+    """Record the identity of the run; raise UserError if the run of its name in the same storage has another one.
 
-    Files count by where they lie, not by how the way there is written.
+    Paths are compared when resolved: `scans` and `./scans/` are the same.
     """
     plan, config = data.plan, data.plan.config
     settings = config.model_dump(mode="json", exclude=set(may_change))
@@ -83,7 +83,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
     """Run Ray Train, from the run's latest checkpoint if it has one, and bring back the best epoch's network.
 
     Args:
-        data: what to train on; its plan says how.
+        data: the images and the plan of the run.
         within: CPUs that the run may take; default: all of the cluster.
         callbacks: Ray Train's.
 
@@ -99,7 +99,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
     filesystem, path = storage.arrow_filesystem(storage.resolve(config.storage_uri))
     trainer = TorchTrainer(
         train_loop,
-        # A worker reserves fewer CPUs than it computes with: what it leaves is for decoding.
+        # A worker reserves fewer CPUs than it has threads: the rest is for decoding.
         train_loop_config={"plan": plan, "threads": max(1, int(room / most))},
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # elastic

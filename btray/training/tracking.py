@@ -21,7 +21,7 @@ from btray.training.history import HISTORY, EpochRecord, as_lines, best_record
 _log = logging.getLogger(__name__)
 
 _MLFLOW = "mlflow_run"
-# Metrics of Prometheus that have a field's name; core/metrics.py says what they mean.
+# Fields that Prometheus gets under their own name; core/metrics.py describes them.
 _EXPORTED = ("epoch", "val_loss", "val_macro_f1", "images_per_second", "feed_ratio", "rejected")
 
 

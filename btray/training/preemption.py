@@ -81,7 +81,7 @@ class InterruptionWatch:
         self._reclaimed: set[str] = set()
 
     def after_step(self) -> Notice | None:
-        """Return the notice that came since the last look, if it is time for one; each reclaimed node is reported once."""
+        """Return the notice that came since the last look, if it is time for one; a reclaimed node is reported once."""
         self._steps += 1
         if self._steps < self._interval:
             return None

@@ -89,7 +89,7 @@ class TrainingData:
         return {part: dict(Counter(values)) for part, values in labels.items() if values or part != "test"}
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
-        """Return the data sets of the workers: all decoded frames, or rows in random order that are decoded on demand."""
+        """Return the data sets of the workers: all decoded frames, or rows in random order, decoded on demand."""
         if self.frames is not None:
             return {"frames": self.frames}
         plan = self.plan

@@ -276,7 +276,7 @@ class Trainer:
         return 0 < self.config.patience <= latest.epoch - best_record(self.history).epoch
 
     def _freeze(self, frozen: bool) -> None:
-        """Freeze or unfreeze the body, and wrap the network again: DDP fixes at its start which gradients it reduces."""
+        """Freeze or unfreeze the body, and wrap the network again: DDP fixes early which gradients it reduces."""
         if frozen != self.frozen:
             self.frozen = frozen
             optimizer.freeze_body(self.network, frozen)

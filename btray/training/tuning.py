@@ -215,7 +215,7 @@ class EarlyStopping(ASHAScheduler):
         self._stopping: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Let every trial continue in the eyes of Tune, until it has ended by itself; those that ASHA stops get a mark."""
+        """Return CONTINUE to Tune for every trial until it ends by itself, and mark those that ASHA stops."""
         if trial.trial_id not in self._stopping:
             action: str = super().on_trial_result(tune_controller, trial, result)
             if action != TrialScheduler.STOP:

@@ -1,22 +1,12 @@
-"""The results table as it is written: one row a frame in Parquet files below `model_id=.../run_date=...`."""
+"""The results table as it is written: one row per frame in Parquet files below `model_id=.../run_date=...`."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from btray import storage
-from btray.bulk import runs
-from btray.bulk.completed import note_keys, of_run, outcomes_of
-from btray.bulk.outcomes import CLASSIFIED, REJECTED, Outcomes
-from btray.bulk.part_files import Product
-from btray.bulk.runs import Run
-from btray.data.key_set import Keys
 from btray.storage import FileInfo
 
 if TYPE_CHECKING:
@@ -54,7 +44,10 @@ RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable", "chan
 
 A run's prediction is not retryable where the object is missing or forbidden, since asking again at once is useless."""
 
-_PART_OBJECTS = 512
+
+def folder(model_id: str, run_date: str) -> str:
+    """Return the folder of a model's files, below the table's root, of runs that began on a day (YYYY-MM-DD, UTC)."""
+    return f"model_id={model_id}/run_date={run_date}"
 
 
 def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at: datetime) -> dict[str, Any]:
@@ -77,33 +70,3 @@ def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at
         "run_id": run_id,
         "classified_at": classified_at,
     }
-
-
-def product(model_id: str) -> Product:
-    """The files of one model's rows."""
-    return Product(
-        folder=lambda run_date: f"model_id={model_id}/run_date={run_date}", schema=SCHEMA, part_objects=_PART_OBJECTS
-    )
-
-
-# ---- what of it is done
-
-
-def done_keys(output: str, model_id: str, *, retry_rejected: bool = False, note: bool = False) -> Iterator[Keys]:
-    """Keys of the objects that need not be read again for this model: at last classified, or rejected for good.
-
-    With `retry_rejected` only classified ones; with `note` ended runs that have no key files get some, which needs the
-    lease. The memory this takes does not grow with the table.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        outcomes = Outcomes(Path(scratch))
-        table = storage.join(output, f"model_id={model_id}")
-        for found in outcomes_of(table, lambda run_id: runs.folder_of(output, model_id, run_id), note=note):
-            outcomes.add(found)
-        yield from outcomes.settled(CLASSIFIED if retry_rejected else REJECTED)
-
-
-def note_done(run: Run) -> None:
-    """Leave key files of a run all of whose files are there, so that later nights need not open those."""
-    for _ in note_keys(run.folder, of_run(storage.join(run.output, run.parts), run.run_id)):
-        pass

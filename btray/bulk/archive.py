@@ -1,4 +1,4 @@
-"""The objects of an archive, from a prefix, manifest, S3 Inventory, file list or pack: streamed, so that memory stays small.
+"""The objects of an archive, streamed from a prefix, a manifest, an S3 Inventory, a file list or a pack.
 
 A prefix and an inventory give every object but directory markers and hidden ones; a manifest and a file list give what
 they name. Size and entity tag are requested, many at a time, if the source does not hold them.

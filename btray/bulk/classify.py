@@ -47,9 +47,7 @@ class ClassifyJob(ArchiveJob):
         classes = self.bundle.manifest.classes
         for label in config.explain_labels:
             if label not in classes:
-                raise UserError(
-                    f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}"
-                )
+                raise UserError(f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}")
         super().__init__(config, group=self.bundle.manifest.model_id)
         self.config: ClassifyConfig = config
         self.gpu_share = config.gpu_share if config.use_gpu else 0.0

@@ -25,7 +25,7 @@ import pyarrow.parquet
 from btray import storage
 from btray.bulk.runs import Run, has_ended, run_folder, run_of
 from btray.data.key_set import Keys, keys_of
-from btray.storage import FileInfo, StorageError
+from btray.storage import FileInfo
 from btray.storage.errors import storage_errors_for
 
 CLASSIFIED, REJECTED, WITHHELD = range(3)
@@ -174,13 +174,10 @@ def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records
 
 
 def _read_index(folder: str) -> dict[str, Any] | None:
-    try:
+    with storage.suppress_missing():
         index: dict[str, Any] = storage.read_json(storage.join(folder, _INDEX))
-    except StorageError as error:
-        if error.code == "not_found":
-            return None
-        raise
-    return index if index["format"] == _FORMAT else None
+        return index if index["format"] == _FORMAT else None
+    return None
 
 
 def _key_file(folder: str, number: int) -> str:
@@ -191,11 +188,8 @@ def _key_file(folder: str, number: int) -> str:
 
 
 def _files(folder: str) -> Iterator[FileInfo]:
-    try:
+    with storage.suppress_missing():
         yield from (info for info in storage.list_files(folder) if info.uri.endswith(".parquet"))
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
 
 
 def _files_of(folder: str, run_id: str) -> Iterator[FileInfo]:

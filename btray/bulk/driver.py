@@ -72,7 +72,7 @@ class ArchiveJob(ABC):
 
     @abstractmethod
     def processor(self) -> Callable[[Run, int], PartProcessor]:
-        """Return what makes the processor of an actor from the run and the CPUs that it may keep busy; it is pickled."""
+        """Return what makes an actor's processor from the run and the CPUs that it may keep busy. It is pickled."""
 
     def totals(self) -> Totals[Any]:
         """Return the counts of a run that begins."""
@@ -91,9 +91,7 @@ def run_archive(job: ArchiveJob) -> None:
     """
     config = job.config
     with _readable_errors():
-        selection = Selection(
-            include=config.include, exclude=config.exclude, since=config.since, outside=job.output
-        )
+        selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.output)
         listed = list_archive(config.input, selection, patience=config.patience)
         # An archive that is not there is refused now, before anything is written.
         first = next(listed, None)

@@ -12,7 +12,7 @@ from ray.data.block import BlockMetadata
 from btray import storage
 from btray.bulk import runs, worklist
 from btray.bulk.runs import Run
-from btray.bulk.worker import PartProcessor, PartActor
+from btray.bulk.worker import PartActor, PartProcessor
 from btray.core.cluster import cpus, require_gpus, started_ray_here
 
 # Less than a CPU each, so that the task that reads the worklist always finds room, on one CPU too.

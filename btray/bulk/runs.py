@@ -1,9 +1,9 @@
-"""What a run over an archive leaves below OUTPUT/_runs/GROUP/RUN (plan, worklist, run.json), and the files of its parts.
+"""What a run leaves below OUTPUT/_runs/GROUP/RUN (plan, worklist, run.json), and the files of its parts.
 
 The worklist (`btray.bulk.worklist`) is written while the archive is listed and cut into parts; each part becomes one
-Parquet file of the output, whose name follows from the part and which one put writes that fails if it is there. So a run
+Parquet file of the output, whose name follows from the part, written by one put that fails if it is there. So a run
 that was killed is resumed where it was: shards of the worklist that are there are not listed again, and a part whose
-file is there is done; what was counted of it stands in the footer.
+file is there is done; its tally stands in the footer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from btray import storage
 from btray.bulk import worklist
 from btray.bulk.report import AbandonedRun, PartTally, RunReport, Tally
 from btray.core.errors import Failed, UserError
-from btray.storage import StorageError, local
+from btray.storage import local
 
 # Attempts at a part by actors that had died before. Ray itself would retry a part that kills each of them for ever.
 _ATTEMPTS = 5
@@ -124,16 +124,15 @@ def begin(
 
 def _latest_first(output: str, group: str) -> Iterator[tuple[Run, bool]]:
     """Yield the runs of a group from the latest back, and whether each has ended."""
-    for run_id in reversed(worklist.names_in(storage.join(output, _RUNS, group))):
+    for run_id in reversed(storage.list_names(storage.join(output, _RUNS, group), missing_ok=True)):
         folder = run_folder(output, group, run_id)
-        try:
+        plan = None
+        with storage.suppress_missing():
             plan = storage.read_json(storage.join(folder, _PLAN))
-        except StorageError as error:
-            if error.code != "not_found":
-                raise
+        if plan is None:
             _remove_temporaries_in(folder)  # killed before it had written its plan
-            continue
-        yield Run(**plan | {"output": output}), has_ended(folder)
+        else:
+            yield Run(**plan | {"output": output}), has_ended(folder)
 
 
 def _close_unwritten_parts(run: Run, schema: pa.Schema) -> None:
@@ -144,7 +143,7 @@ def _close_unwritten_parts(run: Run, schema: pa.Schema) -> None:
     looked may be held up for minutes by its store before it writes.
     """
     shards = worklist.close(run.worklist)
-    written = set(worklist.names_in(storage.join(run.output, run.parts)))
+    written = set(storage.list_names(storage.join(run.output, run.parts), missing_ok=True))
     with ThreadPoolExecutor(_CLOSERS) as pool:
         for shard in shards:
             uris = [run.part_uri(part) for part in worklist.part_ids(shard)]
@@ -167,7 +166,7 @@ def has_ended(folder: str) -> bool:
 
 def reports(output: str, group: str) -> Iterator[RunReport]:
     """Yield run.json of the runs of a group that have read objects, the latest first."""
-    for run_id in reversed(worklist.names_in(storage.join(output, _RUNS, group))):
+    for run_id in reversed(storage.list_names(storage.join(output, _RUNS, group), missing_ok=True)):
         uri = storage.join(run_folder(output, group, run_id), RUN)
         content = storage.read_json(uri) if storage.exists(uri) else {}
         if content.get("objects"):  # an abandoned run ("given up" in older files) has none
@@ -230,12 +229,9 @@ def write_part(
 def read_tally(uri: str, tally_type: type[Tally]) -> Tally | None:
     """Return the tally in the footer of a part's file; None if there is no such file. Raises StorageError."""
     filesystem, path = storage.arrow_filesystem(uri)
-    try:
+    with storage.suppress_missing():
         storage.describe(uri)
         with storage.storage_errors_for(uri), filesystem.open_input_file(path) as file:
             metadata = pa.parquet.read_metadata(file).metadata
-    except StorageError as error:
-        if error.code == "not_found":
-            return None
-        raise
-    return tally_type.model_validate_json(metadata[_TALLY])
+        return tally_type.model_validate_json(metadata[_TALLY])
+    return None

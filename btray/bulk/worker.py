@@ -84,8 +84,11 @@ class PartProcessor(Protocol):
     """Of the rows; one of its columns is error_code."""
     write_options: dict[str, Any]
     """Of pyarrow.parquet.write_table."""
-    tally_type: type[PartTally]
     reader: Prefetcher
+
+    @property
+    def tally_type(self) -> type[PartTally]:
+        """Return the class of what `tally` returns."""
 
     def rows(self, objects: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
         """Return the rows that some objects become; `seconds` grows by those of the job's own stages."""

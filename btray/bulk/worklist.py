@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.storage import FileInfo, StorageError
+from btray.storage import FileInfo
 
 SCHEMA = pa.schema(
     [
@@ -104,19 +104,9 @@ def cut_into_parts(objects: Sequence[FileInfo], limit: int, *, taper: bool) -> l
     return parts
 
 
-def names_in(folder: str) -> list[str]:
-    """Return `storage.list_names`, or none if there is no such folder."""
-    try:
-        return storage.list_names(folder)
-    except StorageError as error:
-        if error.code == "not_found":
-            return []
-        raise
-
-
 def sealed_shards(folder: str) -> tuple[list[str], bool]:
     """Return the URIs of the sealed shards of a worklist, and whether they are all that there will be."""
-    names = names_in(folder)
+    names = storage.list_names(folder, missing_ok=True)
     shards = [storage.join(folder, name) for name in names if name.endswith(_SUFFIX)]
     return shards, _END in names and storage.read_json(storage.join(folder, _END))["complete"]
 
@@ -142,7 +132,7 @@ def is_closed(folder: str) -> bool:
 
 def remove(folder: str) -> None:
     """Remove a worklist, except what closes it: the mark and the empty last shard."""
-    names = names_in(folder)
+    names = storage.list_names(folder, missing_ok=True)
     kept = {_CLOSED, *[name for name in names if name.endswith(_SUFFIX)][-1:]} if _CLOSED in names else set()
     storage.delete_many([storage.join(folder, name) for name in names if name not in kept])
 
@@ -165,11 +155,10 @@ def read_parts(folder: str, over: Callable[[], bool] = lambda: False) -> Iterato
     """
     number = 0
     while True:
-        try:
+        shard = None
+        with storage.suppress_missing():
             shard = read_shard(_shard_uri(folder, number))
-        except StorageError as error:
-            if error.code != "not_found":
-                raise
+        if shard is None:
             if _ends_at(folder, number) or over():
                 return
             time.sleep(_POLL)
@@ -191,12 +180,9 @@ def _part_ids(number: int, shard: pa.Table) -> list[str]:
 
 
 def _ends_at(folder: str, number: int) -> bool:
-    try:
+    with storage.suppress_missing():
         return bool(storage.read_json(storage.join(folder, _END))["segments"] <= number)
-    except StorageError as error:
-        if error.code == "not_found":
-            return False
-        raise
+    return False
 
 
 def _shard_uri(folder: str, number: int) -> str:

@@ -17,6 +17,7 @@ from btray.bulk.explanations import FOLDER, read_frames, write_explanations
 from btray.bulk.progress import summarize
 from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
+from btray.bulk.worker import PartProcessor
 from btray.core.errors import UserError
 from btray.data.key_set import Keys
 from btray.model.bundle import load_bundle
@@ -68,7 +69,7 @@ class ClassifyJob(ArchiveJob):
                 retry_rejected=self.config.retry_rejected, write_missing=not self.config.dry_run
             )
 
-    def processor(self) -> Callable[[Run, int], PartClassifier]:
+    def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes the classifier of an actor."""
         return partial(PartClassifier, self.config, self.group)
 

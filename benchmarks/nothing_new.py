@@ -1,9 +1,8 @@
-"""How long the nightly job takes where nothing is new: the fixed cost of every night.
+"""Measure how long the nightly job takes if nothing is new: the fixed cost of every night.
 
 python benchmarks/nothing_new.py --model BUNDLE --data ../data/brain-tumor-mri [--objects 100000]
 
-The archive is made of hard links; the table says of every object that it was classified, in files of 512 rows as the
-job writes them.
+The archive consists of hard links; the table has a row for every object, in files of 512 rows as the job writes them.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def main() -> None:
             [*job, "--input", str(archive), "--output", str(table)], check=True, capture_output=True, text=True
         )
         seconds = time.perf_counter() - started
-    said = done.stdout.splitlines()[0]
-    print(json.dumps({"objects": arguments.objects, "seconds": round(seconds, 2), "said": said}, indent=2))
+    message = done.stdout.splitlines()[0]
+    print(json.dumps({"objects": arguments.objects, "seconds": round(seconds, 2), "message": message}, indent=2))
 
 
 def _fill(archive: str, table: str, model_id: str) -> None:

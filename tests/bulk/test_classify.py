@@ -231,7 +231,7 @@ def test_another_model_writes_beside_the_first(ray_session: None, model: str, tm
 
 _ON_ONE_CPU = """
 import ray, sys
-from btray.bulk import classify
+from btray.bulk.classify import classify
 from btray.bulk.config import ClassifyConfig
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 classify(ClassifyConfig(model=sys.argv[1], input=sys.argv[2], output=sys.argv[3]))

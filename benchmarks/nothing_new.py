@@ -23,7 +23,7 @@ from btray.bulk import table as results_table
 from btray.bulk.report import PartTally
 from btray.bulk.runs import write_part
 from btray.model.bundle import load_bundle
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction
 
 ROOT = Path(__file__).resolve().parent.parent
 

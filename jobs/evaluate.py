@@ -1,4 +1,4 @@
-"""Measure a bundle on labelled data: metrics.json, plots and a report.
+"""Evaluate a bundle on labelled data: metrics.json, plots and a report.
 
 python jobs/evaluate.py --model runs/first --data ../data/brain-tumor-mri --out runs/evaluation
 """
@@ -9,7 +9,7 @@ from btray.launch import run_job
 
 def main(config: EvaluateConfig) -> str:
     """Return the folder of the report."""
-    from btray.evaluation.assessment import evaluate
+    from btray.evaluation.job import evaluate
 
     return evaluate(config)
 

@@ -19,11 +19,12 @@ import pyarrow as pa
 from btray import storage
 from btray.bulk.inventory import named_in_inventory
 from btray.core.errors import UserError
-from btray.data.manifests import named_in_csv, named_in_list, named_in_parquet
+from btray.data.manifests import named_in_list, named_in_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError, s3
-from btray.storage.errors import PATIENCE, storage_errors_for
+from btray.storage.errors import storage_errors_for
 from btray.storage.read_many import read_patiently, until_dead
+from btray.storage.retry import DEFAULT_TIMEOUT
 
 _DESCRIBED_AT_A_TIME = 1024
 _DESCRIBERS = 32  # threads
@@ -85,7 +86,7 @@ class Selection:
         )
 
 
-def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) -> Iterator[FileInfo]:
+def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TIMEOUT) -> Iterator[FileInfo]:
     """Yield every object of the archive that `selection` chooses, as it is listed; one may come twice from a manifest.
 
     What cannot be examined, although a store that is away is waited for `patience` seconds, has size 0 and an empty
@@ -115,8 +116,8 @@ def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) 
 def _reader_of(root: str) -> Reader | None:
     """Return how `root` is read if it is a file that names others or a pack; None: it is listed."""
     readers: dict[str, Reader] = {
-        ".parquet": named_in_parquet,
-        ".csv": named_in_csv,
+        ".parquet": named_in_manifest,
+        ".csv": named_in_manifest,
         ".txt": named_in_list,
         "manifest.json": named_in_inventory,
     }
@@ -133,7 +134,7 @@ def _path_function(root: str, read: Reader) -> Callable[[str], str]:
     """Return the function from the URI of an object to the path that globs match."""
     if read is named_in_inventory:
         return lambda uri: s3.split(uri)[1]  # what a report of a whole bucket starts from
-    return _path_below(str(describe_pack(root)["root"]) if read is list_pack else root.rpartition("/")[0])
+    return _path_below(describe_pack(root).root if read is list_pack else root.rpartition("/")[0])
 
 
 def _path_below(root: str) -> Callable[[str], str]:

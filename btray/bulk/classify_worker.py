@@ -29,7 +29,7 @@ from btray.data.scans import Scan
 from btray.model.classifier import Classifier
 from btray.model.drift import Profile
 from btray.storage import FileInfo, StorageError
-from btray.storage.read_many import Answer
+from btray.storage.read_many import ReadResult
 
 # A scan may have 10,000 pages: so many frames at a time are made and classified, rounded up to whole batches.
 _FRAMES = 256
@@ -78,11 +78,11 @@ class PartClassifier:
         max_bytes = self.classifier.source.limits.max_bytes
         self.reader = Prefetcher(threads=config.threads, patience=config.patience, max_bytes=max_bytes, least=batch)
 
-    def rows(self, objects: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return one row per frame, or one for an object that gives none; each frame with the digest of its pixels."""
         rows: list[Row] = []
         started = time.perf_counter()
-        for pieces in pieces_of(self.decode(answers), self.classifier.source, most=self.most_frames):
+        for pieces in pieces_of(self.decode(results), self.classifier.source, most=self.most_frames):
             seconds["decode"] += time.perf_counter() - started
             rows += self._classify(objects, pieces, seconds)
             started = time.perf_counter()
@@ -133,24 +133,24 @@ class PartClassifier:
             seconds["explain"] += time.perf_counter() - predicted
         return rows
 
-    def decode(self, answers: Sequence[Answer]) -> Iterator[Decoded]:
+    def decode(self, results: Sequence[ReadResult]) -> Iterator[Decoded]:
         """Yield what the bytes become, in their order, a few ahead of those that are asked for."""
         if self._decoders is None:
-            yield from map(self._decode, answers)
+            yield from map(self._decode, results)
             return
         ahead: deque[Future[Decoded]] = deque()
-        for answer in answers:
-            ahead.append(self._decoders.submit(self._decode, answer))
+        for result in results:
+            ahead.append(self._decoders.submit(self._decode, result))
             if len(ahead) > self._decoded_ahead:
                 yield ahead.popleft().result()
         yield from (decoding.result() for decoding in ahead)
 
-    def _decode(self, answer: Answer) -> Decoded:
+    def _decode(self, result: ReadResult) -> Decoded:
         """Return frames, so that other threads make them; but the scan if its many pages are smaller than they."""
-        if isinstance(answer, StorageError):
-            return Rejection(answer.code, str(answer), answer.retryable)
+        if isinstance(result, StorageError):
+            return Rejection(result.code, str(result), result.retryable)
         source = self.classifier.source
-        scan = source.decoded(answer)
+        scan = source.decoded(result)
         if isinstance(scan, Rejection):
             return scan
         as_frames = len(scan.frames) * source.preprocess.size**2

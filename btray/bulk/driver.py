@@ -99,7 +99,7 @@ def run_archive(job: ArchiveJob) -> None:
         if config.dry_run:
             _estimate(job, listed)
             return
-        with lease.held(job.output) as check:
+        with lease.hold(job.output) as check:
             report = _run(job, listed, check)
     if config.max_rejected is not None and report.rejected > config.max_rejected * report.objects:
         code, count = next(iter(report.rejected_by_code.items()))

@@ -21,7 +21,7 @@ from btray.data.key_set import Keys
 from btray.data.labelled import holds_labels
 from btray.data.scans import ScanLimits
 from btray.storage import FileInfo, StorageError
-from btray.storage.read_many import Answer
+from btray.storage.read_many import ReadResult
 
 
 def pack(config: PackConfig) -> str:
@@ -53,7 +53,7 @@ class PackJob(ArchiveJob):
         )
         if packs.is_pack(self.source):
             raise UserError(f"--input {self.source} is a packed archive already; give what was packed")
-        if packs.is_pack(self.output) and (before := packs.describe_pack(self.output)["root"]) != self.root:
+        if packs.is_pack(self.output) and (before := packs.describe_pack(self.output).root) != self.root:
             raise UserError(f"--output {self.output} is a pack of {before}, not of {self.root}; name another output")
 
     def folder(self, run_date: str) -> str:
@@ -72,7 +72,7 @@ class PackJob(ArchiveJob):
         """Copy the manifest and describe the pack; print what was packed."""
         if self.manifest:
             storage.write_bytes(storage.join(self.output, self.manifest), storage.read_bytes(self.source))
-        packs.describe(self.output, root=self.root, manifest=self.manifest)
+        packs.write_description(self.output, packs.Pack(self.root, self.manifest))
         print(summarize_counts(report, "packed"), flush=True)
         return report
 
@@ -95,14 +95,14 @@ class PartPacker:
         self.reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
         self._below = root.rstrip("/") + "/"
 
-    def rows(self, objects: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return one row per object."""
-        return [self._row(info, answer) for info, answer in zip(objects, answers, strict=True)]
+        return [self._row(info, result) for info, result in zip(objects, results, strict=True)]
 
-    def _row(self, info: FileInfo, answer: Answer) -> Row:
-        failed = answer if isinstance(answer, StorageError) else None
+    def _row(self, info: FileInfo, result: ReadResult) -> Row:
+        failed = result if isinstance(result, StorageError) else None
         return {
-            "data": None if failed else answer,
+            "data": None if failed else result,
             "uri": info.uri,
             "path": info.uri.removeprefix(self._below).removeprefix("s3://").lstrip("/"),
             "etag": info.etag,

@@ -18,7 +18,7 @@ from btray.bulk.report import PartTally
 from btray.bulk.runs import Run, read_tally, write_part
 from btray.core.allocator import keep_freed_memory
 from btray.storage import FileInfo, StorageError
-from btray.storage.read_many import Answer, read_many, read_patiently
+from btray.storage.read_many import ReadResult, read_many, read_patiently
 
 # What an actor holds at a time, twice: one batch is read while the one before it is worked on.
 _BATCH_OBJECTS = 64
@@ -41,7 +41,7 @@ class Prefetcher:
 
     def batches(
         self, objects: Sequence[FileInfo], seconds: dict[str, float]
-    ) -> Iterator[tuple[list[FileInfo], list[Answer]]]:
+    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
         """Yield objects with their bytes; `seconds["read"]` grows by the time spent waiting for them."""
         batches: list[list[FileInfo]] = []
         size = 0
@@ -54,13 +54,13 @@ class Prefetcher:
         reading = [self._reader.submit(self._read, batch) for batch in batches[:1]]
         for number, batch in enumerate(batches):
             started = time.perf_counter()
-            answers = reading.pop().result()
+            results = reading.pop().result()
             seconds["read"] += time.perf_counter() - started
             reading += [self._reader.submit(self._read, following) for following in batches[number + 1 : number + 2]]
-            yield batch, answers
+            yield batch, results
 
-    def _read(self, batch: Sequence[FileInfo]) -> list[Answer]:
-        def read(objects: Sequence[FileInfo]) -> list[Answer]:
+    def _read(self, batch: Sequence[FileInfo]) -> list[ReadResult]:
+        def read(objects: Sequence[FileInfo]) -> list[ReadResult]:
             return read_many(
                 [info.place or info.uri for info in objects],
                 etags=[info.etag for info in objects],
@@ -68,13 +68,13 @@ class Prefetcher:
                 max_bytes=self._max_bytes,
             )
 
-        answers = read_patiently(batch, read, self._patience)
+        results = read_patiently(batch, read, self._patience)
         for number, info in enumerate(batch):
             # No later run could tell which bytes it was that this row speaks of.
-            if not info.etag and not isinstance(answers[number], StorageError):
+            if not info.etag and not isinstance(results[number], StorageError):
                 detail = "it could not be examined when it was listed, and now it can be read"
-                answers[number] = StorageError("changed", info.uri, detail)
-        return answers
+                results[number] = StorageError("changed", info.uri, detail)
+        return results
 
 
 class PartProcessor(Protocol):
@@ -90,7 +90,7 @@ class PartProcessor(Protocol):
     def tally_type(self) -> type[PartTally]:
         """Return the class of what `tally` returns."""
 
-    def rows(self, objects: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return the rows that some objects become; `seconds` grows by those of the job's own stages."""
 
     def tally(self, rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -> PartTally:
@@ -131,13 +131,13 @@ class PartActor:
         if written is None:
             seconds: Seconds = defaultdict(float)
             rows: list[Row] = []
-            for some, answers in processor.reader.batches(objects, seconds):
-                rows += processor.rows(some, answers, seconds)
+            for some, results in processor.reader.batches(objects, seconds):
+                rows += processor.rows(some, results, seconds)
             tally = processor.tally(rows, objects, seconds)
             started = time.perf_counter()
             if write_part(uri, rows, processor.schema, tally, **processor.write_options):
                 return tally.model_copy(update={"seconds": seconds | {"write": time.perf_counter() - started}})
-            # another attempt at this part, whose answer is lost, was quicker
+            # another attempt at this part, whose tally is lost, was quicker
             written = read_tally(uri, processor.tally_type) or tally
         return written.model_copy(update={"reused": True})
 

@@ -35,7 +35,7 @@ def test_a_store_that_is_away_is_waited_for_as_long_as_the_job_says(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(bucket, "1", row("a"), row("b"))
-    monkeypatch.setattr("btray.storage.errors.PATIENCE", 0.2)
+    monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 0.2)
     monkeypatch.setattr("btray.bulk.completed._SMALL", 0)
     answer, down_until = s3fs.S3FileSystem._call_s3, time.monotonic() + 1.5
 

@@ -19,8 +19,8 @@ from btray.bulk.report import ClassifyTally
 from btray.bulk.runs import Run, write_part
 from btray.bulk.worker import objects_of
 from btray.core.errors import Failed, UserError
-from btray.model.classifier import Prediction
 from btray.model.drift import Profile
+from btray.model.prediction import Prediction
 from btray.storage import StorageError
 from tests.helpers.classify_helpers import job, plain_rows, report_of
 from tests.helpers.table_helpers import NIGHT

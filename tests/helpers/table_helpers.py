@@ -13,21 +13,21 @@ from btray.bulk.completed import CompletedIndex
 from btray.bulk.report import PartTally
 from btray.bulk.runs import write_part
 from btray.data.key_set import keys_of
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction
 from btray.storage import FileInfo
 
 NIGHT = datetime(2026, 11, 22, 2, tzinfo=UTC)
 
 
-def row(name: str, code: str | None = None, *, night: int = 0, frame: int = 0) -> dict[str, Any]:
+def row(
+    name: str, code: str | None = None, *, night: int = 0, frame: int = 0, label_set: tuple[str, ...] = ()
+) -> dict[str, Any]:
     info = FileInfo(f"s3://b/{name}", 7, "e", 0.0)
-    answer: dict[str, Any] = (
-        {"status": "rejected", "error_code": code, "error": "why"}
-        if code
-        else {"label": "glioma", "confidence": 0.75, "probabilities": {"glioma": 0.75, "no_tumor": 0.25}}
-    )
+    answer = {"label": "glioma", "confidence": 0.75, "probabilities": {"glioma": 0.75, "no_tumor": 0.25}}
+    rejection = {"status": "rejected", "error_code": code, "error": "why"}
+    fields: dict[str, Any] = rejection if code else answer | {"label_set": label_set}
     at = NIGHT + timedelta(days=night)
-    return table.row_of(Prediction(index=0, frame=frame, **answer), info, run_id=f"{at:%Y%m%d}", classified_at=at)
+    return table.row_of(Prediction(index=0, frame=frame, **fields), info, run_id=f"{at:%Y%m%d}", classified_at=at)
 
 
 def write(place: str, name: str, *rows: dict[str, Any], model: str = "1e10") -> bool:

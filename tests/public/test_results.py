@@ -6,12 +6,14 @@ import re
 import sqlite3
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.dataset
 import pytest
 
 from btray import results, storage
 from btray.bulk import table
 from btray.bulk.report import PartTally
-from btray.bulk.runs import read_tally
+from btray.bulk.runs import read_tally, write_part
 from tests.helpers.classify_helpers import plain_rows
 from tests.helpers.table_helpers import done_of, row, write, write_a_table_of_many_nights
 
@@ -50,6 +52,34 @@ def test_a_retryable_rejection_after_an_answer_is_current_and_is_tried_again(pla
     }  # fmt: skip
     assert done_of(place) == {"once", "bad", "back", "grown", "lost"}
     assert done_of(place, retry_rejected=True) == {"once", "bad", "back", "grown"}
+
+
+FIRST_COLUMNS = (
+    "uri", "etag", "size", "frame", "study_uid", "series_uid", "instance_uid", "status", "error_code", "error",
+    "retryable", "label", "confidence", "probabilities", "abstained", "out_of_distribution", "ood_score", "run_id",
+    "classified_at",
+)  # fmt: skip
+"""The columns of the first tables."""
+
+
+def test_files_with_the_columns_of_before_are_read_beside_new_ones(tmp_path: Path) -> None:
+    root, folder = str(tmp_path), table.folder("1e10", "2026-11-21")
+    write(root, "2", row("new", label_set=("glioma", "no_tumor")), row("again", label_set=("glioma",), night=1))
+    old = [{name: value for name, value in row(name).items() if name != "label_set"} for name in ("old", "again")]
+    schema = pa.schema([table.SCHEMA.field(name) for name in FIRST_COLUMNS])
+    assert write_part(storage.join(root, folder, "1.parquet"), old, schema, PartTally(objects=2))
+    rows = {r["uri"]: r for r in results.current(root).to_pylist()}
+    assert {uri: r["label_set"] for uri, r in rows.items()} == {
+        "s3://b/old": None, "s3://b/again": ["glioma"], "s3://b/new": ["glioma", "no_tumor"],
+    }  # fmt: skip
+    assert all(r["label"] == "glioma" for r in rows.values())
+    assert results.current(root, columns=["label_set"]).num_rows == 3
+    assert done_of(root) == {"old", "again", "new"}
+    assert sorted(plain_rows(root)["uri"].to_pylist()) == ["s3://b/again", "s3://b/again", "s3://b/new", "s3://b/old"]
+    files = [f"{root}/{folder}/1.parquet", *map(str, tmp_path.glob("*/run_date=2026-11-22/*.parquet"))]
+    for order in (files, files[::-1]):  # a reader takes the columns of the first file it sees
+        seen = pa.dataset.dataset(order).to_table()
+        assert (seen.num_rows, "label_set" in seen.schema.names) == (4, order[0] != files[0])
 
 
 def test_the_view_of_the_guide_gives_what_current_gives(tmp_path: Path) -> None:

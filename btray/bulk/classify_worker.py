@@ -148,9 +148,9 @@ class PartClassifier:
     def _decode(self, result: ReadResult) -> Decoded:
         """Return frames, so that other threads make them; but the scan if its many pages are smaller than they."""
         if isinstance(result, StorageError):
-            return Rejection(result.code, str(result), result.retryable)
+            return Rejection.of(result)
         source = self.classifier.source
-        scan = source.decoded(result)
+        scan = source.decode(result)
         if isinstance(scan, Rejection):
             return scan
         as_frames = len(scan.frames) * source.preprocess.size**2

@@ -27,8 +27,9 @@ from btray.evaluation.metrics import worst_errors
 from btray.evaluation.report import model_card, render_report
 from btray.evaluation.report_sections import trust_sections
 from btray.evaluation.scoring import Scores, score
-from btray.model.bundle import Bundle, Manifest, load_bundle, read_fingerprints
+from btray.model.bundle import Bundle, load_bundle, read_fingerprints
 from btray.model.classifier import Classifier, interpret
+from btray.model.manifest import Manifest, TrainedOn
 from btray.model.prediction import Place, csv_cells, csv_header
 
 _SHOWN_ERRORS = 12
@@ -110,7 +111,7 @@ def assess(
         "risk_coverage": plots.risk_coverage_curve(labels, probabilities, manifest.thresholds.abstain_below),
     }
     if history:
-        counts = manifest.data["counts"]
+        counts = manifest.data.counts
         figures["learning_curves"] = plots.learning_curves(
             history,
             best_epoch=max(history, key=lambda record: record["score"])["epoch"],
@@ -177,11 +178,11 @@ def model_card_of(manifest: Manifest, metrics: Mapping[str, Any]) -> str:
         classes=manifest.classes,
         metrics=metrics,
         evaluated_on=str(metrics["measured_on"]),
-        counts=manifest.data["counts"],
+        counts=manifest.data.counts,
         details=model_facts(manifest),
         training=training,
         audited=metrics["clean"] is not None,
-        patient_ids=bool(manifest.data["patient_ids"]),
+        patient_ids=manifest.data.patient_ids,
         limits=list(_leak_limit(metrics)),
     )
 
@@ -205,19 +206,17 @@ def model_facts(manifest: Manifest) -> dict[str, str]:
         "Classes": ", ".join(manifest.classes),
         "Architecture": manifest.network.architecture,
         "Trained": manifest.created_at,
-        **_epochs_fact(manifest.data),
-        "Data fingerprint": str(manifest.data.get("fingerprint", "")),
+        "Epochs": _epochs_fact(manifest.data),
+        "Data fingerprint": manifest.data.fingerprint,
         "Temperature": f"{manifest.calibration.temperature:.3f}",
         "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
 
 
-def _epochs_fact(data: Mapping[str, Any]) -> dict[str, str]:
-    """How long training really took; bundles of before do not say."""
-    if "epochs" not in data:
-        return {}
-    said = f"{data['epochs']}, of which number {data['best_epoch']} was the best"
-    return {"Epochs": said + (f"; then {data['refit_epochs']} on all images" if data["refit_epochs"] else "")}
+def _epochs_fact(data: TrainedOn) -> str:
+    """Say how long training really took."""
+    best = f"{data.epochs}, of which number {data.best_epoch} was the best"
+    return best + (f"; then {data.refit_epochs} on all images" if data.refit_epochs else "")
 
 
 def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:

@@ -19,8 +19,9 @@ from btray.core.errors import UserError
 from btray.data.frames import FrameSource, Rejection
 from btray.data.preprocess import Frame, make_frame, to_tensor
 from btray.model.abstention import label_sets
-from btray.model.bundle import Bundle, Manifest, load_bundle
+from btray.model.bundle import Bundle, load_bundle
 from btray.model.engines import EngineName, make_engine
+from btray.model.manifest import Manifest
 from btray.model.ood import Distribution
 from btray.model.prediction import Place, Prediction
 

@@ -11,9 +11,10 @@ import numpy.typing as npt
 from btray.evaluation.metrics import fit_temperature
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, threshold_for_accuracy
-from btray.model.bundle import Bundle, Thresholds
+from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier, interpret
 from btray.model.drift import Profile
+from btray.model.manifest import Thresholds
 from btray.model.ood import FLAGGED, Distribution, Features
 from btray.model.prediction import Place
 from btray.training.config import TrainConfig

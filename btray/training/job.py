@@ -27,6 +27,7 @@ from btray.evaluation.assessment import Assessment, assess, model_card_of, summa
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, require_free, save_bundle
 from btray.model.drift import REFERENCE
+from btray.model.manifest import TrainedOn
 from btray.model.ood import REFERENCE_IMAGES, Distribution
 from btray.training.calibration import Limits, choose_limits, profile_of
 from btray.training.config import TrainConfig
@@ -311,18 +312,18 @@ def _bundle(data: TrainingData, trained: TrainResult, limits: Limits) -> Bundle:
         thresholds=limits.thresholds,
         ood=limits.ood,
         training=plan.config.model_dump(mode="json"),
-        data={
-            "uri": plan.config.data,
-            "fingerprint": data_digest(data),
-            "counts": counts(data),
-            "rejected": len(rejections_in(data.survey)),
-            "leak": {split: leaked for split, (leaked, _) in data.leak.tested.items()},
-            "on_leak": plan.config.on_leak,
+        data=TrainedOn(
+            uri=plan.config.data,
+            fingerprint=data_digest(data),
+            counts=counts(data),
+            rejected=len(rejections_in(data.survey)),
+            leak={split: leaked for split, (leaked, _) in data.leak.tested.items()},
+            on_leak=plan.config.on_leak,
             # What the config says may differ: the run may have been longer before, or have ended by --patience.
-            "epochs": len(trained.history),
-            "best_epoch": trained.best_epoch,
-            "refit_epochs": trained.refitted,
-            "patient_ids": data.table["patient_id"].null_count < len(data.table),
-        },
+            epochs=len(trained.history),
+            best_epoch=trained.best_epoch,
+            refit_epochs=trained.refitted,
+            patient_ids=data.table["patient_id"].null_count < len(data.table),
+        ),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -24,8 +24,9 @@ from btray.data.fingerprint import NO_FINGERPRINT, unpack
 from btray.data.frames import Rejection
 from btray.evaluation.assessment import predictions_csv
 from btray.evaluation.scoring import Scores
-from btray.model.bundle import Bundle, Thresholds, save_bundle
+from btray.model.bundle import Bundle, save_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import Thresholds
 from btray.model.ood import Distribution
 from btray.model.prediction import ANSWER, COLUMNS, Place, Prediction, csv_cells
 from btray.phantoms import encoded_phantom

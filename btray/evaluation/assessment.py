@@ -30,7 +30,7 @@ from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import Bundle, load_bundle, read_fingerprints
 from btray.model.classifier import Classifier, interpret
 from btray.model.manifest import Manifest, TrainedOn
-from btray.model.prediction import Place, csv_cells, csv_header
+from btray.model.prediction import csv_cells, csv_header
 
 _SHOWN_ERRORS = 12
 
@@ -222,10 +222,11 @@ def _epochs_fact(data: TrainedOn) -> str:
 def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:
     """Return predictions.csv, one line per frame: URI, true label, and the fields of the answer."""
     uris, labels = table["uri"].to_pylist(), table["label"].to_pylist()
-    places = [Place(row) for row in scores.row.tolist()]
-    predictions = interpret(scores.answers, places, bundle.manifest, bundle.ood)
+    answers = interpret(scores.answers, bundle.manifest, bundle.ood)
     header = ["predicted" if title == "label" else title for title in csv_header(bundle.manifest.classes)]
-    lines = [(uris[said.index], labels[said.index], *csv_cells(said)) for said in predictions]
+    lines = [
+        (uris[row], labels[row], *csv_cells(answer)) for row, answer in zip(scores.row.tolist(), answers, strict=True)
+    ]
     return as_csv(("uri", "label", *header), lines)
 
 

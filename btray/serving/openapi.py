@@ -61,6 +61,16 @@ class _Image(_Answer):
     """Which image of the request it belongs to, from 0."""
     name: str | None
     """The name that the image came with."""
+    frame: int
+    """Which page of a multi-page image, from 0."""
+    status: str
+    """ok or rejected."""
+    model_id: str
+    """The model that answered."""
+    error_code: str | None = None
+    """Why the image was rejected, for programs."""
+    error: str | None = None
+    """Why the image was rejected, for people."""
     explanation: Explanation | None = None
     """With explain=true."""
 

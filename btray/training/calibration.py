@@ -16,7 +16,6 @@ from btray.model.classifier import Classifier, interpret
 from btray.model.drift import Profile
 from btray.model.manifest import Thresholds
 from btray.model.ood import FLAGGED, Distribution, Features
-from btray.model.prediction import Place
 from btray.training.config import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -65,8 +64,7 @@ def choose_limits(
 
 def profile_of(bundle: Bundle, scores: Scores) -> Profile:
     """What a bundle says of scored frames: what later answers are compared with."""
-    places = [Place(row) for row in scores.row.tolist()]
-    return Profile.of(map(vars, interpret(scores.answers, places, bundle.manifest, bundle.ood)))
+    return Profile.of(map(vars, interpret(scores.answers, bundle.manifest, bundle.ood)))
 
 
 def _ood_threshold(ood: Distribution | None, features: Features) -> float | None:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from btray.data.duplicates import Pairs, components
 from btray.data.fingerprint import SAME_IMAGE
+from btray.data.splits import SPLIT_ORDER, group_occurrence, have_earlier_twin
 
 GRADES = {
     "same_bytes": "another file of the group is this one, byte by byte",
@@ -25,8 +26,6 @@ GRADES = {
     "rescaled, compressed anew, mirrored, turned by 90 degrees, or slightly cropped or brightened",
 }
 """How close a file is to the closest other one of its group; the first that holds counts."""
-# Splits in the order in which a model meets them: a twin in an earlier one is a leak.
-ORDER = ("train", "val", "test")
 _MOST_SIZES = 20
 
 Numbers = npt.NDArray[np.int64]
@@ -138,12 +137,8 @@ def crossings(findings: Mapping[str, Any]) -> dict[str, str]:
 
 def leaking_rows(table: pa.Table, members: pa.Table) -> npt.NDArray[np.bool_]:
     """bool [members]: whether a file of a group has a twin in an earlier split than its own."""
-    rank, groups = _ranks(effective_splits(table["split"]))[members["row"].to_numpy()], members["group_id"].to_numpy()
-    if not len(groups) or (rank < 0).all():
-        return np.zeros(len(groups), bool)
-    earliest = np.full(groups.max() + 1, len(ORDER))
-    np.minimum.at(earliest, groups, rank)
-    return np.asarray(rank > earliest[groups])
+    ranks = _ranks(effective_splits(table["split"]))[members["row"].to_numpy()]
+    return have_earlier_twin(ranks, members["group_id"].to_numpy())
 
 
 def conflicting_groups(table: pa.Table, members: pa.Table) -> set[int]:
@@ -155,8 +150,8 @@ def conflicting_groups(table: pa.Table, members: pa.Table) -> set[int]:
 
 
 def _ranks(splits: pa.Array) -> Numbers:
-    """Place of each split in ORDER, -1 where there is none."""
-    return np.asarray(pc.index_in(splits, pa.array(ORDER)).fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
+    """Place of each split in SPLIT_ORDER, -1 where there is none."""
+    return np.asarray(pc.index_in(splits, pa.array(SPLIT_ORDER)).fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
 
 
 def _class_balance(splits: pa.Array, labels: pa.ChunkedArray) -> dict[str, Any]:
@@ -166,7 +161,7 @@ def _class_balance(splits: pa.Array, labels: pa.ChunkedArray) -> dict[str, Any]:
         by_split.setdefault(row["split"] or "all", {})[row["label"]] = row["count_all"]
     return {
         split: {"images": sum(by_split[split].values()), "by_class": by_split[split]}
-        for split in (*ORDER, "all")
+        for split in (*SPLIT_ORDER, "all")
         if split in by_split
     }
 
@@ -193,9 +188,7 @@ def _leakage(splits: pa.Array, table: pa.Table, found: pa.Table, members: pa.Tab
     readable = np.asarray(pc.equal(found["code"], "").to_numpy())
     groups = members["group_id"].to_numpy()
     rows = members["row"].to_numpy()
-    occurs = np.zeros((int(groups.max(initial=-1)) + 1, len(ORDER)), bool)
-    known = rank[rows] >= 0
-    occurs[groups[known], rank[rows][known]] = True
+    occurs, leaks = group_occurrence(rank[rows], groups), have_earlier_twin(rank[rows], groups)
     leakage: dict[str, Any] = {}
     for later in (2, 1):
         own = readable & (rank == later)
@@ -203,13 +196,12 @@ def _leakage(splits: pa.Array, table: pa.Table, found: pa.Table, members: pa.Tab
         if not (own.any() and earlier):
             continue
         mine = rank[rows] == later
-        leaks = mine & occurs[groups][:, earlier].any(1)
-        totals, leaked = _tally(labels.filter(own)), _tally(labels.take(rows[leaks]))
-        leakage[ORDER[later]] = {
+        totals, leaked = _tally(labels.filter(own)), _tally(labels.take(rows[mine & leaks]))
+        leakage[SPLIT_ORDER[later]] = {
             "images": int(own.sum()),
-            "with_twin": int(leaks.sum()),
-            "share": float(leaks.sum() / own.sum()),
-            "in": {ORDER[number]: int((mine & occurs[groups, number]).sum()) for number in earlier},
+            "with_twin": int((mine & leaks).sum()),
+            "share": float((mine & leaks).sum() / own.sum()),
+            "in": {SPLIT_ORDER[number]: int((mine & occurs[:, number]).sum()) for number in earlier},
             "by_class": {
                 name: {"images": total, "with_twin": leaked.get(name, 0)} for name, total in sorted(totals.items())
             },

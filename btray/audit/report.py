@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from btray.audit.findings import GRADES, ORDER, conflicting_groups, effective_splits, leaking_rows
+from btray.audit.findings import GRADES, conflicting_groups, effective_splits, leaking_rows
 from btray.audit.inspection import NOT_MRI
 from btray.data.fingerprint import reduced, representative
 from btray.data.scans import ScanLimits, ScanRejected, decode
+from btray.data.splits import SPLIT_ORDER
 from btray.reports.page import Section, data_uri, images, percent, render_page
 from btray.storage import StorageError
 from btray.storage.read_many import read_many
@@ -325,8 +326,8 @@ def _facts(findings: Mapping[str, Any]) -> dict[str, str]:
         "orientations. A group joins what is linked by such pairs, also through others.",
         "Search": f"Fingerprints were near enough in {duplicates['pairs_considered']} pairs of different pictures; "
         f"{duplicates['pairs_compared']} of these were compared, those that join groups, nearest first.",
-        "Twin": f"Another member of the same group. A leak is a twin in an earlier split ({', '.join(ORDER)}); files "
-        "with no split count as train where others have one.",
+        "Twin": f"Another member of the same group. A leak is a twin in an earlier split ({', '.join(SPLIT_ORDER)}); "
+        "files with no split count as train where others have one.",
         "Redundant images": f"{duplicates['redundant']}: what would go if one of each group were kept.",
         "Not seen": "Neighbouring slices of one patient are different images and no duplicates; only patient "
         "identifiers tell them. Larger cuts, strong changes of contrast and slight rotations are not found either.",

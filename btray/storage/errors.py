@@ -74,6 +74,7 @@ _KINDS: Final[dict[str, _Kind]] = {
         remedy="nothing is there; check the spelling",
         s3_remedy=" of bucket and key, and AWS_ENDPOINT_URL",
         responses=("404",),
+        exceptions=(FileNotFoundError,),  # s3fs gives it no errno
         errnos=(errno.ENOENT, errno.ENOTDIR),
     ),
     "is_directory": _Kind(remedy="this is a folder; name a file", errnos=(errno.EISDIR,)),

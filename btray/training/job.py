@@ -23,7 +23,8 @@ from btray.data.fingerprint import unpack
 from btray.data.frames import FRAMES_PER_SCAN
 from btray.data.labelled import read_labelled
 from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
-from btray.evaluation.assessment import Assessment, assess, model_card_of, summary
+from btray.evaluation.assessment import Assessment, assess
+from btray.evaluation.report import model_card, summary
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, require_free, save_bundle
 from btray.model.drift import REFERENCE
@@ -276,7 +277,7 @@ def _assess(
         learnt_from=learnt_from,
     )
     files = assessment.files | {
-        "MODEL_CARD.md": model_card_of(bundle.manifest, assessment.metrics).encode(),
+        "MODEL_CARD.md": model_card(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": plan.config.to_yaml().encode(),
         HISTORY: as_lines(trained.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),

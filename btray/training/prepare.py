@@ -24,9 +24,8 @@ from btray.data.duplicates import group_by_fingerprint
 from btray.data.fingerprint import unpack
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.data.labels import class_order, require_known_labels
-from btray.data.leakage import Leak, answer_leak, find_leak
 from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
-from btray.data.splits import hold_out
+from btray.data.splits import Leak, find_leak, hold_out, report_leak
 from btray.model.network import build_network
 from btray.training.config import TrainConfig
 from btray.training.feeds import Plan, decode_rows, keep, survey
@@ -115,7 +114,7 @@ def _settle_leak(
     everything = pa.concat_tables([readable, seen.filter(pc.equal(seen["code"], ""))])
     groups = group_by_fingerprint(unpack(everything["fingerprint"].to_pylist()))
     leak = find_leak(np.array(table["split"].take(_rows(everything)).to_pylist(), object), groups)
-    answer_leak(leak, config.on_leak, config.data)
+    report_leak(leak, config.on_leak, config.data)
     here = np.arange(len(readable))
     if config.on_leak == "drop":
         here = here[~leak.learnt[: len(readable)]]

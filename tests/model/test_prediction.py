@@ -22,7 +22,7 @@ from btray import cli
 from btray.bulk.table import SCHEMA, row_of
 from btray.data.fingerprint import NO_FINGERPRINT, unpack
 from btray.data.frames import Rejection
-from btray.evaluation.assessment import predictions_csv
+from btray.evaluation.job import predictions_csv
 from btray.evaluation.scoring import Scores
 from btray.model.bundle import Bundle, save_bundle
 from btray.model.classifier import Classifier

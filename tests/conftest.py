@@ -18,7 +18,7 @@ REAL_DATA = ROOT.parent / "shared" / "data" / "brain-tumor-mri"
 
 
 # These take longest: started last, one of two test processes would wait for the other.
-_FIRST = ("test_training.py", "test_readme.py", "test_behaviour.py")
+_FIRST = ("test_job.py", "test_readme.py", "test_behaviour.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

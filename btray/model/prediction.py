@@ -47,6 +47,8 @@ class Answer:
 class Prediction(Answer):
     """The answer for one frame, or why there is none."""
 
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+
     index: int
     """Number of the input it belongs to, from 0; a scan of several frames gives several predictions."""
     uri: str | None = None
@@ -103,6 +105,7 @@ ANSWER = tuple(item.name for item in fields(Answer))
 """Fields of the answer."""
 COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER)
 """Fields that are columns of the results table; `uri` and `model_id` are there too, as the object's and the path's."""
+_ALWAYS, _REASON = ("frame", "status", "model_id"), ("error_code", "error")
 ADDED = ("label_set",)
 """Columns that the first results tables lack: they stand at the end, and are null in older files."""
 
@@ -139,14 +142,19 @@ def as_record(prediction: Prediction) -> dict[str, Any]:
 
 def as_answer(prediction: Prediction) -> dict[str, Any]:
     """Return what the service answers: the fields of the answer, or `error_code` and `error` of a rejection."""
-    names = ANSWER if prediction.status == "ok" else ("error_code", "error")
-    return {name: getattr(prediction, name) for name in ("frame", "status", "model_id", *names)}
+    names = (*_ALWAYS, *(ANSWER if prediction.status == "ok" else _REASON))
+    return {name: getattr(prediction, name) for name in names}
 
 
 def answer_model_fields() -> dict[str, Any]:
-    """Return the fields of the answer for `pydantic.create_model`, described by their docstrings; all may be absent."""
-    described = TypeAdapter(Answer).json_schema()["properties"]
-    return {name: (_HINTS[name] | None, Field(None, description=described[name]["description"])) for name in ANSWER}
+    """Return the fields of `as_answer` for `pydantic.create_model`, described by their docstrings."""
+    # pydantic reads the docstrings of the class itself, not those of its bases
+    described = TypeAdapter(Prediction).json_schema()["properties"] | TypeAdapter(Answer).json_schema()["properties"]
+    described = {name: described[name]["description"] for name in described}
+    always = {name: (_HINTS[name], Field(description=described[name])) for name in _ALWAYS}
+    return always | {
+        name: (_HINTS[name] | None, Field(None, description=described[name])) for name in (*_REASON, *ANSWER)
+    }
 
 
 # ---- the Open Inference Protocol

@@ -16,10 +16,11 @@ from btray import phantoms
 from btray.model.bundle import load_bundle
 from btray.results import current
 from btray.training.config import TrainConfig
+from btray.training.plan import run_folder
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import part_files
 from tests.helpers.tiny_bundle import saved_bundle
-from tests.helpers.training_helpers import history_of, latest_report, run_of, write_tree
+from tests.helpers.training_helpers import history_of, latest_report, write_tree
 from tests.system.test_cluster_jobs import many_times, small, workers_of
 from tools.loopback_cluster import LoopbackCluster, Node
 from tools.processes import command_line, until
@@ -55,7 +56,7 @@ def ended(process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
 
 
 def registered(config: TrainConfig) -> dict[str, Any]:
-    return latest_report(Path(run_of(config)))
+    return latest_report(Path(run_folder(config)))
 
 
 def epochs_registered(config: TrainConfig) -> int:
@@ -83,7 +84,7 @@ def test_training_goes_on_with_the_workers_that_are_left_when_a_node_dies(pictur
             other.kill()
             ended(process, log, 400)
     history = history_of(config)
-    assert [record["epoch"] for record in history] == list(range(1, 41))
+    assert [record.epoch for record in history] == list(range(1, 41))
     assert history[:known] == seen[:known]
     load_bundle(config.out).network()
 
@@ -101,7 +102,7 @@ def test_a_spot_notice_is_answered_by_a_checkpoint_within_the_epoch_from_which_a
         first = cluster.add(cpus=1)
         with job(cluster, "train.py", *flags, log=log) as process:
             until(lambda: workers_on(first) or process.poll() is not None, "training to begin", 300)
-            until(lambda: Path(run_of(config), "run.json").exists(), "the run to be claimed")
+            until(lambda: Path(run_folder(config), "run.json").exists(), "the run to be claimed")
             time.sleep(10)
             assert process.poll() is None, log.read_text()[-4000:]
             noticed = time.monotonic()
@@ -119,9 +120,9 @@ def test_a_spot_notice_is_answered_by_a_checkpoint_within_the_epoch_from_which_a
             cluster.add(cpus=1)
             ended(process, log, 600)
     (record,) = history_of(config)
-    assert record["epoch"] == 1
+    assert record.epoch == 1
     whole = 60 * copies
-    assert record["images"] == whole - 2 * saved["step"], "work done before the node was lost is not repeated"
+    assert record.images == whole - 2 * saved["step"], "work done before the node was lost is not repeated"
     load_bundle(config.out).network()
 
 

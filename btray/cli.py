@@ -86,7 +86,7 @@ def _scans(files: Sequence[str], model_id: str) -> Iterator[str | Prediction]:
     """Yield every file, those of folders one by one; a folder that cannot be listed gives a rejected prediction."""
     from btray import storage
     from btray.data.frames import Rejection
-    from btray.model.prediction import Place, Prediction
+    from btray.model.prediction import Prediction
 
     for file in files:
         uri = storage.resolve(file)
@@ -97,7 +97,7 @@ def _scans(files: Sequence[str], model_id: str) -> Iterator[str | Prediction]:
                 yield file
         except storage.StorageError as error:
             rejection = Rejection(error.code, str(error), error.retryable)
-            yield Prediction.of_rejection(rejection, Place(0, uri=file), model_id)
+            yield Prediction.of_rejection(rejection, index=0, uri=file, model_id=model_id)
 
 
 def _predict(classifier: Classifier, inputs: Sequence[str | Prediction]) -> list[Prediction]:
@@ -115,8 +115,6 @@ def _predict(classifier: Classifier, inputs: Sequence[str | Prediction]) -> list
 
 def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int, *, header: bool) -> list[str]:
     """Return a table whose first column is `width` wide, by lines; a rejected scan has its code and what was found."""
-    from btray.model.prediction import marks
-
     label_width = max(len("rejected"), *(len(label) for label in classes))
     widths = [max(len(label), 5) for label in classes]
     lines = []
@@ -129,10 +127,20 @@ def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int
             shares = (prediction.probabilities[label] for label in classes)
             values = "  ".join(f"{share:>{wide}.3f}" for share, wide in zip(shares, widths, strict=True))
             said = f"{name}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}"
-            lines.append("  ".join([said, *marks(prediction, classes)]))
+            lines.append("  ".join([said, *_marks(prediction, classes)]))
         else:
             lines.append(f"{name}  {'rejected':<{label_width}}  {prediction.error_code}: {prediction.error}")
     return lines
+
+
+def _marks(prediction: Prediction, classes: Sequence[str]) -> Iterator[str]:
+    """Yield why not to rely on the label, the gravest reason first."""
+    if prediction.out_of_distribution:
+        yield f"UNLIKE THE TRAINING IMAGES (ood_score {prediction.ood_score:.1f})"
+    if prediction.abstained:
+        yield "ABSTAINED"
+    if 1 < len(prediction.label_set) < len(classes):  # a set of one, or of all, adds nothing to the label
+        yield "one of: " + ", ".join(prediction.label_set)
 
 
 def _shown_name(prediction: Prediction) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,8 +43,7 @@ def run_job(config_class: type[Config], job: Callable[[Config], str]) -> None:
     """
     with _exit_codes():
         config = read_config(config_class)
-        logs.begin(config.log_format)
-        logs.bind(job=Path(sys.argv[0]).stem)
+        _begin_output(config, Path(sys.argv[0]).stem)
         print(job(config), flush=True)
 
 
@@ -59,9 +59,18 @@ def run_command(
         parsed = parser.parse_args()
         config_class, command = commands[parsed.command]
         config = read_config(config_class, parsed.arguments, f"{prog} {parsed.command}")
-        logs.begin(config.log_format)
-        logs.bind(job=parsed.command)
+        _begin_output(config, parsed.command)
         command(config)
+
+
+def _begin_output(config: JobConfig, job: str) -> None:
+    """Log as `config` says, and keep Ray's C++ core quiet, which no Python call can do."""
+    logs.begin(config.log_format, verbose=config.verbose)
+    logs.bind(job=job)
+    if not config.verbose:
+        # Read by each Ray process as it starts. Ray Data makes its actors with arguments in the object store, and the
+        # core of the driver calls that an error, on its stderr. What fails is raised in Python all the same.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 
 @contextmanager

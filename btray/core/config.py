@@ -65,6 +65,8 @@ class JobConfig(BaseSettings):
 
     log_format: LogFormat = Field(default="text", exclude=True)  # no part of what a result was made with
     """Lines of the log: text for people, or json with time, level, run_id and message for a log store."""
+    verbose: bool = Field(default=False, exclude=True)
+    """Print what Ray and its workers print as well."""
 
     @classmethod
     def settings_customise_sources(

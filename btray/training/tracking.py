@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,18 +35,13 @@ class Tracker:
         self.run_uri = run_uri
         self.epochs = config.epochs
         self._run_id = config.name
-        self._as_json = config.log_format == "json"
         self._mlflow = _MlflowRun(config, run_uri) if config.mlflow else None
 
     def epoch_ended(self, history: list[Record]) -> None:
         """Report the last record of `history`, the records of all epochs so far."""
         record = history[-1]
-        if self._as_json:
-            _log.info("epoch ended", extra={**record, "epochs": self.epochs})
-        else:
-            # Not print(): Ray Train sends what workers print to its log as well, and the line would come twice.
-            sys.stdout.write(progress_line(history, self.epochs) + "\n")
-            sys.stdout.flush()
+        shown = {**record, "epochs": self.epochs, "_progress": progress_line(history, self.epochs)}
+        _log.info("epoch ended", extra=shown)
         _export_epoch(self._run_id, record)
         storage.write_text(storage.join(self.run_uri, HISTORY), as_lines(history))
         numbers = {key: value for key, value in record.items() if key != "epoch" and value is not None}

@@ -51,19 +51,11 @@ _BROKEN_OFF = -2.0
 
 def train_loop(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs in every worker; `settings` holds the `Plan`."""
-    _quieten_reports()
     plan: Plan = settings["plan"]
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
     torch.set_num_threads(settings["threads"])
     with telemetry.lasting():
         Trainer(plan).run()
-
-
-def _quieten_reports() -> None:
-    """Ray Train logs every report of every worker under its file's name, which no LoggingConfig reaches."""
-    for name in logging.root.manager.loggerDict:
-        if "ray/train/" in name:
-            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def load_state(folder: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from btray.acquire.unpack import SUFFIXES, LeftOut, UnpackLimits, unpack
 from btray.core.errors import UserError
 from btray.data.labelled import MANIFESTS, SPLITS, read_labelled
 from btray.data.labels import CANONICAL, canonical_label
-from btray.storage.errors import StorageError, storage_errors_for
+from btray.storage.errors import storage_errors_for
 
 Kind = Literal["kaggle", "http", "archive", "folder", "manifest"]
 
@@ -266,13 +266,8 @@ def _hidden(folder: str, names: Iterable[str]) -> Iterator[str]:
     folders = {""} | {str(parent) for name in names for parent in PurePosixPath(name).parents if str(parent) != "."}
     for below in sorted(folders):
         where = storage.join(folder, below) if below else folder
-        try:
-            entries = storage.list_names(where)
-        except StorageError as error:
-            if error.code != "not_found":
-                raise
-            continue  # a local name that is no UTF-8, which was listed with escapes
-        for entry in entries:
+        # missing: a local name that is not UTF-8, which was listed with escapes
+        for entry in storage.list_names(where, missing_ok=True):
             if entry.startswith((".", "_")):
                 for info in storage.list_files(storage.join(where, entry)):
                     yield info.uri[len(folder) + 1 :]

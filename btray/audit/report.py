@@ -62,7 +62,8 @@ def render_audit(
     groups, left_out = _groups(table, members, most_groups)
     strays = _strays(table, found)
     return render_page(
-        _PAGE,
+        "btray.audit",
+        "report.html",
         title="Audit of a labelled data set",
         notice=_NOTICE,
         cards=_cards(findings),
@@ -330,62 +331,3 @@ def _facts(findings: Mapping[str, Any]) -> dict[str, str]:
         "Not seen": "Neighbouring slices of one patient are different images and no duplicates; only patient "
         "identifiers tell them. Larger cuts, strong changes of contrast and slight rotations are not found either.",
     }
-
-
-_PAGE = """{% extends "page" %}
-{% from "table" import table %}
-{% macro strip(pictures) %}
-<div class="strip">
-{% for picture in pictures %}
-<div class="picture{% if picture.marked %} marked{% endif %}">
-{% if picture.source %}<img src="{{ picture.source }}" alt="{{ picture.name }}" loading="lazy">{% endif %}
-<b>{{ picture.name }}</b>{% for line in picture.lines %}<span>{{ line }}</span>{% endfor %}
-</div>
-{% endfor %}
-</div>
-{% endmacro %}
-{% block style %}
-.strip { display: flex; flex-wrap: wrap; gap: .75rem; }
-.picture { width: 8.5rem; font-size: .75rem; line-height: 1.35; overflow-wrap: anywhere;
-  border-top: 4px solid transparent; }
-.picture.marked { border-color: var(--warn-line); }
-.picture img { width: 100%; height: 8.25rem; object-fit: contain; margin: 0 auto .3rem; background: none; }
-.picture b, .picture span { display: block; }
-.picture span { color: var(--muted); }
-.groups { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(29rem, 100%), 1fr)); }
-.groups figure:last-child:nth-child(odd) { grid-column: auto; }
-.mark { background: var(--warn-line); color: #fff; border-radius: 4px; padding: 0 .4rem; font-size: .75rem; }
-{% endblock %}
-{% block body %}
-{% if several_splits %}
-<h2>Leakage between splits</h2>
-<p class="how">How many readable images of a split show an image that stands in an earlier split too.</p>
-{{ table(("split and class", "images", "with a twin", "share"), leakage, true) }}
-{% endif %}
-<h2>Images that occur more than once</h2>
-<p class="how">Each file counts once, by the closest other file of its group.</p>
-{{ table(("grade", "what it means", "images"), grades, false) }}
-{% if groups %}
-<h2>Duplicate groups</h2>
-<p class="how">{{ groups | length }} of {{ groups | length + left_out }} groups{% if left_out %}; {{ left_out }} are not
-shown here, all are in duplicates.parquet{% endif %}. Groups with contradicting labels come first, then leaks. Below
-each picture: file, split and label, grade and highest correlation with another member. An orange bar marks a leak.</p>
-<div class="groups">
-{% for group in groups %}
-<figure>
-<h3>Group {{ group.number }}: {{ group.size }} files
-{% for mark in group.marks %}<span class="mark">{{ mark }}</span> {% endfor %}</h3>
-{{ strip(group.pictures) }}
-{% if group.hidden %}<figcaption>and {{ group.hidden }} more</figcaption>{% endif %}
-</figure>
-{% endfor %}
-</div>
-{% endif %}
-{% if stray_count %}
-<h2>Probably no MRI slices</h2>
-<p class="how">{{ strays | length }} of {{ stray_count }}; all are in not_mri.csv. The rules know no anatomy.</p>
-{{ strip(strays) }}
-<ul class="how">{% for name, rule in stray_rules.items() %}<li><b>{{ name }}</b>: {{ rule }}</li>{% endfor %}</ul>
-{% endif %}
-{% endblock %}
-"""

@@ -18,13 +18,12 @@ import pyarrow as pa
 
 from btray import storage
 from btray.bulk.inventory import named_in_inventory, path_in_bucket
-from btray.bulk.lots import read_patiently
 from btray.core.errors import UserError
 from btray.data.manifests import named_in_csv, named_in_list, named_in_parquet
 from btray.data.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError
 from btray.storage.errors import PATIENCE, storage_errors_for
-from btray.storage.read_many import until_dead
+from btray.storage.read_many import read_patiently, until_dead
 
 _DESCRIBED_AT_A_TIME = 1024
 _DESCRIBERS = 32

@@ -23,7 +23,7 @@ from btray import storage
 from btray.bulk.outcomes import CLASSIFIED, RECORD, REJECTED, WITHHELD, Records, records
 from btray.bulk.runs import has_ended, run_of
 from btray.data.key_set import keys_of
-from btray.storage import FileInfo, StorageError
+from btray.storage import FileInfo
 from btray.storage.errors import storage_errors_for
 
 _FORMAT = 1  # of RECORD and of the digests in it
@@ -90,13 +90,10 @@ def of_run(table: str, run_id: str) -> Iterator[FileInfo]:
 
 
 def _index(folder: str) -> dict[str, Any] | None:
-    try:
+    with storage.suppress_missing():
         index: dict[str, Any] = storage.read_json(storage.join(folder, _INDEX))
-    except StorageError as error:
-        if error.code == "not_found":
-            return None
-        raise
-    return index if index["format"] == _FORMAT else None
+        return index if index["format"] == _FORMAT else None
+    return None
 
 
 def _noted(folder: str, index: dict[str, Any]) -> Iterator[Records]:
@@ -118,11 +115,8 @@ def _key_file(folder: str, number: int) -> str:
 
 
 def _files(folder: str) -> Iterator[FileInfo]:
-    try:
+    with storage.suppress_missing():
         yield from (info for info in storage.list_files(folder) if info.uri.endswith(".parquet"))
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
 
 
 def _read(files: Iterator[FileInfo]) -> Iterator[Records]:

@@ -1,24 +1,18 @@
-"""Reading the objects of a part in lots, the next one while the last is worked on; waits for a store that is away."""
+"""Reading the objects of a part in lots, the next one while the last is worked on."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
-from btray import storage
-from btray.storage import FileInfo, StorageError, s3
-from btray.storage.read_many import UNREACHABLE_CODES, Answer, read_many
+from btray.storage import FileInfo, StorageError
+from btray.storage.read_many import Answer, read_many, read_patiently
 
 # What an actor holds at a time, twice: one lot is read while the one before it is worked on.
 _LOT_OBJECTS = 64
 _LOT_BYTES = 64 << 20
-_PAUSE = 1.0  # seconds between two looks whether a store is back
-
-Asked = TypeVar("Asked")
-Found = TypeVar("Found")
 
 
 def objects_of(part: dict[str, Any]) -> list[FileInfo]:
@@ -68,47 +62,6 @@ def _as_listed(info: FileInfo, answer: Answer) -> Answer:
     if info.etag or isinstance(answer, StorageError):
         return answer
     return StorageError("changed", info.uri, "it could not be examined when it was listed, and now it can be read")
-
-
-def read_patiently(
-    asked: Sequence[Asked], read: Callable[[Sequence[Asked]], Sequence[Found | StorageError]], patience: float
-) -> list[Found | StorageError]:
-    """What `read` gives for each of `asked`; what a store left unanswered is asked for again once it is back.
-
-    A store that is away, or refuses all that is asked as too many requests (as what stands before one does while it is
-    away), for `patience` seconds is given up. One that answers, but not for these objects, is asked for them once more:
-    a single broken object costs no waiting.
-    """
-    answers = list(read(asked))
-    deadline = time.monotonic() + patience
-    while away := [(number, answer) for number, answer in enumerate(answers) if _is_unanswered(answer)]:
-        late = time.monotonic() > deadline
-        somewhere = away[0][1].uri
-        if late or _answers_at_all(somewhere):
-            for (number, _), answer in zip(away, read([asked[number] for number, _ in away]), strict=True):
-                answers[number] = answer
-            if late or (_answers_at_all(somewhere) and not all(map(_is_throttled, answers))):
-                break
-        time.sleep(_PAUSE)
-    return answers
-
-
-def _is_unanswered(answer: object) -> TypeGuard[StorageError]:
-    return isinstance(answer, StorageError) and answer.code in UNREACHABLE_CODES
-
-
-def _is_throttled(answer: object) -> bool:
-    return isinstance(answer, StorageError) and answer.code == "throttled"
-
-
-def _answers_at_all(uri: str) -> bool:
-    """Whether the store of `uri` answers something."""
-    around = f"s3://{s3.split(uri)[0]}" if storage.is_remote(uri) else os.path.dirname(uri)
-    try:
-        storage.is_folder(around)
-    except StorageError as error:
-        return not error.retryable
-    return True
 
 
 def _lots(objects: Sequence[FileInfo], most: int) -> list[list[FileInfo]]:

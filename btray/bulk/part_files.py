@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from btray import storage
-from btray.storage import StorageError
 
 _TALLY = b"btray_tally"
 
@@ -51,13 +50,10 @@ def write_part(
 def read_tally(uri: str) -> dict[str, Any] | None:
     """What `write_part` put into the footer of a file; None where there is no such file. Raises StorageError."""
     filesystem, path = storage.arrow_filesystem(uri)
-    try:
+    with storage.suppress_missing():
         storage.describe(uri)
         with storage.storage_errors_for(uri), filesystem.open_input_file(path) as file:
             metadata = pa.parquet.read_metadata(file).metadata
-    except StorageError as error:
-        if error.code == "not_found":
-            return None
-        raise
-    tally: dict[str, Any] = json.loads(metadata[_TALLY])
-    return tally
+        tally: dict[str, Any] = json.loads(metadata[_TALLY])
+        return tally
+    return None

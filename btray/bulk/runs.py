@@ -116,7 +116,7 @@ def begin(output: str, group: str, request: dict[str, Any], product: Product) ->
 
 def _from_the_latest(output: str, group: str) -> Iterator[tuple[Run, bool]]:
     """The runs of a group back from the latest, and whether each has ended: every run settles those before it."""
-    for name in reversed(segments.names_in(_folder(output, group))):
+    for name in reversed(storage.list_names(_folder(output, group), missing_ok=True)):
         folder = storage.join(_folder(output, group), name)
         try:
             plan = storage.read_json(storage.join(folder, _PLAN))
@@ -137,7 +137,7 @@ def _close(run: Run, product: Product) -> None:
     looked may be held up for minutes by its store before it writes.
     """
     sealed = segments.close(run.worklist)
-    written = set(segments.names_in(storage.join(run.output, run.parts)))
+    written = set(storage.list_names(storage.join(run.output, run.parts), missing_ok=True))
     with ThreadPoolExecutor(_CLOSERS) as pool:
         for segment in sealed:
             uris = [run.part_uri(part) for part in segments.part_ids(segment)]
@@ -180,7 +180,7 @@ def require_seen(run: Run) -> None:
 
 def reports(output: str, group: str) -> Iterator[dict[str, Any]]:
     """run.json of the runs of a group that did something, the latest first."""
-    for name in reversed(segments.names_in(_folder(output, group))):
+    for name in reversed(storage.list_names(_folder(output, group), missing_ok=True)):
         uri = storage.join(_folder(output, group), name, RUN)
         if storage.exists(uri):
             report: dict[str, Any] = storage.read_json(uri)

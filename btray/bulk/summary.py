@@ -46,14 +46,15 @@ def compare(run: Run, report: Report, bundle: Bundle) -> dict[str, Profile]:
 def write_summary(run: Run, report: Report, profiles: Mapping[str, Profile], classifier: Classifier) -> str:
     """Write summary.html beside run.json; return its URI."""
     page = render_page(
-        _BODY,
+        "btray.bulk",
+        "summary.html",
         title="A night's classification",
         notice=NO_DIAGNOSIS,
         cards=_cards(report, profiles["this run"]),
         notes=_notes(report),
         figures=_figures(profiles) if profiles["this run"].frames else [],
         sheet=_sheet(report["least_certain"][:SHOWN], classifier),
-        first_sections=_tables(report),
+        sections=_tables(report),
         facts={
             "Model": report["model_id"],
             "Run": run.run_id,
@@ -162,34 +163,3 @@ def _sheet(scans: Sequence[Mapping[str, Any]], classifier: Classifier) -> list[d
             }
         )
     return shown
-
-
-_BODY = """{% extends "page" %}
-{% block style %}
-.sheet { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
-.sheet figure { padding: .5rem; }
-.sheet figure:last-child:nth-child(odd) { grid-column: auto; }
-.sheet figcaption { overflow-wrap: anywhere; }
-{% endblock %}
-{% block body %}
-{% if figures %}
-<h2>What was said</h2>
-<div class="figures">
-{% for picture, caption in figures %}
-<figure><img src="{{ picture }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
-</div>
-{% endif %}
-{% if sheet %}
-<h2>The least certain</h2>
-<p class="how">Of all classified scans those with the lowest confidence, as the network saw them; in colour what spoke
-for the label (Grad-CAM).</p>
-<div class="sheet">
-{% for scan in sheet %}
-<figure><img src="{{ scan.picture }}" alt="slice">
-<figcaption><b>{{ scan.said }}</b><br>{{ scan.uri }}</figcaption></figure>
-{% endfor %}
-</div>
-{% endif %}
-{% endblock %}
-"""

@@ -113,19 +113,9 @@ def _create(uri: str, segment: bytes) -> None:
     raise UserError(f"{uri} was sealed by another run, which has taken this one over; let that one go on")
 
 
-def names_in(folder: str) -> list[str]:
-    """`storage.list_names`; none where there is no such folder."""
-    try:
-        return storage.list_names(folder)
-    except StorageError as error:
-        if error.code == "not_found":
-            return []
-        raise
-
-
 def sealed(folder: str) -> tuple[list[str], bool]:
     """URIs of the sealed segments of a worklist, and whether they are all that there will be."""
-    names = names_in(folder)
+    names = storage.list_names(folder, missing_ok=True)
     segments = [storage.join(folder, name) for name in names if name.endswith(_SUFFIX)]
     return segments, _END in names and storage.read_json(storage.join(folder, _END))["complete"]
 
@@ -151,14 +141,14 @@ def is_closed(folder: str) -> bool:
 
 def remove(folder: str) -> None:
     """Remove a worklist, but for what closes it."""
-    names = names_in(folder)
+    names = storage.list_names(folder, missing_ok=True)
     kept = {_CLOSED, *[name for name in names if name.endswith(_SUFFIX)][-1:]} if _CLOSED in names else set()
     storage.delete_many([storage.join(folder, name) for name in names if name not in kept])
 
 
 def rename_old(folder: str) -> None:
     """Give the segments of a version before this one the names that they have now."""
-    for name in names_in(folder):
+    for name in storage.list_names(folder, missing_ok=True):
         if name.endswith(_OLD_SUFFIX):
             uri = storage.join(folder, name)
             storage.write_new(uri.removesuffix(_OLD_SUFFIX) + _SUFFIX, storage.read_bytes(uri))
@@ -221,12 +211,9 @@ def _parts_of(number: int, segment: pa.Table) -> Iterator[pa.Table]:
 
 
 def _ends_at(folder: str, number: int) -> bool:
-    try:
+    with storage.suppress_missing():
         return bool(storage.read_json(storage.join(folder, _END))["segments"] <= number)
-    except StorageError as error:
-        if error.code == "not_found":
-            return False
-        raise
+    return False
 
 
 def _segment_uri(folder: str, number: int) -> str:

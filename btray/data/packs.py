@@ -18,7 +18,7 @@ import pyarrow.parquet
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.key_set import Keys, KeySet, keys_of
-from btray.storage import FileInfo, StorageError
+from btray.storage import FileInfo
 from btray.storage.packed import member_uri
 
 DESCRIPTION = "pack.json"
@@ -90,12 +90,8 @@ def packed_keys(uri: str) -> Iterator[Keys]:
 def _shards(uri: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """URI and rows without data of every shard, the latest run's first."""
     folder = storage.join(uri, SHARDS)
-    try:
-        names = [name for name in reversed(storage.list_names(folder)) if name.endswith(".parquet") and name[0] != "."]
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
-        names = []
+    listed = storage.list_names(folder, missing_ok=True)
+    names = [name for name in reversed(listed) if name.endswith(".parquet") and name[0] != "."]
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         for start in range(0, len(names), _AT_A_TIME):
             some = names[start : start + _AT_A_TIME]

@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from btray.evaluation.metrics import ECE_BINS, wilson_interval
-from btray.reports.page import NO_DIAGNOSIS, OPTIONS, Section, data_uri, images, percent, render_page, writable
+from btray.reports.page import NO_DIAGNOSIS, Section, data_uri, encodable, environment, images, percent, render_page
 
 # What a figure shows and how it was computed; `{n}` is the number of images behind the metrics.
 FIGURES = {
@@ -66,7 +65,8 @@ def render_report(
     `classes` orders the table; `notes` are lines that the reader must see first, such as rejected images.
     """
     return render_page(
-        _PAGE,
+        "btray.evaluation",
+        "report.html",
         title=title,
         notice=NO_DIAGNOSIS,
         n=images(metrics["n"]),
@@ -77,7 +77,7 @@ def render_report(
         facts=facts,
         facts_title="Model and data",
         notes=notes,
-        first_sections=sections,
+        sections=sections,
     )
 
 
@@ -113,23 +113,27 @@ def model_card(
             "The data name no patients: slices of one patient may lie in several splits, and the figures above may be "
             "higher than they would be on new patients."
         )
-    card = _MARKDOWN.from_string(_CARD).render(
-        model_id=model_id,
-        notice=NO_DIAGNOSIS,
-        classes=classes,
-        evaluated_on=evaluated_on,
-        n=images(metrics["n"]),
-        cards=_headline(metrics),
-        columns=_COLUMNS,
-        rows=_class_rows(metrics, classes),
-        splits=list(counts),
-        count_rows=[[name, *(split.get(name, 0) for split in counts.values())] for name in counted],
-        totals=[sum(split.values()) for split in counts.values()],
-        details=details,
-        training=training,
-        limits=[*standing, *limits],
+    card = (
+        environment("btray.evaluation", finalize=_markdown)
+        .get_template("MODEL_CARD.md")
+        .render(
+            model_id=model_id,
+            notice=NO_DIAGNOSIS,
+            classes=classes,
+            evaluated_on=evaluated_on,
+            n=images(metrics["n"]),
+            cards=_headline(metrics),
+            columns=_COLUMNS,
+            rows=_class_rows(metrics, classes),
+            splits=list(counts),
+            count_rows=[[name, *(split.get(name, 0) for split in counts.values())] for name in counted],
+            totals=[sum(split.values()) for split in counts.values()],
+            details=details,
+            training=training,
+            limits=[*standing, *limits],
+        )
     )
-    return writable(card)
+    return encodable(card)
 
 
 def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -199,91 +203,4 @@ def _markdown(value: object) -> Markup:
     return Markup(re.sub(r"([\\`*\[\]|])", r"\\\1", str(escape(line))))  # noqa: S704 - escaped in this very line
 
 
-_PAGE = """{% extends "page" %}
-{% from "table" import table %}
-{% block body %}
-<h2>Class by class</h2>
-<p class="how">Over {{ n }}. In brackets 95 % Wilson intervals. Precision: how many of the images given this class have
-it; recall (sensitivity): how many of those that have it were given it; AUROC: against all other classes; a dash:
-undefined, since no image bears on it.</p>
-{{ table(columns, rows, true) }}
-{% if figures %}
-<h2>Figures</h2>
-<div class="figures">
-{% for figure in figures %}
-<figure>
-<h3>{{ figure.heading }}</h3>
-<img src="{{ figure.source }}" alt="{{ figure.heading }}">
-<figcaption>{{ figure.caption }}</figcaption>
-</figure>
-{% endfor %}
-</div>
-{% endif %}
-{% endblock %}
-"""
-
-_CARD = """{% macro row(cells) %}
-|{% for cell in cells %} {{ cell }} |{% endfor %}
-
-{% endmacro %}
-# Model card: {{ model_id }}
-
-> **{{ notice }}**
-
-## Model details
-
-A classifier of brain MRI slices, one label a slice, made with btray. Classes:
-{%- for name in classes %} {{ name }}{{ "," if not loop.last else "." }}{% endfor %}
-
-
-| | |
-|---|---|
-| model_id | {{ model_id }} |
-{% for detail in details.items() %}{{ row(detail) }}{% endfor %}
-
-## Intended use
-
-- For: sorting and searching archives, drawing a reader's attention, research.
-- Not for: diagnosis, triage without a reader, follow-up of a patient, images other than brain MRI slices, or tumors and
-  findings outside the classes above: each image is given one of them, whatever it shows.
-
-## Training data
-
-Images by class and split.
-
-{{ row(["class"] + splits) }}|---|{% for split in splits %}---:|{% endfor %}
-
-{% for counted in count_rows %}{{ row(counted) }}{% endfor %}
-{{ row(["all"] + totals) }}
-## Training
-
-| | |
-|---|---|
-{% for setting in training.items() %}{{ row(setting) }}{% endfor %}
-
-## Evaluation
-
-On {{ evaluated_on }}: {{ n }}.
-
-| metric | value | how |
-|---|---:|---|
-{% for card in cards %}{{ row(card) }}{% endfor %}
-
-By class, with 95 % Wilson intervals in brackets; a dash: undefined, since no image bears on it.
-
-{{ row(columns) }}|---|---:|---:|---:|---:|---:|
-{% for scores in rows %}{{ row(scores) }}{% endfor %}
-
-## Limits
-
-{% for limit in limits %}
-- {{ limit }}
-{% endfor %}
-- The intervals speak of chance in drawing these images. They say nothing of other scanners, hospitals or patients.
-
-The headings follow Mitchell et al. 2019, Model Cards for Model Reporting (arXiv:1810.03993).
-"""
-
 _COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")
-
-_MARKDOWN = Environment(**OPTIONS, finalize=_markdown)  # noqa: S701 - autoescape is on

@@ -312,10 +312,8 @@ def _visible(uri: str) -> list[str]:
 
 def _names(uri: str) -> list[str]:
     try:
-        return storage.list_names(uri)
+        return storage.list_names(uri, missing_ok=True)
     except StorageError as error:
-        if error.code == "not_found":
-            return []
         raise user_error(error) from error
 
 

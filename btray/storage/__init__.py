@@ -1,6 +1,6 @@
 """Files and objects, local or s3://: named, listed, read with retry, written whole."""
 
-from btray.storage.errors import StorageError, retry_timeout, storage_errors_for, user_error
+from btray.storage.errors import StorageError, retry_timeout, storage_errors_for, suppress_missing, user_error
 from btray.storage.files import (
     FileInfo,
     arrow_filesystem,
@@ -53,6 +53,7 @@ __all__ = [
     "resolve",
     "retry_timeout",
     "storage_errors_for",
+    "suppress_missing",
     "upload_file",
     "user_error",
     "write_bytes",

@@ -6,7 +6,7 @@ import errno
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import aiohttp
@@ -131,6 +131,13 @@ def storage_errors_for(uri: str) -> Iterator[None]:
         yield
     except FAILURES as error:
         raise as_storage_error(error, uri) from error
+
+
+class suppress_missing(AbstractContextManager[None]):  # noqa: N801 - it is `contextlib.suppress` for one code
+    """Leave the block without an error at the first file, object or folder that is not there."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        return isinstance(error, StorageError) and error.code == "not_found"
 
 
 def as_storage_error(error: Exception, uri: str) -> StorageError:

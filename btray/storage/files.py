@@ -27,7 +27,14 @@ import pyarrow.fs
 from btray.core.errors import UserError
 from btray.storage import local as local_files
 from btray.storage import packed, s3
-from btray.storage.errors import StorageError, backoff_delays, check_found, storage_errors_for, user_error
+from btray.storage.errors import (
+    StorageError,
+    backoff_delays,
+    check_found,
+    storage_errors_for,
+    suppress_missing,
+    user_error,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -100,13 +107,10 @@ def is_file(uri: str) -> bool:
 
 
 def _present(require: Callable[[], None]) -> bool:
-    try:
+    with suppress_missing():
         require()
-    except StorageError as error:
-        if error.code == "not_found":
-            return False
-        raise
-    return True
+        return True
+    return False
 
 
 def _require_file(uri: str) -> None:
@@ -215,12 +219,21 @@ def _readable(path: str) -> str:
     return path
 
 
-def list_names(uri: str) -> list[str]:
-    """Sorted names of the files and folders directly in a folder, hidden ones too.
+def list_names(uri: str, *, missing_ok: bool = False) -> list[str]:
+    """Return the sorted names of the files and folders directly in a folder, hidden ones too.
 
     Raises:
-        StorageError: not_found where there is no such folder, forbidden and so on.
+        StorageError: not_found if there is no such folder (with `missing_ok`, it has no names), forbidden and so on.
     """
+    try:
+        return _list_names(uri)
+    except StorageError as error:
+        if missing_ok and error.code == "not_found":
+            return []
+        raise
+
+
+def _list_names(uri: str) -> list[str]:
     if not is_remote(uri):
         with storage_errors_for(uri):
             return sorted(os.listdir(uri))

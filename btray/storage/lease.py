@@ -185,11 +185,8 @@ class _Lease:
 
     def _look(self) -> tuple[dict[str, Any], str, float] | None:
         """Content, entity tag and age in seconds, by the store's own clock; None where there is no lease."""
-        try:
+        with storage.suppress_missing():
             data, etag, headers = s3.read_tagged(self.uri)
-        except StorageError as error:
-            if error.code == "not_found":
-                return None
-            raise
-        now, then = (parsedate_to_datetime(headers[name]) for name in ("date", "last-modified"))
-        return _parsed(data), etag, (now - then).total_seconds()
+            now, then = (parsedate_to_datetime(headers[name]) for name in ("date", "last-modified"))
+            return _parsed(data), etag, (now - then).total_seconds()
+        return None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from btray import storage
-from btray.storage import StorageError, packed
+from btray.storage import StorageError, packed, s3
 
 Answer = bytes | StorageError
 """What a file or object holds, or why it could not be read."""
-Found = TypeVar("Found")
+Request = TypeVar("Request")
+Result = TypeVar("Result")
 
 UNREACHABLE_CODES = ("unavailable", "throttled")
 """Codes of a store that answers nothing, or nobody for now: it is worth waiting for."""
@@ -20,6 +22,7 @@ UNREACHABLE_CODES = ("unavailable", "throttled")
 # Seconds a local file may take, on average after the first ones, for the next one to be read without a thread.
 _QUICK = 0.001
 _GRACE = 8
+_PAUSE = 1.0  # seconds between two looks whether a store is back
 
 
 def read_many(
@@ -44,7 +47,7 @@ def read_many(
         return quickly + list(pool.map(read, uris[-left:], wanted[-left:]))
 
 
-def until_dead(ask: Callable[..., Found]) -> Callable[..., Found | StorageError]:
+def until_dead(ask: Callable[..., Result]) -> Callable[..., Result | StorageError]:
     """`ask`, whose first argument is a URI, with the StorageErrors that it raises as answers; for use by many threads.
 
     Once a store has not answered, or refused as too many requests, for PATIENCE seconds while nothing else was answered
@@ -54,12 +57,12 @@ def until_dead(ask: Callable[..., Found]) -> Callable[..., Found | StorageError]
     answers = 0
     dead: StorageError | None = None
 
-    def asked(uri: str, *more: Any) -> Found | StorageError:
+    def asked(uri: str, *more: Any) -> Result | StorageError:
         nonlocal answers, dead
         if dead is not None:
             return StorageError(dead.code, uri, f"not tried after {dead}")
         before = answers
-        result: Found | StorageError
+        result: Result | StorageError
         try:
             result = ask(uri, *more)
         except StorageError as error:
@@ -82,3 +85,47 @@ def _while_quick(read: Callable[[str, str], Answer], uris: Sequence[str], etags:
             break
         answers.append(read(uri, etag))
     return answers
+
+
+def read_patiently(
+    requests: Sequence[Request], read: Callable[[Sequence[Request]], Sequence[Result | StorageError]], patience: float
+) -> list[Result | StorageError]:
+    """Return what `read` gives for each of `requests`, asking again for what was unreachable once the store is back.
+
+    A store that does not answer, or refuses every request as one too many (as a proxy does while the store itself is
+    down), is abandoned after `patience` seconds. One that answers, but not for these objects, is asked for them once
+    more: a single broken object must not hold up the others.
+
+    Args:
+        requests: What is to be read, for example URIs.
+        read: Reads some of `requests`; gives a result or the error of each, in their order.
+        patience: Seconds to wait for a store that does not answer.
+    """
+    results = list(read(requests))
+    deadline = time.monotonic() + patience
+    while unreachable := [(number, result) for number, result in enumerate(results) if _is_unreachable(result)]:
+        late = time.monotonic() > deadline
+        uri = unreachable[0][1].uri
+        if late or _store_answers(uri):
+            for (number, _), result in zip(unreachable, read([requests[n] for n, _ in unreachable]), strict=True):
+                results[number] = result
+            # A store that throttles everything may still answer the look below: only a served object ends the wait.
+            all_throttled = all(isinstance(result, StorageError) and result.code == "throttled" for result in results)
+            if late or (_store_answers(uri) and not all_throttled):
+                break
+        time.sleep(_PAUSE)
+    return results
+
+
+def _is_unreachable(result: object) -> TypeGuard[StorageError]:
+    return isinstance(result, StorageError) and result.code in UNREACHABLE_CODES
+
+
+def _store_answers(uri: str) -> bool:
+    """Return whether the store of `uri` answers a request for its bucket or folder, with whatever code."""
+    around = f"s3://{s3.split(uri)[0]}" if storage.is_remote(uri) else os.path.dirname(uri)
+    try:
+        storage.is_folder(around)
+    except StorageError as error:
+        return not error.retryable
+    return True

@@ -153,8 +153,8 @@ def test_a_store_that_goes_away_while_a_manifest_is_examined_costs_time_and_no_e
             raise storage.StorageError(code, uri)
         return describe(uri)
 
-    monkeypatch.setattr("btray.bulk.lots._PAUSE", 0.001)
-    monkeypatch.setattr("btray.bulk.lots._answers_at_all", lambda uri: next(asked) >= refusals)
+    monkeypatch.setattr("btray.storage.read_many._PAUSE", 0.001)
+    monkeypatch.setattr("btray.storage.read_many._store_answers", lambda uri: next(asked) >= refusals)
     monkeypatch.setattr("btray.storage.describe", away_at_first)
     assert list(list_archive(str(manifest), Selection(), patience=60)) == expected
 

@@ -29,7 +29,6 @@ from btray.bulk.classify import classify
 from btray.bulk.classify_worker import PartClassifier, pieces_of
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.driver import parts_through
-from btray.bulk.lots import read_patiently
 from btray.bulk.table import KEY
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.frames import Rejection
@@ -37,7 +36,7 @@ from btray.data.preprocess import make_frame
 from btray.model.classifier import Classifier
 from btray.model.drift import Profile
 from btray.results import current
-from btray.storage import FileInfo, StorageError, lease
+from btray.storage import FileInfo, lease
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import (
     QUICK_LEASE,
@@ -241,7 +240,7 @@ def test_another_model_writes_beside_the_first(ray_session: None, model: str, tm
 
 _ON_ONE_CPU = """
 import ray, sys
-from btray.bulk import classify
+from btray.bulk.classify import classify
 from btray.bulk.config import ClassifyConfig
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 classify(ClassifyConfig(model=sys.argv[1], input=sys.argv[2], output=sys.argv[3]))
@@ -305,50 +304,6 @@ def test_actors_with_gpus_are_a_pipeline_that_ray_takes(ray_session: None, tmp_p
     run = runs.Run(run_id="r", group="m", parts="p", output=str(tmp_path), request={})
     dataset = parts_through(PartClassifier, (), run, actors=(1, 2), patience=1, gpu_share=0.5)
     assert "PartClassifier" in str(dataset)
-
-
-def test_a_store_that_is_away_costs_time_and_a_broken_object_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("btray.bulk.lots._PAUSE", 0.01)
-    up_at = time.monotonic() + 0.3
-    monkeypatch.setattr("btray.bulk.lots._answers_at_all", lambda uri: time.monotonic() > up_at)
-
-    def read(uris: Any) -> list[Any]:
-        down = time.monotonic() < up_at
-        return [StorageError("unavailable", uri) if down or uri == "s3://b/broken" else uri.encode() for uri in uris]
-
-    answers = read_patiently(["s3://b/1", "s3://b/2"], read, 60)
-    assert answers == [b"s3://b/1", b"s3://b/2"]
-    started = time.monotonic()
-    answers = read_patiently(["s3://b/1", "s3://b/broken"], read, 60)
-    assert answers[0] == b"s3://b/1"
-    assert isinstance(answers[1], StorageError)
-    assert time.monotonic() - started < 1
-    up_at = time.monotonic() + 600
-    started = time.monotonic()
-    assert all(isinstance(answer, StorageError) for answer in read_patiently(["s3://b/1"], read, 0.2))
-    assert 0.2 < time.monotonic() - started < 5
-
-
-def test_a_store_that_refuses_all_is_waited_for_and_one_that_refuses_a_few_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("btray.bulk.lots._PAUSE", 0.001)
-    rounds = iter(range(1000))
-    refusing = 20
-
-    def read(uris: Any) -> list[Any]:
-        refuses = next(rounds) < refusing
-        return [StorageError("throttled", uri) if refuses or uri == "s3://b/hot" else uri.encode() for uri in uris]
-
-    for listing_answers in (False, True):  # a store may refuse to be read while it can be listed
-        rounds, left = iter(range(1000)), iter([listing_answers] * refusing)
-        monkeypatch.setattr("btray.bulk.lots._answers_at_all", lambda uri: next(left, True))  # noqa: B023
-        assert read_patiently(["s3://b/1", "s3://b/2"], read, 60) == [b"s3://b/1", b"s3://b/2"]
-    rounds = iter(range(refusing, 1000))
-    answers = read_patiently(["s3://b/1", "s3://b/hot"], read, 60)
-    assert answers[0] == b"s3://b/1"
-    assert isinstance(answers[1], StorageError)
-    assert next(rounds) == refusing + 2, "an object that is refused while others are read is asked for once more"
 
 
 @pytest.mark.parametrize("decoders", [1, 3])

@@ -23,7 +23,7 @@ from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.labelled import read_labelled
 from btray.data.splits import hold_out
-from btray.storage import FileInfo
+from btray.storage import FileInfo, files
 from btray.storage.packed import is_member, member_uri, path_of
 from btray.storage.read_many import read_many
 from tests.helpers.classify_helpers import job, mixed_objects, plain_rows, write_objects
@@ -175,8 +175,8 @@ def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_not_given_up_f
     schema = pa.schema([packs.SCHEMA.field(name) for name in rows])
     pq.write_table(pa.table(rows, schema=schema), whole)
     reads: list[str] = []
-    local_read = storage._read_local
-    monkeypatch.setattr(storage, "_read_local", lambda path, *more: (reads.append(path), local_read(path, *more))[1])
+    local_read = files._read_local
+    monkeypatch.setattr(files, "_read_local", lambda path, *more: (reads.append(path), local_read(path, *more))[1])
     places = [member_uri(str(damaged), row, f"{row}.jpg") for row in range(512)]
     objects = [FileInfo(place, 4, "e", 0.0, place) for place in [*places, member_uri(str(whole), 0, "x.jpg")]]
     reader = Prefetcher(threads=4, patience=60, max_bytes=100)

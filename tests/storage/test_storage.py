@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +25,6 @@ import pytest
 from btray import storage
 from btray.core.errors import UserError
 from btray.storage import StorageError, s3_bodies
-from btray.storage import read_many as reading
 from btray.storage import s3 as client
 from btray.storage.read_many import read_many
 from tools.s3_server import S3Server
@@ -165,27 +163,6 @@ def test_many_reads_keep_order_and_give_each_failure_its_place(place: str) -> No
         else:
             assert answer == uri.encode()
     assert read_many([]) == []
-
-
-@pytest.mark.parametrize(("seconds", "waited_for"), [(0.0, False), (0.01, True)])
-def test_threads_are_woken_only_for_files_that_are_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, waited_for: bool
-) -> None:
-    uris = [str(tmp_path / f"{number}.bin") for number in range(60)]
-    for uri in uris:
-        storage.write_bytes(uri, uri.encode())
-    threads = set()
-    read_bytes = storage.read_bytes
-
-    def watched(uri: str, **options: Any) -> bytes:
-        threads.add(threading.get_ident())
-        time.sleep(seconds)
-        return read_bytes(uri, **options)
-
-    monkeypatch.setattr(storage, "read_bytes", watched)
-    monkeypatch.setattr(reading, "_QUICK", 0.005)  # a noisy machine is not a slow disk
-    assert read_many(uris, threads=8) == [uri.encode() for uri in uris]
-    assert (len(threads) > 1) == waited_for
 
 
 def test_text_and_json_make_the_round_trip_and_broken_ones_say_so(place: str) -> None:

@@ -323,7 +323,7 @@ def test_a_pool_of_actors_fills_the_machine_or_grows_with_the_cluster(
     monkeypatch: pytest.MonkeyPatch, cpus: int, own: bool, wanted: int | None, expected: tuple[int, int | None]
 ) -> None:
     monkeypatch.setattr(driver, "cpus", lambda: float(cpus))
-    monkeypatch.setattr(driver, "is_own", lambda: own)
+    monkeypatch.setattr(driver, "started_ray_here", lambda: own)
     assert driver.actors_for(wanted) == expected
 
 
@@ -363,7 +363,7 @@ def test_gpus_are_refused_where_the_job_started_its_ray_and_awaited_where_it_joi
     assert btray_cluster.started_ray_here()
     with pytest.raises(UserError, match=r"^--use-gpu: .*leave it out, or connect"):
         btray_cluster.require_gpus()
-    monkeypatch.setattr(btray_cluster, "is_own", lambda: False)
+    monkeypatch.setattr(btray_cluster, "started_ray_here", lambda: False)
     with caplog.at_level("WARNING"):
         assert btray_cluster.require_gpus() == 0
     assert "waits until its autoscaler" in caplog.text

@@ -185,7 +185,7 @@ def test_trials_at_a_time_are_what_the_machine_holds_or_what_a_cluster_may_grow_
 def of_a_cluster(monkeypatch: pytest.MonkeyPatch, cpus: int, own: bool) -> None:
     for module in (tuning, prepare):
         monkeypatch.setattr(module, "cpus", lambda: float(cpus))
-    monkeypatch.setattr(tuning, "is_own", lambda: own)
+    monkeypatch.setattr(tuning, "started_ray_here", lambda: own)
 
 
 def test_no_more_trials_at_a_time_than_there_are_or_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from btray import storage
 from btray.core import logs
 from btray.core.cluster import connected, cpus
+from btray.core.console import ProgressLine
 from btray.core.errors import Stopped, UserError
 from btray.data.fingerprint import unpack
 from btray.data.frames import FRAMES_PER_SCAN
@@ -171,7 +172,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
         datasets=datasets(data),
         dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
-    with stoppable(plan.run_uri) as asked:
+    with stoppable(plan.run_uri) as asked, ProgressLine():
         result = trainer.fit()
         if asked():
             raise Stopped(f"run {plan.run_uri} was stopped and has written a checkpoint; the same command goes on")

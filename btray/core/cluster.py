@@ -19,6 +19,7 @@ from btray.core.errors import Stopped, UserError
 from btray.core.ray_private import (
     QUIET_LOGGERS,
     cluster_address,
+    core_lines_in_log,
     forward_worker_lines,
     on_loopback,
     started_ray_here,
@@ -55,7 +56,8 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
         forward_worker_lines(console.show_worker_lines)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
-        yield
+        with nullcontext() if logs.is_verbose() else core_lines_in_log():
+            yield
     finally:
         ray.shutdown()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -15,6 +16,7 @@ from rich.text import Text
 from btray.core import logs
 
 _log = logging.getLogger(__name__)
+_REDRAW_SECONDS = 0.25
 _ray_log = logging.getLogger("ray.workers")  # INFO of a library: --verbose shows it
 
 
@@ -26,21 +28,27 @@ class ProgressLine:
 
     _current: ClassVar[ProgressLine | None] = None
 
-    def __init__(self) -> None:
+    def __init__(self, text: str = "") -> None:
+        self._text = text
+        self._drawn = 0.0
         console = Console(stderr=True)
         self._live = None
         if console.is_terminal and not logs.is_json():
             # A stdout that is a file must stay one: rich would redirect it to the terminal.
-            self._live = Live(console=console, redirect_stdout=sys.stdout.isatty(), vertical_overflow="crop")
+            self._live = Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
 
     def update(self, text: str) -> None:
         """Replace the line; the terminal is rewritten four times per second at most."""
-        if self._live is not None:
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+        self._text = text
+        now = time.monotonic()
+        if self._live is not None and now - self._drawn >= _REDRAW_SECONDS:
+            self._drawn = now
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+            self.update(self._text)
         ProgressLine._current = self
         return self
 
@@ -49,6 +57,7 @@ class ProgressLine:
     ) -> None:
         ProgressLine._current = None
         if self._live is not None:
+            self._live.update(Text(self._text))  # what stays may take two lines
             self._live.stop()
 
 

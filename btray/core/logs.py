@@ -11,8 +11,8 @@ from typing import Any, Literal
 LogFormat = Literal["text", "json"]
 
 # A worker puts one of these before each line of btray's own, so that the driver can tell them from what Ray and the
-# libraries write to the same stream. They are the ASCII record and unit separators, which no log line holds otherwise.
-LINE, PROGRESS = "\x1e", "\x1f"
+# libraries write to the same stream: control characters that no text holds and that do not end a line.
+LINE, PROGRESS = "\x02", "\x1f"
 
 _PLAIN = logging.LogRecord("", 0, "", 0, "", None, None).__dict__.keys() | {"message", "asctime", "taskName"}
 

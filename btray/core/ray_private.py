@@ -5,8 +5,10 @@ Written against Ray 2.60. None of these has a public counterpart there.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import ray
@@ -69,3 +71,28 @@ def forward_worker_lines(show: Callable[[Mapping[str, Any]], None]) -> None:
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     global_worker_stdstream_dispatcher.remove_handler("btray")
     global_worker_stdstream_dispatcher.add_handler("btray", show)
+
+
+@contextmanager
+def core_lines_in_log() -> Iterator[None]:
+    """For the block, write what Ray's C++ core prints in this process to Ray's log folder instead of the terminal.
+
+    The core writes its errors to file descriptor 2, some of which are none: it warns of each actor that Ray Data makes.
+    Its level (RAY_BACKEND_LOG_LEVEL) holds for the log files of all Ray processes as well, and is announced by a line
+    of its own. Python's `sys.stderr` still reaches the terminal. If `get_logs_dir_path` moves, jobs fail at their
+    start.
+    """
+    node: Any = ray._private.worker._global_node
+    with ExitStack() as stack:
+        try:
+            log = stack.enter_context(open(f"{node.get_logs_dir_path()}/btray-{os.getpid()}.err", "ab"))
+        except OSError:  # another user's cluster
+            yield
+            return
+        sys.stderr.flush()
+        terminal = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace"))
+        os.dup2(log.fileno(), 2)
+        stack.callback(os.dup2, terminal.fileno(), 2)
+        if sys.stderr is sys.__stderr__:  # else Python writes elsewhere already
+            stack.enter_context(redirect_stderr(terminal))
+        yield

@@ -172,7 +172,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
         datasets=datasets(data),
         dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
-    with stoppable(plan.run_uri) as asked, ProgressLine():
+    with stoppable(plan.run_uri) as asked, ProgressLine("starting the workers"):
         result = trainer.fit()
         if asked():
             raise Stopped(f"run {plan.run_uri} was stopped and has written a checkpoint; the same command goes on")

@@ -12,23 +12,23 @@ SOAK_SECONDS ?= 10800
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-setup: $(READY) ## make .venv with the pinned versions (once, a few minutes)
+setup: $(READY) ## create .venv with the pinned versions (once, a few minutes)
 	@echo ".venv is ready"
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3 found: apt-get install python3.11 python3.11-venv" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "$(PYTHON) is older than 3.11: give another one, make setup PYTHON=..." >&2; exit 1; }
+		|| { echo "$(PYTHON) is older than 3.11: choose another one with make setup PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv \
 		|| { echo "venv failed: apt-get install python3.11-venv, remove .venv and try again" >&2; exit 1; }
 	@echo "setup: $$(grep -c == constraints.txt) pinned packages into .venv (7 GB, a few minutes, once)"
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train, evaluate and report, on phantoms over S3; DATA=<folder or s3://...>: on your data
+demo: $(READY) ## train, evaluate and classify phantoms over S3; DATA=<folder or s3://...>: your data
 	@$(BIN)/python -m tools.demo $(if $(DATA),--data '$(DATA)')
 
-test: $(READY) ## lint, types and all tests but soak; every step runs, whatever the one before says
+test: $(READY) ## lint, types and all tests except soak; a failing step does not stop the others
 	@failed=; \
 	step() { echo; echo "== $$*"; local from=$$SECONDS; "$(BIN)/$$@" || failed+=" $$1"; echo "== $$1: $$((SECONDS - from)) s"; }; \
 	step ruff check .; \
@@ -39,11 +39,11 @@ test: $(READY) ## lint, types and all tests but soak; every step runs, whatever 
 	echo; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; else echo "all passed"; fi
 
-soak: $(READY) ## the tests that take minutes, stopped after SOAK_SECONDS
+soak: $(READY) ## the long tests, stopped after SOAK_SECONDS
 	@timeout --signal=INT --kill-after=60 $(SOAK_SECONDS) $(BIN)/pytest -m soak --durations=0 --timeout=3600
 
-lint: $(READY) ## ruff, mypy and the import rules alone
+lint: $(READY) ## only ruff, mypy and the import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-format: $(READY) ## rewrite the sources in the project's format, with the safe fixes
+format: $(READY) ## format the sources and apply ruff's safe fixes
 	@$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .

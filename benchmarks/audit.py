@@ -1,11 +1,11 @@
-"""What the audit costs an image, and whether that stays so when there are many.
+"""The cost of the audit per image, on the real data and on many more images.
 
 python benchmarks/audit.py --data ../data/brain-tumor-mri [--images 50000]
 
-Audits the real images, then many synthetic ones: phantoms, each warped and brightened at random so that no two show the
-same image, as JPEG of the real data's usual size. Each audit is a process of its own with its own Ray. Memory is the
-largest sum, over the processes of the job's tree, of what each holds alone (its share of shared pages is not counted).
-Run it with nothing else on the machine; the load is printed, since it decides what the figures are worth.
+Audits the real images, then many synthetic ones: phantoms, each with a random warp and brightness so that no two count
+as the same image, as JPEGs of the real data's usual size. Each audit is a separate process with its own Ray. Memory is
+the peak of the private memory of all processes of the job together (shared pages are not counted). Run it on an
+otherwise idle machine; the load is printed, because it determines how reliable the figures are.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _measured(data: str, out: Path) -> dict[str, Any]:
-    """One audit: seconds with the start of Ray, memory, and what was found."""
+    """Run one audit; return its seconds including the start of Ray, its memory and its counts."""
     load = os.getloadavg()[0]
     started = time.perf_counter()
     with (out.parent / f"{out.name}.log").open("wb") as log:
@@ -78,7 +78,7 @@ def _measured(data: str, out: Path) -> dict[str, Any]:
 
 
 def _memory(driver: int) -> tuple[int, int]:
-    """Private bytes of the driver, and of all processes below it together (Ray's own included)."""
+    """Return the private bytes of the driver, and of all its descendants together (Ray's own included)."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -126,7 +126,7 @@ def _write_part(folder: Path, start: int, end: int) -> None:
 
 
 def _varied(gray: npt.NDArray[np.uint8], random: np.random.Generator) -> Image.Image:
-    """`gray` through a random smooth warp and a random smooth gain: another head."""
+    """Apply a random smooth warp and a random smooth gain to `gray`, so that it shows another head."""
     cells = 4
     corners = np.mgrid[0 : cells + 1, 0 : cells + 1] * (SIDE / cells) + random.normal(
         0, SIDE / 22, (2, cells + 1, cells + 1)

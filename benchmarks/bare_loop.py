@@ -1,9 +1,9 @@
-"""What the training job is measured against: the shortest DDP loop that trains the same network, with no Ray in it.
+"""The baseline of the training job: the shortest DDP loop that trains the same network, without Ray.
 
 torchrun --nproc-per-node 2 benchmarks/bare_loop.py FRAMES.npz EPOCHS BATCH_SIZE
 
-FRAMES.npz holds `frames` (uint8 [n, size, size]) and `labels` (int64 [n]), kept in memory. Rank 0 prints a line an
-epoch: the seconds it took. There is no validation, no weight averaging, no checkpoint and no history here.
+FRAMES.npz holds `frames` (uint8 [n, size, size]) and `labels` (int64 [n]), kept in memory. Rank 0 prints one line per
+epoch, its seconds. There is no validation, weight averaging, checkpoint or history.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def main(path: str, epochs: int, batch_size: int) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank, workers = dist.get_rank(), dist.get_world_size()
-    held = np.load(path)
-    frames, labels = torch.from_numpy(held["frames"]), torch.from_numpy(held["labels"])
+    arrays = np.load(path)
+    frames, labels = torch.from_numpy(arrays["frames"]), torch.from_numpy(arrays["labels"])
     torch.manual_seed(0)
     network = build_network(NetworkConfig(), int(labels.max()) + 1).to(memory_format=torch.channels_last)
     parallel = DistributedDataParallel(network)

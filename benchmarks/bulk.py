@@ -1,14 +1,14 @@
-"""The classify job beside other ways to do its work, on one archive of real-size JPEG, in one run.
+"""Compare the classify job with other ways to do its work, on one archive of JPEGs of real size, in one run.
 
 python benchmarks/bulk.py --model BUNDLE --data ../data/brain-tumor-mri [--images 20000] [--more 80000] [--s3]
                             [--rivals bare documented dataloader daft] [--rivals-at-more bare daft]
 
-The archive is made of hard links to the images of --data, or of copies in a SeaweedFS of its own (--s3; the store's
-share of the cores is stated). Pipelines run one after the other (see benchmarks/bulk_rivals.py), first over --images,
-then some of them and the job again over --more: cost an image, peak memory, and the job with its start-up beside the
-rivals, at the largest size that each was run at. daft makes a virtual environment with Daft, which wants an older
-pyarrow. Start-up counts in `images_per_s`; `steady` is between the first and last part or batch.
-Run it with nothing else on the machine.
+The archive consists of hard links to the images of --data, or of copies in a SeaweedFS (--s3; the result states how
+much of a core the store used). The pipelines run one after the other (see benchmarks/bulk_rivals.py), first over
+--images, then some of them and the job again over --more. The result has the cost per image, the peak memory, and the
+job including start-up compared with each rival at the largest size that the rival ran at. daft gets a virtual
+environment, because Daft needs an older pyarrow. `images_per_s` includes start-up; `steady` is the rate between the
+first and last part or batch. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -41,15 +41,22 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    """Measure, print each result as it comes, then the comparison as one JSON object."""
+    """Measure, print each result as it arrives, then the comparison as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="bundle")
     parser.add_argument("--data", required=True, help="folder of JPEG")
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--more", type=int, default=80_000, help="a second size for the job and the bare loop; 0: none")
+    parser.add_argument(
+        "--more", type=int, default=80_000, help="second size, for the job and --rivals-at-more; 0: none"
+    )
     parser.add_argument("--engine", default="frozen")
     parser.add_argument("--s3", action="store_true", help="read from a SeaweedFS")
-    parser.add_argument("--rivals", nargs="*", default=["bare", "documented", "dataloader"], help="and daft")
+    parser.add_argument(
+        "--rivals",
+        nargs="*",
+        default=["bare", "documented", "dataloader"],
+        help="pipelines to compare with; also: daft",
+    )
     parser.add_argument("--rivals-at-more", nargs="*", default=["bare"])
     arguments = parser.parse_args()
     model = storage.resolve(arguments.model)
@@ -68,18 +75,18 @@ def main() -> None:
 
 def _compared(results: dict[str, Result], size: int, more: int) -> Result:
     job = results[f"job {more or size}"]
-    said = {}
+    ratios = {}
     for rival in ("bare", "documented", "dataloader", "daft"):
-        found = results.get(f"{rival} {more}") or results.get(f"{rival} {size}")
-        if found:
-            said[f"job_over_{rival}"] = job["images_per_s"] / found["images_per_s"]
-        if found and rival == "bare":
-            said["job_over_bare_steady"] = job["steady"] / found["steady"]
+        other = results.get(f"{rival} {more}") or results.get(f"{rival} {size}")
+        if other:
+            ratios[f"job_over_{rival}"] = job["images_per_s"] / other["images_per_s"]
+        if other and rival == "bare":
+            ratios["job_over_bare_steady"] = job["steady"] / other["steady"]
     if more:
         small = results[f"job {size}"]
-        said["cost_per_image_larger_over_smaller"] = small["images_per_s"] / job["images_per_s"]
-        said["peak_memory_larger_over_smaller"] = job["peak_mb"] / small["peak_mb"]
-    return said
+        ratios["cost_per_image_larger_over_smaller"] = small["images_per_s"] / job["images_per_s"]
+        ratios["peak_memory_larger_over_smaller"] = job["peak_mb"] / small["peak_mb"]
+    return ratios
 
 
 # ---- the archive
@@ -87,7 +94,7 @@ def _compared(results: dict[str, Result], size: int, more: int) -> Result:
 
 @contextmanager
 def _place(folder: Path, remote: bool) -> Iterator[tuple[str, int | None]]:
-    """Root of the archive, and the process id of its store."""
+    """Yield the root of the archive and the process id of its store (None for the local disk)."""
     if not remote:
         yield str(folder / "archive"), None
         return
@@ -99,7 +106,7 @@ def _place(folder: Path, remote: bool) -> Iterator[tuple[str, int | None]]:
 
 
 def _archive(root: str, pictures: list[Path], count: int) -> list[str]:
-    """So many objects, a thousand to a folder; their URIs."""
+    """Write `count` objects, a thousand per folder; return their URIs."""
     uris = []
     for number, picture in enumerate(islice(cycle(pictures), count)):
         uri = storage.join(root, f"{number // 1000:04d}", f"{number:07d}.jpg")
@@ -116,7 +123,7 @@ def _archive(root: str, pictures: list[Path], count: int) -> list[str]:
 
 
 def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: Path, store: int | None) -> Result:
-    """Throughput with start-up, and in the steady state; peak memory of all its processes."""
+    """Run one pipeline; return its throughput, with start-up and steady, and the peak memory of all its processes."""
     out.mkdir()
     listing = out / "list.txt"
     listing.write_text("\n".join(uris) + "\n", encoding="utf-8")
@@ -142,8 +149,8 @@ def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: P
     seconds = time.perf_counter() - started
     if done.returncode:
         raise RuntimeError(f"{pipeline}: {done.stderr[-3000:]}")
-    said = _report_of(out / "table") if pipeline == "job" else json.loads(done.stdout.strip().splitlines()[-1])
-    result = said | {"seconds": seconds, "images_per_s": len(uris) / seconds, "peak_mb": memory.peak / 1e6}
+    report = _report_of(out / "table") if pipeline == "job" else json.loads(done.stdout.strip().splitlines()[-1])
+    result = report | {"seconds": seconds, "images_per_s": len(uris) / seconds, "peak_mb": memory.peak / 1e6}
     result["peak_mb_of"] = {name: round(held / 1e6) for name, held in memory.of_peak.items()}
     if store is not None:
         result["store_share_of_a_core"] = (cpu_seconds(store) - busy_before) / seconds
@@ -152,17 +159,17 @@ def _measured(pipeline: str, model: str, engine: str, uris: list[str], *, out: P
 
 def _report_of(table: Path) -> Result:
     (path,) = table.glob("_runs/*/*/run.json")
-    said = json.loads(path.read_text(encoding="utf-8"))
+    report = json.loads(path.read_text(encoding="utf-8"))
     return {
-        "images": said["frames"] + said["rejected"],
-        "steady": said["images_per_second"],
-        "seconds_to_first_part": said["seconds_to_first_part"],
-        "seconds_by_stage": said["seconds_by_stage"],
+        "images": report["frames"] + report["rejected"],
+        "steady": report["images_per_second"],
+        "seconds_to_first_part": report["seconds_to_first_part"],
+        "seconds_by_stage": report["seconds_by_stage"],
     }
 
 
 def _daft_python() -> str:
-    """A Python with Daft, and behind it all that this one has."""
+    """Return a Python that has Daft and, with lower priority, all packages of this one."""
     home = ROOT / ".venv" / "daft"
     python = home / "bin" / "python"
     if not python.exists():
@@ -177,17 +184,18 @@ def _daft_python() -> str:
 
 
 class _Memory(threading.Thread):
-    """The most memory that all processes with a mark in their environment held at once, in bytes.
+    """Peak memory, in bytes, that all processes with a mark in their environment held at once.
 
-    Anonymous memory of each, and shared memory (Ray's object store, which its processes map) once. Counters of the
-    kernel, for PSS has page tables walked: looking every two seconds took a sixth of a core from what was measured.
+    Counts the anonymous memory of each process, and the shared memory (Ray's object store, which its processes map)
+    once. Reads the kernel's counters instead of PSS, which walks page tables: sampling that every two seconds took a
+    sixth of a core away from the pipeline.
     """
 
     def __init__(self, mark: str) -> None:
         super().__init__(daemon=True)
         self.peak = 0
         self.of_peak: dict[str, int] = {}
-        """Who held how much of it."""
+        """Bytes by process title at the peak."""
         self._mark = f"BENCHMARK_MARK={mark}".encode()
         self._marked: dict[str, bool] = {}
         self._ended = threading.Event()
@@ -201,7 +209,7 @@ class _Memory(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """The thread."""
+        """Sample the memory once per second until the context ends."""
         while not self._ended.wait(1):
             held: dict[str, int] = defaultdict(int)
             for process in os.listdir("/proc"):
@@ -213,7 +221,7 @@ class _Memory(threading.Thread):
                 self.peak, self.of_peak = sum(held.values()), dict(held)
 
     def _title(self, process: str) -> str | None:
-        """What a process with the mark is called now (Ray's change their names); None for others."""
+        """Return the current title of a process with the mark (Ray's change theirs); None for other processes."""
         try:
             if process not in self._marked:
                 self._marked[process] = self._mark in Path("/proc", process, "environ").read_bytes()
@@ -226,7 +234,7 @@ class _Memory(threading.Thread):
 
 
 def _memory_of(process: str) -> Counter[str]:
-    """Counters of a process, in bytes; zeros for one that has gone."""
+    """Return the memory counters of a process in bytes; zeros if it has ended."""
     try:
         lines = Path("/proc", process, "status").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,14 +1,14 @@
-"""Other ways to classify an archive, each with the same network: what benchmarks/bulk.py runs beside the job.
+"""Other ways to classify an archive with the same network; benchmarks/bulk.py compares the job with them.
 
-python benchmarks/bulk_rivals.py PIPELINE MODEL ENGINE OUT < LIST        # LIST: a URI a line
+python benchmarks/bulk_rivals.py PIPELINE MODEL ENGINE OUT < LIST        # LIST: one URI per line
 
-bare        two processes loop Classifier.predict over half the objects each and write nothing
-documented  read_images -> an actor a core -> write_parquet, as Ray Data's documentation shows it; the network eager
+bare        two processes that loop Classifier.predict over half of the objects each and write nothing
+documented  read_images -> one actor per core -> write_parquet, as in Ray Data's documentation; the network eager
 dataloader  a torch DataLoader with two workers that read and decode; the main process predicts and writes Parquet
 daft        Daft: download and a batch method in two processes -> write_parquet
 
-Each prints one JSON object: `images`, and `steady`, images a second between the first and the last batch where the
-pipeline lets one see them.
+Each prints one JSON object: `images`, and `steady`, images per second between the first and the last batch, if the
+pipeline exposes them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _predictions(model: str, engine: Any, uris: list[str]) -> tuple[int, float, 
 
 
 def bare(model: str, engine: str, uris: list[str], out: str) -> dict[str, float]:
-    """Upper bound: no table, no listing, no bookkeeping."""
+    """Run the upper bound: no table, no listing, no bookkeeping."""
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         halves = [uris[number::WORKERS] for number in range(WORKERS)]
         done = list(pool.map(_predictions, [model] * WORKERS, [engine] * WORKERS, halves))
@@ -55,7 +55,7 @@ def bare(model: str, engine: str, uris: list[str], out: str) -> dict[str, float]
 
 
 class _Eager:
-    """The actor of Ray's documentation."""
+    """The model actor of Ray's documentation."""
 
     def __init__(self, model: str) -> None:
         from btray.model.classifier import Classifier
@@ -72,7 +72,7 @@ class _Eager:
 
 
 def documented(model: str, engine: str, uris: list[str], out: str) -> dict[str, float]:
-    """https://docs.ray.io/en/latest/data/batch_inference.html"""
+    """Run the pipeline of https://docs.ray.io/en/latest/data/batch_inference.html ."""
     import ray
 
     from btray import storage
@@ -80,8 +80,10 @@ def documented(model: str, engine: str, uris: list[str], out: str) -> dict[str, 
     filesystem = storage.arrow_filesystem(uris[0])[0]
     paths = [uri.removeprefix("s3://") for uri in uris]
     images = ray.data.read_images(paths, mode="RGB", include_paths=True, filesystem=filesystem)
-    said = images.map_batches(_Eager, fn_constructor_args=(model,), batch_size=BATCH, concurrency=WORKERS, num_cpus=0.5)
-    said.write_parquet(out)
+    labelled = images.map_batches(
+        _Eager, fn_constructor_args=(model,), batch_size=BATCH, concurrency=WORKERS, num_cpus=0.5
+    )
+    labelled.write_parquet(out)
     return {"images": len(uris)}
 
 
@@ -105,7 +107,7 @@ class _Frames:
 
 
 def dataloader(model: str, engine: Any, uris: list[str], out: str) -> dict[str, float]:
-    """What most groups write by hand."""
+    """Run the loop that most groups write by hand."""
     import pyarrow as pa
     import pyarrow.parquet
     import torch
@@ -131,12 +133,12 @@ def dataloader(model: str, engine: Any, uris: list[str], out: str) -> dict[str, 
 
 
 def daft(model: str, engine: Any, uris: list[str], out: str) -> dict[str, float]:
-    """https://docs.daft.ai/en/stable/custom-code/cls/"""
+    """Run the pipeline of https://docs.daft.ai/en/stable/custom-code/cls/ ."""
     import daft
     from daft import DataType, Series
 
     @daft.cls(max_concurrency=WORKERS, use_process=True)
-    class Said:
+    class Labeller:
         def __init__(self) -> None:
             import torch
 
@@ -149,16 +151,16 @@ def daft(model: str, engine: Any, uris: list[str], out: str) -> dict[str, float]
         def label(self, data: Series) -> list[str | None]:
             return [prediction.label for prediction in self.classifier.predict(data.to_pylist())]
 
-    said = Said()
+    labeller = Labeller()
     frame = daft.from_pydict({"uri": [uri if "://" in uri else f"file://{uri}" for uri in uris]})
     frame = frame.with_column("data", frame["uri"].download(on_error="null"))
-    frame = frame.with_column("label", said.label(frame["data"])).exclude("data")
+    frame = frame.with_column("label", labeller.label(frame["data"])).exclude("data")
     frame.write_parquet(out)
     return {"images": len(uris)}
 
 
 def main(arguments: list[str]) -> None:
-    """Run one pipeline."""
+    """Run one pipeline over the URIs on standard input."""
     pipeline, model, engine, out = arguments
     lines: Iterator[str] = iter(sys.stdin)
     uris = [line.rstrip("\n") for line in lines]

@@ -1,15 +1,15 @@
-"""How many nodes an archive needs: throughput of the classify job predicted from the rates of its stages.
+"""Predict how many nodes an archive needs, from the cost of each stage of the classify job.
 
 python benchmarks/capacity.py --model runs/first --input ../data/brain-tumor-mri/Testing   # measure here, then predict
 python benchmarks/capacity.py --rates rates.json --scans 10e6 --hours 6                    # predict from a measurement
 
-The stages of one actor follow one another (read is waited for only where it is slower than the rest), so its rate is
-one over the sum of the seconds that an image spends in each. Actors share memory bandwidth, the network and the object
-store: the last two are ceilings, and of the first --efficiency is what it leaves. Start-up is counted once.
+The stages of one actor run one after the other (reading overlaps with them, and counts only if it is slower), so its
+rate is one over the sum of the seconds that an image spends in each. Actors share memory bandwidth, the network and the
+object store: the last two are upper limits, and --efficiency accounts for the first. Start-up is counted once.
 
-The stages are measured on one core. So the rate on one core shows what the stages leave out, and the one on two cores,
-of which nothing went into the model, whether actors add up as it says. GPU figures are the same sum with the forward
-pass replaced by FLOP over what the device sustains: paper.
+The stages are measured on one core. So the rate on one core shows what the stages omit, and the rate on two cores,
+which does not enter the model, shows whether actors add up as assumed. For GPUs the forward pass is replaced by its
+FLOP over the FLOP/s that the device sustains: calculated, not measured.
 """
 
 from __future__ import annotations
@@ -27,68 +27,68 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Assumed, not fitted to the job: half of what two bare processes, each on a core of its own, did over one on such a
-# machine (two_bare_processes_over_one of scale.py). Measure yours and give it as --efficiency.
+# Assumed, not fitted to the job: half of the speed-up of two bare processes, each on its own core, over one on such a
+# machine (two_bare_processes_over_one of scale.py). Measure your own machine and set --efficiency.
 DEFAULT_EFFICIENCY = 0.95
-_SECONDS_AN_HOUR = 3600
+_SECONDS_PER_HOUR = 3600
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one image costs."""
+    """The cost of one image."""
 
     read: float
-    """Seconds an actor waits for bytes; reading goes on beside the rest, so on a fast store next to nothing."""
+    """Seconds that an actor waits for bytes; near 0 on a fast store, because reading overlaps with the other stages."""
     decode: float
-    """Core-seconds from bytes to frame."""
+    """Core-seconds for decoding and preprocessing, from bytes to frame."""
     predict: float
-    """Core-seconds of the forward pass and of making rows."""
+    """Core-seconds for the forward pass and for building rows."""
     write: float
-    """Seconds of writing the table."""
+    """Seconds for writing the table."""
     bytes: float
-    """Bytes of the encoded image."""
+    """Size of the encoded image in bytes."""
     start: float = 25.0
     """Seconds until the first part: Ray, imports, the model."""
     gflop: float = 0.2
-    """Of the forward pass; a multiply-add counts as two."""
+    """GFLOP of the forward pass; a multiply-add counts as two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What runs it."""
+    """The nodes and the store that run the job."""
 
     nodes: int
     cores: int
-    """Cores of a node."""
+    """Cores per node."""
     gpus: int = 0
-    """GPUs of a node; 0: the cores run the network."""
+    """GPUs per node; 0: the cores run the network."""
     tflops: float = 0.0
-    """What a GPU sustains on this network, in TFLOP/s; the nominal figure is several times as much."""
+    """TFLOP/s that a GPU sustains on this network; its nominal figure is several times as high."""
     efficiency: float = DEFAULT_EFFICIENCY
-    """Share of the sum of the actors' rates that is left when several run together on a node."""
+    """Share of the sum of the actors' rates that remains when several run on a node."""
     network: float = 1.25e9
-    """Bytes a second into a node."""
+    """Bytes per second into a node."""
     store: float = 40e9
-    """Bytes a second that the object store gives to all."""
+    """Bytes per second that the object store delivers to all nodes together."""
     store_requests: float = 5500.0
-    """GETs a second that the store gives: S3's figure for one prefix."""
+    """GETs per second that the store serves: S3's figure for one prefix."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Images a second, and what limits them."""
+    """A throughput in images per second, and its limiting factor."""
 
     rate: float
     limit: str
     ceilings: Mapping[str, float]
 
     def hours(self, scans: float, rates: Rates) -> float:
-        """Hours for `scans` images, start-up included."""
-        return (rates.start + scans / self.rate) / _SECONDS_AN_HOUR
+        """Return the hours for `scans` images, including start-up."""
+        return (rates.start + scans / self.rate) / _SECONDS_PER_HOUR
 
 
 def predict(rates: Rates, cluster: Cluster) -> Prediction:
-    """Throughput of the classify job on a cluster."""
+    """Predict the throughput of the classify job on a cluster."""
     cores = cluster.nodes * cluster.cores * (cluster.efficiency if cluster.cores > 1 else 1.0)
     if cluster.gpus:
         device = cluster.nodes * cluster.gpus * cluster.tflops * 1e3 / rates.gflop
@@ -107,20 +107,20 @@ def predict(rates: Rates, cluster: Cluster) -> Prediction:
 
 
 def nodes_for(rates: Rates, one: Cluster, scans: float, hours: float) -> int | None:
-    """Fewest nodes like `one` that do it in time; None where a ceiling that no node raises is in the way."""
-    wanted = scans / max(1e-9, hours * _SECONDS_AN_HOUR - rates.start)
+    """Return the fewest nodes like `one` that finish in `hours`; None if the object store limits them to less."""
+    required = scans / max(1e-9, hours * _SECONDS_PER_HOUR - rates.start)
     shared = min(one.store / rates.bytes, one.store_requests)
-    if wanted > shared:
+    if required > shared:
         return None
     single = predict(rates, Cluster(**{**vars(one), "nodes": 1, "store": math.inf, "store_requests": math.inf}))
-    return math.ceil(wanted / single.rate)
+    return math.ceil(required / single.rate)
 
 
 # ---- measuring
 
 
 def measure(model: str, source: str, cores: int, times: int) -> dict[str, Any]:
-    """run.json of the classify job on so many CPUs of this machine, over `source` read `times` times by links."""
+    """Run the classify job on `cores` cores over `source`, linked `times` times; return its run.json."""
     with tempfile.TemporaryDirectory(prefix="btray-capacity-") as name:
         archive = Path(name, "archive")
         for number in range(times):
@@ -138,7 +138,7 @@ def measure(model: str, source: str, cores: int, times: int) -> dict[str, Any]:
 
 
 def rates_of(report: Mapping[str, Any], gflop: float) -> Rates:
-    """What one image cost in a run."""
+    """Return the cost of one image in a run, from its run.json."""
     images = report["objects"] - report["taken_from_earlier_attempt"]
     stages = {stage: seconds / images for stage, seconds in report["seconds_by_stage"].items()}
     size = report["bytes"] / report["objects"]
@@ -150,20 +150,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="bundle to measure with")
     parser.add_argument("--input", help="local folder of scans to measure on")
-    parser.add_argument("--times", type=int, default=4, help="how often the folder is read in one run")
-    parser.add_argument("--rates", help="JSON of an earlier measurement, in place of a new one")
+    parser.add_argument("--times", type=int, default=4, help="how many times one run reads the folder")
+    parser.add_argument("--rates", help="JSON of an earlier measurement, instead of a new one")
     parser.add_argument("--scans", type=float, default=10e6)
     parser.add_argument("--hours", type=float, default=6.0)
-    parser.add_argument("--cores", type=int, default=16, help="cores of a node")
-    parser.add_argument("--efficiency", type=float, default=DEFAULT_EFFICIENCY, help="of cores that work together")
-    parser.add_argument("--tflops", type=float, default=8.0, help="what a GPU sustains (paper)")
+    parser.add_argument("--cores", type=int, default=16, help="cores per node")
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=DEFAULT_EFFICIENCY,
+        help="share of their summed rates that cores reach together",
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=8.0, help="TFLOP/s that a GPU sustains, for the calculated GPU plan"
+    )
     arguments = parser.parse_args()
     if arguments.rates:
-        found = json.loads(Path(arguments.rates).read_text(encoding="utf-8"))
+        costs = json.loads(Path(arguments.rates).read_text(encoding="utf-8"))
         checked: dict[str, Any] = {"taken from": arguments.rates}
     else:
-        found, checked = _measured(parser, arguments)
-    rates = Rates(**found)
+        costs, checked = _measured(parser, arguments)
+    rates = Rates(**costs)
     cpu = Cluster(nodes=1, cores=arguments.cores, efficiency=arguments.efficiency)
     gpu = Cluster(nodes=1, cores=8, gpus=1, tflops=arguments.tflops, efficiency=arguments.efficiency)
     plan = {}
@@ -182,7 +189,7 @@ def main() -> None:
 
 
 def _measured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rates from one core, and how well they predict one core and two."""
+    """Measure the rates on one core; return them and how well they predict one core and two."""
     if not arguments.model or not arguments.input:
         parser.error("give --model and --input to measure, or --rates")
     from btray.model.bundle import load_bundle
@@ -195,12 +202,12 @@ def _measured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     check = {}
     for cores, report in reports.items():
         one = Cluster(nodes=1, cores=cores, efficiency=arguments.efficiency, store=math.inf, store_requests=math.inf)
-        said = predict(rates, one).rate
+        predicted = predict(rates, one).rate
         measured = report["images_per_second"]
         check[f"{cores} cores"] = {
             "measured_images_per_s": measured,
-            "predicted_images_per_s": round(said, 1),
-            "predicted_over_measured": round(said / measured, 3),
+            "predicted_images_per_s": round(predicted, 1),
+            "predicted_over_measured": round(predicted / measured, 3),
         }
     return vars(rates), check
 

@@ -1,4 +1,4 @@
-"""Importing this lets a benchmark that is run as a script use the rest of the checkout (`tools`) as well."""
+"""Put the checkout on sys.path when imported, so that a benchmark run as a script can import `tools`."""
 
 import sys
 from pathlib import Path

@@ -1,9 +1,8 @@
-"""How long the nightly job takes where nothing is new: the fixed cost of every night.
+"""Measure how long the nightly job takes if nothing is new: the fixed cost of every night.
 
 python benchmarks/nothing_new.py --model BUNDLE --data ../data/brain-tumor-mri [--objects 100000]
 
-The archive is made of hard links; the table says of every object that it was classified, in files of 512 rows as the
-job writes them.
+The archive consists of hard links; the table has a row for every object, in files of 512 rows as the job writes them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from btray import storage
 from btray.bulk import table as results_table
 from btray.bulk.part_files import write_part
 from btray.model.bundle import load_bundle
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,20 +48,20 @@ def main() -> None:
             [*job, "--input", str(archive), "--output", str(table)], check=True, capture_output=True, text=True
         )
         seconds = time.perf_counter() - started
-    said = done.stdout.splitlines()[0]
-    print(json.dumps({"objects": arguments.objects, "seconds": round(seconds, 2), "said": said}, indent=2))
+    message = done.stdout.splitlines()[0]
+    print(json.dumps({"objects": arguments.objects, "seconds": round(seconds, 2), "message": message}, indent=2))
 
 
 def _fill(archive: str, table: str, model_id: str) -> None:
-    """A table in which every object of the archive stands."""
+    """Write a table that has every object of the archive."""
     product = results_table.product(model_id)
     folder = storage.join(table, product.folder("2026-01-01"))
     now = datetime.now(UTC)
-    found = storage.list_files(archive)
+    files = storage.list_files(archive)
     number = 0
-    while infos := list(islice(found, product.part_objects)):
-        said = Prediction(index=0, label="glioma", confidence=0.9, probabilities={"glioma": 0.9, "no_tumor": 0.1})
-        rows = [results_table.row_of(said, info, run_id="earlier", classified_at=now) for info in infos]
+    while infos := list(islice(files, product.part_objects)):
+        prediction = Prediction(index=0, label="glioma", confidence=0.9, probabilities={"glioma": 0.9, "no_tumor": 0.1})
+        rows = [results_table.row_of(prediction, info, run_id="earlier", classified_at=now) for info in infos]
         write_part(storage.join(folder, f"part-earlier-{number:06d}.parquet"), rows, results_table.SCHEMA, {})
         number += 1
 

@@ -1,4 +1,4 @@
-"""What the out-of-distribution score costs: a forward pass with it against one without, in turns on one core.
+"""Measure the cost of the out-of-distribution score: forward passes with and without it, in turn on one core.
 
 python benchmarks/ood.py --model runs/first
 """
@@ -22,14 +22,14 @@ BATCH = 64
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a bundle that keeps the distribution of its features")
+    parser.add_argument("--model", required=True, help="a bundle with the distribution of its features")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     classifier = Classifier.load(arguments.model, device="cpu", batch_size=BATCH)
     distribution = classifier.ood
     if distribution is None:
-        raise SystemExit(f"{arguments.model} keeps no distribution of features: train it again")
+        raise SystemExit(f"{arguments.model} has no distribution of features: train it again")
     size = classifier.manifest.preprocess.size
     frames = np.random.default_rng(0).integers(0, 256, (BATCH, size, size), dtype=np.uint8)
     images = to_tensor(torch.from_numpy(frames)).contiguous(memory_format=torch.channels_last)
@@ -56,13 +56,13 @@ def main() -> None:
     )
 
 
-def _milliseconds(ways: tuple[Callable[[], None], ...], rounds: int) -> list[float]:
-    """Median time an image of each way; they take turns, so that a disturbance hits all."""
-    times: list[list[float]] = [[] for _ in ways]
+def _milliseconds(functions: tuple[Callable[[], None], ...], rounds: int) -> list[float]:
+    """Return the median milliseconds per image of each function; they take turns, so that a disturbance affects all."""
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):
-        for way, taken in zip(ways, times, strict=True):
+        for function, taken in zip(functions, times, strict=True):
             started = time.perf_counter()
-            way()
+            function()
             taken.append(time.perf_counter() - started)
     return [1000 * float(np.median(taken[1:])) / BATCH for taken in times]
 

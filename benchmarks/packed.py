@@ -1,8 +1,8 @@
-"""How much faster a packed archive is read than the loose objects in it, from disk and from a SeaweedFS.
+"""Measure how much faster a packed archive is read than its loose objects, from disk and from a SeaweedFS.
 
 python benchmarks/packed.py --data ../data/brain-tumor-mri
 
-Reading alone, as the actors of the classify job do it: lots of 64 objects by 16 threads of one process.
+Reading only, as in the actors of the classify job: lots of 64 objects, read by 16 threads of one process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import checkout  # noqa: F401 - `tools` is found
+import checkout  # noqa: F401 - makes `tools` importable
 
 from btray import storage
 from btray.bulk.archive import Selection, list_archive
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _rate(uri: str) -> float:
-    """Objects read a second, listing aside."""
+    """Return the objects read per second, without the listing."""
     objects = list(list_archive(uri, Selection()))
     reader = Prefetcher(threads=16, patience=10, max_bytes=ScanLimits().max_bytes)
     started = time.perf_counter()

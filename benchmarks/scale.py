@@ -1,14 +1,14 @@
-"""What a second node brings: a job on archives on one Ray node and on two (one core each), beside bare processes.
+"""Measure the gain of a second node: a bulk job on one Ray node and on two (one core each), and bare processes.
 
 python benchmarks/scale.py --model runs/first --input ../data/brain-tumor-mri/Testing [--rounds 5] [--times 30]
 python benchmarks/scale.py --job pack --input ../data/brain-tumor-mri/Testing --times 200
 
-Every round measures, in turn: one bare process, two bare processes (each pinned to a core of its own: read, decode,
-forward pass, nothing written; or read and write shards), the job on a cluster of one node with one CPU, and on two such
-nodes, each pinned to a core. Bare processes keep the memory they free, as the job's actors do: else page faults slow
-them down, which a second process does not make worse. The head has no CPU and coordinates, on both cores. Rates are
-from the first part to the last, so that start-up is not counted. What is asked for: two nodes over one are at least 0.9
-times what two bare processes are over one; medians.
+Every round measures, in turn: one and two bare processes, each pinned to its own core (classify: read, decode and
+forward pass, nothing written; pack: read and write shards), then the job on a cluster of one node with one CPU, and on
+two such nodes, each pinned to a core. Bare processes keep the memory they free, as the job's actors do; otherwise page
+faults slow them down, and a second process does not make that worse. The head has no CPU and coordinates, on both
+cores. Rates are measured from the first part to the last, without start-up. The goal, in medians: the speed-up from one
+node to two is at least 0.9 times that from one bare process to two.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401 - `tools` is found
+import checkout  # noqa: F401 - makes `tools` importable
 
 from tools.loopback_cluster import LoopbackCluster
 from tools.processes import cpu_seconds, until
 
 HERE = Path(__file__).resolve().parent
-_AT_REST = 0.15  # cores of all nodes together
+_IDLE_CORES = 0.15  # busy cores of all nodes together, below which the cluster counts as idle
 
 _BARE = {
     "classify": """
@@ -46,8 +46,8 @@ keep_freed_memory()
 model, paths = sys.argv[1], json.load(sys.stdin)
 classifier = Classifier.load(model, engine="auto")
 def work(some):
-    found = [classifier.source.from_bytes(Path(path).read_bytes()) for path in some]
-    classifier.predict_decoded(found, some)
+    frames = [classifier.source.from_bytes(Path(path).read_bytes()) for path in some]
+    classifier.predict_decoded(frames, some)
 work(paths[:64])
 started = time.perf_counter()
 for start in range(0, len(paths), 64):
@@ -58,7 +58,7 @@ print(time.perf_counter() - started, flush=True)
 import json, sys, tempfile, time
 from btray.core.allocator import keep_freed_memory
 from collections import defaultdict
-from btray.bulk.lots import LotReader
+from btray.bulk.lots import Prefetcher
 from btray.bulk.pack import PartPacker
 from btray.data.packs import SCHEMA
 from btray.bulk.part_files import write_part
@@ -67,7 +67,7 @@ from btray.bulk.config import PackConfig
 from btray.storage import describe
 paths = json.load(sys.stdin)
 keep_freed_memory()
-reader = LotReader(threads=PackConfig.model_fields["threads"].default, patience=10, max_bytes=ScanLimits().max_bytes)
+reader = Prefetcher(threads=PackConfig.model_fields["threads"].default, patience=10, max_bytes=ScanLimits().max_bytes)
 rest = {"etag": "", "error_code": None, "error": None, "retryable": False}
 def work(some, uri):
     objects = [describe(path) for path in some]
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--model", help="bundle, for classify")
     parser.add_argument("--input", required=True, help="local folder of scans")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--times", type=int, default=4, help="how often the folder is read in one run")
+    parser.add_argument("--times", type=int, default=4, help="how many times one run reads the folder")
     arguments = parser.parse_args()
     if arguments.job == "classify" and not arguments.model:
         parser.error("classify needs --model")
@@ -107,10 +107,10 @@ def main() -> None:
         for number in range(arguments.times):
             (archive / f"{number:03d}").symlink_to(Path(arguments.input).resolve(), target_is_directory=True)
         paths = [str(path) for top in sorted(archive.iterdir()) for path in sorted(top.rglob("*")) if path.is_file()]
-        bare(arguments, paths, cores)  # memory that a virtual machine had given back comes again
+        bare(arguments, paths, cores)  # warm-up: gets memory back that the virtual machine had released
         for number in range(arguments.rounds):
             for count in (1, 2):
-                os.sync()  # what was written so far is not to be written while the next one is measured
+                os.sync()  # flush, so that earlier output is not written back during the next measurement
                 rates[f"bare_{count}"].append(bare(arguments, paths, cores[:count]))
                 output = Path(name, f"results{number}-{count}")
                 os.sync()
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def bare(arguments: argparse.Namespace, paths: list[str], cores: list[int]) -> float:
-    """Images a second of one process a core, each with its share of the paths; imports and warm-up not counted."""
+    """Return the images per second of one process per core, which share the paths, without imports and warm-up."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     with ThreadPoolExecutor(len(cores)) as pool:
         seconds = pool.map(
@@ -148,14 +148,14 @@ def _bare_process(arguments: argparse.Namespace, paths: list[str], core: int, en
 
 
 def on_nodes(arguments: argparse.Namespace, archive: Path, output: Path, cores: list[int]) -> float:
-    """Images a second of the job on a cluster of one node a core, from its first part to its last."""
+    """Return the images per second of the job, first part to last, on a cluster with one node per core."""
     with LoopbackCluster(cpus=0) as cluster:
         for core in cores:
             node = cluster.add(cpus=1)
             for pid in node.pids():
                 subprocess.run(["taskset", "--all-tasks", "--cpu-list", "--pid", str(core), str(pid)], check=False,
                                capture_output=True)  # fmt: skip
-        until(lambda: _busy(cluster) < _AT_REST, "the nodes' own processes to come to rest")
+        until(lambda: _busy(cluster) < _IDLE_CORES, "the nodes' own processes to become idle")
         command = [sys.executable, str(HERE.parent / "jobs" / f"{arguments.job}.py")]
         command += ["--input", str(archive), "--output", str(output)]
         command += ["--model", arguments.model] if arguments.job == "classify" else []
@@ -165,7 +165,7 @@ def on_nodes(arguments: argparse.Namespace, archive: Path, output: Path, cores: 
 
 
 def _busy(cluster: LoopbackCluster) -> float:
-    """Cores that the processes of a cluster keep busy for a second."""
+    """Return how many cores the processes of a cluster keep busy, measured over one second."""
     before = {pid: cpu_seconds(pid) for node in cluster.nodes for pid in node.pids()}
     time.sleep(1)
     return sum(max(0.0, cpu_seconds(pid) - seconds) for pid, seconds in before.items())

@@ -1,12 +1,12 @@
-"""The service against what it could cost at least: the same Classifier behind bare uvicorn and FastAPI.
+"""Compare the service with its lower bound: the same Classifier behind bare uvicorn and FastAPI.
 
-python benchmarks/serving.py --model BUNDLE                       # all of it, side by side
+python benchmarks/serving.py --model BUNDLE                       # all but the soak test
 python benchmarks/serving.py --model BUNDLE --only overload       # 5 times capacity
 python benchmarks/serving.py --model BUNDLE --only autoscale      # replicas 1 -> 2 -> 1
 python benchmarks/serving.py --model BUNDLE --only soak --seconds 600
 
-Clients are processes of their own with keep-alive connections that post a 512x512 JPEG. Each measured server is
-started, warmed and stopped in turn; the machine's load is printed with every figure.
+Clients are separate processes with keep-alive connections that post 512x512 JPEGs. Each server is started, warmed up,
+measured and stopped in turn; the machine's load is printed with every figure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import checkout  # noqa: F401 - `tools` is found
+import checkout  # noqa: F401 - makes `tools` importable
 import requests
 from fastapi import FastAPI, Request
 from PIL import Image
@@ -47,41 +47,42 @@ BODIES = 16
 
 @dataclass(frozen=True)
 class Measured:
-    """What clients saw."""
+    """Latencies and status codes as the clients saw them."""
 
     seconds: float
     latencies: list[float]
-    """Of requests answered 200, in ms, sorted."""
+    """Latencies of requests answered 200, in ms, sorted."""
     codes: dict[int, int]
-    """Answers by status; 0: no answer."""
+    """Number of answers by status; 0: no answer."""
     refusals: list[float]
-    """Latency of the other answers, in ms, sorted."""
+    """Latencies of the other answers, in ms, sorted."""
 
     @property
     def rate(self) -> float:
-        """Requests answered 200, a second."""
+        """Requests answered 200, per second."""
         return len(self.latencies) / self.seconds
 
     def __str__(self) -> str:
+        """Return one line for the terminal."""
         quantiles = quantiles_of(self.latencies)
         others = {code: count for code, count in self.codes.items() if code != 200}
         return f"{self.rate:7.1f} requests/s  {quantiles}  {others or ''}"
 
 
 def quantile(latencies: list[float], share: float) -> float:
-    """Of sorted latencies; 0 where there are none."""
+    """Return a quantile of sorted latencies; 0 if there are none."""
     return latencies[min(len(latencies) - 1, int(share * len(latencies)))] if latencies else 0.0
 
 
 def quantiles_of(latencies: list[float]) -> str:
-    """What is printed of latencies."""
+    """Return the median and the tail of sorted latencies as text."""
     return "  ".join(f"p{100 * share:g} {quantile(latencies, share):6.1f} ms" for share in (0.5, 0.9, 0.99))
 
 
 @cache
 def bodies() -> list[bytes]:
-    """512x512 JPEGs."""
-    from btray.phantoms import phantom  # here and below: clients import nothing heavy, so that they start at once
+    """Return phantoms as 512x512 JPEGs."""
+    from btray.phantoms import phantom  # imported late here and below, so that client processes start at once
 
     files = []
     for seed in range(BODIES):
@@ -95,7 +96,7 @@ def bodies() -> list[bytes]:
 
 
 def measure(url: str, connections: int, seconds: float, rate: float | None = None) -> Measured:
-    """Post as fast as answers come on each connection; with `rate`, so many requests a second in all."""
+    """Post on each connection as soon as the last answer arrives; with `rate`, that many requests per second in all."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client:
         taken, times = client.submit(_client, url, bodies(), connections, seconds, rate).result()
     codes = {code: len(latencies) for code, latencies in times.items()}
@@ -137,7 +138,7 @@ async def _post(url: str, files: list[bytes], connections: int, seconds: float, 
 
 
 def bare(model: str, port: int) -> None:
-    """(a) uvicorn and FastAPI alone: decode and forward of each request on one of two threads."""
+    """Serve with uvicorn and FastAPI alone: each request is decoded and classified on one of two threads."""
     import torch
     import uvicorn
 
@@ -160,7 +161,7 @@ def bare(model: str, port: int) -> None:
 
 
 def plain_serve(model: str, port: int) -> None:
-    """(b) the same handler as a Serve deployment with Serve's default settings."""
+    """Serve the same handler as a Serve deployment with Serve's default settings."""
     import ray
     from ray import serve
 
@@ -178,7 +179,8 @@ def plain_serve(model: str, port: int) -> None:
             (prediction,) = self.classifier.predict([await request.body()])
             return {"label": prediction.label, "probabilities": prediction.probabilities}
 
-        classify.__annotations__["request"] = Request  # the name alone means nothing to FastAPI in a replica
+        # In a replica FastAPI cannot resolve the annotation from its name.
+        classify.__annotations__["request"] = Request
         app.post("/v1/classify")(classify)
 
         @app.get("/readyz")
@@ -193,7 +195,7 @@ def plain_serve(model: str, port: int) -> None:
 
 @contextmanager
 def server(kind: str, model: str, *flags: str) -> Iterator[tuple[str, int]]:
-    """The URL of a running server and its process id; `kind` is bare, plain, or a --proxy of jobs/serve.py."""
+    """Run a server; yield its URL and process id. `kind` is bare, plain, or a --proxy of jobs/serve.py."""
     from btray.serving.job import free_port
 
     port = free_port()
@@ -224,51 +226,51 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
                 return
         except requests.RequestException:
             time.sleep(0.3)
-    raise SystemExit(f"{process.args!r} did not come up")
+    raise SystemExit(f"{process.args!r} did not start")
 
 
 def replicas_of(pid: int) -> list[int]:
-    """Process ids of the replicas below the job `pid`."""
+    """Return the process ids of the replicas that descend from the job `pid`."""
     return named(b"ServeReplica:btray", pid)
 
 
 def resident(pids: list[int]) -> float:
-    """Memory of these processes together, in MB."""
+    """Return the resident memory of these processes together, in MB."""
     total = 0
     for pid in pids:
         try:
-            found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+            line = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
         except OSError:
             continue
-        total += int(found[1]) if found else 0
+        total += int(line[1]) if line else 0
     return total / 1000
 
 
-def beside() -> str:
-    """What else the machine does."""
+def load_average() -> str:
+    """Return the load average of the machine as text."""
     return f"load {os.getloadavg()[0]:.1f}"
 
 
-# ---- what is shown
+# ---- measurements
 
 
 def side_by_side(model: str, seconds: float, kinds: list[str]) -> None:
-    """Requests a second and latency at 1, 8 and 32 connections."""
+    """Print requests per second and latency at 1, 8 and 32 connections."""
     for kind in kinds:
         flags = [] if kind in ("bare", "plain") else ["--replicas.min-replicas", "2"]
         with server(kind, model, *flags) as (url, _):
             measure(url + "/v1/classify", 8, 5)
             for connections in (1, 8, 32):
                 result = measure(url + "/v1/classify", connections, seconds)
-                print(f"{kind:8} {connections:3} connections  {result}  {beside()}", flush=True)
+                print(f"{kind:8} {connections:3} connections  {result}  {load_average()}", flush=True)
 
 
 def overload(model: str, seconds: float) -> None:
-    """Capacity, then five times that, then whether it is well.
+    """Print the capacity, the behaviour at five times that load, and the latency afterwards.
 
-    The client that floods is late itself; a client of its own with few connections says how long answers take. What is
-    accepted waits for a place in HAProxy, and then for those that its replica has in work; half of the machine goes to
-    the clients and to what is refused.
+    The flooding client is itself overloaded, so a separate client with few connections measures how long answers take.
+    An accepted request waits for a slot in HAProxy, and then for the requests that its replica is processing. Half of
+    the machine is used by the clients and the refusals, hence the factor 2 in the bound.
     """
     from btray.serving.config import LimitsConfig
     from btray.serving.haproxy import QUEUE_SECONDS
@@ -278,13 +280,13 @@ def overload(model: str, seconds: float) -> None:
         post = url + "/v1/classify"
         measure(post, 8, 5)
         capacity = measure(post, 16, seconds)
-        print(f"capacity      {capacity}  {beside()}", flush=True)
+        print(f"capacity      {capacity}  {load_average()}", flush=True)
         flooding = pool.submit(measure, post, 512, seconds + 4, rate=5 * capacity.rate)
         time.sleep(2)
         beside_it = measure(post, 8, seconds)
         flood = flooding.result()
-        asked = sum(flood.codes.values()) / flood.seconds
-        print(f"flood         {flood}  asked {asked:.0f}/s  {beside()}", flush=True)
+        sent = sum(flood.codes.values()) / flood.seconds
+        print(f"flood         {flood}  sent {sent:.0f}/s  {load_average()}", flush=True)
         print(f"beside it     {beside_it}", flush=True)
         print(
             f"  refused     {len(beside_it.refusals):7.0f} requests    {quantiles_of(beside_it.refusals)}", flush=True
@@ -292,11 +294,11 @@ def overload(model: str, seconds: float) -> None:
         bound = QUEUE_SECONDS + 2 * replicas * LimitsConfig().max_requests / capacity.rate
         slowest = quantile(beside_it.latencies, 0.99) / 1000
         print(f"bound         p99 {slowest:.1f} s, {'kept' if slowest <= bound else 'NOT KEPT'} below {bound:.1f} s")
-        print(f"afterwards    {measure(post, 1, 5)}  {beside()}", flush=True)
+        print(f"afterwards    {measure(post, 1, 5)}  {load_average()}", flush=True)
 
 
 def autoscale(model: str, seconds: float) -> None:
-    """Replicas before, under and after load."""
+    """Print the number of replicas before, under and after load."""
     flags = ["--replicas.max-replicas", "2", "--replicas.upscale-delay", "3", "--replicas.downscale-delay", "10"]
     with server("haproxy", model, *flags) as (url, pid), ThreadPoolExecutor(1) as pool:
         print(f"idle          {len(replicas_of(pid))} replica", flush=True)
@@ -304,7 +306,7 @@ def autoscale(model: str, seconds: float) -> None:
         while not load.done():
             time.sleep(5)
             print(f"under load    {len(replicas_of(pid))} replicas", flush=True)
-        print(f"              {load.result()}  {beside()}", flush=True)
+        print(f"              {load.result()}  {load_average()}", flush=True)
         deadline = time.monotonic() + 120
         while len(replicas_of(pid)) > 1 and time.monotonic() < deadline:
             time.sleep(2)
@@ -312,9 +314,9 @@ def autoscale(model: str, seconds: float) -> None:
 
 
 def soak(model: str, seconds: float) -> None:
-    """At 80 % of capacity: errors, latency, and the memory of the replicas and of all processes of the job together.
+    """Print errors, latency, and the memory of the replicas and of all processes of the job, at 80 % of capacity.
 
-    Its growth is the most that was held over what was held after the first quarter, when all is warm.
+    Memory growth is the peak relative to the end of the first quarter, when everything is warmed up.
     """
     with server("haproxy", model, "--replicas.min-replicas", "2") as (url, pid):
         post = url + "/v1/classify"
@@ -327,7 +329,7 @@ def soak(model: str, seconds: float) -> None:
             memory["replicas"].append(resident(replicas_of(pid)))
             memory["all"].append(resident([pid, *descendants(pid)]))
             held = "  ".join(f"{name} {values[-1]:.0f} MB" for name, values in memory.items())
-            print(f"{time.monotonic() - started:6.0f} s  {result}  {held}  {beside()}", flush=True)
+            print(f"{time.monotonic() - started:6.0f} s  {result}  {held}  {load_average()}", flush=True)
             if set(result.codes) != {200}:
                 raise SystemExit(f"part {part} had errors: {result.codes}")
         growth = {name: max(values[parts // 4 :]) / values[parts // 4] - 1 for name, values in memory.items()}
@@ -335,16 +337,16 @@ def soak(model: str, seconds: float) -> None:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the measurements that the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of each measurement")
     parser.add_argument("--kinds", nargs="+", default=["bare", "haproxy", "ray", "plain"])
     parser.add_argument("--only", choices=["compare", "overload", "autoscale", "soak"])
     parser.add_argument("--serve", choices=["bare", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that the servers end too
     model = str(Path(options.model).resolve()) if "://" not in options.model else options.model
     if options.serve:
         {"bare": bare, "plain": plain_serve}[options.serve](model, options.port)

@@ -1,11 +1,11 @@
-"""How much the training job costs over a bare DDP loop, and what its loader can feed.
+"""Measure the overhead of the training job over a bare DDP loop, and the throughput of its loader.
 
 python benchmarks/training.py --data ../data/brain-tumor-mri [--epochs 3] [--rounds 2] [--images 1024]
 
-Both train the same network with the same batch and augmentation in two gloo processes, in turn, so that a machine
-whose speed drifts does not favour one. Epochs are compared by the images a second that pass through training; the first
-epoch of each run warms up and is not counted. The loader is measured alone: files -> decoded frames, by Ray Data and by
-two plain processes. Run it with nothing else on the machine.
+Both train the same network with the same batch and augmentation in two gloo processes, in turn, so that drift in the
+machine's speed does not favour one. Epochs are compared by the images per second that pass through training; the first
+epoch of each run is warm-up and not counted. The loader is measured alone: from files to decoded frames, by Ray Data
+and by two plain processes. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="class-per-folder tree or manifest")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs a run, the first of which is not counted")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs per run, the first of which is not counted")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each kind")
-    parser.add_argument("--images", type=int, default=1024, help="images that are trained on")
+    parser.add_argument("--images", type=int, default=1024, help="images to train on")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="btray-benchmark-") as name:
         folder = Path(name)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _manifest(data: str, images: int, folder: Path) -> Path:
-    """A manifest of evenly chosen training images, a sixteenth of them as the val split."""
+    """Write a manifest of evenly spaced training images, a sixteenth of them as the val split; return its path."""
     table = read_labelled(data)
     rows = [row for row in table.to_pylist() if row["split"] != "test"]
     chosen = [rows[index] for index in np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(int)]
@@ -77,15 +77,15 @@ def _manifest(data: str, images: int, folder: Path) -> Path:
 
 
 def _plain_loader(manifest: Path, folder: Path) -> float:
-    """Images a second of two processes that do what the job's loader does: read, decode, preprocess, fingerprint.
+    """Return the images per second of two plain processes that read, decode, preprocess and fingerprint.
 
-    Keeps the training frames for the bare loop.
+    That is what the job's loader does. Saves the training frames for the bare loop.
     """
     table = read_labelled(str(manifest))
     uris = table["uri"].to_pylist()
     parts = [uris[start : start + 128] for start in range(0, len(uris), 128)]
     with get_context("spawn").Pool(WORKERS) as pool:
-        pool.map(_decode, [uris[:8]] * WORKERS)  # imports are not the loader's speed
+        pool.map(_decode, [uris[:8]] * WORKERS)  # warm-up: imports are not the loader's speed
         started = time.perf_counter()
         frames = np.concatenate(pool.map(_decode, parts, chunksize=1))
         seconds = time.perf_counter() - started
@@ -104,7 +104,7 @@ def _decode(uris: list[str]) -> np.ndarray:
 
 
 def _ray_loader(manifest: Path) -> float:
-    """Images a second of the job's own decoding, after its worker processes have started."""
+    """Return the images per second of the job's own decoding, after its worker processes have started."""
     import pyarrow as pa
 
     from btray.core.cluster import connected

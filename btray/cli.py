@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,8 @@ from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
 
 if TYPE_CHECKING:
-    from btray.model.classifier import Classifier, Prediction
+    from btray.model.classifier import Classifier
+    from btray.model.prediction import Prediction
 
 # Scans held in memory at a time: a folder of any size goes through.
 _AT_A_TIME = 32
@@ -85,15 +85,16 @@ def serve(config: ServeConfig) -> str:
 def predict(config: PredictConfig) -> None:
     """Print a line for each frame of each scan, as they are read. Raises UserError if none could be classified."""
     from btray.model.classifier import Classifier
+    from btray.model.prediction import as_record
 
     classifier = Classifier.load(config.model, model_id=config.model_id, abstain_below=config.abstain_below)
     print(NOTICE, file=sys.stderr, flush=True)
-    inputs = _scans(config.files)
+    inputs = _scans(config.files, classifier.model_id)
     total = classified = width = 0
     while chunk := list(islice(inputs, _AT_A_TIME)):
         predictions = _predict(classifier, chunk)
         if config.json_lines:
-            lines = [json.dumps(_record(prediction), allow_nan=False) for prediction in predictions]
+            lines = [json.dumps(as_record(prediction), allow_nan=False) for prediction in predictions]
         else:
             width = max(width, *(len(_shown_name(prediction)) for prediction in predictions))
             lines = _table(predictions, classifier.classes, width, header=total == 0)
@@ -118,10 +119,11 @@ def key(config: KeyConfig) -> None:
         print(f"the key of {config.name}; it is not kept: {config.file} has its digest", file=sys.stderr)
 
 
-def _scans(files: Sequence[str]) -> Iterator[str | Prediction]:
-    """Every file, those of folders one by one; a folder that cannot be listed is a rejected prediction."""
+def _scans(files: Sequence[str], model_id: str) -> Iterator[str | Prediction]:
+    """Yield every file, those of folders one by one; a folder that cannot be listed gives a rejected prediction."""
     from btray import storage
-    from btray.model.classifier import Prediction
+    from btray.data.frames import Rejection
+    from btray.model.prediction import Place, Prediction
 
     for file in files:
         uri = storage.resolve(file)
@@ -131,18 +133,12 @@ def _scans(files: Sequence[str]) -> Iterator[str | Prediction]:
             else:
                 yield file
         except storage.StorageError as error:
-            yield Prediction(
-                index=0,
-                uri=file,
-                status="rejected",
-                error_code=error.code,
-                error=str(error),
-                retryable=error.retryable,
-            )
+            rejection = Rejection(error.code, str(error), error.retryable)
+            yield Prediction.of_rejection(rejection, Place(0, uri=file), model_id)
 
 
 def _predict(classifier: Classifier, inputs: Sequence[str | Prediction]) -> list[Prediction]:
-    """Predictions in the order of the inputs; those that are there already stay as they are."""
+    """Return predictions in the order of the inputs; those that are there already stay as they are."""
     scans = [given for given in inputs if isinstance(given, str)]
     of_scan: list[list[Prediction]] = [[] for _ in scans]
     for prediction in classifier.predict(scans):
@@ -150,22 +146,14 @@ def _predict(classifier: Classifier, inputs: Sequence[str | Prediction]) -> list
     answers = iter(of_scan)
     found: list[Prediction] = []
     for given in inputs:
-        found += next(answers) if isinstance(given, str) else [replace(given, model_id=classifier.model_id)]
+        found += next(answers) if isinstance(given, str) else [given]
     return found
 
 
-def _record(prediction: Prediction) -> dict[str, Any]:
-    """What `--json` prints, with the names of the results table."""
-    names = (
-        "uri", "frame", "status", "error_code", "error", "retryable",
-        "label", "confidence", "probabilities", "abstained", "label_set", "out_of_distribution", "ood_score",
-        "model_id",
-    )  # fmt: skip
-    return {name: getattr(prediction, name) for name in names}
-
-
 def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int, *, header: bool) -> list[str]:
-    """Lines of a table whose first column is `width` wide; a rejected scan has its code and what was found."""
+    """Return a table whose first column is `width` wide, by lines; a rejected scan has its code and what was found."""
+    from btray.model.prediction import marks
+
     label_width = max(len("rejected"), *(len(label) for label in classes))
     widths = [max(len(label), 5) for label in classes]
     lines = []
@@ -178,20 +166,10 @@ def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int
             shares = (prediction.probabilities[label] for label in classes)
             values = "  ".join(f"{share:>{wide}.3f}" for share, wide in zip(shares, widths, strict=True))
             said = f"{name}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}"
-            lines.append("  ".join([said, *_marks(prediction, classes)]))
+            lines.append("  ".join([said, *marks(prediction, classes)]))
         else:
             lines.append(f"{name}  {'rejected':<{label_width}}  {prediction.error_code}: {prediction.error}")
     return lines
-
-
-def _marks(prediction: Prediction, classes: Sequence[str]) -> Iterator[str]:
-    """What stands behind the probabilities: why not to rely on the label."""
-    if prediction.out_of_distribution:
-        yield "UNLIKE THE TRAINING IMAGES"
-    if prediction.abstained:
-        yield "ABSTAINED"
-    if 1 < len(prediction.label_set) < len(classes):
-        yield "one of: " + ", ".join(prediction.label_set)
 
 
 def _shown_name(prediction: Prediction) -> str:

@@ -1,4 +1,4 @@
-"""Bring data sets in: download, verify, unpack, merge, and write a manifest.
+"""Import data sets: download, verify, unpack and merge them, and write a manifest.
 
 python jobs/acquire.py --source kaggle:masoudnickparvar/brain-tumor-mri-dataset --out data/mri
 python jobs/acquire.py --source https://example.org/slices.zip --sha256 <64 digits> --source more/ --out s3://bucket/mri

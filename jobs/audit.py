@@ -1,4 +1,4 @@
-"""Look for duplicates, leakage, label conflicts and strays in labelled data, before anything is trained on them.
+"""Look for duplicates, leakage, label conflicts and strays in labelled data, before training on them.
 
 python jobs/audit.py --data ../data/brain-tumor-mri --out runs/audit
 python jobs/audit.py --data s3://bucket/scans --out s3://bucket/audits/first --fail-on leak,conflict   # exit code 3

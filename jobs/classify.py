@@ -1,4 +1,4 @@
-"""Classify an archive into a Parquet table; only what is new is read.
+"""Classify an archive into a Parquet table, reading only what is new.
 
 python jobs/classify.py --model runs/first --input ../data/brain-tumor-mri/Testing --output runs/results
 python jobs/classify.py --model runs/first --input scans --output runs/results --dry-run   # how much, how long

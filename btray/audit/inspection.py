@@ -30,7 +30,7 @@ from btray.data.fingerprint import (
 from btray.data.preprocess import Gray
 from btray.data.scans import FileFacts, Scan, ScanLimits, ScanRejected, decode, examine
 from btray.storage import StorageError
-from btray.storage.read_many import Answer, read_many
+from btray.storage.read_many import ReadResult, read_many
 
 # Chosen on the 3264 slices of the public data set, of which 0.5 % are suspected, and on photographs, pages and noise.
 _COLOURED = 30  # gray levels between the channels of a pixel that has colour
@@ -133,7 +133,7 @@ class CorrelateBlock:
         return pa.table({"place": pairs["place"], "correlation": values})
 
 
-def inspect(data: Answer, limits: ScanLimits) -> tuple[dict[str, Any], Thumbnails]:
+def inspect(data: ReadResult, limits: ScanLimits) -> tuple[dict[str, Any], Thumbnails]:
     """What FOUND holds of one file, but for its row, code and fingerprint, and its thumbnails.
 
     Raises StorageError where `data` is one, and ScanRejected.
@@ -208,7 +208,7 @@ def unpacked_fingerprints(found: pa.Table) -> Fingerprints:
     return np.frombuffer(packed, np.float16).reshape(-1, VIEWS, LENGTH)
 
 
-def _read(names: Sequence[int], uris: Sequence[str], limits: ScanLimits) -> Iterator[tuple[int, Answer]]:
+def _read(names: Sequence[int], uris: Sequence[str], limits: ScanLimits) -> Iterator[tuple[int, ReadResult]]:
     for start in range(0, len(uris), _READ_ROWS):
         part = slice(start, start + _READ_ROWS)
         yield from zip(names[part], read_many(uris[part], max_bytes=limits.max_bytes), strict=True)

@@ -22,8 +22,9 @@ from btray.core.errors import UserError
 from btray.data.manifests import named_in_csv, named_in_list, named_in_parquet
 from btray.data.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError
-from btray.storage.errors import PATIENCE, storage_errors_for
+from btray.storage.errors import storage_errors_for
 from btray.storage.read_many import read_patiently, until_dead
+from btray.storage.retry import DEFAULT_TIMEOUT
 
 _DESCRIBED_AT_A_TIME = 1024
 _DESCRIBERS = 32
@@ -82,7 +83,7 @@ class Selection:
         )
 
 
-def list_archive(uri: str, selection: Selection, *, patience: float = PATIENCE) -> Iterator[FileInfo]:
+def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TIMEOUT) -> Iterator[FileInfo]:
     """Every object of the archive that `selection` means, as it is listed; one may come twice from a manifest.
 
     What cannot be examined, although a store that is away is waited for `patience` seconds, has size 0 and an empty

@@ -26,11 +26,12 @@ from btray.data.frames import FrameSource, Rejection
 from btray.data.key_set import keys_of
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
-from btray.model.classifier import Classifier, Prediction
+from btray.model.classifier import Classifier
 from btray.model.drift import Profile
 from btray.model.engines import EngineName
+from btray.model.prediction import Prediction
 from btray.storage import FileInfo, StorageError
-from btray.storage.read_many import Answer
+from btray.storage.read_many import ReadResult
 
 # A scan may have 10,000 pages: frames are made and classified so many at a time, or as many as a batch has.
 _FRAMES = 256
@@ -100,7 +101,7 @@ class PartClassifier(PartWorker):
         reader = Prefetcher(threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=batch)
         super().__init__(run, reader, options.patience)
 
-    def rows(self, lot: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
+    def rows(self, lot: Sequence[FileInfo], answers: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """One a frame, or one for an object that gives none."""
         rows: list[Row] = []
         started = time.perf_counter()
@@ -157,7 +158,7 @@ class PartClassifier(PartWorker):
             ],
         }
 
-    def _decoded(self, answers: Sequence[Answer]) -> Iterator[Decoded]:
+    def _decoded(self, answers: Sequence[ReadResult]) -> Iterator[Decoded]:
         """In their order, a few ahead of those that are asked for."""
         if self.decoders is None:
             yield from map(self._decode, answers)
@@ -169,7 +170,7 @@ class PartClassifier(PartWorker):
                 yield ahead.popleft().result()
         yield from (decoding.result() for decoding in ahead)
 
-    def _decode(self, answer: Answer) -> Decoded:
+    def _decode(self, answer: ReadResult) -> Decoded:
         """As frames, which other threads may make meanwhile; as a scan where its many pages are smaller than they."""
         if isinstance(answer, StorageError):
             return Rejection(answer.code, str(answer), answer.retryable)

@@ -88,7 +88,7 @@ def run_archive(config: ArchiveConfig, work: Work) -> Report:
         found = _peeked(list_archive(config.input, _selection(config, work.output), patience=config.patience))
         if config.dry_run:
             return _estimate(config, work, found)
-        with lease.held(work.output) as check:
+        with lease.hold(work.output) as check:
             report = _run(config, work, found, check)
     _enforce(report, config.max_rejected)
     return report

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from btray.storage import FileInfo, StorageError
-from btray.storage.read_many import Answer, read_many, read_patiently
+from btray.storage.read_many import ReadResult, read_many, read_patiently
 
 # What an actor holds at a time, twice: one lot is read while the one before it is worked on.
 _LOT_OBJECTS = 64
@@ -33,7 +33,7 @@ class Prefetcher:
 
     def lots(
         self, objects: Sequence[FileInfo], seconds: dict[str, float]
-    ) -> Iterator[tuple[list[FileInfo], list[Answer]]]:
+    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
         """Lots of objects with their bytes; `seconds["read"]` grows by the time spent waiting for them."""
         lots = _lots(objects, self._most)
         reading = [self._reader.submit(self._read, lot) for lot in lots[:1]]
@@ -44,11 +44,11 @@ class Prefetcher:
             reading += [self._reader.submit(self._read, following) for following in lots[number + 1 : number + 2]]
             yield lot, answers
 
-    def _read(self, lot: Sequence[FileInfo]) -> list[Answer]:
+    def _read(self, lot: Sequence[FileInfo]) -> list[ReadResult]:
         answers = read_patiently(lot, self._read_now, self._patience)
         return [_as_listed(info, answer) for info, answer in zip(lot, answers, strict=True)]
 
-    def _read_now(self, lot: Sequence[FileInfo]) -> list[Answer]:
+    def _read_now(self, lot: Sequence[FileInfo]) -> list[ReadResult]:
         return read_many(
             [info.place or info.uri for info in lot],
             etags=[info.etag for info in lot],
@@ -57,7 +57,7 @@ class Prefetcher:
         )
 
 
-def _as_listed(info: FileInfo, answer: Answer) -> Answer:
+def _as_listed(info: FileInfo, answer: ReadResult) -> ReadResult:
     """The answer, but no bytes of an object that was listed without an etag: what they are no later run could tell."""
     if info.etag or isinstance(answer, StorageError):
         return answer

@@ -20,7 +20,7 @@ from btray.data.key_set import KeySet
 from btray.data.labelled import holds_labels
 from btray.data.scans import ScanLimits
 from btray.storage import FileInfo, StorageError
-from btray.storage.read_many import Answer
+from btray.storage.read_many import ReadResult
 
 PRODUCT = Product(folder=lambda _: packs.SHARDS, schema=packs.SCHEMA, part_objects=512)
 _GROUP = "pack"
@@ -97,11 +97,11 @@ class PartPacker(PartWorker):
         super().__init__(run, reader, patience)
         self.below = root.rstrip("/") + "/"
 
-    def rows(self, lot: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
+    def rows(self, lot: Sequence[FileInfo], answers: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """One an object."""
         return [self._row(info, answer) for info, answer in zip(lot, answers, strict=True)]
 
-    def _row(self, info: FileInfo, answer: Answer) -> Row:
+    def _row(self, info: FileInfo, answer: ReadResult) -> Row:
         failed = answer if isinstance(answer, StorageError) else None
         return {
             "data": None if failed else answer,

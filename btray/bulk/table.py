@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,35 +17,25 @@ from btray.bulk.outcomes import CLASSIFIED, REJECTED, Outcomes
 from btray.bulk.part_files import Product
 from btray.bulk.runs import Run
 from btray.data.key_set import Keys
+from btray.model.prediction import ADDED, COLUMNS, Prediction, arrow_field, as_row
 from btray.storage import FileInfo
-
-if TYPE_CHECKING:
-    from btray.model.classifier import Prediction
 
 SCHEMA = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
-        pa.field("frame", pa.int32(), nullable=False),
+        arrow_field("frame"),
         pa.field("study_uid", pa.string()),
         pa.field("series_uid", pa.string()),
         pa.field("instance_uid", pa.string()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error_code", pa.string()),
-        pa.field("error", pa.string()),
-        pa.field("retryable", pa.bool_(), nullable=False),
-        pa.field("label", pa.string()),
-        pa.field("confidence", pa.float32()),
-        pa.field("probabilities", pa.map_(pa.string(), pa.float32())),
-        pa.field("abstained", pa.bool_(), nullable=False),
-        pa.field("out_of_distribution", pa.bool_(), nullable=False),
-        pa.field("ood_score", pa.float32()),
+        *(arrow_field(name) for name in COLUMNS if name != "frame" and name not in ADDED),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("classified_at", pa.timestamp("us", "UTC"), nullable=False),
+        *(arrow_field(name) for name in ADDED),
     ]
 )
-"""Columns of the files; `model_id` and `run_date` stand in their paths."""
+"""Columns of the files, in their order; `model_id` and `run_date` stand in their paths."""
 PARTITIONS = pa.schema([("model_id", pa.string()), ("run_date", pa.string())])
 KEY = ("uri", "frame", "etag", "model_id")
 
@@ -63,17 +53,8 @@ def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at
         "uri": info.uri,
         "etag": info.etag,
         "size": info.size,
-        "frame": prediction.frame,
-        "status": prediction.status,
-        "error_code": prediction.error_code,
-        "error": prediction.error,
+        **as_row(prediction),
         "retryable": prediction.retryable or prediction.error_code in RETRIED,
-        "label": prediction.label,
-        "confidence": prediction.confidence,
-        "probabilities": list(prediction.probabilities.items()) if prediction.status == "ok" else None,
-        "abstained": prediction.abstained,
-        "out_of_distribution": prediction.out_of_distribution,
-        "ood_score": prediction.ood_score,
         "run_id": run_id,
         "classified_at": classified_at,
     }

@@ -20,7 +20,7 @@ from btray.bulk.part_files import read_tally, write_part
 from btray.bulk.runs import Run
 from btray.core.allocator import keep_freed_memory
 from btray.storage import FileInfo
-from btray.storage.read_many import Answer
+from btray.storage.read_many import ReadResult
 
 Row = dict[str, Any]
 Seconds = defaultdict[str, float]
@@ -46,7 +46,7 @@ class PartWorker(ABC):
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
 
     @abstractmethod
-    def rows(self, lot: Sequence[FileInfo], answers: Sequence[Answer], seconds: Seconds) -> list[Row]:
+    def rows(self, lot: Sequence[FileInfo], answers: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """The rows that some objects become; grows the `seconds` of the job's own stages."""
 
     def summed_up(self, rows: Sequence[Row], objects: Sequence[FileInfo]) -> dict[str, Any]:

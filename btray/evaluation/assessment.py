@@ -28,7 +28,8 @@ from btray.evaluation.report import model_card, render_report
 from btray.evaluation.report_sections import trust_sections
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import Bundle, Manifest, load_bundle, read_fingerprints
-from btray.model.classifier import Classifier
+from btray.model.classifier import Classifier, interpret
+from btray.model.prediction import Place, csv_cells, csv_header
 
 _SHOWN_ERRORS = 12
 
@@ -220,15 +221,13 @@ def _epochs_fact(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:
-    """One line a frame: uri, true label, predicted label, confidence and the probability of every class."""
-    classes = bundle.manifest.classes
-    _, probabilities = _labelled(bundle, table, scores)
+    """Return predictions.csv, one line per frame: URI, true label, and the fields of the answer."""
     uris, labels = table["uri"].to_pylist(), table["label"].to_pylist()
-    rows = [
-        (uris[row], labels[row], classes[int(values.argmax())], f"{values.max():.6f}", *(f"{p:.6f}" for p in values))
-        for row, values in zip(scores.row.tolist(), probabilities, strict=True)
-    ]
-    return as_csv(("uri", "label", "predicted", "confidence", *(f"p_{name}" for name in classes)), rows)
+    places = [Place(row) for row in scores.row.tolist()]
+    predictions = interpret(scores.answers, places, bundle.manifest, bundle.ood)
+    header = ["predicted" if title == "label" else title for title in csv_header(bundle.manifest.classes)]
+    lines = [(uris[said.index], labels[said.index], *csv_cells(said)) for said in predictions]
+    return as_csv(("uri", "label", *header), lines)
 
 
 def _labelled(bundle: Bundle, table: pa.Table, scores: Scores) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

@@ -15,7 +15,7 @@ from btray.core.cluster import cpus, gpus, own_device
 from btray.data.fingerprint import Fingerprints, fingerprint_of, unpack
 from btray.data.frames import Rejection
 from btray.model.bundle import Bundle
-from btray.model.classifier import Answers, Classifier
+from btray.model.classifier import Classifier, NetworkOutput
 
 _BLOCK_ROWS = 128
 
@@ -28,7 +28,7 @@ class Scores:
 
     row: npt.NDArray[np.int64]
     """Row of the table that each frame belongs to, [n]."""
-    answers: Answers
+    answers: NetworkOutput
     """Logits and features of each frame."""
     fingerprints: Fingerprints
     """Of the scan that each frame belongs to, [n, VIEWS, LENGTH]."""
@@ -42,7 +42,7 @@ class Scores:
 
     def where(self, chosen: npt.NDArray[np.bool_], rejected: pa.Table) -> Scores:
         """The frames of a mask [n], with other rejections."""
-        answers = Answers(self.answers.logits[chosen], self.answers.features[chosen])
+        answers = NetworkOutput(self.answers.logits[chosen], self.answers.features[chosen])
         return Scores(self.row[chosen], answers, self.fingerprints[chosen], rejected)
 
 
@@ -73,7 +73,7 @@ def score(
     answered = table.filter(pc.equal(table["code"], ""))
     return Scores(
         row=answered["row"].to_numpy(),
-        answers=Answers(_matrix(answered["logits"]), _matrix(answered["features"])),
+        answers=NetworkOutput(_matrix(answered["logits"]), _matrix(answered["features"])),
         fingerprints=unpack(answered["fingerprint"].to_pylist()),
         rejected=table.filter(pc.not_equal(table["code"], "")).select(["row", "code", "message"]),
     )
@@ -95,7 +95,7 @@ def scorers(blocks: int, *, use_gpu: bool) -> dict[str, Any]:
 def _no_scores() -> Scores:
     nothing = np.zeros((0, 0), np.float32)
     rejected = pa.table({"row": pa.array([], pa.int64()), "code": pa.array([], pa.string()), "message": []})
-    return Scores(np.zeros(0, np.int64), Answers(nothing, nothing), unpack([]), rejected)
+    return Scores(np.zeros(0, np.int64), NetworkOutput(nothing, nothing), unpack([]), rejected)
 
 
 def _matrix(lists: pa.ChunkedArray) -> npt.NDArray[np.float32]:
@@ -123,7 +123,9 @@ class _Scorer:
             frames += source.frames_of(scan)
         columns = zip(*entries, strict=True)
         named = dict(zip(("row", "frame", "fingerprint", "code", "message"), map(list, columns), strict=True))
-        answers = self.classifier.answer(np.stack(frames)) if frames else Answers(*[np.zeros((0, 0), np.float32)] * 2)
+        answers = (
+            self.classifier.answer(np.stack(frames)) if frames else NetworkOutput(*[np.zeros((0, 0), np.float32)] * 2)
+        )
         for name, values in (("logits", answers.logits), ("features", answers.features)):
             said = iter(values.tolist())
             rows = [next(said) if code == "" else None for code in named["code"]]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -19,8 +19,10 @@ from btray.core.errors import UserError
 from btray.data.frames import FrameSource, Rejection
 from btray.data.preprocess import Frame, make_frame, to_tensor
 from btray.model.abstention import label_sets
-from btray.model.bundle import Bundle, load_bundle
+from btray.model.bundle import Bundle, Manifest, load_bundle
 from btray.model.engines import EngineName, make_engine
+from btray.model.ood import Distribution
+from btray.model.prediction import Place, Prediction
 
 _log = logging.getLogger(__name__)
 
@@ -31,44 +33,8 @@ what the C library keeps of freed memory, and every layer pays page faults for i
 Input = bytes | str | PathLike[str] | npt.NDArray[Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What the model says of one frame, or why it says nothing."""
-
-    index: int
-    """Which input it belongs to; a scan of several frames gives several predictions."""
-    frame: int = 0
-    """Which frame of that input."""
-    uri: str | None = None
-    """The input where it was a path or URI."""
-    status: str = "ok"
-    """`ok` or `rejected`."""
-    error_code: str | None = None
-    """A key of `scans.REJECTION_CODES` where rejected."""
-    error: str | None = None
-    """What was found, where rejected."""
-    retryable: bool = False
-    """Another try may succeed."""
-    label: str | None = None
-    """The most probable class."""
-    confidence: float | None = None
-    """Its calibrated probability, in [0, 1]."""
-    probabilities: dict[str, float] = field(default_factory=dict)
-    """Calibrated probability of every class; they sum to 1."""
-    abstained: bool = False
-    """The confidence lies below the threshold: `label` is a guess that the model does not stand by."""
-    label_set: tuple[str, ...] = ()
-    """The labels that cannot be ruled out, where the bundle was made with a conformal error rate."""
-    out_of_distribution: bool = False
-    """The input is unlike the training images: no answer can be trusted."""
-    ood_score: float | None = None
-    """How unlike they are it is, about 1 for training images; None where the bundle cannot tell."""
-    model_id: str = ""
-    """The model that answered."""
-
-
 @dataclass(frozen=True)
-class Answers:
+class NetworkOutput:
     """What one forward pass gives for n frames."""
 
     logits: npt.NDArray[np.float32]
@@ -131,28 +97,28 @@ class Classifier:
         return self.predict_decoded(self.frames(inputs), uris)
 
     def predict_decoded(self, found: Sequence[list[Frame] | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
-        """What `predict` says of inputs whose frames, or why there are none, are at hand; `uris` are their names."""
-        frames: list[Frame] = []
-        places: list[dict[str, Any]] = []
-        for index, (uri, result) in enumerate(zip(uris, found, strict=True)):
-            place = {"index": index, "uri": uri}
-            if isinstance(result, Rejection):
-                places.append(place | {"rejection": result})
-                continue
-            places += [place | {"frame": number} for number in range(len(result))]
-            frames += result
-        answers = self.answer(np.stack(frames)) if frames else None
-        said = iter(self.marked(answers) if answers else ())
+        """Classify inputs whose frames, or the reason why there are none, are at hand; `uris` are their names."""
+        places = [
+            Place(index, number, uri)
+            for index, (uri, frames) in enumerate(zip(uris, found, strict=True))
+            for number in range(1 if isinstance(frames, Rejection) else len(frames))
+        ]
+        frames = [frame for frames in found if not isinstance(frames, Rejection) for frame in frames]
+        answered = [place for place in places if not isinstance(found[place.index], Rejection)]
+        answers = iter(self.interpret(self.answer(np.stack(frames)), answered) if frames else ())
         return [
-            self._rejected(place) if "rejection" in place else Prediction(**place, **next(said)) for place in places
+            Prediction.of_rejection(rejection, place, self.model_id)
+            if isinstance(rejection := found[place.index], Rejection)
+            else next(answers)
+            for place in places
         ]
 
-    def answer(self, frames: npt.NDArray[np.uint8]) -> Answers:
+    def answer(self, frames: npt.NDArray[np.uint8]) -> NetworkOutput:
         """What the network gives for preprocessed frames (uint8 [n, size, size])."""
         while True:
             try:
                 passes = [self._forward(batch) for batch in torch.from_numpy(frames).split(self.batch_size)]
-                return Answers(*(np.concatenate(parts) for parts in zip(*passes, strict=True)))
+                return NetworkOutput(*(np.concatenate(parts) for parts in zip(*passes, strict=True)))
             except torch.OutOfMemoryError:  # of a GPU's memory, which others may share
                 if self.batch_size == 1:
                     raise
@@ -161,13 +127,8 @@ class Classifier:
                 _log.warning("the GPU's memory is full: going on with batches of %d", self.batch_size)
 
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Calibrated probabilities [n, classes]. Raises UserError where the model gives no numbers."""
-        probabilities = self.calibrated(logits, self.manifest.calibration.temperature)
-        if not np.isfinite(probabilities).all():
-            raise UserError(
-                f"model {self.model_id} gives no finite probabilities: its training diverged; train it again"
-            )
-        return probabilities
+        """Return calibrated probabilities [n, classes]. Raises UserError if the model gives no numbers."""
+        return _probabilities(logits, self.manifest)
 
     @staticmethod
     def calibrated(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
@@ -206,36 +167,53 @@ class Classifier:
             pixels = _spread_over_uint16(pixels)
         return [make_frame(pixels, self.manifest.preprocess)]
 
-    def marked(self, answers: Answers) -> Iterator[dict[str, Any]]:
-        """What a Prediction holds of each answer."""
-        limits, classes = self.manifest.thresholds, self.classes
-        probabilities = self.probabilities(answers.logits)
-        scores = self.ood.scores(answers.features).tolist() if self.ood else [None] * len(probabilities)
-        sets = label_sets(probabilities, limits.conformal) if limits.conformal is not None else None
-        for index, (row, score) in enumerate(zip(probabilities, scores, strict=True)):
-            best = int(row.argmax())
-            yield {
-                "label": classes[best],
-                "confidence": float(row[best]),
-                "probabilities": dict(zip(classes, map(float, row), strict=True)),
-                "abstained": limits.abstain_below is not None and float(row[best]) < limits.abstain_below,
-                "label_set": () if sets is None else tuple(np.array(classes, object)[sets[index]]),
-                "ood_score": score,
-                "out_of_distribution": None not in (score, limits.ood_score) and score > limits.ood_score,
-                "model_id": self.model_id,
-            }
+    def interpret(self, output: NetworkOutput, places: Sequence[Place]) -> list[Prediction]:
+        """Return the predictions for frames that stand at `places`. Raises UserError if the model gives no numbers."""
+        return interpret(output, places, self.manifest, self.ood)
 
-    def _rejected(self, place: dict[str, Any]) -> Prediction:
-        rejection: Rejection = place["rejection"]
-        return Prediction(
-            index=place["index"],
-            uri=place["uri"],
-            status="rejected",
-            error_code=rejection.code,
-            error=rejection.message,
-            retryable=rejection.retryable,
-            model_id=self.model_id,
+
+def interpret(
+    output: NetworkOutput, places: Sequence[Place], manifest: Manifest, distribution: Distribution | None
+) -> list[Prediction]:
+    """Return what a model says of the frames that stand at `places`: calibrated, and marked by its thresholds.
+
+    `distribution` is that of its training images' features, if it has one. Raises UserError if the model gives no
+    numbers.
+    """
+    if not places:
+        return []
+    thresholds, classes = manifest.thresholds, manifest.classes
+    probabilities = _probabilities(output.logits, manifest)
+    scores = distribution.scores(output.features).tolist() if distribution else [None] * len(places)
+    conformal = thresholds.conformal
+    sets = None if conformal is None else label_sets(probabilities, conformal)
+    predictions = []
+    for number, (place, row, score) in enumerate(zip(places, probabilities, scores, strict=True)):
+        best = int(row.argmax())
+        confidence = float(row[best])
+        predictions.append(
+            Prediction(
+                **vars(place),
+                label=classes[best],
+                confidence=confidence,
+                probabilities=dict(zip(classes, map(float, row), strict=True)),
+                abstained=thresholds.abstain_below is not None and confidence < thresholds.abstain_below,
+                label_set=() if sets is None else tuple(np.array(classes, object)[sets[number]]),
+                out_of_distribution=None not in (score, thresholds.ood_score) and score > thresholds.ood_score,
+                ood_score=score,
+                model_id=manifest.model_id,
+            )
         )
+    return predictions
+
+
+def _probabilities(logits: npt.NDArray[np.float32], manifest: Manifest) -> npt.NDArray[np.float32]:
+    probabilities = Classifier.calibrated(logits, manifest.calibration.temperature)
+    if not np.isfinite(probabilities).all():
+        raise UserError(
+            f"model {manifest.model_id} gives no finite probabilities: its training diverged; train it again"
+        )
+    return probabilities
 
 
 def _uri(given: object) -> str | Rejection | None:

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from btray.core.notice import NOTICE
 from btray.data.frames import Rejection
 from btray.explain import heat_png, overlay_png, slice_png
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction, as_answer
 from btray.serving import metrics as serving_metrics
 from btray.serving import openapi
 from btray.serving.gate import CLIENT_WENT, Gate, read_body
@@ -78,20 +78,11 @@ async def classify(
 
 
 def _record(prediction: Prediction, upload: Upload, top_k: int | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"index": prediction.index, "name": upload.name, "frame": prediction.frame}
-    record |= {"status": prediction.status, "model_id": prediction.model_id}
-    if prediction.status != "ok":
-        return record | {"error_code": prediction.error_code, "error": prediction.error}
-    ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:top_k]
-    return record | {
-        "label": prediction.label,
-        "confidence": prediction.confidence,
-        "probabilities": dict(ranked),
-        "abstained": prediction.abstained,
-        "label_set": list(prediction.label_set),
-        "out_of_distribution": prediction.out_of_distribution,
-        "ood_score": prediction.ood_score,
-    }
+    record = {"index": prediction.index, "name": upload.name, **as_answer(prediction)}
+    if prediction.status == "ok":
+        ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+        record["probabilities"] = dict(ranked[:top_k])
+    return record
 
 
 def _require_explainable(found: Sequence[Found], most: int) -> None:

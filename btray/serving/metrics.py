@@ -10,7 +10,7 @@ import ipaddress
 import urllib.request
 from collections.abc import Iterable, Sequence
 
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction
 
 PREFIX = "btray_serve_"
 _EXPORTED = "ray_" + PREFIX

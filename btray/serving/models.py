@@ -22,7 +22,8 @@ from btray.data.preprocess import Frame
 from btray.data.scans import ScanLimits, count_pages
 from btray.explain import Heat, heat_maps
 from btray.model.bundle import Bundle, load_bundle
-from btray.model.classifier import Classifier, Prediction
+from btray.model.classifier import Classifier
+from btray.model.prediction import Prediction
 from btray.serving.batching import Batcher
 from btray.serving.config import CanaryConfig, LimitsConfig, ServiceConfig
 from btray.serving.metrics import Metrics

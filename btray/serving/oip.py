@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from btray.data.frames import Rejection
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction, output_arrays, output_specs
 from btray.serving import openapi
 from btray.serving.config import LimitsConfig
 from btray.serving.gate import read_body
 from btray.serving.models import Found, ServedModel
-from btray.serving.oip_codec import LENGTH_HEADER, Array, InferRequest, Tensor, format_answer, parse_request
+from btray.serving.oip_codec import LENGTH_HEADER, InferRequest, Tensor, format_answer, parse_request
 from btray.serving.problems import REJECTION_STATUS, Problem
 from btray.serving.service import Service
 
@@ -81,10 +80,7 @@ def _model(service: Service, name: str, version: str | None) -> ServedModel:
 
 
 def _metadata(service: Service, name: str, model: ServedModel) -> dict[str, Any]:
-    classes = len(model.classifier.classes)
-    outputs = {"label": "BYTES", "probabilities": "FP32", "abstained": "BOOL", "out_of_distribution": "BOOL"}
-    outputs |= {"error_code": "BYTES"}
-    shapes = {"probabilities": [-1, classes]}
+    classes = model.classifier.classes
     return {
         "name": name,
         "versions": [served.model_id for served in service.line().models()],
@@ -94,10 +90,9 @@ def _metadata(service: Service, name: str, model: ServedModel) -> dict[str, Any]
             {"name": "pixels", "datatype": "UINT8", "shape": [-1, -1, -1]},
         ],
         "outputs": [
-            {"name": output, "datatype": datatype, "shape": shapes.get(output, [-1])}
-            for output, datatype in outputs.items()
+            {"name": output, "datatype": datatype, "shape": shape} for output, datatype, shape in output_specs(classes)
         ],
-        "parameters": {"classes": list(model.classifier.classes), "pixels_datatypes": ["UINT8", "FP32"]},
+        "parameters": {"classes": list(classes), "pixels_datatypes": ["UINT8", "FP32"]},
     }
 
 
@@ -108,7 +103,7 @@ async def _infer(service: Service, name: str, model: ServedModel, asked: InferRe
         raise Problem(REJECTION_STATUS.get(code, 422), code, str(predictions[0].error))
     content = {"model_name": name, "model_version": model.model_id, "parameters": {}}
     content |= {"id": asked.id} if asked.id is not None else {}
-    body, length = format_answer(content, _outputs(predictions, model), asked)
+    body, length = format_answer(content, output_arrays(predictions, model.classifier.classes), asked)
     if length is None:
         return Response(body, media_type="application/json")
     return Response(body, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
@@ -150,16 +145,3 @@ def _single(found: Found) -> Found:
     if isinstance(found, Rejection) or len(found) == 1:
         return found
     return Rejection("unsupported", f"a scan of {len(found)} frames has several answers: use /v1/classify", False)
-
-
-def _outputs(predictions: Sequence[Prediction], model: ServedModel) -> dict[str, Array]:
-    """Rows of the answer; a rejected image has no label, zeros for probabilities, and its code."""
-    classes = model.classifier.classes
-    rows = [[prediction.probabilities.get(label, 0.0) for label in classes] for prediction in predictions]
-    return {
-        "label": np.array([prediction.label or "" for prediction in predictions], np.str_),
-        "probabilities": np.array(rows, np.float32),
-        "abstained": np.array([prediction.abstained for prediction in predictions], np.bool_),
-        "out_of_distribution": np.array([prediction.out_of_distribution for prediction in predictions], np.bool_),
-        "error_code": np.array([prediction.error_code or "" for prediction in predictions], np.str_),
-    }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 
 from btray.core.notice import NOTICE
+from btray.model.prediction import answer_model_fields, output_specs
 from btray.serving.problems import PROBLEM_TYPE, REJECTION_STATUS
 
 DESCRIPTION: Final = (
@@ -55,39 +56,21 @@ class Explanation(_Answer):
     """The heat map alone, the more transparent the colder it is."""
 
 
-class ImageAnswer(_Answer):
-    """What the model says of one frame of one image, or why it says nothing."""
-
+class _Image(_Answer):
     index: int
     """Which image of the request it belongs to, from 0."""
     name: str | None
     """The name that the image came with."""
-    frame: int
-    """Which page of a multi-page image, from 0."""
-    status: str
-    """ok or rejected."""
-    model_id: str
-    """The model that answered."""
-    error_code: str | None = None
-    """Why the image was rejected, for programs."""
-    error: str | None = None
-    """Why the image was rejected, for people."""
-    label: str | None = None
-    """The most probable class."""
-    confidence: float | None = None
-    """Its calibrated probability."""
-    probabilities: dict[str, float] | None = None
-    """Calibrated probabilities, the largest first."""
-    abstained: bool | None = None
-    """The confidence is below the threshold: label is a guess that the model does not stand by."""
-    label_set: list[str] | None = None
-    """The labels that cannot be ruled out, where the bundle was made for it."""
-    out_of_distribution: bool | None = None
-    """The image is unlike the training images: no answer can be trusted."""
-    ood_score: float | None = None
-    """How unlike they are it is, about 1 for training images."""
     explanation: Explanation | None = None
     """With explain=true."""
+
+
+ImageAnswer = create_model(
+    "ImageAnswer",
+    __base__=_Image,
+    __doc__="What the model says of one frame of one image, or why it says nothing.",
+    **answer_model_fields(),
+)
 
 
 class ClassifyAnswer(_Answer):
@@ -97,7 +80,7 @@ class ClassifyAnswer(_Answer):
     """The model that answered."""
     notice: str
     """What this is not."""
-    results: list[ImageAnswer]
+    results: list[ImageAnswer]  # type: ignore[valid-type]
     """One for each frame of each image, in their order."""
 
 
@@ -238,7 +221,7 @@ INFER: Final[dict[str, Any]] = {
     ),
     "responses": {
         200: {
-            "description": "label, probabilities, abstained, out_of_distribution and error_code, a row an image.",
+            "description": f"{', '.join(name for name, *_ in output_specs(()))}: one row per image.",
             "content": {
                 "application/json": {"schema": {"type": "object"}},
                 "application/octet-stream": {"schema": _BINARY},

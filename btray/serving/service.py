@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from btray.data.scans import count_pages
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction
 from btray.serving import metrics as serving_metrics
 from btray.serving.access import KeyRing
 from btray.serving.config import LimitsConfig, ServiceConfig

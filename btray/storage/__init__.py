@@ -1,8 +1,8 @@
 """Files and objects, local or s3://: named, listed, read with retry, written whole."""
 
-from btray.storage.errors import StorageError, retry_timeout, storage_errors_for, suppress_missing, user_error
+from btray.storage.errors import StorageError, storage_errors_for, suppress_missing, user_error
+from btray.storage.file_info import FileInfo
 from btray.storage.files import (
-    FileInfo,
     arrow_filesystem,
     delete,
     delete_many,
@@ -27,6 +27,7 @@ from btray.storage.files import (
     write_new,
     write_text,
 )
+from btray.storage.retry import retry_timeout
 from btray.storage.s3 import reconnect
 
 __all__ = [

@@ -3,45 +3,93 @@
 from __future__ import annotations
 
 import errno
-import random
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Final
 
 import aiohttp
-import botocore.exceptions  # type: ignore[import-untyped]
+import botocore.exceptions as aws  # type: ignore[import-untyped]
 
 from btray.core.errors import UserError
 
-PATIENCE = 8.0
-"""Seconds during which a throttled or unavailable store is asked again before the failure is reported."""
+FAILURES = (OSError, ValueError, aws.BotoCoreError, aws.ClientError, aiohttp.ClientError)
+"""What the OS, s3fs and botocore raise if a request fails."""
 
-# fsspec's thread, where S3 requests are made, runs each in the context of the thread that asked for it
-_patience: ContextVar[float | None] = ContextVar("_patience", default=None)
 
-_REMEDIES = {
-    "not_found": "nothing is there; check the spelling",
-    "forbidden": "access is refused; check the permissions",
-    "throttled": "the store asks for fewer requests; try again later or with fewer workers",
-    "unavailable": "the store does not answer; try again when it does",
-    "is_directory": "this is a folder; name a file",
-    "too_large": "this is larger than allowed",
-    "changed": "this was written anew in the meantime; run again",
-    "failed": "this could not be read or written",
-}
-_AWS_REMEDIES = {
-    "not_found": " of bucket and key, and AWS_ENDPOINT_URL",
-    "forbidden": ", AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL",
-    "unavailable": ", and check AWS_ENDPOINT_URL",
-}
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """One code of `StorageError`: what raises it, and what the user can do."""
+
+    remedy: str
+    s3_remedy: str = ""
+    """Continues `remedy` for an s3:// URI."""
+    unreachable: bool = False
+    """Whether the store answers nothing, or nobody for now, so that the same request may succeed later."""
+    responses: tuple[str, ...] = ()
+    """S3 error codes and HTTP statuses: responses to HEAD give no S3 code, and batch deletes no status."""
+    exceptions: tuple[type[Exception], ...] = ()
+    """Raised if there is no response."""
+    errnos: tuple[int, ...] = ()
+
+
+# The first match counts: some stores send S3 codes of one kind with the HTTP status of another.
+_KINDS: Final[dict[str, _Kind]] = {
+    "throttled": _Kind(
+        remedy="the store asks for fewer requests; try again later or with fewer workers",
+        unreachable=True,
+        responses=(
+            "429", "503", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests",
+        ),
+    ),
+    "forbidden": _Kind(
+        remedy="access is refused; check the permissions",
+        s3_remedy=", AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL",
+        responses=(
+            "401", "403", "AccessDenied", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
+            "AuthorizationHeaderMalformed",
+        ),
+        exceptions=(
+            aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError, aws.NoAuthTokenError,
+            aws.TokenRetrievalError, aws.ProfileNotFound,
+        ),
+        errnos=(errno.EACCES, errno.EPERM, errno.EROFS),
+    ),
+    "unavailable": _Kind(
+        remedy="the store does not answer; try again when it does",
+        s3_remedy=", and check AWS_ENDPOINT_URL",
+        unreachable=True,
+        responses=("RequestTimeout", "RequestTimeoutException", "IncompleteBody", "ConditionalRequestConflict"),
+        exceptions=(
+            aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError, aiohttp.ClientError, TimeoutError,
+            ConnectionError,
+        ),
+        # a network file system that is down; a process or machine that has no file handle left
+        errnos=(
+            errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN,
+            errno.EMFILE, errno.ENFILE,
+        ),
+    ),
+    "not_found": _Kind(
+        remedy="nothing is there; check the spelling",
+        s3_remedy=" of bucket and key, and AWS_ENDPOINT_URL",
+        responses=("404",),
+        errnos=(errno.ENOENT, errno.ENOTDIR),
+    ),
+    "is_directory": _Kind(remedy="this is a folder; name a file", errnos=(errno.EISDIR,)),
+    "too_large": _Kind(remedy="this is larger than allowed"),
+    "changed": _Kind(remedy="this was written anew in the meantime; run again"),
+    "failed": _Kind(remedy="this could not be read or written"),
+}  # fmt: skip
+UNREACHABLE_CODES: Final = frozenset(code for code, kind in _KINDS.items() if kind.unreachable)
+"""Codes of a store that answers nothing, or nobody for now: it is worth waiting for."""
 
 
 class StorageError(Exception):
     """A path or object that could not be read, listed or written.
 
-    `code` is not_found, forbidden, throttled, unavailable, changed, is_directory, too_large or failed; `uri` says
-    where; `retryable` is true where the same request may succeed later (throttled, unavailable).
+    `code` is not_found, forbidden, throttled, unavailable, changed, is_directory, too_large or failed; `uri` is the
+    path or object; `retryable` is true if the same request may succeed later (throttled, unavailable).
     """
 
     def __init__(self, code: str, uri: str, detail: str = "") -> None:
@@ -52,76 +100,18 @@ class StorageError(Exception):
 
     @property
     def retryable(self) -> bool:
-        return self.code in ("throttled", "unavailable")
+        """Whether the same request may succeed later."""
+        return self.code in UNREACHABLE_CODES
 
     def __str__(self) -> str:
         return f"{self.uri}: {self.code}" + (f" ({self.detail})" if self.detail else "")
 
 
 def user_error(error: StorageError) -> UserError:
-    """The same failure as one line with a remedy, for a URI that the user named."""
-    remedy = _REMEDIES[error.code] + (_AWS_REMEDIES.get(error.code, "") if error.uri.startswith("s3://") else "")
+    """Return the same failure as one line with a remedy, for a URI that the user named."""
+    kind = _KINDS[error.code]
+    remedy = kind.remedy + (kind.s3_remedy if error.uri.startswith("s3://") else "")
     return UserError(f"{error.uri}: {remedy}" + (f" ({error.detail})." if error.detail else "."))
-
-
-_FORBIDDEN_CODES = {
-    "ExpiredToken",
-    "InvalidToken",
-    "TokenRefreshRequired",
-    "AuthorizationHeaderMalformed",
-    "401",
-    "403",
-}
-_THROTTLED_CODES = {
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "RequestLimitExceeded",
-    "TooManyRequests",
-    "429",
-    "503",
-}
-_UNAVAILABLE_CODES = {"RequestTimeout", "RequestTimeoutException", "IncompleteBody", "ConditionalRequestConflict"}
-_FORBIDDEN_KINDS = (
-    botocore.exceptions.NoCredentialsError,
-    botocore.exceptions.PartialCredentialsError,
-    botocore.exceptions.CredentialRetrievalError,
-    botocore.exceptions.NoAuthTokenError,
-    botocore.exceptions.TokenRetrievalError,
-    botocore.exceptions.ProfileNotFound,
-)
-_UNAVAILABLE_KINDS = (
-    botocore.exceptions.ConnectionError,
-    botocore.exceptions.HTTPClientError,
-    botocore.exceptions.IncompleteReadError,
-    aiohttp.ClientError,
-    TimeoutError,
-    ConnectionError,
-)
-FAILURES = (
-    OSError,
-    ValueError,
-    botocore.exceptions.BotoCoreError,
-    botocore.exceptions.ClientError,
-    aiohttp.ClientError,
-)
-_ERRNO_CODES = {
-    errno.ENOENT: "not_found",
-    errno.ENOTDIR: "not_found",
-    errno.EACCES: "forbidden",
-    errno.EPERM: "forbidden",
-    errno.EROFS: "forbidden",
-    errno.EISDIR: "is_directory",
-    # network file systems that are away, and a process or machine out of file handles
-    errno.ESTALE: "unavailable",
-    errno.EIO: "unavailable",
-    errno.ENOTCONN: "unavailable",
-    errno.EHOSTDOWN: "unavailable",
-    errno.EHOSTUNREACH: "unavailable",
-    errno.EAGAIN: "unavailable",
-    errno.EMFILE: "unavailable",
-    errno.ENFILE: "unavailable",
-}
 
 
 @contextmanager
@@ -141,67 +131,34 @@ class suppress_missing(AbstractContextManager[None]):  # noqa: N801 - it is `con
 
 
 def as_storage_error(error: Exception, uri: str) -> StorageError:
-    """The StorageError for one of FAILURES."""
-    # s3fs wraps what the server said in built-in errors that no longer tell a throttled request from a broken one
-    said = error if isinstance(error, botocore.exceptions.ClientError) else error.__cause__
-    if not isinstance(said, botocore.exceptions.ClientError):
-        return StorageError(_code_of_failure(error), uri, getattr(error, "strerror", None) or str(error))
-    status = said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = str(said.response["Error"].get("Code", status))
-    return StorageError(_code_of_answer(code, status), uri, f"{code}: {said.response['Error'].get('Message')}")
+    """Return the StorageError for one of FAILURES."""
+    # s3fs wraps server errors in built-in ones, which no longer tell a throttled request from a broken one
+    response = error if isinstance(error, aws.ClientError) else error.__cause__
+    if isinstance(response, aws.ClientError):
+        status = response.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = str(response.response["Error"].get("Code", status))
+        return StorageError(code_of_response(code, status), uri, f"{code}: {response.response['Error'].get('Message')}")
+    number = getattr(error, "errno", None)
+    matches = (code for code, kind in _KINDS.items() if isinstance(error, kind.exceptions))
+    by_errno = (code for code, kind in _KINDS.items() if number in kind.errnos)
+    code = next(matches, None) or next(by_errno, "failed")
+    return StorageError(code, uri, getattr(error, "strerror", None) or str(error))
 
 
-def _code_of_answer(code: str, status: int) -> str:
-    if code in _THROTTLED_CODES or status in (429, 503):
-        return "throttled"
-    if code in _FORBIDDEN_CODES or status in (401, 403):
-        return "forbidden"
-    if code in _UNAVAILABLE_CODES or status >= 500:
-        return "unavailable"
-    return "not_found" if status == 404 else "failed"
-
-
-def _code_of_failure(error: Exception) -> str:
-    if isinstance(error, _FORBIDDEN_KINDS):
-        return "forbidden"
-    if isinstance(error, _UNAVAILABLE_KINDS):
-        return "unavailable"
-    return _ERRNO_CODES.get(getattr(error, "errno", None) or 0, "failed")
+def code_of_response(s3_code: str, status: int = 0) -> str:
+    """Return our code for an S3 error code and the HTTP status that came with it; 0: none did."""
+    default = "unavailable" if status >= 500 else "failed"
+    return next((code for code, kind in _KINDS.items() if {s3_code, str(status)} & {*kind.responses}), default)
 
 
 def check_size(uri: str, size: int, max_bytes: int | None) -> None:
-    """Raise StorageError too_large where `size` is above `max_bytes`; None: no limit."""
+    """Raise StorageError too_large if `size` is above `max_bytes`; None: no limit."""
     if max_bytes is not None and size > max_bytes:
         raise StorageError("too_large", uri, f"{size} bytes, more than {max_bytes}")
 
 
-def check_found(uri: str, size: int, found: str, *, max_bytes: int | None, etag: str) -> None:
-    """Raise StorageError: too_large, or changed where the entity tag `found` is not `etag`; empty: any is welcome."""
-    if etag and found != etag:
-        raise StorageError("changed", uri, f"its etag is {found or 'missing'}, it was listed with {etag}")
+def check_version(uri: str, size: int, etag: str, *, max_bytes: int | None, expected: str) -> None:
+    """Raise StorageError too_large, or changed if `etag` is not the `expected` one; empty: any is."""
+    if expected and etag != expected:
+        raise StorageError("changed", uri, f"its etag is {etag or 'missing'}, it was listed with {expected}")
     check_size(uri, size, max_bytes)
-
-
-@contextmanager
-def retry_timeout(seconds: float) -> Iterator[None]:
-    """Within the block, ask a store for `seconds` in place of PATIENCE; holds for this thread and not for others."""
-    before = _patience.set(seconds)
-    try:
-        yield
-    finally:
-        _patience.reset(before)
-
-
-def backoff_delays() -> Iterator[float]:
-    """Growing, jittered pauses between attempts, in seconds; none that would end later than patience lasts."""
-    return _waits(time.monotonic() + (_patience.get() or PATIENCE))
-
-
-def _waits(deadline: float) -> Iterator[float]:
-    longest = 0.1
-    while True:
-        pause = random.uniform(longest / 2, longest)  # noqa: S311 - jitter
-        if time.monotonic() + pause > deadline:
-            return
-        yield pause
-        longest = min(2 * longest, 2.0)

@@ -1,8 +1,8 @@
 """One run at a time on an output: a lock file on a local one, a lease kept alive by conditional puts on S3.
 
 The kernel frees the lock file of a process that ends, however it ends. The lease in object storage is one object that
-its holder rewrites every few seconds; who finds it unchanged for EXPIRY seconds, by the store's clock or by watching,
-takes it over with a put on condition that it is still the same, so that of several one wins.
+its holder rewrites every few seconds. A run that finds it unchanged for EXPIRY seconds, by the store's clock or by
+watching, takes it over with a put on condition that it is still the same, so that one of several wins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import IO, Any
+from typing import Any
 
 from btray import storage
 from btray.core.errors import UserError
@@ -36,67 +36,60 @@ EXPIRY = 20.0
 
 
 @contextmanager
-def held(output: str) -> Iterator[Callable[[], None]]:
-    """Hold the lease of `output` for the block. What is given raises UserError once another run has taken it over.
+def hold(output: str) -> Iterator[Callable[[], None]]:
+    """Hold the lease of `output` for the block; gives a check that raises UserError once another run has taken it.
 
-    Waits up to EXPIRY for the lease of a holder that was killed. Raises UserError where a run that is alive holds it,
-    StorageError where the store fails.
+    Waits up to EXPIRY for the lease of a holder that was killed.
+
+    Raises:
+        UserError: a run that is alive holds it.
+        StorageError: the store fails.
     """
     uri = storage.join(output, NAME)
-    with _held_remotely(uri) if storage.is_remote(output) else _held_locally(uri) as check:
+    with _hold_in_store(uri) if storage.is_remote(output) else _hold_locally(uri) as check:
         yield check
 
 
-def _refusal(output_lease: str, holder: dict[str, Any]) -> UserError:
+def _refusal(uri: str, holder: dict[str, Any]) -> UserError:
     who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('since', '?')}"
     return UserError(
-        f"{output_lease.removesuffix('/' + NAME)} is being written by another run ({who}); wait for its end, or stop it"
+        f"{uri.removesuffix('/' + NAME)} is being written by another run ({who}); wait for its end, or stop it"
     )
 
 
-def _holder() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "token": uuid.uuid4().hex}
 
 
-# ---- local
+def _parse(text: str | bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:  # its holder is just writing it
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
-def _held_locally(path: str) -> Iterator[Callable[[], None]]:
+def _hold_locally(path: str) -> Iterator[Callable[[], None]]:
     with storage_errors_for(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it is closed below, which frees the lock
     with file:
-        _lock(file, path)
+        with storage_errors_for(path):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise _refusal(path, _parse(file.read())) from None
+            file.truncate(0)
+            json.dump(_this_process(), file)
+            file.flush()
         yield lambda: None
 
 
-def _lock(file: IO[str], path: str) -> None:
-    with storage_errors_for(path):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise _refusal(path, _parsed(file.read())) from None
-        file.truncate(0)
-        json.dump(_holder(), file)
-        file.flush()
-
-
-def _parsed(text: str | bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:  # its holder is just writing it
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-# ---- S3
-
-
 @contextmanager
-def _held_remotely(uri: str) -> Iterator[Callable[[], None]]:
+def _hold_in_store(uri: str) -> Iterator[Callable[[], None]]:
     lease = _Lease(uri)
     lease.take()
     beating = threading.Thread(target=lease.keep, name="lease", daemon=True)
@@ -112,7 +105,7 @@ def _held_remotely(uri: str) -> Iterator[Callable[[], None]]:
 class _Lease:
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.content = _holder()
+        self.content = _this_process()
         self.etag = ""
         self.lost = False
         self.renewed = time.monotonic()
@@ -120,15 +113,15 @@ class _Lease:
         self.ended = threading.Event()
 
     def take(self) -> None:
-        """Write the lease where there is none, where it was given back, or where its holder is dead."""
+        """Write the lease if there is none, if it was given back, or if its holder is dead."""
         first_seen, since = "", time.monotonic()
         while True:
-            found = self._look()
-            if found is None:
+            lease = self._look()
+            if lease is None:
                 if self._write(None):
                     return
                 continue
-            content, etag, age = found
+            content, etag, age = lease
             if etag != first_seen:
                 if first_seen and not content.get("released"):
                     raise _refusal(self.uri, content)  # it was written while this run watched
@@ -145,17 +138,17 @@ class _Lease:
         while not self.ended.wait(HEARTBEAT) and not self.lost:
             try:
                 self._renew()
-            except StorageError as error:  # a store that is away: nobody else can take the lease there either
+            except StorageError as error:  # a store that is down: nobody else can take the lease there either
                 _log.warning("the lease could not be renewed: %s", error)
 
     def check(self) -> None:
-        """Raise UserError where the lease is lost; a process that was suspended for so long does not know it yet."""
+        """Raise UserError if the lease is lost; a process that was suspended for so long does not know it yet."""
         if not self.lost and time.monotonic() - self.renewed > EXPIRY:
             self._renew()
         if self.lost:
             raise UserError(
                 f"another run has taken over {self.uri.removesuffix('/' + NAME)}, since this one gave no sign of life "
-                f"for {EXPIRY:.0f} s; let that one go on"
+                f"for {EXPIRY:.0f} s; let that one continue"
             )
 
     def _renew(self) -> None:
@@ -171,22 +164,22 @@ class _Lease:
             _log.warning("the lease could not be given back and will run out by itself: %s", error)
 
     def _write(self, etag: str | None, *, released: bool = False) -> bool:
-        """Whether the lease is now ours: it was written, or was by a request whose answer got lost."""
+        """Return whether the lease is now ours: it was written, or was by a request whose response got lost."""
         self.content |= {"beat": self.content.get("beat", 0) + 1, "released": released}
         written = s3.put_if(self.uri, json.dumps(self.content).encode(), etag)
         if written is None:
-            found = self._look()
-            if found is None or found[0].get("token") != self.content["token"]:
+            lease = self._look()
+            if lease is None or lease[0].get("token") != self.content["token"]:
                 return False
-            written = found[1]
+            written = lease[1]
         self.etag = written
         self.renewed = time.monotonic()
         return True
 
     def _look(self) -> tuple[dict[str, Any], str, float] | None:
-        """Content, entity tag and age in seconds, by the store's own clock; None where there is no lease."""
+        """Return content, entity tag and age in seconds, by the store's own clock; None if there is no lease."""
         with storage.suppress_missing():
             data, etag, headers = s3.read_tagged(self.uri)
             now, then = (parsedate_to_datetime(headers[name]) for name in ("date", "last-modified"))
-            return _parsed(data), etag, (now - then).total_seconds()
+            return _parse(data), etag, (now - then).total_seconds()
         return None

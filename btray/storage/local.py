@@ -1,17 +1,110 @@
-"""How `btray.storage` writes local files whole or not at all; use that module instead."""
+"""Local files as `btray.storage` lists and reads them, and writes them whole or not at all; use that module instead."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from btray.storage.errors import StorageError, storage_errors_for
+from btray.storage.errors import StorageError, check_version, storage_errors_for, suppress_missing
+from btray.storage.file_info import FileInfo
+from btray.storage.retry import retry
 
+_log = logging.getLogger(__name__)
 _TEMPORARY = ".tmp"
+
+
+# ---- looking and reading
+
+
+def is_folder(path: str) -> bool:
+    """Return whether a folder is there. Raises StorageError if that cannot be told."""
+    with suppress_missing(), storage_errors_for(path):
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    return False
+
+
+def describe(path: str) -> FileInfo:
+    """Return one file as it would be listed. Raises StorageError."""
+    with storage_errors_for(path):
+        return _info(path, os.stat(path))
+
+
+def list_files(path: str) -> Iterator[FileInfo]:
+    """List a file, or all files below a folder, as `btray.storage.list_files` says."""
+    with storage_errors_for(path):
+        status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        yield from _walk(path, {(status.st_dev, status.st_ino)})
+    else:
+        yield _info(path, status)
+
+
+def list_names(folder: str) -> list[str]:
+    """Return the names in a folder, sorted. Raises StorageError."""
+    with storage_errors_for(folder):
+        return sorted(os.listdir(folder))
+
+
+def _walk(folder: str, above: set[tuple[int, int]]) -> Iterator[FileInfo]:
+    with storage_errors_for(folder), os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries)
+    for name in names:
+        if name.startswith((".", "_")):
+            continue
+        path = os.path.join(folder, name)
+        try:
+            status = os.stat(path)
+        except OSError:
+            yield FileInfo(_printable(path), 0, "", 0.0)
+            continue
+        identity = (status.st_dev, status.st_ino)
+        if not stat.S_ISDIR(status.st_mode):
+            yield _info(path, status)
+        elif identity not in above:  # a link back to a folder above: its files are listed there
+            yield from _walk(path, above | {identity})
+
+
+def _info(path: str, status: os.stat_result) -> FileInfo:
+    return FileInfo(_printable(path), status.st_size, _etag_of(status), status.st_mtime)
+
+
+def _etag_of(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _printable(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        _log.warning("the name %r is not UTF-8 and will be reported as not_found: rename the file.", path)
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return path
+
+
+def read(path: str, max_bytes: int | None, etag: str = "") -> bytes:
+    """Return a whole file, as `btray.storage.read_bytes` says. Raises StorageError."""
+
+    def attempt() -> bytes:
+        # without O_NONBLOCK, opening a named pipe that nobody writes to would wait for ever
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            check_version(path, status.st_size, _etag_of(status), max_bytes=max_bytes, expected=etag)
+            return file.read()
+
+    with storage_errors_for(path):
+        return retry(attempt)
+
+
+# ---- writing
 
 
 def replace(path: str, fill: Callable[[IO[bytes]], Any]) -> None:
@@ -21,10 +114,10 @@ def replace(path: str, fill: Callable[[IO[bytes]], Any]) -> None:
 
 
 def create(path: str, data: bytes) -> bool:
-    """Write `data` where nothing is there yet; False where something is. Raises StorageError."""
+    """Write `data` if nothing is there yet; return False if something is. Raises StorageError."""
     with storage_errors_for(path), _filled_beside(path, lambda file: file.write(data)) as temporary:
         try:
-            os.link(temporary, path)  # unlike a rename it fails where the name is taken
+            os.link(temporary, path)  # unlike a rename it fails if the name is taken
         except FileExistsError:
             return False
         except PermissionError:  # a file system without hard links
@@ -38,13 +131,13 @@ def create(path: str, data: bytes) -> bool:
 
 def require_writable(folder: str) -> None:
     """Raise StorageError unless `folder`, or the one in which it would be made, may be written to. Makes nothing."""
-    there = folder
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
-        raise StorageError("failed", folder, f"{there} is no folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise StorageError("forbidden", folder, f"{there} may not be written to")
+    existing = folder
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise StorageError("failed", folder, f"{existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError("forbidden", folder, f"{existing} may not be written to")
 
 
 def remove_temporaries(folder: str) -> None:
@@ -59,10 +152,10 @@ def remove_temporaries(folder: str) -> None:
 
 @contextmanager
 def _filled_beside(path: str, fill: Callable[[IO[bytes]], Any]) -> Iterator[str]:
-    """A finished file in the folder of `path`, for the block to put in place; what it leaves there is removed."""
+    """Give a finished file in the folder of `path`, for the block to put in place; what it leaves there is removed."""
     folder = os.path.dirname(path) or "."
     # hidden: no reader takes it for data, also after a kill
-    temporary = f"{folder.rstrip('/')}/.{uuid.uuid4().hex}{_TEMPORARY}"
+    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{_TEMPORARY}")
     os.makedirs(folder, exist_ok=True)
     try:
         with open(temporary, "xb") as file:
@@ -73,10 +166,7 @@ def _filled_beside(path: str, fill: Callable[[IO[bytes]], Any]) -> Iterator[str]
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync(folder)
-
-
-def _sync(folder: str) -> None:
+    # the rename is durable only once its folder is: without this, a power cut could leave the old name
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

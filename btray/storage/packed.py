@@ -1,4 +1,4 @@
-"""How `btray.storage` reads a scan out of a packed archive (see `btray.data.packs`); use that module instead.
+"""How `btray.storage` reads one scan of a packed archive (see `btray.data.packs`); use that module instead.
 
 A member URI is `SHARD.parquet#ROW/PATH`: the row of a shard, and the path that the object had, for people and for what
 goes by names. A shard is read whole, once for all its members that are asked for together.
@@ -21,53 +21,53 @@ _LOADING = threading.Lock()
 
 
 class DamagedShard(StorageError):
-    """A shard that is no Parquet file any more: that says nothing of its scans, which a later run may find whole."""
+    """A shard that is not a Parquet file any more: this says nothing of its scans, which a later run may read whole."""
 
     retryable = True
 
 
 def member_uri(shard: str, row: int, path: str) -> str:
-    """The URI of one row of a shard."""
+    """Return the URI of one row of a shard."""
     return f"{shard}#{row}/{path}"
 
 
 def is_member(uri: str) -> bool:
-    """Whether `uri` is that of a packed scan."""
-    return ".parquet#" in uri and _MEMBER.fullmatch(uri) is not None
+    """Return whether `uri` is that of a packed scan."""
+    return _parse(uri) is not None
 
 
 def path_of(uri: str) -> str:
-    """The path that a packed scan had; any other URI as it is."""
-    found = _MEMBER.fullmatch(uri) if ".parquet#" in uri else None
-    return found["path"] if found else uri
+    """Return the path that a packed scan had; any other URI as it is."""
+    member = _parse(uri)
+    return member["path"] if member else uri
 
 
 def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) -> bytes:
-    """The bytes of a member; `read_whole` reads its shard. Raises StorageError, also what packing it met with."""
-    shard_uri, row = _parsed(uri)
+    """Return the bytes of a member; `read_whole` reads its shard. Raises StorageError, also the one of its packing."""
+    member = _parse(uri)
+    if member is None:
+        raise ValueError(f"{uri} is not a member of a packed archive")
     with _LOADING:  # of the threads that want members of one shard the first reads it
-        shard = _shard(shard_uri, read_whole)
+        shard = _load_shard(member["shard"], read_whole)
     if isinstance(shard, str):
         raise DamagedShard("failed", uri, shard)
+    row = int(member["row"])
     if row >= len(shard):
         raise StorageError("not_found", uri, f"the shard has {len(shard)} rows")
     if (code := shard["error_code"][row].as_py()) is not None:
         raise StorageError(code, uri, shard["error"][row].as_py() or "when it was packed")
-    data = shard["data"][row]
-    check_size(uri, len(data.as_buffer()), max_bytes)
-    return bytes(data.as_buffer())
+    data = shard["data"][row].as_buffer()
+    check_size(uri, len(data), max_bytes)
+    return bytes(data)
 
 
-def _parsed(uri: str) -> tuple[str, int]:
-    found = _MEMBER.fullmatch(uri)
-    if found is None:
-        raise ValueError(f"{uri} is no member of a packed archive")
-    return found["shard"], int(found["row"])
+def _parse(uri: str) -> re.Match[str] | None:
+    return _MEMBER.fullmatch(uri) if ".parquet#" in uri else None  # the pattern alone is slow on most other names
 
 
 @lru_cache(maxsize=2)
-def _shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table | str:
-    """Its rows, or what is wrong with it: that is remembered too, or each of its members would read it again."""
+def _load_shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table | str:
+    """Return its rows, or what is wrong with it: that is cached too, or each of its members would read it again."""
     body, columns = read_whole(uri), ["data", "error_code", "error"]
     try:
         table = pa.parquet.read_table(pa.BufferReader(body), columns=columns, page_checksum_verification=True)

@@ -1,4 +1,4 @@
-"""Reading many files or objects at once."""
+"""Reading many files or objects at once, without wasting time on a store that is down."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any, TypeGuard, TypeVar
 
 from btray import storage
 from btray.storage import StorageError, packed, s3
+from btray.storage.errors import UNREACHABLE_CODES
+from btray.storage.retry import backoff_delays
 
-Answer = bytes | StorageError
+ReadResult = bytes | StorageError
 """What a file or object holds, or why it could not be read."""
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
-UNREACHABLE_CODES = ("unavailable", "throttled")
-"""Codes of a store that answers nothing, or nobody for now: it is worth waiting for."""
-
-# Seconds a local file may take, on average after the first ones, for the next one to be read without a thread.
+# Seconds a local file may take, on average after the first _GRACE ones, for the next one to be read without a thread.
 _QUICK = 0.001
 _GRACE = 8
 _PAUSE = 1.0  # seconds between two looks whether a store is back
@@ -27,64 +26,61 @@ _PAUSE = 1.0  # seconds between two looks whether a store is back
 
 def read_many(
     uris: Sequence[str], *, etags: Sequence[str] | None = None, threads: int = 16, max_bytes: int | None = None
-) -> list[Answer]:
-    """What `storage.read_bytes` gives or raises for each URI, in their order, read by up to `threads` at a time.
-
-    `etags` are those that the objects were listed with, where no others are wanted; an empty one: any is.
+) -> list[ReadResult]:
+    """Return what `storage.read_bytes` gives or raises for each URI, in their order.
 
     Local files are read one after the other for as long as that is quick: to wake a thread takes as long as to read six
-    files that the system has at hand. A store that is dead is left alone: see `until_dead`.
+    files that the system has in its cache. A store that is down is left alone: see `until_dead`.
+
+    Args:
+        uris: Of files, objects or members of packed archives.
+        etags: Those that the objects were listed with, if no other bytes are wanted; an empty one: any are.
+        threads: The most objects read at the same time.
+        max_bytes: The largest size that is read; None: any is.
     """
-    wanted = etags or [""] * len(uris)
+    expected = etags or [""] * len(uris)
     read = until_dead(lambda uri, etag: storage.read_bytes(uri, max_bytes=max_bytes, etag=etag))
     if len(uris) < 2 or threads < 2 or all(map(packed.is_member, uris)):  # a shard is read once for all its members
-        return list(map(read, uris, wanted))
-    quickly = _while_quick(read, uris, wanted)
-    left = len(uris) - len(quickly)
-    if not left:
-        return quickly
-    with ThreadPoolExecutor(min(threads, left)) as pool:
-        return quickly + list(pool.map(read, uris[-left:], wanted[-left:]))
+        return list(map(read, uris, expected))
+    results: list[ReadResult] = []
+    started = time.perf_counter()
+    for uri, etag in zip(uris, expected, strict=True):
+        if storage.is_remote(uri) or time.perf_counter() - started > _QUICK * (len(results) + _GRACE):
+            break
+        results.append(read(uri, etag))
+    if left := len(uris) - len(results):
+        with ThreadPoolExecutor(min(threads, left)) as pool:
+            results += pool.map(read, uris[-left:], expected[-left:])
+    return results
 
 
-def until_dead(ask: Callable[..., Result]) -> Callable[..., Result | StorageError]:
-    """`ask`, whose first argument is a URI, with the StorageErrors that it raises as answers; for use by many threads.
+def until_dead(request: Callable[..., Result]) -> Callable[..., Result | StorageError]:
+    """Wrap `request`, whose first argument is a URI, for many threads: it returns StorageErrors instead of raising.
 
-    Once a store has not answered, or refused as too many requests, for PATIENCE seconds while nothing else was answered
-    either, it is not asked again: all else has that error at once, so that a dead store costs seconds and not seconds
-    for each URI.
+    Once a store has not answered, or has refused as one request too many, until the retries ended, and nothing else was
+    answered meanwhile either, it is not asked again: all further requests get that error at once. So a dead store costs
+    seconds and not seconds for each URI.
     """
-    answers = 0
+    answered = 0
     dead: StorageError | None = None
 
-    def asked(uri: str, *more: Any) -> Result | StorageError:
-        nonlocal answers, dead
+    def guarded(uri: str, *more: Any) -> Result | StorageError:
+        nonlocal answered, dead
         if dead is not None:
             return StorageError(dead.code, uri, f"not tried after {dead}")
-        before = answers
+        before = answered
         result: Result | StorageError
         try:
-            result = ask(uri, *more)
+            result = request(uri, *more)
         except StorageError as error:
             result = error
-        if not isinstance(result, StorageError) or result.code not in UNREACHABLE_CODES:
-            answers += 1
-        elif answers == before:
+        if not _is_unreachable(result):
+            answered += 1
+        elif answered == before:
             dead = result
         return result
 
-    return asked
-
-
-def _while_quick(read: Callable[[str, str], Answer], uris: Sequence[str], etags: Sequence[str]) -> list[Answer]:
-    """What `read` gives for the first of `uris`, up to an object in a store or until local reading turns out slow."""
-    answers: list[Answer] = []
-    started = time.perf_counter()
-    for uri, etag in zip(uris, etags, strict=True):
-        if storage.is_remote(uri) or time.perf_counter() - started > _QUICK * (len(answers) + _GRACE):
-            break
-        answers.append(read(uri, etag))
-    return answers
+    return guarded
 
 
 def read_patiently(
@@ -102,18 +98,18 @@ def read_patiently(
         patience: Seconds to wait for a store that does not answer.
     """
     results = list(read(requests))
-    deadline = time.monotonic() + patience
+    delays = backoff_delays(patience, first=_PAUSE, longest=_PAUSE)
     while unreachable := [(number, result) for number, result in enumerate(results) if _is_unreachable(result)]:
-        late = time.monotonic() > deadline
+        delay = next(delays, None)
         uri = unreachable[0][1].uri
-        if late or _store_answers(uri):
+        if delay is None or _store_answers(uri):
             for (number, _), result in zip(unreachable, read([requests[n] for n, _ in unreachable]), strict=True):
                 results[number] = result
-            # A store that throttles everything may still answer the look below: only a served object ends the wait.
+            # A store may refuse to be read while it can be listed: only an object that it gave shows that it is back.
             all_throttled = all(isinstance(result, StorageError) and result.code == "throttled" for result in results)
-            if late or (_store_answers(uri) and not all_throttled):
+            if delay is None or (_store_answers(uri) and not all_throttled):
                 break
-        time.sleep(_PAUSE)
+        time.sleep(delay)
     return results
 
 

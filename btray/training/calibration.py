@@ -12,9 +12,10 @@ from btray.evaluation.metrics import fit_temperature
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, threshold_for_accuracy
 from btray.model.bundle import Bundle, Thresholds
-from btray.model.classifier import Classifier
+from btray.model.classifier import Classifier, interpret
 from btray.model.drift import Profile
 from btray.model.ood import FLAGGED, Distribution, Features
+from btray.model.prediction import Place
 from btray.training.config import TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def choose_limits(
 
 def profile_of(bundle: Bundle, scores: Scores) -> Profile:
     """What a bundle says of scored frames: what later answers are compared with."""
-    return Profile.of(Classifier(bundle, device="cpu").marked(scores.answers)) if len(scores.row) else Profile()
+    places = [Place(row) for row in scores.row.tolist()]
+    return Profile.of(map(vars, interpret(scores.answers, places, bundle.manifest, bundle.ood)))
 
 
 def _ood_threshold(ood: Distribution | None, features: Features) -> float | None:

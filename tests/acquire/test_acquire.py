@@ -156,7 +156,7 @@ def test_a_cache_that_cannot_be_is_named_before_anything_is_brought(tmp_path: Pa
     one = make_tree(tmp_path / "one", SPLITS)
     (tmp_path / "two.zip").write_bytes(zipped(CLASSES))
     (tmp_path / "cache").write_text("mine")
-    with pytest.raises(UserError, match=r"^--cache .*cache is no folder") as caught:
+    with pytest.raises(UserError, match=r"^--cache .*cache is not a folder") as caught:
         run(tmp_path, one, tmp_path / "two.zip")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "images").exists()

@@ -21,8 +21,8 @@ from btray.bulk.lots import objects_of
 from btray.bulk.part_files import write_part
 from btray.bulk.runs import Run
 from btray.core.errors import Failed, UserError
-from btray.model.classifier import Prediction
 from btray.model.drift import Profile
+from btray.model.prediction import Prediction
 from btray.storage import StorageError
 from tests.bulk.test_classify import report_of
 from tests.helpers.classify_helpers import job, plain_rows

@@ -269,7 +269,7 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
         assert "\n" not in str(caught.value)
         assert not output.exists()
     (tmp_path / "scan.jpg").write_bytes(b"x")
-    with lease.held(str(output)), pytest.raises(UserError, match="another run"):
+    with lease.hold(str(output)), pytest.raises(UserError, match="another run"):
         classify(job(model, str(tmp_path), str(output)))
 
 

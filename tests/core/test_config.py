@@ -323,17 +323,17 @@ def test_unusable_input_of_a_job_is_one_line_and_exit_code_2(tmp_path: Path) -> 
         "out below a file": (
             "evaluate",
             ["--model", str(tmp_path / "five"), "--data", data, "--out", str(foreign / "thesis.doc" / "x")],
-            ["--out", "thesis.doc is no folder"],
+            ["--out", "thesis.doc is not a folder"],
         ),
         "audit below a file": (
             "audit",
             ["--data", data, "--out", str(foreign / "thesis.doc" / "x")],
-            ["--out", "thesis.doc is no folder"],
+            ["--out", "thesis.doc is not a folder"],
         ),
         "storage is a file": (
             "train",
             ["--data", data, "--out", out, "--storage", str(foreign / "thesis.doc")],
-            ["--storage", "thesis.doc is no folder"],
+            ["--storage", "thesis.doc is not a folder"],
         ),
         "other scheme": ("train", ["--data", "gs://bucket/x", "--out", out], ["gs://"]),
         "no bundle": ("evaluate", ["--model", str(tmp_path / "absent"), "--data", data, "--out", out], ["bundle.json"]),

@@ -10,7 +10,7 @@ import torch
 
 from btray.data.preprocess import to_tensor
 from btray.evaluation import scoring
-from btray.model.classifier import Answers
+from btray.model.classifier import NetworkOutput
 
 
 class DigestScorer(scoring._Scorer):
@@ -21,9 +21,9 @@ class DigestScorer(scoring._Scorer):
         self.classifier.answer = answer_digests  # type: ignore[method-assign]
 
 
-def answer_digests(frames: np.ndarray) -> Answers:
+def answer_digests(frames: np.ndarray) -> NetworkOutput:
     """`digests` in the place of the logits."""
-    return Answers(digests(frames), np.zeros((len(frames), 0), np.float32))
+    return NetworkOutput(digests(frames), np.zeros((len(frames), 0), np.float32))
 
 
 def digests(frames: np.ndarray) -> np.ndarray:

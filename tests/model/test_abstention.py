@@ -13,7 +13,7 @@ from btray.data.fingerprint import unpack
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, label_sets, risk_coverage, threshold_for_accuracy
 from btray.model.bundle import Thresholds
-from btray.model.classifier import Answers
+from btray.model.classifier import NetworkOutput
 from btray.training.calibration import choose_limits
 from btray.training.config import TrainConfig
 
@@ -96,6 +96,6 @@ def test_a_threshold_of_the_users_stands_also_where_no_validation_image_is_reada
     config = TrainConfig(data="d", out="o", abstain_below=0.7)
     nothing = np.zeros((0, 0), np.float32)
     rejected = pa.table({"row": [0], "code": ["empty"], "message": [""]})
-    scores = Scores(np.zeros(0, np.int64), Answers(nothing, nothing), unpack([]), rejected)
+    scores = Scores(np.zeros(0, np.int64), NetworkOutput(nothing, nothing), unpack([]), rejected)
     limits = choose_limits(config, scores, np.zeros(0, np.int64), nothing)
     assert limits.thresholds == Thresholds(abstain_below=0.7)

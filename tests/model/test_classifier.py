@@ -22,10 +22,11 @@ import btray
 from btray.core.errors import UserError
 from btray.data.scans import REJECTION_CODES
 from btray.model import engines
-from btray.model.classifier import Classifier, Prediction
+from btray.model.classifier import Classifier
 from btray.model.config import NetworkConfig
 from btray.model.engines import EngineName, make_engine
 from btray.model.network import Network, build_network
+from btray.model.prediction import Prediction
 from btray.phantoms import encoded_phantom, phantom
 from tests.helpers import scan_corpus
 from tests.helpers.tiny_bundle import NETWORK, PREPROCESS, random_bundle, saved_bundle

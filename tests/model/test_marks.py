@@ -13,8 +13,9 @@ from PIL import Image
 from btray import cli
 from btray.core.errors import UserError
 from btray.model.bundle import OOD, Bundle, Thresholds, load_bundle, save_bundle
-from btray.model.classifier import Classifier, Prediction
+from btray.model.classifier import Classifier
 from btray.model.ood import Distribution
+from btray.model.prediction import Prediction
 from btray.phantoms import encoded_phantom
 from tests.helpers.forger import forge_file
 from tests.helpers.tiny_bundle import FILES, random_bundle

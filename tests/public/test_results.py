@@ -12,6 +12,8 @@ from typing import Any
 
 import botocore.exceptions
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
 import pytest
 import s3fs
 
@@ -19,7 +21,7 @@ from btray import results, storage
 from btray.bulk import completed, outcomes, runs, table
 from btray.bulk.part_files import read_tally, write_part
 from btray.data.key_set import KeySet, keys_of
-from btray.model.classifier import Prediction
+from btray.model.prediction import Prediction
 from btray.storage import FileInfo
 from tests.helpers.classify_helpers import plain_rows
 
@@ -28,13 +30,13 @@ PART_OBJECTS = table.product("m").part_objects
 NIGHT = datetime(2026, 11, 22, 2, tzinfo=UTC)
 
 
-def row(name: str, code: str | None = None, *, night: int = 0, frame: int = 0) -> dict[str, Any]:
+def row(
+    name: str, code: str | None = None, *, night: int = 0, frame: int = 0, label_set: tuple[str, ...] = ()
+) -> dict[str, Any]:
     info = FileInfo(f"s3://b/{name}", 7, "e", 0.0)
-    said: dict[str, Any] = (
-        {"status": "rejected", "error_code": code, "error": "why"}
-        if code
-        else {"label": "glioma", "confidence": 0.75, "probabilities": {"glioma": 0.75, "no_tumor": 0.25}}
-    )
+    answer = {"label": "glioma", "confidence": 0.75, "probabilities": {"glioma": 0.75, "no_tumor": 0.25}}
+    rejection = {"status": "rejected", "error_code": code, "error": "why"}
+    said: dict[str, Any] = rejection if code else answer | {"label_set": label_set}
     at = NIGHT + timedelta(days=night)
     return table.row_of(Prediction(index=0, frame=frame, **said), info, run_id=f"{at:%Y%m%d}", classified_at=at)
 
@@ -79,6 +81,34 @@ def test_what_is_done_is_what_no_later_run_need_read(place: str) -> None:
     write(place, "2", row("again", night=1))
     assert done_of(place) == {"ok", "bad", "again"}
     assert done_of(place, retry_rejected=True) == {"ok", "again"}
+
+
+FIRST_COLUMNS = (
+    "uri", "etag", "size", "frame", "study_uid", "series_uid", "instance_uid", "status", "error_code", "error",
+    "retryable", "label", "confidence", "probabilities", "abstained", "out_of_distribution", "ood_score", "run_id",
+    "classified_at",
+)  # fmt: skip
+"""The columns of the first tables."""
+
+
+def test_files_with_the_columns_of_before_are_read_beside_new_ones(tmp_path: Path) -> None:
+    root, folder = str(tmp_path), table.product("1e10").folder("2026-11-21")
+    write(root, "2", row("new", label_set=("glioma", "no_tumor")), row("again", label_set=("glioma",), night=1))
+    old = [{name: value for name, value in row(name).items() if name != "label_set"} for name in ("old", "again")]
+    schema = pa.schema([table.SCHEMA.field(name) for name in FIRST_COLUMNS])
+    assert write_part(storage.join(root, folder, "1.parquet"), old, schema, {"objects": 2})
+    rows = {r["uri"]: r for r in results.current(root).to_pylist()}
+    assert {uri: r["label_set"] for uri, r in rows.items()} == {
+        "s3://b/old": None, "s3://b/again": ["glioma"], "s3://b/new": ["glioma", "no_tumor"],
+    }  # fmt: skip
+    assert all(r["label"] == "glioma" for r in rows.values())
+    assert results.current(root, columns=["label_set"]).num_rows == 3
+    assert done_of(root) == {"old", "again", "new"}
+    assert sorted(plain_rows(root)["uri"].to_pylist()) == ["s3://b/again", "s3://b/again", "s3://b/new", "s3://b/old"]
+    files = [f"{root}/{folder}/1.parquet", *map(str, tmp_path.glob("*/run_date=2026-11-22/*.parquet"))]
+    for order in (files, files[::-1]):  # a reader takes the columns of the first file it sees
+        seen = pa.dataset.dataset(order).to_table()
+        assert (seen.num_rows, "label_set" in seen.schema.names) == (4, order[0] != files[0])
 
 
 def write_a_table_of_many_nights(place: str) -> None:
@@ -126,7 +156,7 @@ def test_the_view_of_the_guide_gives_what_current_gives(tmp_path: Path) -> None:
 @pytest.mark.s3
 def test_the_table_is_asked_for_as_patiently_as_the_job_says(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(bucket, "1", row("a"), row("b"))
-    monkeypatch.setattr("btray.storage.errors.PATIENCE", 0.2)
+    monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 0.2)
     monkeypatch.setattr("btray.bulk.completed._SMALL", 0)
     answer, down_until = s3fs.S3FileSystem._call_s3, time.monotonic() + 1.5
 

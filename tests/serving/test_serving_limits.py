@@ -22,7 +22,8 @@ from PIL import Image
 from btray.data.frames import FrameSource, Rejection
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
-from btray.model.classifier import Classifier, Prediction
+from btray.model.classifier import Classifier
+from btray.model.prediction import Prediction
 from btray.serving import access as api_keys
 from btray.serving.access import make_key
 from btray.serving.batching import Batcher

@@ -22,20 +22,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_second_run_is_refused_while_the_first_lives_and_let_in_at_once_after_it(place: str, quick: None) -> None:
-    with lease.held(place) as check:
+    with lease.hold(place) as check:
         for _ in range(2):
-            with pytest.raises(UserError, match="another run") as caught, lease.held(place):
+            with pytest.raises(UserError, match="another run") as caught, lease.hold(place):
                 pass
             assert place in str(caught.value)
             assert "\n" not in str(caught.value)
         check()
     started = time.monotonic()
-    with lease.held(place):
+    with lease.hold(place):
         assert time.monotonic() - started < lease.EXPIRY, "a lease that was given back is not waited for"
 
 
 def _hold_for_ever(place: str, ready: object) -> None:
-    with lease.held(place):
+    with lease.hold(place):
         ready.set()  # type: ignore[attr-defined]
         time.sleep(600)
 
@@ -46,11 +46,11 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     holder = context.Process(target=_hold_for_ever, args=(str(tmp_path), ready))
     holder.start()
     assert ready.wait(60)
-    with pytest.raises(UserError, match=f"process {holder.pid} "), lease.held(str(tmp_path)):
+    with pytest.raises(UserError, match=f"process {holder.pid} "), lease.hold(str(tmp_path)):
         pass
     holder.kill()
     holder.join()
-    with lease.held(str(tmp_path)):
+    with lease.hold(str(tmp_path)):
         pass
 
 
@@ -73,7 +73,7 @@ def _attempt(job: tuple[str, threading.Barrier, threading.Semaphore]) -> bool:
     bucket, start, refused = job
     start.wait()
     try:
-        with lease.held(bucket):
+        with lease.hold(bucket):
             assert all(refused.acquire(timeout=60) for _ in range(5)), "a taker was neither refused nor let in"
     except UserError:
         refused.release()

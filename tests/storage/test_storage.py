@@ -24,7 +24,7 @@ import pytest
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.storage import StorageError, s3_bodies
+from btray.storage import StorageError
 from btray.storage import s3 as client
 from btray.storage.read_many import read_many
 from tools.s3_server import S3Server
@@ -223,7 +223,7 @@ def test_a_place_that_can_be_written_to_is_told_from_others_and_nothing_is_made(
     storage.require_writable(str(tmp_path / "new" / "below"), "--out")
     (tmp_path / "file").write_text("mine")
     for place in ("file", "file/below"):
-        with pytest.raises(UserError, match=r"^--out .*file is no folder"):
+        with pytest.raises(UserError, match=r"^--out .*file is not a folder"):
             storage.require_writable(str(tmp_path / place), "--out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -391,7 +391,7 @@ def test_wrong_or_absent_credentials_are_forbidden_at_once(
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     else:
         monkeypatch.setenv(variable, "wrong")
-    monkeypatch.setattr("btray.storage.errors.PATIENCE", 60.0)
+    monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 60.0)
     storage.reconnect()
     started = time.monotonic()
     assert code_of(lambda: storage.read_bytes(f"{remote}/k")) == "forbidden"
@@ -409,7 +409,7 @@ def test_a_killed_server_is_unavailable_within_seconds_for_one_and_for_many_and_
     storage.write_bytes(uris[0], b"x")
     s3.kill()
     try:
-        monkeypatch.setattr("btray.storage.errors.PATIENCE", 1.0)
+        monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 1.0)
         started = time.monotonic()
         assert code_of(lambda: storage.read_bytes(uris[0])) == "unavailable"
         assert code_of(lambda: list(storage.list_files(remote))) == "unavailable"
@@ -428,7 +428,7 @@ def test_a_server_that_comes_back_within_the_patience_goes_unnoticed(
 ) -> None:
     storage.write_bytes(f"{remote}/k", b"x")
     s3.kill()
-    monkeypatch.setattr("btray.storage.errors.PATIENCE", 60.0)
+    monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 60.0)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(storage.read_bytes, f"{remote}/k")
         s3.start()
@@ -488,7 +488,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Faulty]]:
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("btray.storage.errors.PATIENCE", 3.0)
+    monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 3.0)
     storage.reconnect()
     yield handler
     storage.reconnect()
@@ -526,7 +526,7 @@ def test_a_passing_fault_is_waited_out(faulty: type[_Faulty], fault: str) -> Non
 def test_a_lasting_fault_has_its_code(
     faulty: type[_Faulty], monkeypatch: pytest.MonkeyPatch, fault: str, code: str, retryable: bool
 ) -> None:
-    monkeypatch.setattr("btray.storage.errors.PATIENCE", 0.3)
+    monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 0.3)
     faulty.script += [fault] * 1000
     started = time.monotonic()
     with pytest.raises(StorageError) as caught:
@@ -571,7 +571,7 @@ def test_the_lean_client_fetches_bodies_under_any_name(remote: str, name: str) -
     uri = storage.join(remote, name)
     storage.write_bytes(uri, name.encode())
     seen: list[tuple[int, str]] = []
-    assert s3_bodies.fetch(*client.split(uri), lambda *found: seen.append(found)) == name.encode()
+    assert client.fetch_body(*client.split(uri), lambda *found: seen.append(found)) == name.encode()
     assert seen == [(len(name.encode()), storage.describe(uri).etag)]
 
 
@@ -580,7 +580,7 @@ def test_the_lean_client_fetches_bodies_under_any_name(remote: str, name: str) -
 def test_names_that_the_lean_client_would_change_are_left_to_the_other(remote: str, name: str) -> None:
     uri = f"{remote}/{name}"
     storage.write_bytes(uri, b"x")
-    assert s3_bodies.fetch(*client.split(uri), lambda *_: None) is None
+    assert client.fetch_body(*client.split(uri), lambda *_: None) is None
     assert storage.read_bytes(uri) == b"x"
 
 

@@ -56,7 +56,7 @@ def commands() -> dict[str, tuple[type[JobConfig], Job]]:
         "audit": (AuditConfig, _job("btray.audit.job", "audit")),
         "train": (TrainConfig, _job("btray.training.job", "train")),
         "tune": (TuneConfig, _job("btray.training.tuning", "tune")),
-        "evaluate": (EvaluateConfig, _job("btray.evaluation.assessment", "evaluate")),
+        "evaluate": (EvaluateConfig, _job("btray.evaluation.job", "evaluate")),
         "predict": (PredictConfig, predict),
         "classify": (ClassifyConfig, _job("btray.bulk.classify", "classify")),
         "pack": (PackConfig, _job("btray.bulk.pack", "pack")),

@@ -9,7 +9,7 @@ from btray.launch import run_job
 
 def main(config: EvaluateConfig) -> str:
     """Return the folder of the report."""
-    from btray.evaluation.assessment import evaluate
+    from btray.evaluation.job import evaluate
 
     return evaluate(config)
 

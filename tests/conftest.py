@@ -17,18 +17,18 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data" / "brain-tumor-mri"
 
 
-# These take longest: begun last, one of two processes would wait for the other.
-_FIRST = ("test_training.py", "test_readme.py", "test_behaviour.py")
+# These take longest: started last, one of two test processes would wait for the other.
+_FIRST = ("test_job.py", "test_readme.py", "test_behaviour.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest; the order within a file stays."""
+    """Start with the files that take longest; keep the order within each file."""
     items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A running S3 server; until the session ends the process environment points at it and at no other AWS account."""
+    """Run an S3 server; until the session ends, the environment points at it and at no other AWS account."""
     with S3Server(tmp_path_factory.mktemp("s3")) as server:
         before = dict(os.environ)
         _replace_environment(server.environment_over(before))
@@ -40,7 +40,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def bucket(s3: S3Server) -> str:
-    """URI of a fresh, empty bucket."""
+    """Return the URI of a new, empty bucket."""
     name = f"test-{uuid.uuid4().hex[:12]}"
     s3.make_bucket(name)
     return f"s3://{name}"
@@ -48,19 +48,19 @@ def bucket(s3: S3Server) -> str:
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a table may lie: a folder that is not there yet, and a bucket."""
+    """Return a place for a table: a folder that does not exist yet, and a bucket."""
     return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")
 
 
 @pytest.fixture(scope="session")
 def ray_session(s3: S3Server) -> Iterator[None]:
-    """Ray with two CPUs. It requests `s3` because Ray's workers inherit the environment of the moment Ray starts."""
+    """Start Ray with two CPUs. Depends on `s3` because Ray's workers inherit the environment at the start of Ray."""
     patch = pytest.MonkeyPatch()
     # A local ray.init turns token authentication on and looks for a token file in the home folder.
     patch.setenv("RAY_AUTH_MODE", "disabled")
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
-    # Workers import the checkout's modules wherever they are started.
+    # Workers import the checkout's modules, wherever they are started.
     patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     import ray
 
@@ -76,7 +76,7 @@ def ray_session(s3: S3Server) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of the public data set; where it is absent the test is skipped and says so."""
+    """Return the folder of the public data set; skip the test with a message if it is absent."""
     if not REAL_DATA.is_dir():
         pytest.skip(f"REAL DATA ABSENT: {REAL_DATA} does not exist, so what this test shows is NOT shown here")
     return REAL_DATA
@@ -86,4 +86,4 @@ def _replace_environment(wanted: dict[str, str]) -> None:
     for name in os.environ.keys() - wanted.keys():
         del os.environ[name]
     os.environ.update(wanted)
-    storage.reconnect()  # a client made before would go on talking to the old endpoint
+    storage.reconnect()  # an existing client would continue to use the old endpoint

@@ -19,7 +19,7 @@ import pyarrow as pa
 from btray import storage
 from btray.bulk.inventory import named_in_inventory, path_in_bucket
 from btray.core.errors import UserError
-from btray.data.manifests import named_in_csv, named_in_list, named_in_parquet
+from btray.data.manifests import named_in_list, named_in_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError
 from btray.storage.errors import storage_errors_for
@@ -114,7 +114,7 @@ def _paths(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> Callable[[st
     """From the URI of an object to the path that globs match."""
     if kind is named_in_inventory:
         return path_in_bucket
-    return _below(str(describe_pack(root)["root"]) if kind is list_pack else root.rpartition("/")[0])
+    return _below(describe_pack(root).root if kind is list_pack else root.rpartition("/")[0])
 
 
 def _below(root: str) -> Callable[[str], str]:
@@ -151,8 +151,8 @@ def _matcher(globs: Sequence[str]) -> Callable[[str], bool]:
 def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
     """How `root` is read where it is a file that names others; None: it is listed."""
     kinds: dict[str, Callable[[str], Iterator[FileInfo]]] = {
-        ".parquet": named_in_parquet,
-        ".csv": named_in_csv,
+        ".parquet": named_in_manifest,
+        ".csv": named_in_manifest,
         ".txt": named_in_list,
         "manifest.json": named_in_inventory,
     }

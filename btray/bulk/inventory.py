@@ -12,7 +12,7 @@ import pyarrow.parquet
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.data.manifests import csv_batches, opened
+from btray.data.manifests import csv_batches, open_for_arrow
 from btray.storage import FileInfo, StorageError, s3
 
 _COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet
@@ -77,7 +77,7 @@ def _require(uri: str, present: Collection[str], names: Mapping[str, str]) -> No
 
 
 def _parquet_rows(uri: str) -> Iterator[dict[str, Any]]:
-    with opened(uri) as file:
+    with open_for_arrow(uri) as file:
         table = pyarrow.parquet.ParquetFile(file)
         _require(uri, table.schema_arrow.names, _COLUMNS)
         present = [name for name in _COLUMNS.values() if name in table.schema_arrow.names]

@@ -38,14 +38,14 @@ def pack(config: PackConfig) -> str:
     root = source.rpartition("/")[0] if storage.is_file(source) else source
     if packs.is_pack(source):
         raise UserError(f"--input {source} is a packed archive already; give what was packed")
-    if packs.is_pack(output) and packs.describe_pack(output)["root"] != root:
-        before = packs.describe_pack(output)["root"]
+    if packs.is_pack(output) and packs.describe_pack(output).root != root:
+        before = packs.describe_pack(output).root
         raise UserError(f"--output {output} is a pack of {before}, not of {root}; name another output")
 
     def conclude(run: Run, report: Report) -> None:
         if manifest:
             storage.write_bytes(storage.join(output, manifest), storage.read_bytes(source))
-        packs.describe(output, root=root, manifest=manifest)
+        packs.write_description(output, packs.Pack(root, manifest))
         print(counts_of(report, "packed"), flush=True)
 
     work = Work(

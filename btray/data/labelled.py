@@ -1,19 +1,17 @@
-"""What is to be read, and what is known of it: a labelled folder tree or manifest as one table."""
+"""Labelled images: a class-per-folder tree, a manifest or a pack of either, as one table."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.labels import canonical_label
-from btray.data.manifests import locate
+from btray.data.manifests import column_names, read_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError
 from btray.storage.packed import path_of
@@ -29,6 +27,7 @@ SPLITS = {
     "testing": "test",
     "test": "test",
 }
+"""Names of split folders, and in a manifest's column split, with what they mean."""
 MANIFESTS = ("manifest.parquet", "manifest.csv")
 SCHEMA = pa.schema(
     [
@@ -44,7 +43,7 @@ _LAYOUT = "one folder per class, or a manifest (.parquet or .csv) with the colum
 
 
 def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
-    """The labelled images of a class-per-folder tree or a manifest, as a table with SCHEMA.
+    """Return the labelled images of a class-per-folder tree or a manifest, as a table with SCHEMA.
 
     A tree is `CLASS/**/FILE`, or `SPLIT/CLASS/**/FILE` with the split folders of SPLITS in any case; every file counts,
     whatever its name, but hidden ones. A manifest is a .parquet or .csv file with uri,label[,split][,patient_id], or a
@@ -60,11 +59,11 @@ def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
     try:
         manifest = _find_manifest(root)
         if manifest:
-            table = _read_manifest(manifest)
+            table = _manifest_table(manifest, manifest.rpartition("/")[0], {})
         elif is_pack(root):
-            table = _read_pack(root)
+            table = _pack_table(root)
         else:
-            table = _tree_table(root, ((_below(root, info.uri), info) for info in storage.list_files(root)))
+            table = _tree_table(root, ((_path_below(root, info.uri), info) for info in storage.list_files(root)))
     except StorageError as error:
         raise storage.user_error(error) from error
     classes = table["label"].unique().to_pylist()
@@ -78,14 +77,21 @@ def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
 
 
 def holds_labels(manifest: str) -> bool:
-    """Whether a .parquet or .csv file has the columns of a labelled manifest."""
+    """Return whether a .parquet or .csv file has the columns of a labelled manifest."""
     if not manifest.lower().endswith((".parquet", ".csv")):
         return False
     try:
-        _load(manifest, storage.read_bytes(manifest))
+        return {"uri", "label"} <= column_names(manifest).keys()
     except UserError:
         return False
-    return True
+
+
+def class_of(path: str) -> tuple[str | None, str] | None:
+    """Return split and label of a file at `path` below the root of a tree; None if it is in no class folder."""
+    first, *rest = [part for part in path.split("/") if part]
+    split = SPLITS.get(first.casefold()) if rest else None
+    label, *below = rest if split else [first, *rest]
+    return (split, canonical_label(label)) if below else None
 
 
 def _find_manifest(root: str) -> str | None:
@@ -95,136 +101,75 @@ def _find_manifest(root: str) -> str | None:
     return next((path for path in inside if storage.exists(path)), None)
 
 
+def _table(rows: Iterable[tuple[object, ...]]) -> pa.Table:
+    return pa.table(list(map(list, zip(*rows, strict=True))), schema=SCHEMA)
+
+
 # ---- folder trees
 
 
-def _below(root: str, uri: str) -> str:
+def _path_below(root: str, uri: str) -> str:
     if uri == root:
         raise UserError(f"{root} is a file, neither a folder nor a manifest; give {_LAYOUT}.")
     return uri.removeprefix(root)
 
 
 def _tree_table(root: str, files: Iterable[tuple[str, FileInfo]]) -> pa.Table:
-    """From the paths of files below the root of a tree."""
-    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
-    loose: list[str] = []
+    """Return the table of a tree, from the paths of its files below its root."""
+    rows, loose = [], []
     for path, info in files:
-        parts = [part for part in path.split("/") if part]
-        split = SPLITS.get(parts[0].casefold()) if len(parts) > 1 else None
-        inner = parts[1:] if split else parts
-        if len(inner) < 2:
+        known = class_of(path)
+        if known is None:
             loose.append(info.uri)
-            continue
-        row = (info.uri, canonical_label(inner[0]), split, None, info.size, info.etag or None)
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    if not columns["uri"]:
-        raise UserError(_explain_empty(root, loose))
+        else:
+            split, label = known
+            rows.append((info.uri, label, split, None, info.size, info.etag or None))
+    if not rows:
+        if not loose:
+            raise UserError(f"{root} holds no file; give {_LAYOUT}.")
+        raise UserError(
+            f"{root} holds {len(loose)} files (such as {storage.name(loose[0])}) but no class folders; give {_LAYOUT}."
+        )
     if loose:
         _log.warning("%d files lie in no class folder of %s and are left out, such as %s.", len(loose), root, loose[0])
-    return pa.table(columns, schema=SCHEMA)
+    return _table(rows)
 
 
-def _explain_empty(root: str, loose: Sequence[str]) -> str:
-    if not loose:
-        return f"{root} holds no file; give {_LAYOUT}."
-    return f"{root} holds {len(loose)} files (such as {storage.name(loose[0])}) but no class folders; give {_LAYOUT}."
+# ---- manifests and packed archives
 
 
-# ---- manifests
+def _manifest_table(manifest: str, folder: str, members: dict[str, str]) -> pa.Table:
+    """Return the table of a manifest whose relative URIs start at `folder`; `members` are the packed ones of its URIs.
 
-
-def _read_manifest(manifest: str) -> pa.Table:
-    rows = _manifest_rows(manifest, manifest.rpartition("/")[0], storage.read_bytes(manifest))
-    known = [(uri, *said, None, None) for uri, said in rows.items()]
-    return pa.table(list(map(list, zip(*known, strict=True))), schema=SCHEMA)
-
-
-def _manifest_rows(manifest: str, folder: str, data: bytes) -> dict[str, tuple[str, str | None, str | None]]:
-    """URI -> label, split and patient; relative URIs start at `folder`."""
-    source = _load(manifest, data)
-    rows: dict[str, tuple[int, str, str | None, str | None]] = {}
-    for number, (raw_uri, raw_label, raw_split, patient) in enumerate(_rows(source), start=1):
-        where = f"{manifest}, row {number}"
-        if not (raw_uri or "").strip() or not (raw_label or "").strip():
-            column = "label" if (raw_uri or "").strip() else "uri"
+    What a pack does not hold keeps its own URI: reading it tells whether it is there.
+    """
+    rows: dict[str, tuple[int, tuple[str, str | None, str | None]]] = {}
+    for number, (uri, label, split, patient) in read_manifest(
+        manifest, SCHEMA.names[:4], required=("uri", "label"), folder=folder
+    ):
+        known_split = SPLITS.get((split or "").strip().casefold())
+        if known_split is None and (split or "").strip():
             raise UserError(
-                f"{where}: {column} is empty (uri {raw_uri!r}, label {raw_label!r}); fill it or drop the row."
+                f"{manifest}, row {number}: split {split!r} is unknown; write train, val or test, or leave it empty."
             )
-        split = SPLITS.get((raw_split or "").strip().casefold())
-        if split is None and (raw_split or "").strip():
-            raise UserError(f"{where}: split {raw_split!r} is unknown; write train, val or test, or leave it empty.")
-        try:
-            uri = locate(folder, str(raw_uri))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        said = (canonical_label(str(raw_label)), split, (patient or "").strip() or None)
-        first = rows.setdefault(uri, (number, *said))
-        if first[1:] != said:
+        facts = (canonical_label(str(label)), known_split, (patient or "").strip() or None)
+        first, known = rows.setdefault(str(uri), (number, facts))
+        if known != facts:
             raise UserError(
-                f"{where}: {uri} has label, split and patient {said}, but {first[1:]} in row {first[0]}; drop one."
+                f"{manifest}, row {number}: {uri} has label, split and patient {facts}, but {known} in row {first}; "
+                "drop one."
             )
     if not rows:
         raise UserError(f"{manifest} has no rows; list the images with the columns uri,label[,split][,patient_id].")
-    return {uri: (label, split, patient) for uri, (_, label, split, patient) in rows.items()}
+    return _table((members.get(uri, uri), *facts, None, None) for uri, (_, facts) in rows.items())
 
 
-def _load(manifest: str, data: bytes) -> pa.Table:
-    """The columns of the manifest that count, as strings, absent ones null."""
-    try:
-        read = _load_csv if manifest.lower().endswith(".csv") else _load_parquet
-        table = read(data)
-        by_name = {name.strip().casefold(): index for index, name in reversed(list(enumerate(table.column_names)))}
-        missing = [name for name in ("uri", "label") if name not in by_name]
-        if missing:
-            raise UserError(
-                f"{manifest} has no column {' and '.join(missing)} (it has {', '.join(table.column_names)}); "
-                "the columns are uri,label[,split][,patient_id]."
-            )
-        wanted = {name: table[by_name[name]] for name in SCHEMA.names[:4] if name in by_name}
-        return pa.table({name: column.cast(pa.string()) for name, column in wanted.items()})
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{manifest} cannot be read as a manifest ({reason}); write it as UTF-8 CSV or Parquet."
-        ) from error
-
-
-def _load_csv(data: bytes) -> pa.Table:
-    source = pa.BufferReader(data)
-    header = pa.csv.open_csv(source).schema.names
-    source.seek(0)
-    return pa.csv.read_csv(
-        source,
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        # as text: a patient 007 is not patient 7, and a label "NA" is no absent label
-        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
-    )
-
-
-def _load_parquet(data: bytes) -> pa.Table:
-    return pa.parquet.read_table(pa.BufferReader(data))
-
-
-def _rows(table: pa.Table) -> Iterator[tuple[str | None, str | None, str | None, str | None]]:
-    nothing = [None] * len(table)
-    columns = [table[name].to_pylist() if name in table.column_names else nothing for name in SCHEMA.names[:4]]
-    return zip(*columns, strict=True)
-
-
-# ---- packed archives
-
-
-def _read_pack(root: str) -> pa.Table:
-    """As what was packed: by its manifest, or else as a tree."""
-    said = describe_pack(root)
+def _pack_table(root: str) -> pa.Table:
+    """Return the table of what was packed: by its manifest, or else as a tree."""
+    pack = describe_pack(root)
     members = {info.uri: info for info in list_pack(root)}
-    beside = storage.join(root, said["manifest"]) if said["manifest"] else None
-    inside = (members.get(storage.join(said["root"], name)) for name in MANIFESTS)
-    manifest = beside or next((info.place for info in inside if info), None)
+    inside = (members.get(storage.join(pack.root, name)) for name in MANIFESTS)
+    manifest = storage.join(root, pack.manifest) if pack.manifest else next((i.place for i in inside if i), None)
     if manifest is None:
         return _tree_table(root, ((path_of(info.place), replace(info, uri=info.place)) for info in members.values()))
-    rows = _manifest_rows(manifest, said["root"], storage.read_bytes(manifest))
-    # what the pack does not hold keeps its own URI: reading it tells whether it is there
-    known = [(members[uri].place if uri in members else uri, *values, None, None) for uri, values in rows.items()]
-    return pa.table(list(map(list, zip(*known, strict=True))), schema=SCHEMA)
+    return _manifest_table(manifest, pack.root, {uri: info.place for uri, info in members.items()})

@@ -1,4 +1,4 @@
-"""Group-aware, stratified splits: what belongs together never lies on both sides.
+"""Group-aware, stratified splits: what belongs together never lies on both sides; and what leaks between given ones.
 
 Rows belong together that share a patient_id, that are known to show the same picture (`duplicate_of`), or, where no
 patient is known, whose files are neighbours: slices of one patient usually carry neighbouring numbers, so each run of
@@ -12,15 +12,16 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
-from btray.core.errors import UserError
+from btray.core.errors import ThresholdExceeded, UserError
+from btray.data.duplicates import components
 from btray.storage.packed import path_of
 
 _log = logging.getLogger(__name__)
@@ -31,92 +32,156 @@ LEAST_BLOCKS = 10
 """Blocks that a shorter run is cut into, so that a small class can be split too."""
 
 
-def hold_out(table: pa.Table, *, fraction: float, seed: int, duplicate_of: np.ndarray | None) -> np.ndarray:
+SPLIT_ORDER = ("train", "val", "test")
+"""What is learnt from comes before what tests it: an image leaks from a later split into an earlier one."""
+
+Numbers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Which of n images leak between splits. Only pictures count; no label is read."""
+
+    learnt: Flags
+    """Which images have a twin in a split that tests them, [n]."""
+    tested: Mapping[str, tuple[int, int]]
+    """Of each split that tests: how many of its images have a twin in an earlier split, and how many it has."""
+
+
+def group_occurrence(ranks: Numbers, groups: Numbers) -> Flags:
+    """Return, bool [n, splits], in which splits the group of each of n images has images.
+
+    Args:
+        ranks: int [n], the place of each image's split in SPLIT_ORDER; -1: none.
+        groups: int [n], from 0; equal numbers show the same picture.
+    """
+    occurs = np.zeros((groups.max(initial=-1) + 1, len(SPLIT_ORDER)), bool)
+    occurs[groups[ranks >= 0], ranks[ranks >= 0]] = True
+    return np.asarray(occurs[groups])
+
+
+def have_earlier_twin(ranks: Numbers, groups: Numbers) -> Flags:
+    """Return, bool [n], which images have one of their group in an earlier split. Arguments as `group_occurrence`."""
+    earlier = np.arange(len(SPLIT_ORDER)) < ranks[:, None]
+    return np.asarray((group_occurrence(ranks, groups) & earlier).any(1))
+
+
+def find_leak(splits: npt.NDArray[np.object_], groups: Numbers) -> Leak:
+    """Compare the splits of n images ("train" or None, "val", "test"); equal numbers in `groups` [n] show the same."""
+    ranks = np.array([SPLIT_ORDER.index(split or "train") for split in splits], np.int64)
+    leaked = have_earlier_twin(ranks, groups)
+    later = np.arange(len(SPLIT_ORDER)) > ranks[:, None]
+    tested = {
+        split: (int(leaked[ranks == rank].sum()), int((ranks == rank).sum()))
+        for rank, split in enumerate(SPLIT_ORDER)
+        if rank and (ranks == rank).any()
+    }
+    return Leak(np.asarray((group_occurrence(ranks, groups) & later).any(1)), tested)
+
+
+def report_leak(leak: Leak, on_leak: str, source: str) -> None:
+    """Log how much leaks; with `on_leak` "fail" raise ThresholdExceeded for it."""
+    for split, (leaked, images) in leak.tested.items():
+        if not leaked:
+            continue
+        message = (
+            f"{leaked} of {images} {split} images ({leaked / images:.0%}) of {source} show an image that is learnt from"
+        )
+        if on_leak == "fail":
+            raise ThresholdExceeded(f"{message}; --on-leak drop leaves those out of training, jobs/audit.py lists them")
+        if on_leak == "warn":
+            _log.warning(
+                "LEAK: %s: figures on all of them partly measure memory; see the clean ones, or use --on-leak drop.",
+                message,
+            )
+        else:
+            _log.info("%s; the %d twins are left out of training", message, int(leak.learnt.sum()))
+
+
+def hold_out(table: pa.Table, *, fraction: float, seed: int, duplicate_of: np.ndarray | None) -> Flags:
     """Choose whole groups such that each class is held out in a share near `fraction`.
 
     Of every class with at least two groups at least one is held out and at least one kept; a class with one group is
     kept whole, with a warning. The choice depends on the seed, names, labels and groups, not on the order of the rows.
 
     Args:
-        table: rows with uri, label and patient_id, as from `worklist.read_labelled`; n rows.
+        table: rows with uri, label and patient_id, as from `labelled.read_labelled`; n rows.
         fraction: share to hold out, above 0 and below 1.
         seed: of the random choice.
         duplicate_of: int [n]; rows with an equal value show the same picture; -1 (or None): not known.
 
     Returns:
-        bool [n], true where held out.
+        bool [n], true if held out.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} must lie between 0 and 1")
-    order, group = _sorted_groups(table, duplicate_of)
-    classes, label = np.unique(_column(table, "label")[order], return_inverse=True)
+    group = group_rows(table, duplicate_of)
+    classes, label = np.unique(_column(table, "label"), return_inverse=True)
     counts = np.zeros((group.max(initial=-1) + 1, len(classes)), np.int64)
     np.add.at(counts, (group, label), 1)
     choice = _Choice(counts, fraction, np.random.default_rng(seed))
     choice.represent_classes()
     choice.fill()
     choice.approach()
-    held = choice.held
     for index, name in enumerate(classes):
-        if not held[counts[:, index] > 0].any():
+        if not choice.held[counts[:, index] > 0].any():
             _log.warning(
                 "No image of class %r can be held out: they all belong to groups needed for training.", str(name)
             )
-    result = np.empty(len(table), bool)
-    result[order] = held[group]
-    return result
+    return np.asarray(choice.held[group], bool)
 
 
-def k_folds(table: pa.Table, *, k: int, seed: int, duplicate_of: np.ndarray | None) -> np.ndarray:
-    """Fold numbers 0..k-1, int [n]: groups are never cut, and the classes are spread as evenly as groups allow.
+def k_folds(table: pa.Table, *, k: int, seed: int, duplicate_of: np.ndarray | None) -> Numbers:
+    """Return fold numbers 0..k-1, int [n]: groups are never cut, and classes spread as evenly as groups allow.
 
     Arguments as for `hold_out`.
 
     Raises:
         UserError: there are fewer groups than folds, or no class has k images.
     """
-    order, group = _sorted_groups(table, duplicate_of)
-    labels = _column(table, "label")[order]
+    group, labels = group_rows(table, duplicate_of), _column(table, "label")
     most = np.unique(labels, return_counts=True)[1].max(initial=0)
     if not 2 <= k <= min(group.max(initial=-1) + 1, most):
         raise UserError(
-            f"{k} folds cannot be made of {group.max(initial=-1) + 1} groups and at most {most} images a class: choose "
-            "2 or more folds, and no more than there are groups and images."
+            f"{k} folds cannot be made of {group.max(initial=-1) + 1} groups and at most {most} images per class: "
+            "choose 2 or more folds, and no more than there are groups and images."
         )
+    order = np.argsort(group, kind="stable")  # the splitter's choice must not depend on the order of the rows
     folds = np.empty(len(table), np.int64)
     splitter = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
-    for fold, (_, members) in enumerate(splitter.split(labels, labels, group)):
+    for fold, (_, members) in enumerate(splitter.split(labels[order], labels[order], group[order])):
         folds[order[members]] = fold
     return folds
-
-
-def group_rows(table: pa.Table, duplicate_of: np.ndarray | None) -> np.ndarray:
-    """Group numbers from 0, int [n]: what belongs together, as the module's text says. Arguments as for `hold_out`."""
-    order, group = _sorted_groups(table, duplicate_of)
-    result = np.empty(len(table), np.int64)
-    result[order] = group
-    return result
 
 
 # ---- groups
 
 
-def _sorted_groups(table: pa.Table, duplicate_of: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in the order of their runs, and the group of each row in that order, numbered by first appearance."""
+def group_rows(table: pa.Table, duplicate_of: Sequence[int | None] | np.ndarray | None) -> Numbers:
+    """Return group numbers from 0, int [n]: what belongs together, as the module's text says.
+
+    Arguments as for `hold_out`. The numbers do not depend on the order of the rows: groups are numbered by their first
+    rows in the order of folders, names and numbers.
+    """
     uris = [path_of(uri) for uri in _column(table, "uri")]
     keys = [_run_key(uri) for uri in uris]
     order = np.array(sorted(range(len(uris)), key=lambda row: (keys[row], uris[row])), dtype=np.int64)
+    if duplicate_of is None:
+        duplicate_of = np.full(len(uris), -1, np.int64)
+    if len(duplicate_of) != len(uris):
+        raise ValueError(f"duplicate_of has {len(duplicate_of)} entries for {len(uris)} rows")
+    twins = np.array([-1 if value is None else value for value in duplicate_of], np.int64)[order]
     patients = _column(table, "patient_id")[order]
-    twins = _known_twins(duplicate_of, len(uris))[order]
     together = _components(patients, twins)
     with_patient = {part for part, patient in zip(together, patients, strict=True) if patient is not None}
-    blocks = _blocks([keys[row][:2] for row in order])
     home: dict[int, tuple[str, int]] = {}
-    for part, block in zip(together, blocks, strict=True):
+    for part, block in zip(together, _blocks([keys[row][:2] for row in order]), strict=True):
         home.setdefault(part, ("patient", part) if part in with_patient else ("block", block))
     numbers: dict[tuple[str, int], int] = {}
-    group = [numbers.setdefault(home[part], len(numbers)) for part in together]
-    return order, np.array(group, dtype=np.int64)
+    group = np.empty(len(uris), np.int64)
+    group[order] = [numbers.setdefault(home[part], len(numbers)) for part in together]
+    return group
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -124,22 +189,14 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _run_key(uri: str) -> tuple[str, str, int]:
-    """Folder, name without its last number, and that number (-1: none), of `folder/p (550).jpg` for example."""
+    """Return folder, name without its last number, and that number (-1: none), of `folder/p (550).jpg` for example."""
     folder, _, name = uri.rpartition("/")
     match = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", name, re.DOTALL)
     return (folder, f"{match[1]}/{match[3]}", int(match[2])) if match else (folder, name, -1)
 
 
-def _known_twins(duplicate_of: Sequence[int | None] | np.ndarray | None, rows: int) -> np.ndarray:
-    if duplicate_of is None:
-        return np.full(rows, -1, np.int64)
-    if len(duplicate_of) != rows:
-        raise ValueError(f"duplicate_of has {len(duplicate_of)} entries for {rows} rows")
-    return np.array([-1 if value is None else value for value in duplicate_of], dtype=np.int64)
-
-
 def _components(patients: np.ndarray, twins: np.ndarray) -> list[int]:
-    """Rows joined by a common patient or a common picture, also through others: one number a component."""
+    """Join rows by a common patient or a common picture, also through others; return the component of each row."""
     nodes: dict[object, int] = {}
     edges = [
         (row, nodes.setdefault(tie, len(patients) + len(nodes)))
@@ -147,15 +204,12 @@ def _components(patients: np.ndarray, twins: np.ndarray) -> list[int]:
         for tie in (("patient", patient) if patient is not None else None, ("twin", twin) if twin >= 0 else None)
         if tie is not None
     ]
-    size = len(patients) + len(nodes)
-    ends = np.array(edges, dtype=np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), shape=(size, size))
-    parts: list[int] = connected_components(graph, directed=False)[1][: len(patients)].tolist() if size else []
-    return parts
+    joined = components(len(patients) + len(nodes), np.array(edges, dtype=np.int64).reshape(-1, 2))
+    return joined[: len(patients)].tolist()
 
 
 def _blocks(runs: Sequence[tuple[str, str]]) -> list[int]:
-    """The contiguous block of each row of sorted runs, as a number that no other run uses."""
+    """Return the contiguous block of each row of sorted runs, as a number that no other run uses."""
     sizes = Counter(runs)
     first: dict[tuple[str, str], int] = {}  # first row of each run
     block: list[int] = []
@@ -197,8 +251,8 @@ class _Choice:
             counts = self._counts[candidates]
             fits = (counts.cumsum(axis=0) <= self._target - self._reached) | (counts == 0)
             spared = ((counts > 0).cumsum(axis=0) <= self._spare) | (counts == 0)
-            goes = (fits & spared).all(axis=1)
-            self._take(candidates if goes.all() else candidates[: goes.argmin()])
+            together = (fits & spared).all(axis=1)  # true up to the first group for which there is no room left
+            self._take(candidates if together.all() else candidates[: together.argmin()])
 
     def approach(self) -> None:
         """Hold out more while that comes nearer to the target than falling short of it."""
@@ -222,6 +276,6 @@ class _Choice:
         return ((self._counts[groups] <= room) | (self._counts[groups] == 0)).all(axis=1)
 
     def _distance(self, groups: np.ndarray | None) -> np.ndarray:
-        """How far the shares would be off, summed over the classes, with each of `groups` added (None: nothing)."""
+        """Return how far the shares would be off, summed over classes, with each of `groups` added (None: nothing)."""
         added = 0 if groups is None else self._counts[groups]
         return (np.abs(self._reached + added - self._target) / np.maximum(self._target, 1)).sum(axis=-1)

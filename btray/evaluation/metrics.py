@@ -1,10 +1,10 @@
-"""Metrics of a classifier on labelled images: what `metrics.json` holds, calibration and the worst errors."""
+"""Metrics of a classifier on labelled images: the types that `metrics.json` is written from, and their computation."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -14,9 +14,149 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, r
 
 from btray.core.errors import UserError
 
-ECE_BINS = 15
+FORMAT_VERSION = 1
+"""Of `metrics.json`; rises when a key changes its meaning or goes."""
+ECE_BINS = 15  # as in Guo et al. 2017: figures of other papers can be compared
 TEMPERATURE_RANGE = (0.05, 20.0)
-BOOTSTRAP_SAMPLES = 2000
+BOOTSTRAP_SAMPLES = 2000  # the quantiles then vary by less than the third decimal that is shown
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMetrics:
+    """Metrics of one class against all others; None where no image defines them."""
+
+    precision: float | None
+    """Share of the images predicted as this class that belong to it; None if none is predicted so."""
+    recall: float | None
+    """Share of the images of this class that are predicted so (sensitivity); None if there is none."""
+    f1: float | None
+    """Harmonic mean of precision and recall; None if the class neither occurs nor is predicted."""
+    auroc: float | None
+    """Area under the ROC curve of the class's probability; None if the class, or every other, is absent."""
+    support: int
+    """Images of this class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfusionMatrix:
+    """Images counted by true and predicted class."""
+
+    labels: list[str]
+    """Classes, in the order of rows and columns."""
+    matrix: list[list[int]]
+    """Counts, [classes, classes]: rows are true classes, columns predicted ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootstrapIntervals:
+    """95 % percentile intervals over images drawn with replacement; see `bootstrap_intervals`."""
+
+    accuracy: Interval
+    """Of the accuracy."""
+    macro_f1: Interval
+    """Of the macro-F1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Metrics over n images. Shares, F1, AUROC and ECE run from 0 to 1; macro means are over the classes that occur."""
+
+    n: int
+    """Images that were read and classified."""
+    accuracy: float
+    """Share of the images whose most probable class is the true one."""
+    accuracy_ci95: Interval
+    """95 % Wilson interval of the accuracy."""
+    macro_f1: float
+    """Mean F1."""
+    bootstrap_ci95: BootstrapIntervals
+    """95 % bootstrap intervals."""
+    auroc_macro: float | None
+    """Mean AUROC of one class against the rest; None if one class alone occurs."""
+    ece: float
+    """Expected calibration error of the calibrated confidence, in `ECE_BINS` bins."""
+    per_class: dict[str, ClassMetrics]
+    """By label."""
+    confusion_matrix: ConfusionMatrix
+    """Which classes are taken for which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abstention:
+    """Abstention below a confidence, measured on these images."""
+
+    threshold: float
+    """Confidence below which the model abstains."""
+    answered: int
+    """Images at or above it."""
+    coverage: float
+    """Their share."""
+    accuracy_answered: float | None
+    """Accuracy on them; None if there is none."""
+    accuracy_answered_ci95: Interval | None
+    """Its 95 % Wilson interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSets:
+    """Label sets of split conformal prediction (Sadinle et al. 2019, arXiv:1609.00451), measured on these images."""
+
+    error_rate: float | None
+    """Share of sets that may miss the true label, for which the threshold was chosen."""
+    threshold: float
+    """Probability from which a label belongs to the set."""
+    coverage: float
+    """Share of the sets that hold the true label."""
+    mean_set_size: float
+    """Labels per set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfDistribution:
+    """How many images are unlike the training images."""
+
+    threshold: float
+    """Score above which an image is flagged."""
+    flagged: int
+    """Images above it."""
+    share: float
+    """Their share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Metrics):
+    """The content of `metrics.json` (docs/trust.md): metrics over all images, and what tells how far to trust them."""
+
+    clean: Metrics | None
+    """Metrics over the images with no twin among those that the model learnt from; None if not known, or if none is."""
+    twins: int | None
+    """Images with such a twin; None if not known. Not in the file, where `clean.n` tells it."""
+    ece_uncalibrated: float
+    """Expected calibration error without the temperature."""
+    abstention: Abstention | None
+    """None if the model never abstains."""
+    conformal: LabelSets | None
+    """None if the model gives no label sets."""
+    out_of_distribution: OutOfDistribution | None
+    """None if the model keeps no distribution of its training images."""
+    measured_on: str
+    """The images, for a reader."""
+    rejected: int
+    """Images that could not be read, which are in no other figure."""
+    model_id: str
+    """The model."""
+    format_version: int = FORMAT_VERSION
+    """Version of the file's format."""
+
+    def to_json(self) -> bytes:
+        """Return `metrics.json`, strict JSON. `clean` has n 0 and null for all else if every image has a twin."""
+        record = asdict(self)
+        if record.pop("twins") is not None and self.clean is None:
+            record["clean"] = {field.name: None for field in fields(Metrics)} | {"n": 0}
+        return json.dumps(record, indent=2, allow_nan=False).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +170,11 @@ class Reliability:
     correct: np.ndarray
     """Images in each bin whose predicted class is the true one."""
     confidence: np.ndarray
-    """Mean top confidence in each bin; NaN where the bin is empty."""
+    """Mean top confidence in each bin; NaN if the bin is empty."""
 
     @property
     def accuracy(self) -> np.ndarray:
-        """Share of right predictions in each bin; NaN where the bin is empty."""
+        """Share of correct predictions in each bin; NaN if the bin is empty."""
         return np.divide(self.correct, self.count, out=np.full(len(self.count), np.nan), where=self.count > 0)
 
     @property
@@ -43,77 +183,87 @@ class Reliability:
         return float(np.nansum(self.count * np.abs(self.accuracy - self.confidence)) / self.count.sum())
 
 
-def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the content of `metrics.json` (see docs), ready for strict JSON: what is undefined is None, never NaN.
+def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Metrics:
+    """Return the metrics of n images; what is undefined is None, never NaN.
 
-    `labels` are class indices [n], `probabilities` [n, classes], one name in `classes` for each column. The predicted
-    class has the highest probability, the first of several that are equal. AUROC is one class against the rest. Macro
-    means are over the classes that occur in `labels` (and, for AUROC, where it is defined). The rows of the confusion
-    matrix are true classes, its columns predicted ones.
+    The predicted class has the highest probability, the first of several that are equal. Macro means are over the
+    classes that occur in `labels` (and, for AUROC, for which it is defined).
 
-    Raises `UserError` where there is no image or the model gives no finite probabilities, `ValueError` where the
-    arrays do not fit together.
+    Args:
+        labels: class indices, int [n].
+        probabilities: [n, classes], each row sums to 1.
+        classes: names of the columns.
+
+    Raises:
+        UserError: there is no image, or the model gives probabilities that are not finite.
+        ValueError: the arrays do not fit together.
     """
     labels, probabilities = _checked(labels, probabilities)
     if len(set(classes)) != len(classes) or len(classes) != probabilities.shape[1]:
         raise ValueError(f"{probabilities.shape[1]} columns of probabilities need as many different classes: {classes}")
+    names, indices = [str(name) for name in classes], list(range(len(classes)))
     predicted = probabilities.argmax(axis=1)
-    indices = list(range(len(classes)))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        labels, predicted, labels=indices, zero_division=np.nan
-    )
-    aurocs = [auroc(labels, probabilities, index) for index in indices]
     confusion = confusion_matrix(labels, predicted, labels=indices)
-    correct = int((predicted == labels).sum())
-    return {
-        "n": len(labels),
-        "accuracy": correct / len(labels),
-        "accuracy_ci95": list(wilson_interval(correct, len(labels))),
-        "macro_f1": float(f1[support > 0].mean()),
-        "bootstrap_ci95": bootstrap_intervals(confusion),
-        "auroc_macro": _mean([value for value in aurocs if value is not None]),
-        "ece": reliability(labels, probabilities).ece,
-        "per_class": {
-            str(name): {
-                "precision": _defined(precision[index]),
-                "recall": _defined(recall[index]),
-                "f1": _defined(f1[index]),
-                "auroc": aurocs[index],
-                "support": int(support[index]),
-            }
-            for index, name in enumerate(classes)
+    # NaN tells an undefined value from a true 0; `per_class` turns it into None.
+    scores = precision_recall_fscore_support(labels, predicted, labels=indices, zero_division=np.nan)
+    aurocs = [auroc(labels, probabilities, index) for index in indices]
+    defined_aurocs = [area for area in aurocs if area is not None]
+    correct = int(np.trace(confusion))
+    return Metrics(
+        n=len(labels),
+        accuracy=correct / len(labels),
+        accuracy_ci95=wilson_interval(correct, len(labels)),
+        macro_f1=float(scores[2][scores[3] > 0].mean()),
+        bootstrap_ci95=bootstrap_intervals(confusion),
+        auroc_macro=float(np.mean(defined_aurocs)) if defined_aurocs else None,
+        ece=reliability(labels, probabilities).ece,
+        per_class={
+            name: ClassMetrics(
+                precision=_none_if_nan(precision),
+                recall=_none_if_nan(recall),
+                f1=_none_if_nan(f1),
+                auroc=area,
+                support=int(support),
+            )
+            for name, precision, recall, f1, support, area in zip(names, *scores, aurocs, strict=True)
         },
-        "confusion_matrix": {
-            "labels": [str(name) for name in classes],
-            "matrix": confusion.tolist(),
-        },
-    }
+        confusion_matrix=ConfusionMatrix(labels=names, matrix=confusion.tolist()),
+    )
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953); `trials` is at least 1."""
+def wilson_interval(successes: int, trials: int) -> Interval:
+    """Return the 95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953); `trials` >= 1."""
     interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_intervals(confusion: np.ndarray, samples: int = BOOTSTRAP_SAMPLES) -> dict[str, list[float]]:
-    """95 % percentile intervals of accuracy and macro_f1 (Efron 1979, doi:10.1214/aos/1176344552).
+def bootstrap_intervals(confusion: np.ndarray, samples: int = BOOTSTRAP_SAMPLES) -> BootstrapIntervals:
+    """Return the 95 % percentile intervals of accuracy and macro-F1 (Efron 1979, doi:10.1214/aos/1176344552).
 
-    `confusion` counts images, int [classes, classes], rows true. Drawing n images with replacement is drawing their
-    cells from a multinomial distribution, so no image is needed; the same counts give the same intervals. Macro means
-    are over the classes that occur in a sample.
+    Macro means are over the classes that occur in a sample.
+
+    Args:
+        confusion: images counted by true class (row) and predicted class, int [classes, classes].
+        samples: bootstrap samples to draw.
     """
     n, size = int(confusion.sum()), len(confusion)
+    # Drawing n images with replacement is drawing their cells from a multinomial distribution. The fixed seed makes
+    # equal counts give equal intervals.
     drawn = np.random.default_rng(0).multinomial(n, confusion.ravel() / n, samples).reshape(-1, size, size)
-    right = np.diagonal(drawn, axis1=1, axis2=2)
-    true, said = drawn.sum(2), drawn.sum(1)
-    f1 = 2 * right / np.maximum(true + said, 1)
-    values = {"accuracy": right.sum(1) / n, "macro_f1": (f1 * (true > 0)).sum(1) / (true > 0).sum(1)}
-    return {name: np.quantile(drawn_values, (0.025, 0.975)).tolist() for name, drawn_values in values.items()}
+    correct = np.diagonal(drawn, axis1=1, axis2=2)
+    true, predicted = drawn.sum(2), drawn.sum(1)
+    f1 = 2 * correct / np.maximum(true + predicted, 1)
+    macro_f1 = (f1 * (true > 0)).sum(1) / (true > 0).sum(1)
+
+    def interval(values: np.ndarray) -> Interval:
+        low, high = np.quantile(values, (0.025, 0.975)).tolist()
+        return low, high
+
+    return BootstrapIntervals(accuracy=interval(correct.sum(1) / n), macro_f1=interval(macro_f1))
 
 
 def auroc(labels: np.ndarray, probabilities: np.ndarray, index: int) -> float | None:
-    """Area under the ROC curve of class `index` against the rest; None where the class, or every other, is absent."""
+    """Return the AUROC of class `index` against the rest; None if the class, or every other, is absent."""
     positive = np.asarray(labels) == index
     if positive.all() or not positive.any():
         return None
@@ -126,22 +276,26 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = ECE_B
     edges = np.linspace(0.0, 1.0, bins + 1)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    where = np.digitize(confidence, edges[1:-1], right=True)
-    count = np.bincount(where, minlength=bins)
-    total = np.bincount(where, weights=confidence, minlength=bins)
+    bin_of = np.digitize(confidence, edges[1:-1], right=True)
+    count = np.bincount(bin_of, minlength=bins)
+    total = np.bincount(bin_of, weights=confidence, minlength=bins)
     return Reliability(
         edges=edges,
         count=count,
-        correct=np.bincount(where[correct], minlength=bins),
+        correct=np.bincount(bin_of[correct], minlength=bins),
         confidence=np.divide(total, count, out=np.full(bins, np.nan), where=count > 0),
     )
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature by which to divide logits [n, classes] so that their NLL is least (arXiv:1706.04599).
+    """Return the temperature by which to divide logits for the least NLL (Guo et al. 2017, arXiv:1706.04599).
 
-    It lies within `TEMPERATURE_RANGE`. It is 1.0, which changes nothing, where no temperature can be fitted: no image,
-    logits that are not finite or all alike, or no error at all (the likelihood then only grows as temperature falls).
+    It lies within `TEMPERATURE_RANGE`. It is 1.0, which changes nothing, if none can be fitted: no image, logits that
+    are not finite or all alike, or no error at all (the likelihood then only grows as the temperature falls).
+
+    Args:
+        logits: [n, classes].
+        labels: class indices, int [n].
     """
     logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
@@ -157,10 +311,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         return -float(log_softmax(logits / np.exp(log_temperature), axis=1)[rows, labels].mean())
 
     bounds = np.log(TEMPERATURE_RANGE)
-    found = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    if not found.success or found.fun >= nll(0.0):
+    minimum = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    if not minimum.success or minimum.fun >= nll(0.0):
         return 1.0
-    return float(np.clip(np.exp(found.x), *TEMPERATURE_RANGE))
+    return float(np.clip(np.exp(minimum.x), *TEMPERATURE_RANGE))
 
 
 def worst_errors(labels: np.ndarray, probabilities: np.ndarray, k: int) -> np.ndarray:
@@ -171,6 +325,7 @@ def worst_errors(labels: np.ndarray, probabilities: np.ndarray, k: int) -> np.nd
 
 
 def _checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as arrays, probabilities clipped to 0 to 1; the errors are those of `compute_metrics`."""
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
         raise ValueError(f"probabilities {probabilities.shape} must be [n, classes] and labels {labels.shape} [n]")
@@ -186,13 +341,9 @@ def _checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray,
         )
     if probabilities.min() < -1e-3 or not np.allclose(probabilities.sum(axis=1), 1.0, atol=1e-2):
         raise ValueError("each row of probabilities must be at least 0 and sum to 1: apply softmax to logits first")
-    # float32 softmax passes 1 by a rounding error, which would fall outside the last bin.
+    # A float32 softmax exceeds 1 by a rounding error, which would fall outside the last bin.
     return labels, probabilities.clip(0.0, 1.0)
 
 
-def _defined(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None

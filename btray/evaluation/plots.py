@@ -1,10 +1,10 @@
-"""The figures of a report as PNG bytes. Each says how many images it rests on."""
+"""The figures of a report as PNG bytes. Each names the number of images behind it."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,19 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from sklearn.metrics import roc_curve
 
-from btray.evaluation.metrics import auroc, reliability, wilson_interval
-from btray.model.abstention import RiskCoverage, risk_coverage
+from btray.evaluation.metrics import ConfusionMatrix, auroc, reliability, wilson_interval
+from btray.model.abstention import risk_coverage
+from btray.reports.page import images
 from btray.reports.plot_style import BLUE, INK, LINES, MUTED, PALE, PALETTE, VERMILLION, canvas, png
-
-if TYPE_CHECKING:
-    pass
 
 
 @png
-def confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
-    """Counts and row percentages of the confusion matrix in `btray.evaluation.metrics.compute_metrics`'s result."""
-    names = metrics["confusion_matrix"]["labels"]
-    matrix = np.asarray(metrics["confusion_matrix"]["matrix"])
+def confusion_matrix(confusion: ConfusionMatrix) -> Figure:
+    """Draw counts and row percentages."""
+    names, matrix = confusion.labels, np.asarray(confusion.matrix)
     size, support = len(names), matrix.sum(axis=1)
     share = matrix / np.maximum(support, 1)[:, None]
     # The root lifts the small shares: errors are what one looks for, and few of them are frequent.
@@ -34,7 +31,7 @@ def confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
     figure, body = canvas(
         (max(5.2, 2.2 + cell * size), 1.6 + cell * size),
         "Confusion matrix",
-        f"{_images(metrics['n'])}; percentages are of each row, the true class",
+        f"{images(matrix.sum())}; percentages are of each row, the true class",
     )
     axes = body.subplots()
     colours = np.where(np.eye(size, dtype=bool)[..., None], to_rgb(BLUE), to_rgb(VERMILLION))
@@ -71,13 +68,11 @@ def confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
 
 @png
 def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Figure:
-    """ROC curve and AUROC of each class against the rest. `labels` int [n], `probabilities` [n, classes]."""
+    """Draw the ROC curve of each class against the rest. `labels` int [n], `probabilities` [n, classes]."""
     labels = np.asarray(labels)
     columns = 2 if len(classes) > 4 else 1
     rows = -(-len(classes) // columns)
-    figure, body = canvas(
-        (6.2, 6.2 + 0.21 * rows), "ROC curves", f"{_images(len(labels))}; each class against the rest"
-    )
+    figure, body = canvas((6.2, 6.2 + 0.21 * rows), "ROC curves", f"{images(len(labels))}; each class against the rest")
     axes = body.subplots()
     axes.plot([0, 1], [0, 1], color="#aab4c0", linewidth=1, linestyle=":")
     handles, texts, areas = [], [], []
@@ -112,14 +107,17 @@ def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[
 
 @png
 def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
-    """Accuracy against top confidence in 15 bins, with 95 % intervals and the ECE; below it how confidences spread."""
+    """Draw accuracy against top confidence in bins, with Wilson intervals; below it how the confidences spread.
+
+    `labels` int [n], `probabilities` [n, classes]. After DeGroot and Fienberg 1983 and Guo et al. 2017.
+    """
     table = reliability(labels, probabilities)
     used = table.count > 0
     confidence, accuracy = table.confidence[used], table.accuracy[used]
     figure, body = canvas(
         (6.2, 6.9),
         "Reliability of the confidence",
-        f"{_images(int(table.count.sum()))} in {len(table.count)} bins; expected calibration error {table.ece:.3f}",
+        f"{images(int(table.count.sum()))} in {len(table.count)} bins; expected calibration error {table.ece:.3f}",
     )
     top, bottom = body.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     diagonal = np.array([0.0, 1.0])
@@ -146,22 +144,33 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure
 
 @png
 def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold: float | None) -> Figure:
-    """Accuracy on what is answered against the share answered; the model's own `threshold` is marked, if it has one."""
+    """Draw the accuracy of what is answered against the share answered (El-Yaniv and Wiener 2010).
+
+    Args:
+        labels: class indices, int [n].
+        probabilities: [n, classes].
+        threshold: confidence below which the model abstains, to be marked; None if it never does.
+    """
     curve = risk_coverage(labels, probabilities)
-    right = np.rint(curve.accuracy * curve.answered).astype(int)
+    correct = np.rint(curve.accuracy * curve.answered).astype(int)
     figure, body = canvas(
-        (6.2, 4.6), "Risk and coverage", f"{_images(len(labels))}, answered in order of falling confidence"
+        (6.2, 4.8), "Risk and coverage", f"{images(len(labels))}, answered in order of falling confidence"
     )
     axes = body.subplots()
-    bounds = [wilson_interval(k, n) for k, n in zip(right.tolist(), curve.answered.tolist(), strict=True)]
+    bounds = [wilson_interval(k, n) for k, n in zip(correct.tolist(), curve.answered.tolist(), strict=True)]
     low, high = np.array(bounds).T
     axes.fill_between(curve.coverage, low, high, color=BLUE, alpha=0.15, linewidth=0, step="post")
     axes.plot(curve.coverage, curve.accuracy, color=BLUE, drawstyle="steps-post")
     axes.plot(curve.coverage[-1], curve.accuracy[-1], "o", color=BLUE, markersize=6)
     answered = np.flatnonzero(curve.threshold >= threshold) if threshold is not None else np.array([], int)
     if len(answered):
-        _mark_threshold(axes, curve, int(answered[-1]))
-    lowest = min(bound[0] for bound in bounds[len(bounds) // 20 :])
+        coverage, accuracy = curve.coverage[answered[-1]], curve.accuracy[answered[-1]]
+        axes.axvline(coverage, color=INK, linewidth=1, linestyle=":")
+        label = f"abstains below {threshold:.2f}: {accuracy:.1%} of the answers correct, {coverage:.0%} answered"
+        axes.plot(coverage, accuracy, "o", color=VERMILLION, markersize=7, markeredgecolor="white", label=label)
+        body.legend(loc="outside lower center")
+    # The first twentieth rests on few images: its intervals would flatten all the rest.
+    lowest = min(low[len(low) // 20 :])
     axes.set(xlim=(0, 1.01), ylim=(max(0.0, lowest - 0.03), 1.005))
     axes.set(xlabel="coverage: share of images that is answered", ylabel="accuracy on these")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -169,26 +178,21 @@ def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold
     return figure
 
 
-def _mark_threshold(axes: Axes, curve: RiskCoverage, step: int) -> None:
-    place = (curve.coverage[step], curve.accuracy[step])
-    axes.axvline(place[0], color=INK, linewidth=1, linestyle=":")
-    axes.plot(*place, "o", color=VERMILLION, markersize=7, markeredgecolor="white")
-    left = place[0] > 0.5
-    axes.annotate(
-        f"abstains below {curve.threshold[step]:.2f}: {place[1]:.1%} right on {place[0]:.0%}",
-        place, (-10 if left else 10, -18), textcoords="offset points", ha="right" if left else "left", va="top",
-        fontweight="bold",
-    )  # fmt: skip
-
-
 @png
 def learning_curves(
     history: Sequence[Mapping[str, Any]], *, best_epoch: int, train_images: int, val_images: int
 ) -> Figure:
-    """Loss, validation macro-F1 and learning rate by epoch; `best_epoch`, whose weights were kept, is marked.
+    """Draw loss, validation macro-F1 and learning rate by epoch; `best_epoch`, whose weights were kept, is marked.
 
-    `history` has a mapping an epoch with the keys epoch, train_loss, val_loss, val_macro_f1 and learning_rate. Where an
-    epoch stands twice, as after a resumed run, the later entry counts. `ValueError` where there is none.
+    Args:
+        history: one mapping per epoch with the keys epoch, train_loss, val_loss, val_macro_f1 and learning_rate; if an
+            epoch occurs twice, as after a resumed run, the later entry counts.
+        best_epoch: number of the epoch whose weights were kept.
+        train_images: images that were trained on.
+        val_images: images that were validated with.
+
+    Raises:
+        ValueError: there is no epoch.
     """
     by_epoch = {int(entry["epoch"]): entry for entry in history}
     if not by_epoch:
@@ -200,7 +204,7 @@ def learning_curves(
     }
     style: dict[str, Any] = {"marker": "o"} if len(epochs) < 3 else {}
     figure, body = canvas(
-        (6.6, 6.6), "Learning curves", f"trained on {_images(train_images)}, validated on {_images(val_images)}"
+        (6.6, 6.6), "Learning curves", f"trained on {images(train_images)}, validated on {images(val_images)}"
     )
     loss, f1, rate = body.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.1))
     loss.plot(epochs, series["train_loss"], color=BLUE, label="training", **style)
@@ -209,7 +213,7 @@ def learning_curves(
     rate.plot(epochs, series["learning_rate"], color=MUTED, **style)
     _mark_best(f1, (loss, rate), epochs, series["val_macro_f1"], epochs.index(best_epoch))
     loss.set_ylabel("loss")
-    loss.legend(loc="upper right")
+    loss.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above: a line may pass any corner of the axes
     f1.set_ylabel("validation\nmacro-F1")
     rate.set(ylabel="learning\nrate", xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ylim=(0, None))
     rate.yaxis.set_major_locator(MaxNLocator(2))
@@ -228,11 +232,18 @@ def error_grid(
     names: Sequence[str],
     *,
     errors: int,
-    images: int,
+    total: int,
 ) -> Figure:
-    """The k worst errors, first one first: slice, true label, predicted label, its confidence and the file's name.
+    """Draw the k worst errors in order: slice, true label, predicted label, its confidence and the file's name.
 
-    `frames` is uint8 [k, height, width], the other sequences are [k]; there were `errors` errors in `images` images.
+    Args:
+        frames: slices, uint8 [k, height, width].
+        true: true labels, [k].
+        predicted: predicted labels, [k].
+        confidence: of the predictions, [k].
+        names: of the files, [k].
+        errors: how many errors there were in all.
+        total: how many images were classified.
     """
     shown, columns, tile, text = len(frames), 4, 1.72, 0.8
     rows = -(-shown // columns)
@@ -241,7 +252,7 @@ def error_grid(
     figure, _ = canvas(
         (width, height),
         title,
-        f"of {errors} wrong among {_images(images)}, most confident first" if errors else _images(images),
+        f"of {errors} wrong among {images(total)}, most confident first" if errors else images(total),
     )
     entries = zip(list(frames), true, predicted, confidence, names, strict=True)
     for index, (frame, truth, guess, sure, name) in enumerate(entries):
@@ -253,7 +264,7 @@ def error_grid(
         axes.set_facecolor("black")
         caption: tuple[tuple[str, dict[str, Any]], ...] = (
             (f"true: {_elide(truth, 16)}", {"color": BLUE, "fontsize": 8.5}),
-            (f"said: {_elide(guess, 15)}", {"color": VERMILLION, "fontsize": 8.5, "fontweight": "bold"}),
+            (f"predicted: {_elide(guess, 12)}", {"color": VERMILLION, "fontsize": 8.5, "fontweight": "bold"}),
             (f"confidence {sure:.1%}", {"fontsize": 8.5}),
             (_elide(name, 27), {"color": MUTED, "fontsize": 7, "family": "DejaVu Sans Mono"}),
         )
@@ -298,18 +309,10 @@ def _mark_best(f1: Axes, others: Sequence[Axes], epochs: Sequence[int], values: 
     )
 
 
-def _images(count: int) -> str:
-    return f"{count:,}".replace(",", "\u2009") + (" image" if count == 1 else " images")
-
-
-def _printable(text: str) -> str:
-    """Names come from folders and files: anything may stand in them, line feeds and broken encodings too."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)
-
-
 def _elide(text: str, most: int) -> str:
-    """Shorten in the middle: both ends of a file name tell it from its neighbours."""
-    text = _printable(text)
+    """Shorten `text` to `most` characters in the middle: both ends of a file name tell it from its neighbours."""
+    # Names come from folders and files: line feeds and broken encodings may stand in them.
+    text = "".join(character if character.isprintable() else "\ufffd" for character in text)
     head, tail = (most - 1) - (most - 1) // 2, (most - 1) // 2
     return text if len(text) <= most else f"{text[:head]}…{text[-tail:]}"
 

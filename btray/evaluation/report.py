@@ -1,4 +1,4 @@
-"""What people read about a model: `report.html`, one self-contained page, and `MODEL_CARD.md`. All input is escaped."""
+"""Texts about a model for people: `report.html`, `MODEL_CARD.md` and a summary for the terminal; input is escaped."""
 
 from __future__ import annotations
 
@@ -6,193 +6,160 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from markupsafe import Markup, escape
 
-from btray.evaluation.metrics import ECE_BINS, wilson_interval
-from btray.reports.page import NO_DIAGNOSIS, Section, data_uri, encodable, environment, images, percent, render_page
+from btray.evaluation.metrics import ECE_BINS, Evaluation, Interval, wilson_interval
+from btray.model.bundle import Manifest
+from btray.reports.page import (
+    NO_DIAGNOSIS,
+    data_uri,
+    encodable,
+    environment,
+    number,
+    percent,
+    render_page,
+)
 
-# What a figure shows and how it was computed; `{n}` is the number of images behind the metrics.
-FIGURES = {
-    "confusion_matrix": (
-        "Which classes are taken for which",
-        "Rows are true classes, columns predicted ones (the most probable class), over {n}. Each cell gives the count "
-        "and its share of the row; blue is right, orange is wrong.",
-    ),
-    "roc_curves": (
-        "How well each class is told from the rest",
-        "One class against all others over {n}: the threshold on its probability runs from 1 to 0. AUROC is the area "
-        "below the curve, 0.5 for a coin and 1 for a perfect ranking.",
-    ),
-    "reliability": (
-        "Whether the confidence can be believed",
-        "{n} in {bins} bins of equal width by the confidence of the predicted class; where points lie on the diagonal, "
-        "a confidence of 80 % is right in 80 % of cases. Grey: 95 % Wilson interval. ECE is the mean gap, weighted by "
-        "images (Guo et al. 2017).",
-    ),
-    "risk_coverage": (
-        "What abstaining buys",
-        "Accuracy on the part of {n} that is answered, when the model abstains below a confidence that falls from left "
-        "to right; at 100 % it answers all. Shaded: 95 % Wilson interval.",
-    ),
-    "learning_curves": (
-        "How training went",
-        "Values at the end of each epoch. The training loss is taken with augmentation and regularisation, the "
-        "validation loss without, so that the two are not to be compared in height. The dotted line marks the epoch "
-        "that was kept: the best validation macro-F1, and among equals the lowest validation loss.",
-    ),
-    "worst_errors": (
-        "The errors it was surest of",
-        "Wrongly classified images among {n}, by falling confidence, as the network saw them. Some may be errors of "
-        "the labels.",
-    ),
-}
+_PACKAGE = "btray.evaluation"
+_COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")
+_NOT_ON_CARD = frozenset({"data", "out", "storage", "mlflow"})  # places of one machine; the card names the data itself
 
 
 def render_report(
-    *,
-    title: str,
-    metrics: Mapping[str, Any],
-    figures: Mapping[str, bytes],
-    facts: Mapping[str, str],
-    classes: Sequence[str],
-    notes: Sequence[str],
-    sections: Sequence[Section] = (),
+    metrics: Evaluation, manifest: Manifest, *, figures: Mapping[str, bytes], notes: Sequence[str]
 ) -> str:
     """Return one HTML page that needs nothing beside it: no script, no file, no network.
 
-    `metrics` is the result of `btray.evaluation.metrics.compute_metrics`; `figures` maps a name to a PNG (the names in
-    `FIGURES` have a heading and a caption here, others show their name); `facts` are rows about the model and the data;
-    `classes` orders the table; `notes` are lines that the reader must see first, such as rejected images.
+    Args:
+        metrics: what was measured.
+        manifest: of the model.
+        figures: PNG by name; the template gives those it knows a heading and a caption.
+        notes: lines that the reader must see first, such as rejected images.
     """
     return render_page(
-        "btray.evaluation",
+        _PACKAGE,
         "report.html",
-        title=title,
+        title="Evaluation of a brain-tumor classifier",
         notice=NO_DIAGNOSIS,
-        n=images(metrics["n"]),
+        cards=_headline(metrics),
+        notes=notes,
+        facts=model_facts(manifest) | {"Measured on": metrics.measured_on},
+        facts_title="Model and data",
+        metrics=metrics,
+        columns=_COLUMNS,
+        rows=_class_rows(metrics),
+        figures={name: data_uri(png) for name, png in figures.items()},
+        ece_bins=ECE_BINS,
+    )
+
+
+def model_card(manifest: Manifest, metrics: Evaluation) -> str:
+    """Return MODEL_CARD.md of a model that was just trained, after Mitchell et al. 2019 (arXiv:1810.03993)."""
+    counts: Mapping[str, Mapping[str, int]] = manifest.data["counts"]
+    classes = dict.fromkeys([*manifest.classes, *(name for split in counts.values() for name in split)])
+    settings = {key: value for key, value in manifest.training.items() if key not in _NOT_ON_CARD}
+    card = environment(_PACKAGE, finalize=_markdown).get_template("MODEL_CARD.md").render(
+        manifest=manifest,
+        metrics=metrics,
+        notice=NO_DIAGNOSIS,
+        facts=model_facts(manifest),
+        splits=[*counts],
+        count_rows=[
+            *([name, *(split.get(name, 0) for split in counts.values())] for name in classes),
+            ["all", *(sum(split.values()) for split in counts.values())],
+        ],
+        settings=_yaml_block(settings),
         cards=_headline(metrics),
         columns=_COLUMNS,
-        rows=_class_rows(metrics, classes),
-        figures=[_figure(name, png, metrics["n"]) for name, png in figures.items()],
-        facts=facts,
-        facts_title="Model and data",
-        notes=notes,
-        sections=sections,
-    )
-
-
-def model_card(
-    *,
-    model_id: str,
-    classes: Sequence[str],
-    metrics: Mapping[str, Any],
-    evaluated_on: str,
-    counts: Mapping[str, Mapping[str, int]],
-    details: Mapping[str, str],
-    training: Mapping[str, str],
-    audited: bool = False,
-    patient_ids: bool = False,
-    limits: Sequence[str] = (),
-) -> str:
-    """Return MODEL_CARD.md after Mitchell et al. 2019 (arXiv:1810.03993).
-
-    `evaluated_on` names the data behind `metrics`, as "the test split of s3://bucket/data"; `counts` maps split ->
-    class -> images; `details` (architecture, versions, licence of the data) and `training` are rows of text. `audited`:
-    duplicates across the splits were looked for, and `limits` says what was found; `patient_ids`: the splits keep
-    patients apart. `limits` are added to those that follow from these.
-    """
-    counted = dict.fromkeys([*classes, *(name for split in counts.values() for name in split)])
-    standing = []
-    if not audited:
-        standing.append(
-            "Duplicates between the splits have not been audited: where images of the test split, or near copies, are "
-            "in the training split, the figures above are too high."
-        )
-    if not patient_ids:
-        standing.append(
-            "The data name no patients: slices of one patient may lie in several splits, and the figures above may be "
-            "higher than they would be on new patients."
-        )
-    card = (
-        environment("btray.evaluation", finalize=_markdown)
-        .get_template("MODEL_CARD.md")
-        .render(
-            model_id=model_id,
-            notice=NO_DIAGNOSIS,
-            classes=classes,
-            evaluated_on=evaluated_on,
-            n=images(metrics["n"]),
-            cards=_headline(metrics),
-            columns=_COLUMNS,
-            rows=_class_rows(metrics, classes),
-            splits=list(counts),
-            count_rows=[[name, *(split.get(name, 0) for split in counts.values())] for name in counted],
-            totals=[sum(split.values()) for split in counts.values()],
-            details=details,
-            training=training,
-            limits=[*standing, *limits],
-        )
-    )
+        rows=_class_rows(metrics),
+    )  # fmt: skip
     return encodable(card)
 
 
-def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, how it was computed) of each headline figure."""
-    right = sum(row[index] for index, row in enumerate(metrics["confusion_matrix"]["matrix"]))
-    present = sum(1 for row in metrics["per_class"].values() if row["support"])
+def summary(metrics: Evaluation) -> str:
+    """Return a few lines for a terminal."""
+    low, high = metrics.accuracy_ci95
+    lines = [
+        f"measured on {metrics.measured_on}: {metrics.n} images, {metrics.rejected} rejected",
+        f"accuracy {metrics.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f})  macro-F1 {metrics.macro_f1:.3f}  "
+        f"AUROC {number(metrics.auroc_macro, '-')}  ECE {metrics.ece:.3f}",
+    ]
+    if metrics.twins is not None:
+        line = (
+            f"clean, with no twin among the images it was trained or validated with: {metrics.n - metrics.twins} images"
+        )
+        if clean := metrics.clean:
+            accuracy, macro_f1 = clean.bootstrap_ci95.accuracy, clean.bootstrap_ci95.macro_f1
+            line += (
+                f": accuracy {clean.accuracy:.3f} ({accuracy[0]:.3f} to {accuracy[1]:.3f})  "
+                f"macro-F1 {clean.macro_f1:.3f} ({macro_f1[0]:.3f} to {macro_f1[1]:.3f})"
+            )
+        lines.append(line)
+    lines.append(f"{'class':<16}{'precision':>10}{'recall':>8}{'F1':>8}{'AUROC':>8}{'images':>8}")
+    for label, row in metrics.per_class.items():
+        precision, recall, f1, auroc = (number(value, "-") for value in (row.precision, row.recall, row.f1, row.auroc))
+        lines.append(f"{label:<16}{precision:>10}{recall:>8}{f1:>8}{auroc:>8}{row.support:>8}")
+    return "\n".join(lines)
+
+
+def model_facts(manifest: Manifest) -> dict[str, str]:
+    """Return what identifies a model, for a reader."""
+    data = manifest.data
+    epochs = f"{data['epochs']}, of which number {data['best_epoch']} was the best"
+    return {
+        "Model": manifest.model_id,
+        "Classes": ", ".join(manifest.classes),
+        "Architecture": manifest.network.architecture,
+        "Trained": manifest.created_at,
+        "Epochs": epochs + (f"; then {data['refit_epochs']} on all images" if data["refit_epochs"] else ""),
+        "Data fingerprint": data["fingerprint"],
+        "Temperature": number(manifest.calibration.temperature),
+        "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+
+
+def _headline(metrics: Evaluation) -> list[tuple[str, str, str]]:
+    """Return (name, value, how it was computed) of each headline figure."""
+    correct = sum(row[index] for index, row in enumerate(metrics.confusion_matrix.matrix))
+    present = sum(1 for row in metrics.per_class.values() if row.support)
     classes = "1 class that occurs" if present == 1 else f"{present} classes that occur"
     return [
         (
             "Accuracy",
-            percent(metrics["accuracy"]),
-            f"{right} of {metrics['n']} right; 95\u00a0% interval {_interval(*metrics['accuracy_ci95'])} (Wilson)",
+            percent(metrics.accuracy),
+            f"{correct} of {metrics.n} correct; 95\u00a0% interval {_interval(metrics.accuracy_ci95)} (Wilson)",
         ),
-        ("Macro-F1", _decimal(metrics["macro_f1"]), f"mean of F1 over the {classes}"),
-        ("AUROC", _decimal(metrics["auroc_macro"]), f"one class against the rest, mean over the {classes}"),
-        ("ECE", _decimal(metrics["ece"]), f"expected calibration error, {ECE_BINS} bins of confidence; 0 is best"),
-        ("Images", f"{metrics['n']}", "labelled images that were read and classified"),
+        ("Macro-F1", number(metrics.macro_f1), f"mean of F1 over the {classes}"),
+        ("AUROC", number(metrics.auroc_macro), f"one class against the rest, mean over the {classes}"),
+        ("ECE", number(metrics.ece), f"expected calibration error, {ECE_BINS} bins of confidence; 0 is best"),
+        ("Images", f"{metrics.n}", "labelled images that were read and classified"),
     ]
 
 
-def _class_rows(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[list[str]]:
-    """Class, precision and recall with their Wilson intervals, F1, AUROC, support: of each class, as text."""
-    names, matrix = metrics["confusion_matrix"]["labels"], metrics["confusion_matrix"]["matrix"]
-    rows = []
-    for name in classes:
-        index, scores = names.index(name), metrics["per_class"][name]
-        right = matrix[index][index]
-        rows.append(
-            [
-                name,
-                _with_interval(right, sum(row[index] for row in matrix)),
-                _with_interval(right, scores["support"]),
-                _decimal(scores["f1"]),
-                _decimal(scores["auroc"]),
-                str(scores["support"]),
-            ]
-        )
-    return rows
+def _class_rows(metrics: Evaluation) -> list[list[str]]:
+    """Return the cells of `_COLUMNS` of each class; precision and recall have their Wilson intervals."""
+    matrix = metrics.confusion_matrix.matrix
+
+    def with_interval(correct: int, total: int) -> str:
+        return f"{percent(correct / total)} ({_interval(wilson_interval(correct, total))})" if total else "–"
+
+    return [
+        [
+            name,
+            with_interval(matrix[index][index], sum(row[index] for row in matrix)),
+            with_interval(matrix[index][index], scores.support),
+            number(scores.f1),
+            number(scores.auroc),
+            str(scores.support),
+        ]
+        for index, (name, scores) in enumerate(metrics.per_class.items())
+    ]
 
 
-def _figure(name: str, png: bytes, n: int) -> dict[str, str]:
-    heading, caption = FIGURES.get(name, (name.replace("_", " "), ""))
-    return {
-        "heading": heading,
-        "caption": caption.format(n=images(n), bins=ECE_BINS),
-        "source": data_uri(png),
-    }
-
-
-def _with_interval(successes: int, trials: int) -> str:
-    return f"{percent(successes / trials)} ({_interval(*wilson_interval(successes, trials))})" if trials else "–"
-
-
-def _interval(low: float, high: float) -> str:
+def _interval(interval: Interval) -> str:
+    low, high = interval
     return f"{100 * low:.1f}–{100 * high:.1f} %"
-
-
-def _decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def _markdown(value: object) -> Markup:
@@ -203,4 +170,8 @@ def _markdown(value: object) -> Markup:
     return Markup(re.sub(r"([\\`*\[\]|])", r"\\\1", str(escape(line))))  # noqa: S704 - escaped in this very line
 
 
-_COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")
+def _yaml_block(settings: Mapping[str, Any]) -> Markup:
+    """Return settings as a fenced block of YAML; the fence is longer than any in the text, so that nothing ends it."""
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return Markup(f"{fence}yaml\n{text}{fence}\n")  # noqa: S704 - inside the fence Markdown is plain text

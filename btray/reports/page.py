@@ -35,7 +35,7 @@ def environment(package: str, **options: Any) -> Environment:
         package: a package with a folder `templates`, such as "btray.evaluation".
         options: further arguments of `jinja2.Environment`.
     """
-    return Environment(
+    made = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("btray.reports")]),
         autoescape=True,
         undefined=StrictUndefined,
@@ -44,6 +44,8 @@ def environment(package: str, **options: Any) -> Environment:
         keep_trailing_newline=True,
         **options,
     )
+    made.filters.update(images=images, number=number, percent=percent)
+    return made
 
 
 def render_page(
@@ -92,6 +94,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def number(value: float | None, missing: str = "–") -> str:
+    """Return a figure as text with three decimals; `missing` if it is undefined."""
+    return missing if value is None else f"{value:.3f}"
+
+
 def images(count: int) -> str:
-    """Return a number of images as text."""
-    return "1 image" if count == 1 else f"{count} images"
+    """Return a number of images as text, thousands apart by thin spaces."""
+    return "1 image" if count == 1 else f"{count:,} images".replace(",", "\u2009")

@@ -1,22 +1,29 @@
-"""API keys: made here, kept as digests, revocable while the service runs.
+"""Who may ask: API keys, made here, kept as digests and revocable while the service runs; without keys this machine.
 
-A file has a line for each key: its name and the SHA-256 of the key. A key is 256 random bits, which nobody guesses or
-looks up in a table, so one round of SHA-256 without salt is as safe as a slow hash, and does not cost one a request.
+A file has one line per key: its name and the SHA-256 of the key. A key is 256 random bits, which nobody guesses or
+looks up in a table, so one round of SHA-256 without salt is as safe as a slow hash and costs far less per request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import secrets
 import threading
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Self
 
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
 from btray import storage
 from btray.core.errors import UserError
+from btray.serving.config import is_loopback
+from btray.serving.problems import Problem
 from btray.storage import StorageError, user_error
 
 _log = logging.getLogger(__name__)
@@ -24,11 +31,11 @@ _log = logging.getLogger(__name__)
 _PREFIX = "btray_"  # lets secret scanners find a key that was committed somewhere
 _HEADER = "# API keys of btray: name and SHA-256 of each. Delete a line to revoke its key.\n"
 REREAD = 5.0
-"""Seconds after which a revoked or a new key counts."""
+"""Seconds until a revoked or a new key counts."""
 
 
 def make_key(file: str, name: str) -> str:
-    """Add a key to `file` and return it; nothing keeps it. Raises UserError where the file cannot be used."""
+    """Add a key to `file` and return it; nothing keeps it. Raises UserError if the file cannot be used."""
     uri = storage.resolve(file)
     entries = _read_file(uri, missing_ok=True)
     if any(name == known for known, _ in entries):
@@ -39,7 +46,7 @@ def make_key(file: str, name: str) -> str:
 
 
 def revoke_key(file: str, name: str) -> None:
-    """Take the keys named `name` out of `file`. Raises UserError where there is none."""
+    """Take the keys named `name` out of `file`. Raises UserError if there is none."""
     uri = storage.resolve(file)
     entries = _read_file(uri)
     kept = [entry for entry in entries if entry[0] != name]
@@ -60,17 +67,17 @@ class KeyRing:
 
     @classmethod
     def of(cls, file: str) -> Self:
-        """The keys of `file`. Raises UserError where it cannot be used."""
+        """Read the keys of `file`. Raises UserError if it cannot be used."""
         uri = storage.resolve(file)
         return cls(uri, _digests_in(uri), time.monotonic())
 
     @property
     def stale(self) -> bool:
-        """Whether `refresh` would read the file."""
+        """Return whether `refresh` would read the file."""
         return time.monotonic() - self._read_at > REREAD
 
     def refresh(self) -> None:
-        """Read the file again where it is time. A file that is gone or spoilt holds no key: everyone is refused."""
+        """Read the file again if it is time. A file that is gone or damaged holds no key: everyone is refused."""
         with self._lock:
             if not self.stale:
                 return
@@ -78,18 +85,56 @@ class KeyRing:
             try:
                 self._digests = _digests_in(self.uri)
             except UserError as error:
-                away = isinstance(error.__cause__, StorageError) and error.__cause__.retryable
-                if not away:
+                # A store that is down for a minute must not lock everyone out.
+                unavailable = isinstance(error.__cause__, StorageError) and error.__cause__.retryable
+                if not unavailable:
                     self._digests = []
-                _log.warning("API keys: %s; %s", error, "the old ones hold" if away else "no key is accepted")
+                _log.warning("API keys: %s; %s", error, "the old ones hold" if unavailable else "no key is accepted")
 
     def accepts(self, key: str) -> bool:
-        """Whether `key` is one of them; takes as long for a wrong key as for a right one."""
+        """Return whether `key` is one of them, in the same time for a wrong key as for a right one."""
         digest = bytes.fromhex(_digest(key))
-        found = False
-        for known in self._digests:
-            found |= hmac.compare_digest(known, digest)
-        return found
+        return sum(hmac.compare_digest(known, digest) for known in self._digests) > 0  # a sum: all are compared
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask: whoever has a key; if there are no keys, this machine alone, unless all may."""
+
+    keys: KeyRing | None
+    insecure: bool
+    """Answer every machine without a key."""
+    sees_callers: bool = True
+    """A request's client is the caller, not a proxy that others reach."""
+    reader: Executor | None = None
+    """Keys are read again on a thread of it, where they wait for no other work."""
+
+    async def check(self, scope: Scope) -> None:
+        """Raise Problem unless the caller may ask."""
+        headers = Headers(scope=scope)
+        if self.keys is not None:
+            if self.keys.stale:
+                await asyncio.get_running_loop().run_in_executor(self.reader, self.keys.refresh)
+            scheme, _, bearer = headers.get("authorization", "").partition(" ")
+            key = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+            if not self.keys.accepts(key.strip()):
+                raise Problem(401, "unauthorized", "no key, or an unknown one: send Authorization: Bearer KEY")
+        elif not self.insecure:
+            self._require_local(scope, headers.get("host", ""))
+
+    def _require_local(self, scope: Scope, host: str) -> None:
+        """Raise Problem unless the request comes from this machine and names it.
+
+        The name counts too: a page of another site could have its own name point to 127.0.0.1 (DNS rebinding) and have
+        a browser of this machine ask.
+        """
+        if not self.sees_callers:
+            detail = "this service has no API keys, and the HAProxy before it hides who asks: set keys"
+            raise Problem(403, "forbidden", detail)
+        client = scope.get("client")
+        name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+        if client is None or not is_loopback(client[0]) or not is_loopback(name):
+            raise Problem(403, "forbidden", "this service has no API keys and answers requests to localhost alone")
 
 
 def _digest(key: str) -> str:
@@ -101,7 +146,7 @@ def _digests_in(uri: str) -> list[bytes]:
 
 
 def _read_file(uri: str, *, missing_ok: bool = False) -> list[tuple[str, str]]:
-    """(name, SHA-256) of each key."""
+    """Return (name, SHA-256) of each key."""
     try:
         text = storage.read_text(uri)
     except StorageError as error:

@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2, which clients of KServe and Triton speak: metadata, health and inference.
 
-The model takes `image` (BYTES [n], encoded images) or `pixels` (UINT8 or FP32 [n, height, width], gray), and gives a
-row an image: `label`, `probabilities`, and what tells how far to trust them.
+The model takes `image` (BYTES [n], encoded images) or `pixels` (UINT8 or FP32 [n, height, width], gray), and gives one
+row per image: `label`, `probabilities`, and what tells how far to trust them.
 """
 
 from __future__ import annotations
@@ -9,139 +9,188 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse, Response
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from starlette.responses import Response
 
 from btray.data.frames import Rejection
 from btray.model.prediction import Prediction, output_arrays, output_specs
-from btray.serving import openapi
-from btray.serving.config import LimitsConfig
 from btray.serving.gate import read_body
-from btray.serving.models import Found, ServedModel
-from btray.serving.oip_codec import LENGTH_HEADER, InferRequest, Tensor, format_answer, parse_request
-from btray.serving.problems import REJECTION_STATUS, Problem
+from btray.serving.models import DecodedImage, ServedModel
+from btray.serving.oip_codec import (
+    LENGTH_HEADER,
+    InferAnswer,
+    InferBody,
+    InferRequest,
+    format_answer,
+    parse_request,
+)
+from btray.serving.openapi import BINARY, EXAMPLE_PNG, request_body, version
+from btray.serving.problems import Problem, problem_responses
 from btray.serving.service import Service
 
-_EXTENSIONS: Final = ["binary_tensor_data"]
+
+class ServerMetadata(BaseModel):
+    """The server."""
+
+    name: str
+    version: str
+    extensions: list[str]
 
 
-def add_protocol(app: FastAPI, service: Service) -> None:
-    """Add the routes of the protocol to `app`."""
-    _add_server(app, service)
-    _add_model(app, service)
+class TensorMetadata(BaseModel):
+    """An input or an output; -1 in its shape is any number."""
 
-    @app.post("/v2/models/{name}/infer", **openapi.INFER)
-    @app.post("/v2/models/{name}/versions/{version}/infer", **openapi.INFER)
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """A model's inputs and outputs."""
+
+    name: str
+    versions: list[str]
+    """The model_id of each bundle that is served."""
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+    parameters: dict[str, list[str]]
+
+
+_INFER: Final[dict[str, Any]] = {
+    "summary": "Open Inference Protocol: inference",
+    "description": (
+        "`image` is BYTES [n], encoded images (base64 in JSON), or `pixels` is UINT8 or FP32 [n, height, width]. With "
+        f"the binary tensor extension tensors follow the JSON, whose length is in {LENGTH_HEADER}."
+    ),
+    "response_model": InferAnswer,
+    "responses": {
+        200: {
+            "description": f"{', '.join(name for name, *_ in output_specs([]))}, one row per image.",
+            "content": {"application/octet-stream": {"schema": BINARY}},
+        },
+        **problem_responses(400, 401, 403, 404, 408, 413, 415, 422, 503),
+    },
+    "openapi_extra": request_body(
+        InferBody,
+        {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE_PNG]}]},
+        **{"application/octet-stream": BINARY},
+    ),
+}
+_METADATA: Final[dict[str, Any]] = {
+    "summary": "Open Inference Protocol: a model's inputs and outputs",
+    "responses": problem_responses(401, 403, 404, 503),
+}
+_READY: Final[dict[str, Any]] = {
+    "summary": "Open Inference Protocol: whether a model is ready",
+    "responses": problem_responses(401, 403, 404, 503),
+}
+
+
+def protocol_routes(service: Service) -> APIRouter:
+    """Return the routes of the protocol."""
+    routes = APIRouter()
+
+    @routes.get("/v2", summary="Open Inference Protocol: the server", responses=problem_responses(401, 403))
+    async def server() -> ServerMetadata:
+        return ServerMetadata(name="btray", version=version(), extensions=["binary_tensor_data"])
+
+    @routes.get("/v2/health/live", summary="Whether the process is alive")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @routes.get("/v2/health/ready", summary="Whether a model is there to answer", responses=problem_responses(503))
+    async def ready() -> dict[str, bool]:
+        service.split()
+        return {"ready": True}
+
+    @routes.get("/v2/models/{name}", **_METADATA)
+    @routes.get("/v2/models/{name}/versions/{version}", **_METADATA)
+    async def metadata(name: str, version: str | None = None) -> ModelMetadata:
+        return _metadata(service, name, _model(service, name, version))
+
+    @routes.get("/v2/models/{name}/ready", **_READY)
+    @routes.get("/v2/models/{name}/versions/{version}/ready", **_READY)
+    async def model_ready(name: str, version: str | None = None) -> dict[str, str | bool]:
+        _model(service, name, version)
+        return {"name": name, "ready": True}
+
+    @routes.post("/v2/models/{name}/infer", **_INFER)
+    @routes.post("/v2/models/{name}/versions/{version}/infer", **_INFER)
     async def infer(request: Request, name: str, version: str | None = None) -> Response:
         model = _model(service, name, version)
         body = await read_body(request, service.limits)
         length = request.headers.get(LENGTH_HEADER)
 
         async def answer() -> Response:
-            asked = await service.decoding(_parsed, body, length, service.limits)
-            return await _infer(service, name, model, asked)
+            limits = service.limits
+            parsed = await service.decoding(
+                lambda: parse_request(body, length, max_json=limits.max_json, max_images=limits.max_images)
+            )
+            return await _infer(service, name, model, parsed)
 
         return await service.in_time(answer())
 
-
-def _add_server(app: FastAPI, service: Service) -> None:
-    @app.get("/v2", **openapi.SERVER)
-    async def server() -> Response:
-        return JSONResponse({"name": "btray", "version": openapi.version(), "extensions": _EXTENSIONS})
-
-    @app.get("/v2/health/live", **openapi.HEALTH)
-    async def live() -> Response:
-        return JSONResponse({"live": True})
-
-    @app.get("/v2/health/ready", **openapi.READY)
-    async def ready() -> Response:
-        service.line()
-        return JSONResponse({"ready": True})
-
-
-def _add_model(app: FastAPI, service: Service) -> None:
-    @app.get("/v2/models/{name}", **openapi.MODEL)
-    @app.get("/v2/models/{name}/versions/{version}", **openapi.MODEL)
-    async def metadata(name: str, version: str | None = None) -> Response:
-        return JSONResponse(_metadata(service, name, _model(service, name, version)))
-
-    @app.get("/v2/models/{name}/ready", **openapi.MODEL_READY)
-    @app.get("/v2/models/{name}/versions/{version}/ready", **openapi.MODEL_READY)
-    async def model_ready(name: str, version: str | None = None) -> Response:
-        return JSONResponse({"name": name, "ready": _model(service, name, version) is not None})
+    return routes
 
 
 def _model(service: Service, name: str, version: str | None) -> ServedModel:
-    """The model of a path. Raises Problem where it is not served."""
-    line = service.line()
-    if name != line.config.name:
-        raise Problem(404, "not_found", f"no model {name[:80]!r} is served; there is {line.config.name}")
-    return line.choose(version)
+    """Return the model of a path. Raises Problem if it is not served."""
+    split = service.split()
+    if name != split.config.name:
+        raise Problem(404, "not_found", f"no model {name[:80]!r} is served; there is {split.config.name}")
+    return split.choose(version)
 
 
-def _metadata(service: Service, name: str, model: ServedModel) -> dict[str, Any]:
-    classes = model.classifier.classes
-    return {
-        "name": name,
-        "versions": [served.model_id for served in service.line().models()],
-        "platform": "btray_pytorch",
-        "inputs": [
-            {"name": "image", "datatype": "BYTES", "shape": [-1]},
-            {"name": "pixels", "datatype": "UINT8", "shape": [-1, -1, -1]},
+def _metadata(service: Service, name: str, model: ServedModel) -> ModelMetadata:
+    classes = list(model.classifier.classes)
+    return ModelMetadata(
+        name=name,
+        versions=[served.model_id for served in service.split().models()],
+        platform="btray_pytorch",
+        inputs=[
+            TensorMetadata(name="image", datatype="BYTES", shape=[-1]),
+            TensorMetadata(name="pixels", datatype="UINT8", shape=[-1, -1, -1]),
         ],
-        "outputs": [
-            {"name": output, "datatype": datatype, "shape": shape} for output, datatype, shape in output_specs(classes)
+        outputs=[
+            TensorMetadata(name=output, datatype=datatype, shape=shape)
+            for output, datatype, shape in output_specs(classes)
         ],
-        "parameters": {"classes": list(classes), "pixels_datatypes": ["UINT8", "FP32"]},
-    }
+        parameters={"classes": classes, "pixels_datatypes": ["UINT8", "FP32"]},
+    )
 
 
-async def _infer(service: Service, name: str, model: ServedModel, asked: InferRequest) -> Response:
-    predictions = await _predictions(service, model, _input(asked))
+async def _infer(service: Service, name: str, model: ServedModel, request: InferRequest) -> Response:
+    predictions = await _predict(service, model, request)
     if len(predictions) == 1 and predictions[0].status != "ok":
-        code = str(predictions[0].error_code)
-        raise Problem(REJECTION_STATUS.get(code, 422), code, str(predictions[0].error))
-    content = {"model_name": name, "model_version": model.model_id, "parameters": {}}
-    content |= {"id": asked.id} if asked.id is not None else {}
-    body, length = format_answer(content, output_arrays(predictions, model.classifier.classes), asked)
+        raise Problem.of_rejection(str(predictions[0].error_code), str(predictions[0].error))
+    answer = InferAnswer(model_name=name, model_version=model.model_id, id=request.body.id)
+    body, length = format_answer(answer, output_arrays(predictions, model.classifier.classes), request.body)
     if length is None:
         return Response(body, media_type="application/json")
     return Response(body, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
 
 
-def _parsed(body: bytes, length: str | None, limits: LimitsConfig) -> InferRequest:
-    return parse_request(body, length, max_json=limits.max_json, max_images=limits.max_images)
-
-
-def _input(asked: InferRequest) -> Tensor:
-    name, tensor = asked.name, asked.tensor
-    if name not in ("image", "pixels"):
-        raise Problem(400, "bad_request", f"expected one input, image or pixels, and not {name[:40]}")
-    if (name == "image") != (tensor.datatype == "BYTES"):
-        raise Problem(400, "bad_request", f"{name} cannot be {tensor.datatype}: image is BYTES, pixels UINT8 or FP32")
-    if name == "pixels" and len(tensor.shape) != 3:
-        raise Problem(400, "bad_request", f"pixels of shape {list(tensor.shape)} are not [n, height, width]")
-    return tensor
-
-
-async def _predictions(service: Service, model: ServedModel, tensor: Tensor) -> Sequence[Prediction]:
-    """One for each image."""
-    at_once = await service.at_once(model, tensor.values) if isinstance(tensor.values, list) else None
-    return at_once[1] if at_once else await service.predict(model, await _decoded(service, model, tensor))
-
-
-async def _decoded(service: Service, model: ServedModel, tensor: Tensor) -> Sequence[Found]:
-    """One frame for each image, or why there is none."""
-    if isinstance(tensor.values, list):
-        return [_single(result) for result in await service.decoded(model, tensor.values)]
+async def _predict(service: Service, model: ServedModel, request: InferRequest) -> Sequence[Prediction]:
+    """Return one prediction per image. Raises Problem if the input is not one that the model takes."""
+    tensor = request.tensor
+    if (tensor.name == "image") != (tensor.datatype == "BYTES"):
+        detail = f"{tensor.name} cannot be {tensor.datatype}: image is BYTES, pixels UINT8 or FP32"
+        raise Problem(400, "bad_request", detail)
+    if isinstance(request.values, list):
+        return (await service.classify(model, request.values, lambda images: list(map(_single, images))))[1]
+    if len(tensor.shape) != 3:
+        raise Problem(400, "bad_request", f"pixels of shape {tensor.shape} are not [n, height, width]")
     _, height, width = tensor.shape
     if height * width > model.source.limits.max_pixels:
         raise Problem(413, "bomb", f"{width}x{height} pixels, above max_pixels {model.source.limits.max_pixels}")
-    images = list(tensor.values)
-    return await service.decoding(model.classifier.frames, images)
+    frames = await service.decoding(model.classifier.frames, list(request.values))
+    return await service.predict(model, frames)
 
 
-def _single(found: Found) -> Found:
-    if isinstance(found, Rejection) or len(found) == 1:
-        return found
-    return Rejection("unsupported", f"a scan of {len(found)} frames has several answers: use /v1/classify", False)
+def _single(image: DecodedImage) -> DecodedImage:
+    """Return `image` if it is one row of the answer, else a rejection."""
+    if isinstance(image, Rejection) or len(image) == 1:
+        return image
+    return Rejection("unsupported", f"a scan of {len(image)} frames has several answers: use /v1/classify", False)

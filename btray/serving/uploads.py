@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
-import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from python_multipart import MultipartParser
-from python_multipart.exceptions import FormParserError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, WithJsonSchema
 from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from btray.serving.problems import Problem
 
-# A part may have a header or two; what has more is no upload of a browser's or a library's.
-_MAX_PART_HEADERS = 8
-_MAX_HEADER_BYTES = 4096
 _MAX_NAME = 255
+_CHUNK = 256 * 1024
+"""Bytes of a multipart body that are parsed at once; other requests come between."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One image as it came, and the name that the caller gave it, cut where it is long."""
+    """One image as it came, and the name that the caller gave it, shortened if it is long."""
 
-    data: bytes
+    data: bytes = field(repr=False)  # an image belongs into no log
+    name: str | None = field(default=None, repr=False)
+
+
+def _decode_base64(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("expected text in base64")
+    return base64.b64decode(value, validate=True)  # pydantic's own Base64Bytes skips what is not base64
+
+
+Base64 = Annotated[bytes, BeforeValidator(_decode_base64), WithJsonSchema({"type": "string", "format": "byte"})]
+"""Bytes, in JSON as strict base64."""
+
+
+class EncodedImage(BaseModel):
+    """One image in JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: Base64
     name: str | None = None
 
 
-def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> list[Upload]:
-    """The images of a body, in their order, up to `most`; JSON may have `max_json` bytes.
+class ClassifyRequest(BaseModel):
+    """Images in JSON: each an object, or base64 alone."""
 
-    Raises Problem where the body is not what its content type says, has no image, or more than it may have.
+    images: Annotated[
+        list[
+            Annotated[
+                Annotated[Base64, Tag("base64")] | Annotated[EncodedImage, Tag("object")],
+                Discriminator(lambda image: "object" if isinstance(image, dict) else "base64"),
+            ]
+        ],
+        Field(json_schema_extra={"minItems": 1}),
+    ]
+
+
+async def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> list[Upload]:
+    """Return the images of a body in their order, up to `most`; JSON may have `max_json` bytes.
+
+    Raises Problem if the body is not what its content type says, has no image, or more than it may have.
     """
-    kind, options = parse_options_header(content_type)
+    kind = parse_options_header(content_type)[0]
     if kind == b"multipart/form-data":
-        uploads = _from_multipart(options.get(b"boundary", b""), body, most)
+        uploads = await _from_multipart(content_type, body, most)
     elif kind == b"application/json":
         uploads = _from_json(body, most, max_json)
     elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
@@ -44,8 +77,8 @@ def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> li
         raise Problem(
             415,
             "unsupported_media_type",
-            f"content type {content_type[:80]!r} is not read; send multipart/form-data, application/json, or an image "
-            "as image/* or application/octet-stream",
+            f"content type {content_type[:80]!r} is not supported; send multipart/form-data, application/json, or an "
+            "image as image/* or application/octet-stream",
         )
     if not uploads:
         raise Problem(400, "bad_body", "there is no image in the request")
@@ -57,101 +90,66 @@ def _too_many(most: int) -> Problem:
 
 
 def _from_json(body: bytes, most: int, largest: int) -> list[Upload]:
-    """`{"images": [{"data": BASE64, "name": TEXT}, ...]}`; an image may be BASE64 alone."""
     if len(body) > largest:
         detail = f"JSON of {len(body)} bytes, above {largest}: send the images as multipart/form-data"
         raise Problem(413, "too_large", detail)
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Problem(400, "bad_body", f"the body is no JSON: {str(error)[:200]}") from error
-    entries = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise Problem(422, "invalid", 'expected {"images": [{"data": BASE64, "name": TEXT}, ...]}')
-    if len(entries) > most:
+        images = ClassifyRequest.model_validate_json(body).images
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise Problem(400, "bad_body", f"the body is not valid JSON: {first['ctx']['error']}") from error
+        where, expected = (
+            ".".join(map(str, first["loc"])) or "body",
+            '{"images": [{"data": BASE64, "name": TEXT}, ...]}',
+        )
+        raise Problem(422, "invalid", f"{where[:80]}: {first['msg'][:200]}; expected {expected}") from error
+    if len(images) > most:
         raise _too_many(most)
-    return [_decoded(entry, number) for number, entry in enumerate(entries)]
+    return [
+        Upload(image) if isinstance(image, bytes) else Upload(image.data, image.name and image.name[:_MAX_NAME])
+        for image in images
+    ]
 
 
-def _decoded(entry: Any, number: int) -> Upload:
-    if isinstance(entry, str):
-        entry = {"data": entry}
-    if not isinstance(entry, dict) or entry.keys() - {"data", "name"}:
-        raise Problem(422, "invalid", f"images[{number}]: expected BASE64, or an object with data and name alone")
-    data, name = entry.get("data"), entry.get("name")
-    if not isinstance(data, str) or not (name is None or isinstance(name, str)):
-        raise Problem(422, "invalid", f"images[{number}]: data, and name where there is one, must be text")
-    try:
-        return Upload(base64.b64decode(data, validate=True), name and name[:_MAX_NAME])
-    except (binascii.Error, ValueError) as error:
-        raise Problem(422, "invalid", f"images[{number}].data is no base64: {error}") from error
+class _FormInMemory(MultiPartParser):
+    """Starlette's parser, kept from writing images to disk; `ended` is set at the last boundary."""
 
+    ended = False
 
-class _Parts:
-    """Collects the files of a multipart body; fields without a file name count too, for curl sends them so."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.uploads: list[Upload] = []
-        self.ended = False
-        self._headers: dict[bytes, bytes] = {}
-        self._name = self._value = b""
-        self._pieces: list[bytes] = []
-
-    def callbacks(self) -> dict[str, Any]:
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": self._field,
-            "on_header_value": self._content,
-            "on_header_end": self._header,
-            "on_part_data": self._data,
-            "on_part_end": self._end,
-            "on_end": self._finish,
-        }
-
-    def _begin(self) -> None:
-        if len(self.uploads) == self.most:
-            raise _too_many(self.most)
-        self._headers, self._pieces = {}, []
-
-    def _field(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def _content(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _header(self) -> None:
-        self._headers[self._name.lower()] = self._value
-        self._name = self._value = b""
-
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        self._pieces.append(data[start:end])
-
-    def _end(self) -> None:
-        options = parse_options_header(self._headers.get(b"content-disposition", b""))[1]
-        name = options.get(b"filename")
-        shown = None if name is None else name.decode("utf-8", "replace")[:_MAX_NAME]
-        self.uploads.append(Upload(b"".join(self._pieces), shown))
-
-    def _finish(self) -> None:
+    def on_end(self) -> None:
+        """Note the last boundary: a form that is cut short has none, and Starlette takes it for a whole one."""
         self.ended = True
 
 
-def _from_multipart(boundary: bytes, body: bytes, most: int) -> list[Upload]:
-    parts = _Parts(most)
-    if not boundary:
-        raise Problem(400, "bad_body", "the content type multipart/form-data has no boundary")
+async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upload]:
+    """Return the parts of a form; those without a file name count too, for curl can send images so."""
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(body), _CHUNK):
+            yield body[start : start + _CHUNK]
+            await asyncio.sleep(0)
+
+    # Parts without a file name become text. In latin-1 every byte is a character, so no byte of an image is lost.
+    headers = Headers({"Content-Type": f"{content_type}; charset=latin-1"})
+    parser = _FormInMemory(headers, chunks(), max_files=most, max_fields=most, max_part_size=len(body))
+    parser.spool_max_size = len(body) + 1
     try:
-        parser = MultipartParser(
-            boundary,
-            parts.callbacks(),  # type: ignore[arg-type]
-            max_header_count=_MAX_PART_HEADERS,
-            max_header_size=_MAX_HEADER_BYTES,
-        )
-        parser.write(body)
-        parser.finalize()
-    except FormParserError as error:
-        raise Problem(400, "bad_body", f"the body is no multipart/form-data: {str(error)[:200]}") from error
-    if not parts.ended:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many"):
+            raise _too_many(most) from error
+        raise Problem(400, "bad_body", f"the body is not valid multipart/form-data: {error.message}") from error
+    if not parser.ended:
         raise Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")
-    return parts.uploads
+    if len(form.multi_items()) > most:
+        raise _too_many(most)
+    uploads = []
+    for _, part in form.multi_items():
+        if isinstance(part, UploadFile):
+            name = (part.filename or "").encode("latin-1").decode("utf-8", "replace")
+            uploads.append(Upload(part.file.read(), name[:_MAX_NAME]))
+            part.file.close()  # a body's bytes are held once less
+        else:
+            uploads.append(Upload(part.encode("latin-1")))
+    return uploads

@@ -1,4 +1,4 @@
-"""What a model knows of its own limits, learnt from validation images: temperature, thresholds, what training saw."""
+"""Calibration on validation images: the temperature of confidences, and the thresholds that mark doubtful answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from btray.evaluation.metrics import fit_temperature
 from btray.evaluation.scoring import Scores
@@ -17,6 +16,7 @@ from btray.model.drift import Profile
 from btray.model.ood import FLAGGED, Distribution, Features
 from btray.model.prediction import Place
 from btray.training.config import TrainConfig
+from btray.training.plan import Indices
 
 _log = logging.getLogger(__name__)
 
@@ -28,19 +28,24 @@ class Limits:
     temperature: float = 1.0
     thresholds: Thresholds = field(default_factory=Thresholds)
     ood: Distribution | None = None
+    """Of the features of training images."""
 
 
-def choose_limits(
-    config: TrainConfig, validation: Scores, labels: npt.NDArray[np.int64], reference: Features
-) -> Limits:
-    """Fit temperature and thresholds on scored validation frames (`labels` int [n]).
+def calibrate(config: TrainConfig, validation: Scores, labels: Indices, reference: Features) -> Limits:
+    """Fit temperature (Guo et al. 2017, arXiv:1706.04599) and thresholds on scored validation frames.
 
-    `reference` are features [m, features] of training images. Without a readable validation frame nothing is chosen but
-    what the user chose: --abstain-below.
+    Without a readable validation frame nothing is fitted, and --abstain-below holds as it is given.
+
+    Args:
+        config: which thresholds to fit, and for what accuracy and error rate.
+        validation: scores of n frames that the network has not learnt from.
+        labels: their labels, [n].
+        reference: features of training images, [m, features].
     """
     ood = Distribution.fit(reference) if len(reference) else None
     if len(labels) == 0:
         return Limits(thresholds=Thresholds(abstain_below=config.abstain_below), ood=ood)
+    # First the temperature: thresholds are compared with calibrated probabilities.
     temperature = fit_temperature(validation.answers.logits, labels)
     probabilities = Classifier.calibrated(validation.answers.logits, temperature)
     abstain_below = config.abstain_below
@@ -53,9 +58,11 @@ def choose_limits(
                 config.abstain_target,
             )
     error = config.conformal_error
+    # The score that a share FLAGGED of these frames exceeds: so many ordinary images will be marked.
+    ood_score = None if ood is None else float(np.quantile(ood.scores(validation.answers.features), 1 - FLAGGED))
     thresholds = Thresholds(
         abstain_below=abstain_below,
-        ood_score=_ood_threshold(ood, validation.answers.features),
+        ood_score=ood_score,
         conformal=None if error is None else conformal_threshold(labels, probabilities, error),
         conformal_error=error,
     )
@@ -63,11 +70,6 @@ def choose_limits(
 
 
 def profile_of(bundle: Bundle, scores: Scores) -> Profile:
-    """What a bundle says of scored frames: what later answers are compared with."""
+    """Summarise a bundle's answers to scored frames: later answers are compared with this."""
     places = [Place(row) for row in scores.row.tolist()]
     return Profile.of(map(vars, interpret(scores.answers, places, bundle.manifest, bundle.ood)))
-
-
-def _ood_threshold(ood: Distribution | None, features: Features) -> float | None:
-    """The score that a share `FLAGGED` of the validation frames, features [n, features], passes."""
-    return None if ood is None else float(np.quantile(ood.scores(features), 1 - FLAGGED))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.data.config import PreprocessConfig
 from btray.model.config import BACKBONES, NetworkConfig
+
+T = TypeVar("T")
 
 
 class AugmentConfig(ComponentConfig):
     """The random transform of training. Each strength is the end of a range around "no change"; 0 switches it off."""
 
     enabled: bool = True
-    """Off: training sees the frames as they are."""
+    """If off, training sees the frames as they are."""
     flip_horizontal: Probability = 0.5
     """Probability of a left-right mirror image."""
     flip_vertical: Probability = 0.0
@@ -30,12 +32,12 @@ class AugmentConfig(ComponentConfig):
     translation: Annotated[float, Field(ge=0, le=0.5)] = 0.08
     """Largest shift, as a share of the frame."""
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Largest change of contrast about the mean, as a share; what passes black or white is cut off."""
+    """Largest change of contrast about the mean, as a share; what exceeds black or white is clipped."""
     gamma: Annotated[float, Field(ge=0, le=2)] = 0.4
     """Largest exponent of the gray curve: gamma lies within exp(-value) and exp(+value)."""
     tone: Share = 0.8
-    """Largest weight of a random gray curve with black at black, in half of the images: other sequences show other
-    tissues bright (Zhou et al. 2019, arXiv:1908.06912)."""
+    """Largest weight of a random gray curve that keeps black at black, in half of the images: what is bright in one MRI
+    sequence is dark in another (Zhou et al. 2019, arXiv:1908.06912)."""
     bias_field: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Largest smooth gain across the frame, as a share: the coil's uneven sensitivity."""
     noise: Annotated[float, Field(ge=0, le=1)] = 0.04
@@ -46,7 +48,7 @@ class AugmentConfig(ComponentConfig):
     """Largest area replaced by the mean gray, as a share of the frame."""
 
     def only_flips(self) -> AugmentConfig:
-        """The same with every strength switched off."""
+        """Return the same with every strength switched off: images stay as they are, but for mirroring."""
         strengths = type(self).model_fields.keys() - {"enabled", "flip_horizontal", "flip_vertical"}
         return self.model_copy(update=dict.fromkeys(strengths, 0.0))
 
@@ -59,7 +61,7 @@ class OptimiserConfig(ComponentConfig):
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Learning rate at the end, as a share of the peak."""
     warmup: Share = 0.1
-    """Share of all steps in which the learning rate rises from zero to its peak."""
+    """Share of all steps in which the learning rate rises from zero to its peak (arXiv:1706.02677)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Course of the learning rate after warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -69,13 +71,13 @@ class OptimiserConfig(ComponentConfig):
     label_smoothing: Share = 0.1
     """Share of each target that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     class_balance: Literal["weights", "sampling", "none"] = "weights"
-    """Rare classes weigh more in the loss, or are drawn more often, or neither."""
+    """Whether rare classes weigh more in the loss, are drawn more often, or neither."""
     mixup: Annotated[float, Field(ge=0, le=4)] = 0.0
     """Parameter of mixup's beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0: none."""
     ema: Share = 0.995
-    """Decay a step of the exponential moving average of the weights, which is what is evaluated; 0: none."""
+    """Decay per step of the exponential moving average of the weights, which is what is evaluated; 0: none."""
     freeze_epochs: Annotated[int, Field(ge=0)] = 3
-    """With --init-from: epochs in which only the last layer learns."""
+    """With --init-from: epochs in which only the last layer learns, whose random start would spoil the others."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
     """With --init-from: factor on the learning rate from each stage to the one before it."""
 
@@ -88,45 +90,45 @@ class TrainConfig(JobConfig):
     out: str
     """Where the model bundle is written; local or s3://."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "train"
-    """Name of the run; the same name takes up a run that was cut off."""
+    """Name of the run; the same name resumes a run that was interrupted."""
     storage: str | None = None
     """Where runs keep checkpoints, history and TensorBoard events; default: OUT/_run."""
     epochs: Positive = 30
     """Passes over the training data."""
     batch_size: Positive = 64
-    """Images a step, over all workers together."""
+    """Images per step, over all workers together."""
     num_workers: str | None = None
-    """Data-parallel workers, N or MIN:MAX (elastic); default: one a GPU with --use-gpu, else one a CPU, at most 4."""
+    """Data-parallel workers, N or MIN:MAX (elastic); default: one per GPU with --use-gpu, else per CPU, at most 4."""
     use_gpu: bool = False
-    """One worker a GPU, NCCL, bf16 autocast."""
+    """One worker per GPU, NCCL, bf16 autocast."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random source."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.15
-    """Share of the training images held out, by group, for early stopping; unused where the data have a val split."""
+    """Share of the training images held out, by group, for early stopping; unused if the data have a val split."""
     refit_epochs: Annotated[int, Field(ge=0)] = 10
-    """Epochs in which the best network then learns from all images, held-out ones too; 0: none. Unused with a val \
-    split of the data's own."""
+    """Epochs in which the best network then learns from all images, including those held out; 0: none. Unused if the \
+    data have a val split."""
     patience: Annotated[int, Field(ge=0)] = 15
     """Epochs without a better validation macro-F1 before training stops; 0: never."""
     on_leak: Literal["warn", "drop", "fail"] = "warn"
-    """Images of the test or val split that are in the training data too: train as given and say how many; leave them \
-    out of training; or stop with exit code 3."""
+    """What to do about images of the test or val split that are in the training data too: train as given and report \
+    how many; leave them out of training; or stop with exit code 3."""
     abstain_below: Probability | None = None
     """Confidence below which the model abstains; stored in the bundle."""
     abstain_target: Probability | None = None
-    """Accuracy wanted on what is answered: chooses --abstain-below on the validation images."""
+    """Accuracy to reach on the images that are answered: chooses --abstain-below on the validation images."""
     conformal_error: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Error rate of the label sets that each prediction then carries; default: none are made."""
+    """Error rate of the label sets that each prediction then carries; default: no label sets."""
     max_rejected: Probability = 0.05
     """Share of unreadable images above which the job stops."""
     cache_gb: Annotated[float, Field(ge=0)] = 2.0
     """Decoded frames up to this size, in GB, stay in memory; larger data are streamed again every epoch."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker failures the run survives; -1: any number."""
+    """Worker failures that the run survives; -1: any number."""
     init_from: str | None = None
     """Bundle or weights file (.safetensors, or a torch state dict) to start from."""
     mlflow: str | None = None
-    """MLflow tracking URI to log to (extra `mlflow`); what is written down of it has no user and no password."""
+    """MLflow tracking URI to log to (extra `mlflow`); it is recorded without user and password."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """Preprocessing."""
     augment: AugmentConfig = AugmentConfig()
@@ -139,19 +141,18 @@ class TrainConfig(JobConfig):
     @field_validator("num_workers", mode="before")
     @classmethod
     def _worker_range(cls, value: object) -> object:
-        """Accept 2, "2" and "1:4"; `worker_range` below reads it."""
+        """Accept 2, "2" and "1:4"; `worker_range` below parses it."""
         if value is None:
             return None
         bounds = str(value).split(":")
-        if len(bounds) > 2 or not all(part.isdigit() for part in bounds):
-            raise ValueError("give N or MIN:MAX")
-        if not 1 <= int(bounds[0]) <= int(bounds[-1]):
-            raise ValueError("N, or MIN:MAX with 1 <= MIN <= MAX")
+        whole = len(bounds) <= 2 and all(part.isdigit() for part in bounds)
+        if not whole or not 1 <= int(bounds[0]) <= int(bounds[-1]):
+            raise ValueError("give N, or MIN:MAX with 1 <= MIN <= MAX")
         return str(value)
 
     @field_serializer("mlflow")
     def _without_password(self, value: str | None) -> str | None:
-        """A config stands in bundles and beside results, for whoever may read those."""
+        """Remove the credentials: configs are kept in bundles and beside results, for whoever may read those."""
         return value and re.sub(r"(?<=://)[^/?#]*@", "", value)
 
     @model_validator(mode="after")
@@ -162,7 +163,7 @@ class TrainConfig(JobConfig):
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
-        """(least, most) workers, equal for a fixed number; None: the job chooses."""
+        """Return the least and the most workers, equal for a fixed number; None if the job chooses."""
         if self.num_workers is None:
             return None
         bounds = [int(part) for part in self.num_workers.split(":")]
@@ -170,89 +171,91 @@ class TrainConfig(JobConfig):
 
     @property
     def storage_uri(self) -> str:
-        """Folder of the runs."""
+        """Return the folder of the runs."""
         return self.storage or self.out.rstrip("/") + "/_run"
 
 
-Bounds = tuple[float, float]
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("give at least one value")
+    return tuple(dict.fromkeys(values))
+
+
+def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= bounds[0] <= bounds[1]:
+        raise ValueError("give LOW,HIGH with 0 <= LOW <= HIGH")
+    return bounds
+
+
+def _below_one(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[1] >= 1:
+        raise ValueError("the bounds must end below 1")
+    return bounds
+
+
+def _above_zero(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] <= 0:
+        raise ValueError("the bounds must begin above 0: the scale is logarithmic")
+    return bounds
+
+
+Choices = Annotated[tuple[T, ...], AfterValidator(_distinct)]
+Shares = Annotated[tuple[float, float], AfterValidator(_in_order), AfterValidator(_below_one)]
+Logarithmic = Annotated[tuple[float, float], AfterValidator(_in_order), AfterValidator(_above_zero)]
 
 
 class SpaceConfig(ComponentConfig):
-    """What differs between trials. A choice of one value, or bounds that are equal, keep that setting fixed."""
+    """What differs between trials. A setting with one choice, or with equal bounds, is fixed."""
 
-    architecture: tuple[Literal["cnn", *BACKBONES], ...] = ("cnn",)  # type: ignore[valid-type]
+    architecture: Choices[Literal["cnn", *BACKBONES]] = ("cnn",)  # type: ignore[valid-type]
     """Choices of --network.architecture; a backbone ignores the five settings of the family below."""
-    width: tuple[Annotated[float, Field(gt=0, le=8)], ...] = (0.5, 0.75, 1.0, 1.5)
+    width: Choices[Annotated[float, Field(gt=0, le=8)]] = (0.5, 0.75, 1.0, 1.5)
     """Choices of a factor on --network.stem-width and --network.widths; the result is rounded to eights."""
-    depth: tuple[Annotated[int, Field(ge=0, le=8)], ...] = (0, 1)
+    depth: Choices[Annotated[int, Field(ge=0, le=8)]] = (0, 1)
     """Choices of blocks added to every stage of --network.depths."""
-    kernel: tuple[Literal[3, 5, 7], ...] = (3, 5)
+    kernel: Choices[Literal[3, 5, 7]] = (3, 5)
     """Choices of --network.kernel."""
-    squeeze_excite: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25)
+    squeeze_excite: Choices[Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.25)
     """Choices of --network.squeeze-excite."""
-    pooling: tuple[Literal["average", "max", "average_max"], ...] = ("average", "average_max")
+    pooling: Choices[Literal["average", "max", "average_max"]] = ("average", "average_max")
     """Choices of --network.pooling."""
-    dropout: Bounds = (0.1, 0.5)
+    dropout: Shares = (0.1, 0.5)
     """Bounds of --network.dropout, LOW,HIGH."""
-    learning_rate: Bounds = (5e-4, 1e-2)
+    learning_rate: Logarithmic = (5e-4, 1e-2)
     """Bounds of --optimiser.learning-rate, drawn evenly on a logarithmic scale."""
-    weight_decay: Bounds = (5e-3, 0.2)
+    weight_decay: Logarithmic = (5e-3, 0.2)
     """Bounds of --optimiser.weight-decay, drawn evenly on a logarithmic scale."""
-    label_smoothing: Bounds = (0.0, 0.2)
+    label_smoothing: Shares = (0.0, 0.2)
     """Bounds of --optimiser.label-smoothing."""
-    mixup: tuple[Annotated[float, Field(ge=0, le=4)], ...] = (0.0, 0.2)
+    mixup: Choices[Annotated[float, Field(ge=0, le=4)]] = (0.0, 0.2)
     """Choices of --optimiser.mixup."""
-
-    @field_validator("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling", "mixup")
-    @classmethod
-    def _at_least_one(cls, value: tuple[object, ...]) -> tuple[object, ...]:
-        if not value:
-            raise ValueError("give at least one value")
-        return tuple(dict.fromkeys(value))
-
-    @field_validator("dropout", "label_smoothing", "learning_rate", "weight_decay")
-    @classmethod
-    def _in_order(cls, value: Bounds) -> Bounds:
-        if not 0 <= value[0] <= value[1]:
-            raise ValueError("give LOW,HIGH with 0 <= LOW <= HIGH")
-        return value
-
-    @model_validator(mode="after")
-    def _within_what_training_takes(self) -> Self:
-        for key in ("dropout", "label_smoothing"):
-            if getattr(self, key)[1] >= 1:
-                raise ValueError(f"space.{key} {getattr(self, key)} must end below 1")
-        for key in ("learning_rate", "weight_decay"):
-            if getattr(self, key)[0] <= 0:
-                raise ValueError(f"space.{key} {getattr(self, key)} must begin above 0: its scale is logarithmic")
-        return self
 
 
 class TuneConfig(TrainConfig):
     """Search network and optimiser with Ray Tune; the best trial becomes the bundle.
 
-    Takes all settings of training, which hold for every trial but for what --space varies. Trials are judged by their
-    validation images; the labels of the test split are read once, at the end, for the trial that was chosen.
+    Takes all settings of training, which hold for every trial except for what --space varies. Trials are judged on
+    their validation images; the labels of the test split are read once, at the end, for the chosen trial.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tune"
-    """Name of the search; the same name takes up a search that was cut off."""
+    """Name of the search; the same name resumes a search that was interrupted."""
     epochs: Positive = 12
-    """Epochs of a trial that is not stopped before."""
+    """Epochs of a trial that is not stopped early."""
     num_workers: str | None = "1"
     """Data-parallel workers of each trial, N or MIN:MAX (elastic)."""
     trials: Positive = 16
-    """Trials, the first of which is the config as it is given, where that lies in the space."""
+    """Trials, the first of which is the config as it is given, if that lies in the space."""
     concurrent: Positive | None = None
-    """Trials at a time; default: as many as the cluster's CPUs hold workers, or its GPUs with --use-gpu. More are \
-    asked only of a cluster that was joined: it may grow."""
+    """Trials at a time; default: as many as the cluster's CPUs hold workers, or its GPUs with --use-gpu. More \
+    run only on a cluster that the job joined, as that may grow."""
     grace: Positive = 3
     """Epochs that every trial gets before it may be stopped."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """At each rung (GRACE, GRACE * REDUCTION, ... epochs) one of so many trials goes on (ASHA, arXiv:1810.05934)."""
+    """At each rung (GRACE, GRACE * REDUCTION, ... epochs) one of so many trials continues (ASHA, arXiv:1810.05934)."""
     search: Literal["optuna", "random"] | None = None
     """How the next trial is chosen: by Optuna's tree-structured Parzen estimator (extra `tune`), or at random; \
-    default: by Optuna where it is installed."""
+    default: by Optuna if it is installed."""
     space: SpaceConfig = SpaceConfig()
     """What differs between trials."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,14 +14,17 @@ from torch.optim.swa_utils import AveragedModel
 from btray.model.network import Network
 from btray.training.config import OptimiserConfig
 
-# The layers from input to output count as this many steps of `layer_decay`, however finely a network is cut.
+# The layers from input to output count as this many steps of `layer_decay`, into however many parts a network is cut:
+# the setting means the same for a CNN of four stages and a DenseNet of twelve.
 _DECAY_STEPS = 4
 
 
 def make_optimiser(network: Network, config: OptimiserConfig, *, fine_tune: bool) -> torch.optim.AdamW:
-    """AdamW over parameter groups: no decay on norms and biases; with `fine_tune` lower rates towards the input.
+    """Build AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over groups of parameters.
 
-    Each group's `share` is its part of the scheduled learning rate.
+    Norms and biases, which have one dimension, do not decay (He et al. 2019, arXiv:1812.01187). With `fine_tune` rates
+    fall towards the input, whose filters transfer best (Howard & Ruder 2018, arXiv:1801.06146). Each group's `share` is
+    its part of the scheduled learning rate.
     """
     last = len(network.parts) - 1
     groups = []
@@ -38,10 +41,13 @@ def make_optimiser(network: Network, config: OptimiserConfig, *, fine_tune: bool
 
 
 def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
-    """The scheduled learning rate of `step` (from 0) out of `total`: linear warm-up, then cosine or constant."""
+    """Return the learning rate of `step` (from 0) out of `total`: linear warm-up, then cosine or constant.
+
+    Warm-up: Goyal et al. 2017, arXiv:1706.02677; cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts.
+    """
     warmup = round(total * config.warmup)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.learning_rate * (step + 1) / warmup  # + 1: a first step at rate 0 would be wasted
     if config.schedule == "constant":
         return config.learning_rate
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -63,7 +69,11 @@ def freeze_body(network: Network, frozen: bool) -> None:
 
 
 def class_weights(counts: Sequence[int], config: OptimiserConfig) -> Tensor:
-    """Weight of each class in the loss: inverse to its count with `class_balance` "weights", else 1."""
+    """Weigh each class in the loss, float32 [classes]: n / (classes * count) with `class_balance` "weights", else 1.
+
+    So every class contributes the same and the mean weight of a sample is 1 (King & Zeng 2001, Logistic Regression in
+    Rare Events Data, doi:10.1093/oxfordjournals.pan.a004868).
+    """
     numbers = torch.tensor(counts, dtype=torch.float32)
     if config.class_balance != "weights":
         return torch.ones_like(numbers)
@@ -71,7 +81,7 @@ def class_weights(counts: Sequence[int], config: OptimiserConfig) -> Tensor:
 
 
 def soft_targets(labels: Tensor, classes: int, config: OptimiserConfig) -> Tensor:
-    """One-hot targets [n, classes] with label smoothing."""
+    """Return one-hot targets [n, classes] with label smoothing (Szegedy et al. 2016, arXiv:1512.00567)."""
     smoothing = config.label_smoothing
     return F.one_hot(labels, classes).float() * (1.0 - smoothing) + smoothing / classes
 
@@ -81,7 +91,8 @@ def mix_up(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blend each sample with one from the other end of the batch by a share from Beta(alpha, alpha).
 
-    The share is drawn once for the batch, from `seed`; see Zhang et al. 2018, arXiv:1710.09412.
+    Zhang et al. 2018, arXiv:1710.09412. The share is drawn once for the batch, from `seed`; the larger part stays each
+    sample's own, which changes nothing but which of the two gives its place.
     """
     drawn = float(np.random.default_rng(seed).beta(alpha, alpha))
     share = max(drawn, 1.0 - drawn)
@@ -90,24 +101,25 @@ def mix_up(
 
 
 def weighted_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over the batch of each sample's cross-entropy against soft `targets`, times its weight."""
+    """Sum each sample's cross-entropy against soft `targets` [n, classes], times its weight [n], over the batch.
+
+    In float32 whatever the logits are: bf16 has eight bits of mantissa.
+    """
     cross_entropy = -(targets * F.log_softmax(logits.float(), 1)).sum(1)
     return (cross_entropy * weights).sum()
 
 
 def make_average(network: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of weights and batch statistics.
+    """Build the exponential moving average of weights and batch statistics.
 
-    Its decay rises from 0.1 to `decay` over the first steps, so that a short run's average is not its random start.
+    Evaluating the average is worth a lower learning rate at the end (Polyak & Juditsky 1992; Tarvainen & Valpola 2017,
+    arXiv:1703.01780). Its decay rises from 0.1 to `decay` over the first steps, as in TensorFlow's
+    ExponentialMovingAverage, so that the average of a short run is not dominated by its random start.
     """
-    return AveragedModel(network, avg_fn=_rising_average(decay), use_buffers=True)
 
-
-def _rising_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    def update(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
-        now = min(decay, (1.0 + int(steps)) / (10.0 + int(steps)))
-        if not averaged.is_floating_point():
+    def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+        if not averaged.is_floating_point():  # batch norm's counter of batches
             return current
-        return averaged.lerp(current, 1.0 - now)
+        return averaged.lerp(current, 1.0 - min(decay, (1.0 + int(steps)) / (10.0 + int(steps))))
 
-    return update
+    return AveragedModel(network, avg_fn=average, use_buffers=True)

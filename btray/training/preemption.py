@@ -1,7 +1,7 @@
-"""A run that is asked to stop, or whose machine is about to go, writes a checkpoint in the midst of an epoch.
+"""Interruption: a run that is stopped, or whose machine is about to go, writes a checkpoint in the middle of an epoch.
 
 SIGTERM (`ray job stop`, systemd, Kubernetes) reaches the driver, which leaves a mark in the run's folder; a spot notice
-reaches Ray, which drains the node. The workers look for both every few seconds, all at the same step.
+reaches Ray, which drains the node. The workers look for both every few seconds, all after the same step.
 """
 
 from __future__ import annotations
@@ -13,86 +13,87 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal
 
 import ray.train
 import torch
-from torch import Tensor
 
 from btray import storage
 from btray.storage import StorageError
+from btray.training.collectives import Collectives
 
 _log = logging.getLogger(__name__)
 
 STOP = "stop"
 """Name of the mark in a run's folder."""
 EVERY = 5.0
-"""Seconds between two looks, about."""
+"""Seconds between two looks, about: a spot instance goes 30 to 120 s after its notice, and a look costs a request."""
 
 Notice = Literal["stop", "reclaimed"]
 
 
 @contextmanager
 def stoppable(run_uri: str) -> Iterator[Callable[[], bool]]:
-    """For the block, SIGTERM asks the run in `run_uri` to end with a checkpoint; a second one ends the process at once.
+    """For the block, let SIGTERM end the run in `run_uri` with a checkpoint, and a second one the process at once.
 
-    What is given says whether the run was asked. Only a process's main thread hears signals: elsewhere nothing is done.
+    Yields a function that returns whether a stop was requested. Only a process's main thread receives signals: in
+    another one nothing is done.
     """
     mark = storage.join(run_uri, STOP)
     storage.delete(mark)
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = threading.Event()
+    requested = threading.Event()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+    def write_mark() -> None:
+        _log.info("stopping: the workers write a checkpoint within seconds, then the job ends")
+        try:
+            storage.write_text(mark, "")
+        except StorageError as error:
+            _log.warning("the workers cannot be told to stop: %s", error)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if requested.is_set():
             sys.exit(128 + number)
-        asked.set()
-        # Not here: what the signal interrupted may hold a lock that writing needs.
-        threading.Thread(target=_leave, args=(mark,), name="stop", daemon=True).start()
+        requested.set()
+        # In a thread: what the signal interrupted may hold a lock that writing needs.
+        threading.Thread(target=write_mark, name="stop", daemon=True).start()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, request)
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _leave(mark: str) -> None:
-    _log.info("asked to stop: a checkpoint is written within seconds, and the job ends")
-    try:
-        storage.write_text(mark, "")
-    except StorageError as error:
-        _log.warning("the workers cannot be told to stop: %s", error)
+class InterruptionWatch:
+    """Watches for notices in a worker; all workers look, and so act, after the same step."""
 
-
-class Watch:
-    """A worker's look-out. `agree` sums a tensor over all workers, so that they look and act at the same step."""
-
-    def __init__(self, run_uri: str, rank: int, agree: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, run_uri: str, collectives: Collectives) -> None:
         self._mark = storage.join(run_uri, STOP)
-        self._rank = rank
-        self._agree = agree
-        self._steps = 0
-        self._wait = 1
+        self._collectives = collectives
+        self._steps = 0  # since the last look
+        self._interval = 1  # steps from one look to the next
         self._looked = time.monotonic()
         self._reclaimed: set[str] = set()
 
     def after_step(self) -> Notice | None:
-        """What has come since the last look, if this step is one to look after. Each notice is given once."""
+        """Return what has come since the last look, if it is time for one; a reclaimed node is told of once."""
         self._steps += 1
-        if self._steps < self._wait:
+        if self._steps < self._interval:
             return None
         now = time.monotonic()
-        pace = (now - self._looked) / self._steps
-        said = torch.zeros(2, dtype=torch.float64)
-        if self._rank == 0:
-            said = torch.tensor([self._asked_to_stop(), math.ceil(EVERY / max(pace, 1e-3))], dtype=torch.float64)
-        stop, wait = self._agree(said).tolist()
-        self._steps, self._wait, self._looked = 0, int(wait), now
+        status = torch.zeros(2, dtype=torch.float64)  # stop, steps to the next look
+        if self._collectives.rank == 0:  # its clock and its look at the mark count for all
+            pace = (now - self._looked) / self._steps
+            status[1] = math.ceil(EVERY / max(pace, 1e-3))
+            with suppress(StorageError):  # an unreachable store must not end the training
+                status[0] = storage.exists(self._mark)
+        stop, interval = self._collectives.sum(status).tolist()
+        self._steps, self._interval, self._looked = 0, int(interval), now
         info = ray.train.get_preemption_info()
         reclaimed = set(info.preempted_node_ids) if info is not None else set()
         fresh = reclaimed - self._reclaimed
@@ -100,9 +101,3 @@ class Watch:
         if stop:
             return "stop"
         return "reclaimed" if fresh else None
-
-    def _asked_to_stop(self) -> float:
-        try:
-            return float(storage.exists(self._mark))
-        except StorageError:  # a store that is away must not end the training
-            return 0.0

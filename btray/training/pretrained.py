@@ -20,9 +20,9 @@ _log = logging.getLogger(__name__)
 
 
 def read_initial_weights(uri: str, network: NetworkConfig, classes: int) -> dict[str, Tensor]:
-    """Tensors by name from a bundle or weights file (local or s3://), of which at least one must fit the network.
+    """Read tensors by name from a bundle or weights file (local or s3://), of which at least one must fit the network.
 
-    Raises UserError where there is nothing to read, where the file would have to be unpickled, or where nothing fits.
+    Raises UserError if there is nothing to read, if the file would have to be unpickled, or if nothing fits.
     """
     weights = _read(storage.resolve(uri))
     probe = build_network(network, classes)
@@ -32,7 +32,7 @@ def read_initial_weights(uri: str, network: NetworkConfig, classes: int) -> dict
             f"--init-from {uri}: not one of its {len(weights)} tensors fits --network.architecture "
             f"{network.architecture}; name the architecture that the weights are of"
         )
-    _log.info("starting from %s: %d of %d tensors taken over", uri, len(copied), len(probe.state_dict()))
+    _log.info("starting from %s: %d of %d tensors copied", uri, len(copied), len(probe.state_dict()))
     return weights
 
 
@@ -50,6 +50,7 @@ def _read(uri: str) -> dict[str, Tensor]:
     except Exception as error:  # damaged bytes make torch's unpickler raise nearly anything: KeyError, IndexError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--init-from {uri} is neither a safetensors file nor a plain state dict: {reason}") from error
+    # Lightning and many training scripts wrap the state dict.
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     named = state.items() if isinstance(state, dict) else ()
     tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}

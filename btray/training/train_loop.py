@@ -1,216 +1,192 @@
-"""What each training worker runs: epochs, validation, checkpoints. All workers take the same decisions."""
+"""What each training worker runs: epochs, steps, validation. All workers take the same decisions."""
 
 from __future__ import annotations
 
 import logging
-import math
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from btray.core import logs
-from btray.core import metrics as telemetry
+from btray.core.metrics import lasting
 from btray.data.preprocess import to_tensor
 from btray.model.network import Network, build_network, load_matching
+from btray.training import optimizer
 from btray.training.augment import Augmenter
-from btray.training.feeds import Batch, Feed, MemoryFeed, Plan, StreamFeed
-from btray.training.optimizer import (
-    class_weights,
-    freeze_body,
-    learning_rate,
-    make_average,
-    make_optimiser,
-    mix_up,
-    set_learning_rate,
-    soft_targets,
-    weighted_losses,
-)
-from btray.training.preemption import Notice, Watch
-from btray.training.tracking import Record, Tracker, finite
+from btray.training.checkpoints import Checkpoint, report
+from btray.training.collectives import Collectives
+from btray.training.feeds import Batch, MemoryFeed, StreamFeed
+from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
+from btray.training.plan import Plan
+from btray.training.preemption import InterruptionWatch
+from btray.training.tracking import Tracker
 
 _log = logging.getLogger(__name__)
 
-STATE = "state.pt"
-# Validation losses break ties between equal macro-F1 scores, which are common on small sets; they never outweigh one.
-_TIE_BREAK = 1e-4
-DIVERGED = -1.0
-"""Score of an epoch whose loss is not finite, below that of every other; NaN, as a score, would pass for any."""
-_BROKEN_OFF = -2.0
-
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """The function that Ray Train runs in every worker; `settings` holds the `Plan`."""
+    """Run a training in a worker of Ray Train; `settings` holds the `plan` and the `threads` that torch may use."""
     plan: Plan = settings["plan"]
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
+    # Ray limits OMP_NUM_THREADS to the CPUs that a worker reserves, which are fewer than its share of the machine.
     torch.set_num_threads(settings["threads"])
-    with telemetry.lasting():
+    with lasting():
         Trainer(plan).run()
 
 
-def load_state(folder: str) -> dict[str, Any]:
-    """Read a checkpoint folder on the CPU, without unpickling anything but tensors and plain values."""
-    state: dict[str, Any] = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
-    return state
-
-
-def score_of(macro_f1: float, loss: float) -> float:
-    """What makes an epoch the best one: validation macro-F1, then a lower validation loss; both finite."""
-    if not math.isfinite(loss):
-        return DIVERGED
-    return macro_f1 - _TIE_BREAK * min(loss, 10.0)
-
-
 class Trainer:
-    """The state of one worker: the same on all workers but for their share of the data."""
+    """One worker of a training; its state is the same on all workers but for their share of the data."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.config = plan.config
-        context = ray.train.get_context()
-        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.plan, self.config = plan, plan.config
         self.device = ray.train.torch.get_device()
+        self.collectives = Collectives(self.device)
         self.augmenter = Augmenter(self.config.augment, self.config.seed)
-        self.weights = class_weights(plan.class_counts(), self.config.optimiser).to(self.device)
-        torch.manual_seed(self.config.seed)
+        self.class_weights = optimizer.class_weights(plan.class_counts(), self.config.optimiser).to(self.device)
+        torch.manual_seed(self.config.seed)  # every worker begins with the same weights
         network = build_network(self.config.network, len(plan.classes))
         if plan.initial_weights:
             load_matching(network, plan.initial_weights)
+        # Convolutions of oneDNN and cuDNN work in this layout, and would convert every layer's input to it.
         self.network: Network = network.to(self.device).to(memory_format=torch.channels_last)
-        self.optimiser = make_optimiser(self.network, self.config.optimiser, fine_tune=plan.initial_weights is not None)
+        fine_tune = plan.initial_weights is not None
+        self.optimiser = optimizer.make_optimiser(self.network, self.config.optimiser, fine_tune=fine_tune)
         decay = self.config.optimiser.ema
-        self.average: AveragedModel | None = make_average(self.network, decay) if decay else None
-        self.history: list[Record] = []
-        self.steps = 0
-        self.totals = torch.zeros(3, dtype=torch.float64)  # of the steps of this epoch: loss, weight, images
+        self.average = optimizer.make_average(self.network, decay) if decay else None
+        self.history: list[EpochRecord] = []
+        self.steps = 0  # of the epoch that is running
+        self.totals = torch.zeros(3, dtype=torch.float64)  # of those steps: loss, weight, images
+        self.waited = 0.0  # seconds for batches of this epoch
         self.stopping = False
-        self._restore()
-        self.frozen = self._is_frozen(len(self.history))
-        self.parallel = self._parallel()
-        self.feed: Feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
-        self.watch = Watch(plan.run_uri, self.rank, self._summed)
+        self.frozen: bool | None = None
+        self._resume()
+        self.feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
+        self.watch = InterruptionWatch(plan.run_uri, self.collectives)
 
     def run(self) -> None:
-        """Train until the last epoch, until validation macro-F1 has not risen for `patience` epochs, or until stopped.
+        """Train until the last epoch, until macro-F1 has not risen for `patience` epochs, or until stopped.
 
         A loss that is not finite ends the run too: no later step mends the weights. A run that is stopped has written a
-        checkpoint from which it goes on, in the midst of an epoch if need be.
+        checkpoint to resume from, in the middle of an epoch if need be.
         """
-        tracker = Tracker(self.plan.run_uri, self.config) if self.rank == 0 else None
+        tracker = Tracker(self.plan.run_uri, self.config) if self.collectives.rank == 0 else None
         while len(self.history) < self.config.epochs and not (self.stopping or self._is_over()):
-            epoch = len(self.history)
-            if self.frozen != self._is_frozen(epoch):
-                self.frozen = not self.frozen
-                self.parallel = self._parallel()
-            started = time.perf_counter()
+            epoch, started = len(self.history), time.perf_counter()
+            # Before the first step: a head of random weights would push large gradients through pretrained layers.
+            self._freeze(self.plan.initial_weights is not None and epoch < self.config.optimiser.freeze_epochs)
             trained = self._train_epoch(epoch)
             if trained is None:
                 break
-            record: Record = {"epoch": epoch + 1, **finite(trained | self._validate(epoch))}
-            record["rejected"] = self._rejected_since()
-            record["seconds"] = time.perf_counter() - started
+            validated = self._validate(epoch)
+            rejected = int(self.collectives.sum(torch.tensor(self.feed.rejected)).item())
+            self.feed.rejected = 0
+            seconds = time.perf_counter() - started
+            record = EpochRecord(epoch=epoch + 1, **trained, **validated, rejected=rejected, seconds=seconds)
             self.history.append(record)
-            self._report(record, f"epoch_{record['epoch']:05d}", ray.train.CheckpointUploadMode.ASYNC)
+            report(asdict(record), self._checkpoint(), f"epoch_{record.epoch:05d}")
             if tracker:
                 tracker.epoch_ended(self.history)
-        if tracker:
+        if tracker:  # not if an error ended the run: a resumed one continues it in MLflow
             tracker.close()
 
-    def _train_epoch(self, epoch: int) -> Record | None:
-        """What is known of the epoch's training; None where it was broken off, with a checkpoint."""
+    def _train_epoch(self, epoch: int) -> dict[str, Any] | None:
+        """Train the rest of an epoch (from 0) and return its fields of EpochRecord; None if the run was interrupted."""
         self._seed(epoch)
         self.network.train()
-        if self.frozen:
-            freeze_body(self.network, True)
-        before = self.totals.clone()
+        if self.frozen:  # train() has just put its batch norms into training mode
+            optimizer.freeze_body(self.network, True)
+        resumed = self.totals.clone()
         started = time.perf_counter()
-        rate = waited = 0.0
-        asked = started
-        for index, batch in enumerate(self._in_step(self.feed.train(epoch))):
-            waited += time.perf_counter() - asked
-            asked = time.perf_counter()
-            if index < self.steps:  # done before the run was broken off
+        rate, self.waited = 0.0, 0.0
+        batches = self.feed.train(epoch)
+        if self.plan.streaming:  # shares of a stream may differ in length; those of frames in memory do not
+            batches = self.collectives.in_step(batches)
+        for index, batch in enumerate(self._timed(batches)):
+            if index < self.steps:  # taken before the run was interrupted
                 continue
             step = epoch * self.plan.steps_per_epoch + index
-            rate = learning_rate(step, self.config.epochs * self.plan.steps_per_epoch, self.config.optimiser)
-            set_learning_rate(self.optimiser, rate)
+            rate = optimizer.learning_rate(step, self.config.epochs * self.plan.steps_per_epoch, self.config.optimiser)
+            optimizer.set_learning_rate(self.optimiser, rate)
             self.totals += self._step(batch, epoch, index)
             self.steps = index + 1
-            notice = self.watch.after_step()
-            if notice and self.steps < self.plan.steps_per_epoch:
-                self._break_off(notice)
-            self.stopping = self.stopping or notice == "stop"
-            if self.stopping and self.steps < self.plan.steps_per_epoch:
+            if self._interrupted(epoch):
                 return None
-            asked = time.perf_counter()
         seconds = time.perf_counter() - started
-        loss, weight, _ = self._summed(self.totals).tolist()
-        fresh = self._summed(self.totals - before)[2].item()
+        loss, weight, _ = self.collectives.sum(self.totals).tolist()
+        images = self.collectives.sum(self.totals - resumed)[2].item()
         self.steps, self.totals = 0, torch.zeros_like(self.totals)
         return {
-            "train_loss": loss / max(weight, 1e-12),
+            "train_loss": finite_or_none(loss / max(weight, 1e-12)),
             "learning_rate": rate,
-            "images": int(fresh),
-            "images_per_second": fresh / seconds,
-            "feed_ratio": 1 - waited / seconds,
+            "images": int(images),
+            "images_per_second": images / seconds,
+            "feed_ratio": 1 - self.waited / seconds,
         }
 
-    def _seed(self, epoch: int) -> None:
-        """Dropout draws from torch's generator: seeded here, a resumed run draws what an undisturbed one would.
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches and add the time that this worker waits for them to `waited`."""
+        started = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
 
-        In the midst of an epoch that cannot be had, but the draws are others than those at its beginning.
+    def _seed(self, epoch: int) -> None:
+        """Seed dropout, which draws from torch's generator, so that a resumed run draws as an undisturbed one does.
+
+        In the middle of an epoch that is out of reach, but the draws differ from those of the epoch's beginning.
         """
-        seed = (self.config.seed * 1_000_003 + epoch) * 4096 + self.rank
+        seed = (self.config.seed * 1_000_003 + epoch) * 4096 + self.collectives.rank
         torch.manual_seed(hash((seed, self.steps)) % 2**63 if self.steps else seed)
 
-    def _break_off(self, notice: Notice) -> None:
-        """Write a checkpoint in the midst of an epoch. It counts as worse than any epoch's, and as the latest."""
-        self.totals = self._summed(self.totals) * (self.rank == 0)
-        epoch = len(self.history)
-        record = {"epoch": epoch, "step": self.steps, "score": _BROKEN_OFF}
-        self._report(record, f"epoch_{epoch:05d}_step_{self.steps:07d}", ray.train.CheckpointUploadMode.SYNC)
-        if self.rank == 0:
-            _log.warning("%s: checkpoint of epoch %d, step %d written", notice, epoch + 1, self.steps)
+    def _interrupted(self, epoch: int) -> bool:
+        """Look for a notice after a step, write a checkpoint if there is one, and return whether the epoch ends here.
 
-    def _in_step(self, batches: Any) -> Any:
-        """Batches for as long as every worker has one: a step that only some take would wait for ever."""
-        if not self.plan.streaming or self.workers == 1:
-            yield from batches
-            return
-        while True:
-            batch = next(batches, None)
-            if self._summed(torch.tensor(float(batch is not None))).item() < self.workers:
-                return
-            yield batch
+        A machine that is about to go ends nothing: Ray Train starts the worker again elsewhere, from that checkpoint.
+        """
+        notice = self.watch.after_step()
+        self.stopping = self.stopping or notice == "stop"
+        if self.steps >= self.plan.steps_per_epoch:  # the epoch's own checkpoint follows
+            return False
+        if notice:
+            # The sums over all workers are kept by rank 0 alone, so that they count once however many resume.
+            self.totals = self.collectives.sum(self.totals) * (self.collectives.rank == 0)
+            # Waiting for the upload: afterwards the machine may go.
+            name = f"epoch_{epoch:05d}_step_{self.steps:07d}"
+            metrics = {"epoch": epoch, "step": self.steps, "score": INTERRUPTED}
+            report(metrics, self._checkpoint(), name, wait=True)
+            if self.collectives.rank == 0:
+                _log.warning("%s: wrote a checkpoint of epoch %d, step %d", notice, epoch + 1, self.steps)
+        return self.stopping
 
     def _step(self, batch: Batch, epoch: int, index: int) -> Tensor:
-        """One optimiser step; returns this worker's sums of loss, weight and images."""
+        """Take one optimiser step and return this worker's sums of loss, weight and images, float64 [3]."""
         config = self.config.optimiser
         frames, labels = self._to_device(batch.frames), self._to_device(batch.labels)
         augment = self.config.augment.enabled
         images = self.augmenter(frames, batch.samples, epoch) if augment else to_tensor(frames)
-        targets, weights = soft_targets(labels, len(self.plan.classes), config), self.weights[labels]
+        targets = optimizer.soft_targets(labels, len(self.plan.classes), config)
+        weights = self.class_weights[labels]
         if config.mixup:
-            seed = (self.config.seed, epoch, index, self.rank)
-            images, targets, weights = mix_up(images, targets, weights, config.mixup, seed)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.parallel(images)
-        loss = weighted_losses(logits, targets, weights)
+            seed = (self.config.seed, epoch, index, self.collectives.rank)
+            images, targets, weights = optimizer.mix_up(images, targets, weights, config.mixup, seed)
+        loss = optimizer.weighted_losses(self._logits(self.parallel, images), targets, weights)
+        if batch.whole_labels is None:
+            whole_weight = self.collectives.sum(weights.sum())
+        else:  # known here: asking would make every worker wait for the slowest twice per step. Mixup keeps the sum.
+            whole_weight = self.class_weights[self._to_device(batch.whole_labels)].sum()
+        self.optimiser.zero_grad()
         # DDP averages gradients over workers; each must count by the weight of its samples in the whole batch.
-        whole_weight = self._whole_weight(batch, weights)
-        self.optimiser.zero_grad(set_to_none=True)
-        (loss * (self.workers / whole_weight)).backward()
+        (loss * (self.collectives.workers / whole_weight)).backward()
         if config.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
         self.optimiser.step()
@@ -218,132 +194,86 @@ class Trainer:
             self.average.update_parameters(self.network)
         return torch.tensor([loss.item(), weights.sum().item(), len(labels)], dtype=torch.float64)
 
-    def _whole_weight(self, batch: Batch, weights: Tensor) -> Tensor:
-        """The weights of a step's samples over all workers; computed here where their labels are known.
-
-        Asking the others would make every worker wait for the slowest twice a step. Mixup keeps the sum.
-        """
-        if batch.whole_labels is None:
-            return self._summed(weights.sum())
-        return self.weights[self._to_device(batch.whole_labels)].sum()
-
     @torch.no_grad()
-    def _validate(self, epoch: int) -> Record:
-        if len(self.plan.validation) == 0:  # a refit: nothing is held out, and the last epoch is the one to keep
-            self.evaluated()
+    def _validate(self, epoch: int) -> dict[str, Any]:
+        """Measure the network on the validation images and return its fields of EpochRecord."""
+        network = self.evaluated
+        self.collectives.share_buffers(network)
+        if len(self.plan.validation) == 0:  # a refit: the last epoch is the one to keep
             return {"val_loss": None, "val_macro_f1": None, "val_accuracy": None, "score": float(epoch)}
-        network = self.evaluated()
         network.eval()
+        # Begun with empty tensors: with more workers than validation images some have none, but all must gather.
         logits, labels = [torch.zeros(0, len(self.plan.classes))], [torch.zeros(0, dtype=torch.int64)]
         for batch in self.feed.validation():
-            images = to_tensor(self._to_device(batch.frames)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                logits.append(network(images).float().cpu())
+            logits.append(self._logits(network, to_tensor(self._to_device(batch.frames))).float().cpu())
             labels.append(batch.labels)
-        return self._scores(*self._gathered(torch.cat(logits), torch.cat(labels)))
-
-    def _scores(self, logits: Tensor, labels: Tensor) -> Record:
-        loss = F.cross_entropy(logits, labels).item()
-        answers = logits.argmax(1).numpy()
-        present = np.unique(labels.numpy())
-        macro_f1 = float(f1_score(labels, answers, labels=present, average="macro", zero_division=0.0))
+        all_logits, truth = self.collectives.gather(torch.cat(logits), torch.cat(labels))
+        predicted, present = all_logits.argmax(1).numpy(), np.unique(truth.numpy())
+        loss = F.cross_entropy(all_logits, truth).item()
+        macro_f1 = float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0.0))
         return {
-            "val_loss": loss,
+            "val_loss": finite_or_none(loss),
             "val_macro_f1": macro_f1,
-            "val_accuracy": float(accuracy_score(labels, answers)),
+            "val_accuracy": float(accuracy_score(truth, predicted)),
             "score": score_of(macro_f1, loss),
         }
 
+    @property
     def evaluated(self) -> nn.Module:
-        """The network that is validated and kept: the averaged one, where there is one."""
-        network = self.network if self.average is None else self.average.module
-        if self.workers > 1:
-            for buffer in network.buffers():  # batch statistics differ between workers; rank 0's are kept
-                dist.broadcast(buffer, 0)
-        return network
+        """The network that is validated and kept: the averaged one, if there is one."""
+        return self.network if self.average is None else self.average.module
 
-    def _report(self, record: Record, name: str, upload: ray.train.CheckpointUploadMode) -> None:
-        checkpoint = None
-        if self.rank == 0:
-            folder = tempfile.mkdtemp(prefix="btray-checkpoint-")
-            torch.save(self._state(), Path(folder) / STATE)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(
-            record,
-            checkpoint,
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=upload,
-            delete_local_checkpoint_after_upload=True,
+    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Apply `network` to images [n, 1, size, size]; on a GPU in bf16, whose range needs no loss scaling."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits: Tensor = network(images.contiguous(memory_format=torch.channels_last))
+        return logits
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """Return what rank 0 keeps; None on the other workers."""
+        if self.collectives.rank != 0:
+            return None
+        return Checkpoint(
+            network=self.network.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+            average=self.average.state_dict() if self.average is not None else None,
+            evaluated=self.evaluated.state_dict(),
+            history=self.history,
+            steps=self.steps,
+            totals=self.totals,
         )
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "network": self.network.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "evaluated": (self.average.module if self.average is not None else self.network).state_dict(),
-            "history": self.history,
-            "steps": self.steps,
-            "totals": self.totals,
-        }
-
-    def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+    def _resume(self) -> None:
+        """Continue from the latest checkpoint of the run, if it has one."""
+        latest = ray.train.get_checkpoint()
+        if latest is None:
             return
-        with checkpoint.as_directory() as folder:
-            state = load_state(folder)
-        self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.history = state["history"]
-        self.steps = state.get("steps", 0)  # checkpoints of before had none
-        if self.rank == 0 and self.steps:
-            self.totals = state["totals"]
+        checkpoint = Checkpoint.load(latest)
+        self.network.load_state_dict(checkpoint.network)
+        self.optimiser.load_state_dict(checkpoint.optimiser)
+        if self.average is not None and checkpoint.average is not None:
+            self.average.load_state_dict(checkpoint.average)
+        self.history, self.steps = checkpoint.history, checkpoint.steps
+        if self.collectives.rank == 0:  # sums over all workers
+            self.totals = checkpoint.totals
 
     def _is_over(self) -> bool:
+        """Return whether training ends before its last epoch: it diverged, or no epoch was better for `patience`."""
         if not self.history:
             return False
-        if self.history[-1]["train_loss"] is None:
-            _log.warning("training diverged in epoch %d: it ends here, and a better epoch is kept", len(self.history))
+        latest = self.history[-1]
+        if latest.train_loss is None:
+            _log.warning("training diverged in epoch %d: it ends here, and the best epoch is kept", latest.epoch)
             return True
-        if not self.config.patience:
-            return False
-        best = max(self.history, key=lambda record: record["score"])
-        return self.history[-1]["epoch"] - best["epoch"] >= self.config.patience
+        return 0 < self.config.patience <= latest.epoch - best_record(self.history).epoch
 
-    def _is_frozen(self, epoch: int) -> bool:
-        return self.plan.initial_weights is not None and epoch < self.config.optimiser.freeze_epochs
-
-    def _parallel(self) -> nn.Module:
-        """The network as DDP sees it; made anew when the frozen phase ends, as DDP fixes what it reduces."""
-        freeze_body(self.network, self.frozen)
-        return ray.train.torch.prepare_model(self.network, move_to_device=False)
+    def _freeze(self, frozen: bool) -> None:
+        """Freeze the body or not, and wrap the network in DDP again, which fixes what it reduces, if that changes."""
+        if frozen != self.frozen:
+            self.frozen = frozen
+            optimizer.freeze_body(self.network, frozen)
+            self.parallel = ray.train.torch.prepare_model(self.network, move_to_device=False)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
-    def _summed(self, tensor: Tensor) -> Tensor:
-        """The sum over all workers."""
-        if self.workers == 1:
-            return tensor
-        total = tensor.to(self.device, copy=True)  # it is summed in place
-        dist.all_reduce(total)
-        return total.to(tensor.device)
-
-    def _rejected_since(self) -> int:
-        """Scans that could not be read in this epoch, over all workers."""
-        rejected = self._summed(torch.tensor(self.feed.rejected))
-        self.feed.rejected = 0
-        return int(rejected.item())
-
-    def _gathered(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and labels of all workers, the same everywhere."""
-        if self.workers == 1:
-            return logits, labels
-        parts: list[Any] = [None] * self.workers
-        dist.all_gather_object(parts, (logits, labels))
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        """Copy to the worker's device; from pinned memory the copy overlaps with work on the GPU."""
+        return tensor if self.device.type != "cuda" else tensor.pin_memory().to(self.device, non_blocking=True)

@@ -37,9 +37,9 @@ def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Clas
         network=NetworkConfig(stem_width=16, widths=(24, 48, 96), depths=(1, 1, 1)),
         optimiser=OptimiserConfig(learning_rate=4e-3),
     )
-    _, state = train_here(config)
+    _, checkpoint = train_here(config)
     arguments = {
-        "weights": state["evaluated"],
+        "weights": checkpoint.evaluated,
         "classes": phantoms.CLASSES,
         "network": config.network,
         "preprocess": config.preprocess,

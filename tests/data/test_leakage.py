@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btray.core.errors import ThresholdExceeded
-from btray.data.leakage import Leak, answer_leak, find_leak
+from btray.data.splits import Leak, find_leak, report_leak
 
 
 def leak_of(*images: tuple[str | None, int]) -> Leak:
@@ -52,12 +52,12 @@ def test_leaving_out_what_leaks_leaves_no_leak(images: list[tuple[str | None, in
 def test_a_leak_is_said_or_stops_the_job_as_asked(caplog: pytest.LogCaptureFixture) -> None:
     leak = leak_of(("train", 0), ("test", 0), ("test", 1))
     caplog.set_level(logging.INFO)
-    answer_leak(leak, "warn", "the data")
+    report_leak(leak, "warn", "the data")
     assert "1 of 2 test images (50%) of the data" in caplog.text
     with pytest.raises(ThresholdExceeded, match=r"1 of 2 test images .*--on-leak drop"):
-        answer_leak(leak, "fail", "the data")
-    answer_leak(leak, "drop", "the data")
+        report_leak(leak, "fail", "the data")
+    report_leak(leak, "drop", "the data")
     assert "left out of training" in caplog.text
     caplog.clear()
-    answer_leak(leak_of(("train", 0), ("test", 1)), "fail", "the data")
+    report_leak(leak_of(("train", 0), ("test", 1)), "fail", "the data")
     assert caplog.text == ""

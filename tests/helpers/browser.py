@@ -1,4 +1,4 @@
-"""A real headless Chromium, driven over the DevTools protocol: open a page, give it files, press keys, look."""
+"""A headless Chromium, driven over the DevTools protocol: open pages, choose files, press keys, read the page."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tools.processes import until
 
 
 def find_chromium() -> str | None:
-    """Where Debian and others put it."""
+    """Return the path of Chromium, by the names that Debian and others use; None if it is not installed."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Browser:
-    """One tab. Use it as a context manager."""
+    """One browser tab, as a context manager."""
 
     def __init__(self, binary: str, folder: Path, *, width: int = 1100, height: int = 900) -> None:
         self.log = (folder / "chromium.log").open("wb")
@@ -59,7 +59,7 @@ class Browser:
         self.log.close()
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """What the browser answers to a command; events that come in between are kept."""
+        """Send a command and return the answer; events that arrive in between are kept."""
         self.number += 1
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
         while True:
@@ -79,13 +79,13 @@ class Browser:
         until(lambda: self.run("document.readyState") == "complete")
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         result = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def give_files(self, selector: str, files: list[Path]) -> None:
-        """Choose files in a file field, as its dialog would."""
+        """Choose files in a file input, as its dialog would."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
@@ -98,7 +98,7 @@ class Browser:
                 self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def accessible(self) -> list[tuple[str, str]]:
-        """(role, name) of what a screen reader is told of."""
+        """Return the (role, name) pairs that a screen reader sees."""
         nodes = self.send("Accessibility.getFullAXTree")["nodes"]
         return [
             (node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node.get("ignored")
@@ -111,7 +111,7 @@ class Browser:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def requested(self) -> set[str]:
-        """Every URL that was asked for."""
+        """Return every requested URL."""
         self.run("0")
         return {
             event["params"]["request"]["url"]
@@ -120,7 +120,7 @@ class Browser:
         }
 
     def complaints(self) -> list[str]:
-        """Errors of the page: exceptions, refused loads, broken content security policy."""
+        """Return the page's errors: exceptions, failed loads, violations of the content security policy."""
         self.run("0")
         found = [event for event in self.events if event.get("method") == "Runtime.exceptionThrown"]
         logged = [event["params"]["entry"] for event in self.events if event.get("method") == "Log.entryAdded"]

@@ -1,4 +1,4 @@
-"""Debian's packages that a test needs: installed where that is possible."""
+"""Debian packages that a test needs, installed if possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INSTALL_SECONDS = 240
 
 
 def install(package: str, program: str) -> bool:
-    """Whether `program` is there, after an attempt to install the package that has it."""
+    """Try to install the package that contains `program`; return whether `program` is available."""
     if shutil.which(program) is None and os.geteuid() == 0 and shutil.which("apt-get"):
         quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         for words in (["update"], ["install", "-y", "--no-install-recommends", package]):

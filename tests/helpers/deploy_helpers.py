@@ -1,4 +1,4 @@
-"""The resources of deploy/kuberay, one by one."""
+"""The Kubernetes resources of deploy/kuberay and their pod templates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEPLOY = ROOT / "deploy"
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """All of a file's resources, and those that its ConfigMaps hold as text."""
+    """Yield all resources of a file, including those in its ConfigMaps."""
     found = [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
     inner = [yaml.safe_load(text) for document in found if document["kind"] == "ConfigMap"
              for name, text in document["data"].items() if name.endswith(".yaml")]  # fmt: skip
@@ -28,7 +28,7 @@ def resources() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pod template, wherever it stands."""
+    """Yield every pod template, at any depth."""
 
     def within(value: Any) -> Iterator[dict[str, Any]]:
         if isinstance(value, dict):

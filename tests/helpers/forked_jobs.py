@@ -81,7 +81,7 @@ def _outcome(script: str, arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     cases = json.load(sys.stdin)
-    import btray.evaluation.assessment
+    import btray.evaluation.job
     import btray.training.job  # noqa: F401
 
     print(json.dumps([_run(case) for case in cases]))

@@ -1,4 +1,4 @@
-"""Requests that mean no good: damaged scans, bombs, bodies that are not what they say, and HTTP that is none."""
+"""Hostile requests: damaged scans, bombs, bodies with false content types, and invalid HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Hostile:
     headers: dict[str, str] = field(default_factory=dict)
     path: str = "/v1/classify"
     raw: bool = False
-    """`body` is what goes over the socket, HTTP and all."""
+    """Send `body` over the socket as it is, including the HTTP head."""
 
 
 @cache
@@ -164,10 +164,10 @@ MAKERS: list[Callable[[random.Random], Hostile]] = [
 
 
 def hostile_bodies(count: int, seed: int) -> Iterator[tuple[str, Hostile]]:
-    """`count` requests and the name of what made each; the same seed gives the same ones."""
+    """Yield `count` requests and the name of their maker; the same seed gives the same requests."""
     for number in range(count):
         rng = random.Random(f"{seed}-{number}")
         maker = MAKERS[number % len(MAKERS)]
-        if maker is a_bomb and number % 5:  # they are slow to send, and all alike
+        if maker is a_bomb and number % 5:  # fewer of these: they are slow to send and all alike
             maker = a_damaged_scan
         yield f"{maker.__name__} {number}", maker(rng)

@@ -1,4 +1,4 @@
-"""A loopback HTTP server with Range support that can be told to misbehave, for the download tests."""
+"""A loopback HTTP server with Range support and configurable misbehaviour, for the download tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import TracebackType
 
 @dataclass
 class Request:
-    """What came in, and how many bytes of body went out."""
+    """A received request, and how many bytes of body were sent."""
 
     headers: dict[str, str]
     status: int = 0
@@ -22,22 +22,22 @@ class Request:
 
 @dataclass
 class Misbehaviour:
-    """How one answer differs from a good one."""
+    """How one response differs from a correct one."""
 
     cut_after: int | None = None
     """Close the connection after this many bytes of body."""
     status: int | None = None
-    """Answer this and no body."""
+    """Answer with this status and no body."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Sent in place of the good ones of these names; an empty value sends none."""
+    """Headers that replace the correct ones; an empty value omits the header."""
     no_range: bool = False
-    """Answer 200 with the whole, whatever range was asked for."""
+    """Answer 200 with the whole file, whatever range was requested."""
     ignore_if_range: bool = False
-    """Answer with a range of the present file, whichever version was asked for."""
+    """Answer with a range of the current file, whatever version was requested."""
 
 
 class FileServer:
-    """Serve `content` at every path; `plan[i]` says what goes wrong in answer i, `always` in those after the plan."""
+    """Serve `content` at every path; `plan[i]` is the misbehaviour of response i, `always` that of all later ones."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -54,7 +54,7 @@ class FileServer:
                 files.answer(self)
 
             def log_message(self, format: str, *args: object) -> None:
-                """The tests look at `requests` instead."""
+                """Log nothing: the tests read `requests` instead."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -74,7 +74,7 @@ class FileServer:
 
     @property
     def sent(self) -> int:
-        """Bytes of body over all answers."""
+        """Body bytes of all responses together."""
         return sum(request.sent for request in self.requests)
 
     @property
@@ -98,7 +98,7 @@ class FileServer:
                 handler.send_header(key, value)
         handler.end_headers()
         body = body[: wrong.cut_after]
-        request.sent = len(body)  # before the client can have read it all and looked
+        request.sent = len(body)  # set before the client can have read the whole body
         handler.wfile.write(body)
         handler.close_connection = True
 

@@ -1,4 +1,4 @@
-"""Copies of an image that show the same image by construction: what the audit must find, and nothing else."""
+"""Copies that show the same image by construction: the ground truth for the duplicates that the audit must find."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ COPIES: dict[str, Callable[[Gray], bytes]] = {
     "as TIFF": lambda gray: encode(gray, "TIFF"),
 }
 """Ways to copy an image, by name: gray picture -> encoded copy."""
-# Where the head reaches the edge, or noise hides where the picture ends, these move the frame of what is compared.
+# If the head reaches the edge, or noise hides the picture's border, these shift the area that is compared.
 REFRAMED = ("cropped", "padded white", "padded black")
 SAME_PIXELS = ("original", "in colour", "as TIFF")
 
@@ -66,10 +66,10 @@ SAME_PIXELS = ("original", "in colour", "as TIFF")
 def recall_and_precision(
     sources: Sequence[int], groups: Sequence[int], correlate: Callable[[int, int], float]
 ) -> tuple[float, float, list[tuple[int, int]]]:
-    """Over all pairs of files: share of true pairs that were grouped, share of grouped pairs that are true.
+    """Return recall and precision over all pairs of files, and the wrong pairs.
 
-    `sources` says which image each file is a copy of, `groups` which group it was put in (negative: none). Pairs whose
-    correlation by definition lies in 0.97 to 0.995 are judged by eye and not scored. Third, the pairs that are wrong.
+    `sources` gives the image that each file is a copy of, `groups` the group that the audit assigned (negative: none).
+    Wrong pairs with a correlation from 0.97 to 0.995 are borderline and not scored.
     """
     hits, missed, false = 0, [], []
     for a, b in combinations(range(len(sources)), 2):

@@ -1,6 +1,6 @@
-"""What KubeRay (1.5 and newer) takes, as far as deploy/kuberay uses it; anything it does not know is an error.
+"""The schema of KubeRay (1.5 and newer), as far as deploy/kuberay uses it; unknown fields are errors.
 
-Written after the types of ray-operator/apis/ray/v1. Pod templates are Kubernetes' own and are checked by its schema.
+Follows the types of ray-operator/apis/ray/v1. Pod templates are checked by the schema of Kubernetes itself.
 """
 
 from __future__ import annotations

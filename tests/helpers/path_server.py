@@ -1,4 +1,4 @@
-"""A loopback HTTP server of a few paths that remembers what was asked and what was put."""
+"""A loopback HTTP server of a few paths that records all requests and PUT bodies."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class PathServer:
-    """Serve `files` by path; every PUT of a path is answered with what stands there, and kept in `put`."""
+    """Serve `files` by path; a PUT is answered with the content of its path, and its body kept in `put`."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = dict(files)
         self.asked: list[tuple[str, str]] = []
         self.put: dict[str, bytes] = {}
         self.refusals: list[int] = []
-        """Statuses with which the next requests are refused."""
+        """Statuses with which to refuse the next requests."""
 
     def __enter__(self) -> PathServer:
         served = self
@@ -41,7 +41,7 @@ class PathServer:
                 self.wfile.write(body or b"")
 
             def log_message(self, format: str, *args: Any) -> None:
-                """The tests look at `asked` instead."""
+                """Log nothing: the tests read `asked` instead."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

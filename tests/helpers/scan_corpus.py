@@ -1,6 +1,6 @@
-"""Good and hostile encoded images, made here, the same on every run; what the tests of every reader of scans feed on.
+"""Good and hostile encoded images, generated and identical on every run, for the tests of all readers of scans.
 
-The good ones show `picture()` as far as their mode allows; `expected(name)` says what a reader must make of each.
+The good ones show `picture()` as far as their mode allows; `expected(name)` gives the frames that a reader must return.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from PIL import Image
 HEIGHT, WIDTH = 72, 96
 _BORDER = 8  # black rim, transparent in the scans that have alpha
 LOSSY_TOLERANCE = 10 / 255
-"""Largest difference of a pixel from `expected`, white being 1, for names with "jpeg" or "lossy"; 1/255 for others."""
+"""Largest difference of a pixel from `expected` (white is 1) for names with "jpeg" or "lossy"; 1/255 for others."""
 
-# what was done to the stored pixels, so that a reader that applies the orientation sees the picture again
+# transforms of the stored pixels, so that a reader that applies the orientation gets the picture back
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,7 +37,7 @@ _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), 
 
 @functools.cache
 def picture() -> np.ndarray:
-    """Gray uint8 [72, 96]: smooth, so that JPEG keeps it, alike under no flip or turn, black at its rim."""
+    """Return a gray uint8 picture [72, 96]: smooth, so that JPEG preserves it, asymmetric, with a black rim."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     blob = 150 * np.exp(-(((y - 26) / 13) ** 2) - ((x - 34) / 17) ** 2)
     small = 95 * np.exp(-(((y - 48) / 8) ** 2) - ((x - 70) / 9) ** 2)
@@ -48,13 +48,13 @@ def picture() -> np.ndarray:
 
 
 def picture16() -> np.ndarray:
-    """`picture` as uint16, with low bytes that differ from the high ones: what a reader that clips would lose."""
+    """Return `picture` as uint16, with low bytes that differ from the high ones, to expose a reader that clips."""
     fine = np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH) * 37 % 256
     return (picture().astype(np.uint32) * 256 + np.where(picture() > 0, fine, 0)).astype(np.uint16)
 
 
 def expected(name: str) -> list[np.ndarray]:
-    """The frames a reader must give for `good_scans()[name]`, as floats from black 0 to white 1."""
+    """Return the frames that a reader must give for `good_scans()[name]`, as floats from 0 (black) to 1 (white)."""
     first = picture16() / 65535 if "16bit" in name else picture() / 255
     if "1bit" in name.split("_"):
         first = (picture() >= 128).astype(float)
@@ -65,25 +65,25 @@ def expected(name: str) -> list[np.ndarray]:
 
 @functools.cache
 def good_scans() -> dict[str, bytes]:
-    """Every kind of image that must be read, by name."""
+    """Return every kind of image that must be readable, by name."""
     return {**_jpegs(), **_pngs(), **_tiffs(), **_others()}
 
 
 @functools.cache
 def bad_scans() -> dict[str, tuple[bytes, str]]:
-    """Every kind of input that must be refused: name -> (bytes, rejection code)."""
+    """Return every kind of input that must be rejected: name -> (bytes, rejection code)."""
     return {**_no_images(), **_unsupported(), **_cut(), **_bombs(), **_damaged(), **_misfits()}
 
 
 def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
-    """`image` as the bytes of a file of Pillow's format `kind`."""
+    """Return `image` encoded in Pillow's format `kind`."""
     buffer = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def write_png(pixels: np.ndarray, *, colour_type: int, bits: int = 8, interlaced: bool = False) -> bytes:
-    """A PNG of uint8 or uint16 `pixels` [height, width(, bands)], in the variants that Pillow cannot write."""
+    """Return a PNG of uint8 or uint16 `pixels` [height, width(, bands)], in variants that Pillow cannot write."""
     pixels = pixels.astype(">u2" if bits == 16 else "u1").reshape(*pixels.shape[:2], -1)
     passes = [pixels[y::dy, x::dx] for y, x, dy, dx in _ADAM7] if interlaced else [pixels]
     rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part)
@@ -92,7 +92,7 @@ def write_png(pixels: np.ndarray, *, colour_type: int, bits: int = 8, interlaced
 
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """A PNG of these chunks, with right lengths and checksums."""
+    """Return a PNG of these chunks, with correct lengths and checksums."""
     parts = [
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
     ]
@@ -100,7 +100,7 @@ def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def write_tiff(pixels: np.ndarray, *, order: str = "<", photometric: int = 2) -> bytes:
-    """A one-strip TIFF of uint16 `pixels` [height, width(, bands)], in the variants that Pillow cannot write."""
+    """Return a one-strip TIFF of uint16 `pixels` [height, width(, bands)], in variants that Pillow cannot write."""
     bands = pixels.shape[2] if pixels.ndim == 3 else 1
     body = pixels.astype(order + "u2").tobytes()
     bits_at, strip_at = 8 + 2 + 9 * 12 + 4, 8 + 2 + 9 * 12 + 4 + 8
@@ -140,7 +140,7 @@ def _stored(orientation: int) -> Image.Image:
 
 
 def _inside() -> np.ndarray:
-    """Alpha uint8 [72, 96]: opaque within the black rim, transparent on it."""
+    """Return a uint8 alpha channel [72, 96]: opaque inside the black rim, transparent on it."""
     alpha = np.zeros((HEIGHT, WIDTH), np.uint8)
     alpha[_BORDER:-_BORDER, _BORDER:-_BORDER] = 255
     return alpha
@@ -169,7 +169,7 @@ def _jpegs() -> dict[str, bytes]:
 
 
 def _ycck() -> bytes:
-    """A CMYK JPEG whose Adobe marker says that its first three bands are YCbCr."""
+    """Return a CMYK JPEG whose Adobe marker says that its first three bands are YCbCr."""
     neutral = np.full_like(picture(), 127)
     # as Pillow inverts when it writes: luma as it is, chroma 128, no black
     bands = [picture(), neutral, neutral, np.zeros_like(picture())]
@@ -181,7 +181,7 @@ def _ycck() -> bytes:
 def _pngs() -> dict[str, bytes]:
     gray, rgb, inside = _gray(), _gray().convert("RGB"), _inside()
     white = np.full_like(picture(), 255)
-    covered = np.where(inside > 0, picture(), white)  # white where it is transparent
+    covered = np.where(inside > 0, picture(), white)  # white in the transparent area
     palette = gray.convert("P")
     palette.putpalette([level for index in range(256) for level in (255 - index,) * 3])
     reversed_palette = palette.point(lambda index: 255 - index)
@@ -299,14 +299,14 @@ def _unsupported() -> dict[str, tuple[bytes, str]]:
 
 
 def _cut() -> dict[str, tuple[bytes, str]]:
-    """Files of every format that end too early: in the header, in the pixels, in the last bytes."""
+    """Return files of every format that end too early: in the header, in the pixels, in the last bytes."""
     names = ("jpeg_rgb", "jpeg_progressive", "png_gray", "png_16bit", "tiff_gray", "tiff_pages_lzw", "bmp_rgb")
     cut = {}
     for name in (*names, "tiff_pages", "webp_lossy", "webp_lossless"):
         data = good_scans()[name]
         for share in (0.1, 0.5, 0.9):
             cut[f"{name}_cut_at_{share:.0%}"] = (data[: max(40, int(len(data) * share))], "truncated")
-        if "pages" not in name:  # these end in bytes that mean nothing
+        if "pages" not in name:  # these end with meaningless bytes
             cut[f"{name}_last_byte_lost"] = (data[:-1], "truncated")
     directory = good_scans()["tiff_rgb_lzw"]
     cut["tiff_cut_in_its_directory"] = (directory[:-30], "truncated")
@@ -374,7 +374,7 @@ def _damaged() -> dict[str, tuple[bytes, str]]:
     png[len(png) // 2] ^= 0x10
     tiff = bytearray(good_scans()["tiff_rgb_lzw"])
     tiff[60:90] = b"\xff" * 30
-    no_table = good_scans()["jpeg_gray"].replace(b"\xff\xdb", b"\xff\xfe")  # the quantisation becomes a comment
+    no_table = good_scans()["jpeg_gray"].replace(b"\xff\xdb", b"\xff\xfe")  # quantisation table -> comment
     no_pixels = png_of([(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 0, 0, 0, 0)), (b"IEND", b"")])
     nowhere = encode(np.full((HEIGHT, WIDTH), np.nan, np.float32), "TIFF")
     return {

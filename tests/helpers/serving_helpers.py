@@ -18,9 +18,10 @@ import uvicorn
 from PIL import Image
 
 from btray.phantoms import encoded_phantom
-from btray.serving.app import Service, build_app
+from btray.serving.app import build_app
 from btray.serving.config import ServiceConfig
 from btray.serving.gate import Gate
+from btray.serving.service import Service
 from tests.helpers.hostile_bodies import Hostile
 from tests.helpers.tiny_bundle import saved_bundle
 from tools.processes import until

@@ -56,7 +56,7 @@ class Served:
 
 @dataclass
 class Load:
-    """Clients that ask as fast as they are answered, each again where it is not."""
+    """Clients that send requests as fast as they are answered, and retry failed ones."""
 
     served: Served
     answers: list[tuple[int, str]] = field(default_factory=list)
@@ -99,5 +99,5 @@ def under_load(served: Served, clients: int = 3) -> Iterator[Load]:
 
 
 def replicas(root: int | None = None) -> list[int]:
-    """Process ids of the replicas below a process; by default those of this test's own Serve."""
+    """Return the ids of the replicas that descend from a process; by default those of this test's own Serve."""
     return named(b"ServeReplica:btray", root or os.getpid())

@@ -1,4 +1,4 @@
-"""Images that are no MRI slice of a head: photographs, pages, noise, blank frames, a CT of another part of the body."""
+"""Images that are not MRI slices of a head: photographs, pages, noise, blank frames, CT of other body parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Gray = np.ndarray
 
 
 def strange_images(seed: int = 0) -> dict[str, list[Gray]]:
-    """Gray uint8 images [height, width] by kind."""
+    """Return gray uint8 images [height, width] by kind."""
     rng = np.random.default_rng(seed)
     return {
         "photograph": list(_photographs(rng)),
@@ -51,7 +51,7 @@ def _page(rng: np.random.Generator) -> Gray:
 
 
 def _trunk(rng: np.random.Generator) -> Gray:
-    """An axial slice of chest (even draws) or abdomen: wall, lungs or organs, spine, table."""
+    """Return an axial slice of a chest (even draws) or abdomen: wall, lungs or organs, spine, table."""
     y, x = np.mgrid[0:512, 0:512] - 256.0
     wide, high = rng.uniform(190, 235), rng.uniform(120, 165)
 

@@ -29,7 +29,14 @@ def random_bundle(*, seed: int = 0, classes: tuple[str, ...] = CANONICAL, **chan
         "preprocess": PREPROCESS,
         "temperature": 1.5,
         "training": {"epochs": 3, "optimiser": {"learning_rate": 1e-05}},
-        "data": {"fingerprint": "f" * 64, "counts": {"train": {"glioma": 3}}, "patient_ids": False},
+        "data": {
+            "fingerprint": "f" * 64,
+            "counts": {"train": {"glioma": 3}},
+            "patient_ids": False,
+            "epochs": 3,
+            "best_epoch": 2,
+            "refit_epochs": 0,
+        },
         "created_at": "2026-11-22T10:00:00+00:00",
     }
     return make_bundle(**{**arguments, **changes})

@@ -17,13 +17,13 @@ from ray.train.torch import TorchTrainer
 
 from btray import storage
 from btray.data.config import PreprocessConfig
-from btray.data.labelled import read_labelled
 from btray.model.config import NetworkConfig
+from btray.training.checkpoints import Checkpoint
 from btray.training.config import AugmentConfig, OptimiserConfig, TrainConfig
-from btray.training.feeds import Plan
-from btray.training.prepare import TrainingData, datasets, prepare, training_classes
-from btray.training.pretrained import read_initial_weights
-from btray.training.train_loop import Trainer, load_state, train_loop
+from btray.training.history import EpochRecord, read_history
+from btray.training.plan import Plan, run_folder
+from btray.training.prepare import TrainingData, prepare, read_source
+from btray.training.train_loop import Trainer, train_loop
 from tools.processes import named
 
 SIDE = 48
@@ -92,34 +92,33 @@ def tiny(data: str, out: str | Path, **changes: Any) -> TrainConfig:
     return TrainConfig(data=data, out=str(out), **{**defaults, **changes})
 
 
-def run_of(config: TrainConfig) -> str:
-    """The folder of a run."""
-    return storage.join(storage.resolve(config.storage_uri), config.name)
+def history_of(config: TrainConfig) -> list[EpochRecord]:
+    """Return the epochs that a run has recorded so far."""
+    return read_history(run_folder(config))
 
 
-def history_of(config: TrainConfig) -> list[dict[str, Any]]:
-    """The epochs that a run has recorded so far."""
-    uri = storage.join(run_of(config), "history.jsonl")
-    return [json.loads(line) for line in storage.read_text(uri).splitlines()] if storage.exists(uri) else []
+def checkpoint_in(folder: str | Path) -> Checkpoint:
+    """Read the checkpoint that a run keeps in `folder`."""
+    return Checkpoint.load(ray.train.Checkpoint.from_directory(folder))
 
 
-def train_here(config: TrainConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def train_here(config: TrainConfig) -> tuple[list[EpochRecord], Checkpoint]:
     """Run the training loop in this process, in Ray Train's local mode: one worker, no bundle, nothing resumed.
 
-    Returns the epochs, and the state that the last checkpoint holds. Needs a connection to Ray.
+    Returns the epochs, and the last checkpoint. Needs a connection to Ray.
     """
     data = prepared(config)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"plan": data.plan, "threads": 1},
         scaling_config=ray.train.ScalingConfig(num_workers=0),
-        datasets=datasets(data),
+        datasets=data.datasets(),
     )
     # Local mode deletes no checkpoint, whatever it is told.
     with tempfile.TemporaryDirectory() as folder, patch("tempfile.tempdir", folder):
         checkpoint = trainer.fit().checkpoint
         assert checkpoint is not None
-        return history_of(config), load_state(checkpoint.path)
+        return history_of(config), Checkpoint.load(checkpoint)
 
 
 def train_and_collect(settings: dict[str, Any]) -> None:
@@ -131,15 +130,12 @@ def train_and_collect(settings: dict[str, Any]) -> None:
         [[batch.samples.tolist() for batch in feed] for feed in (run.feed.train(epoch), run.feed.validation())]
         for epoch in (0, 1)
     ]
-    Path(plan.run_uri, f"{run.rank}.json").write_text(json.dumps(epochs))
+    Path(plan.run_uri, f"{run.collectives.rank}.json").write_text(json.dumps(epochs))
 
 
 def prepared(config: TrainConfig) -> TrainingData:
     """What `config` works on, as `btray.training.job.train` prepares it."""
-    table = read_labelled(config.data)
-    classes = training_classes(table, config.data)
-    initial = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
-    return prepare(config, table, classes, run_of(config), initial)
+    return prepare(config, read_source(config))
 
 
 def training_workers(root: int) -> list[int]:

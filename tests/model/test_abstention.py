@@ -14,7 +14,7 @@ from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, label_sets, risk_coverage, threshold_for_accuracy
 from btray.model.bundle import Thresholds
 from btray.model.classifier import NetworkOutput
-from btray.training.calibration import choose_limits
+from btray.training.calibration import calibrate
 from btray.training.config import TrainConfig
 
 
@@ -97,5 +97,5 @@ def test_a_threshold_of_the_users_stands_also_where_no_validation_image_is_reada
     nothing = np.zeros((0, 0), np.float32)
     rejected = pa.table({"row": [0], "code": ["empty"], "message": [""]})
     scores = Scores(np.zeros(0, np.int64), NetworkOutput(nothing, nothing), unpack([]), rejected)
-    limits = choose_limits(config, scores, np.zeros(0, np.int64), nothing)
+    limits = calibrate(config, scores, np.zeros(0, np.int64), nothing)
     assert limits.thresholds == Thresholds(abstain_below=0.7)

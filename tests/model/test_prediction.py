@@ -29,7 +29,6 @@ from btray.model.classifier import Classifier
 from btray.model.ood import Distribution
 from btray.model.prediction import ANSWER, COLUMNS, Place, Prediction, csv_cells
 from btray.phantoms import encoded_phantom
-from btray.serving import openapi
 from btray.storage import FileInfo
 from tests.helpers.serving_helpers import Running, running
 from tests.helpers.tiny_bundle import FILES, random_bundle
@@ -146,10 +145,12 @@ def test_the_service_answers_with_them_and_openapi_describes_them(
     assert set(result) == {"index", "name", "frame", "status", "model_id", *ANSWER}
     values = {name: pytest.approx(value) for name, value in prediction.probabilities.items()}
     assert result["probabilities"] == values
-    described = service.get("/openapi.json").json()["components"]["schemas"]["ImageAnswer"]["properties"]
+    schema = service.get("/openapi.json").json()
+    described = schema["components"]["schemas"]["ImageAnswer"]["properties"]
     assert set(described) == {*result, "error_code", "error", "explanation"}
     assert all(described[name]["description"] for name in described if name != "explanation")
-    example = openapi.CLASSIFY["responses"][200]["content"]["application/json"]["example"]["results"]
+    answer = schema["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]
+    example = answer["example"]["results"]
     assert set(example[0]) == set(result)
     _, bad = service.post("/v1/classify", files=[("images", SCANS[0]), ("images", b"no image")]).json()["results"]
     assert set(bad) == set(example[1]) == {"index", "name", "frame", "status", "model_id", "error_code", "error"}

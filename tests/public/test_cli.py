@@ -280,7 +280,7 @@ def test_every_job_is_a_command_with_the_same_flags_and_the_same_code(name: str)
 def test_a_job_that_is_run_as_a_command_ends_and_prints_as_its_script_does(
     btray: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("btray.evaluation.assessment.evaluate", lambda config: f"report of {config.model}")
+    monkeypatch.setattr("btray.evaluation.job.evaluate", lambda config: f"report of {config.model}")
     needed = ["--model", "m", "--data", "d", "--out", "o"]
     assert btray("evaluate", *needed) == Ended(0, ["report of m"], "")
     (tmp_path / "x.yaml").write_text("batch_size: 0")

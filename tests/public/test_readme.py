@@ -1,4 +1,4 @@
-"""The README's commands run, in order, as they stand there."""
+"""The README's commands run in order, unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btray.results import current
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-# Training by the README takes its time; these make it a minute's work without touching the commands.
+# Training with the defaults takes long; these shorten it to a minute without changing the commands.
 QUICK = {
     "BTRAY_EPOCHS": "1",
     "BTRAY_PREPROCESS__SIZE": "48",
@@ -28,13 +28,13 @@ QUICK = {
 
 
 def commands() -> list[str]:
-    """What stands in the README's shell blocks after the mark."""
+    """Return the README's shell blocks after the marker."""
     tested = README.read_text(encoding="utf-8").split("<!-- every command below is run by")[1]
     return [block.strip() for block in re.findall(r"```sh\n(.*?)```", tested, re.DOTALL)]
 
 
 def environment_of(command: str) -> dict[str, str]:
-    """The caller's environment with this Python first, the Ray that runs, and quick settings where they are known."""
+    """Return the environment with this Python first on PATH, the running Ray and, for training, the quick settings."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     return os.environ | running | (QUICK if "jobs/train.py" in command else {})
@@ -56,7 +56,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(ray_session: None, t
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     metrics = json.loads((tmp_path / "reports" / "first" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["n"] == 5 * 10, "the report is of the test split of what the README trains on"
+    assert metrics["n"] == 5 * 10, "the report covers the test split of the README's data"
     assert len(current(str(tmp_path / "results"))) == 5 * 10
     assert (tmp_path / "models" / "second" / "bundle.json").is_file()
 
@@ -74,6 +74,6 @@ def test_every_file_that_the_readme_and_docs_link_to_is_there() -> None:
 
 
 def test_every_package_has_its_line_in_the_readme_and_no_other() -> None:
-    rooms = README.read_text(encoding="utf-8").partition("## Where things are")[2]
-    lines = re.findall(r"^\| `(\w+)` \|", rooms, re.MULTILINE)
+    section = README.read_text(encoding="utf-8").partition("## Where things are")[2]
+    lines = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     assert sorted(lines) == sorted(path.parent.name for path in (ROOT / "btray").glob("*/__init__.py"))

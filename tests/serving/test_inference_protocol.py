@@ -248,7 +248,7 @@ MOST = 2**31 - 1
     ids=lambda value: str(value)[:20],
 )
 def test_tensors_that_cannot_be_are_refused_at_once_and_in_a_line(datatype: str, shape: list[int], raw: bytes) -> None:
-    tensor = {"name": "x", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
+    tensor = {"name": "pixels", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
     head = json.dumps({"inputs": [tensor]}).encode()
     with pytest.raises(Problem) as refused:
         parsed(head + raw, str(len(head)))
@@ -317,7 +317,7 @@ def test_what_nearly_makes_sense_has_the_shape_it_names_or_is_a_problem(
     values = {"parameters": {"binary_data_size": len(raw)}} if isinstance(data, bytes) else {"data": data}
     head = json.dumps({"inputs": [{"name": "pixels", "datatype": datatype, "shape": shape, **values}]}).encode()
     with suppress(Problem):
-        tensor = parsed(head + raw, str(len(head))).tensor
+        tensor = parsed(head + raw, str(len(head)))
         assert shape
         found = [len(tensor.values)] if isinstance(tensor.values, list) else list(tensor.values.shape)
         assert found == shape or (datatype == "BYTES" and math.prod(shape) == found[0])

@@ -29,6 +29,7 @@ from btray.model.network import build_network
 from btray.model.ood import Distribution
 from btray.results import current
 from btray.serving.config import ServeConfig, ServiceConfig, is_loopback
+from btray.serving.models import SwitchReport
 from btray.storage import StorageError
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import job, write_objects
@@ -249,7 +250,7 @@ STORE_AWAY.__cause__ = StorageError("unavailable", "s3://b/x")
 def test_a_starting_replica_serves_as_others_do_or_says_what_is_wrong_with_its_own_config(
     model: str, monkeypatch: pytest.MonkeyPatch, failure: Exception, others: str | None, expected: str | type[Exception]
 ) -> None:
-    from btray.serving import job as serving
+    from btray.serving import deployment
     from btray.serving import models as served_models
 
     def load(uri: str, **options: Any) -> Bundle:
@@ -261,13 +262,13 @@ def test_a_starting_replica_serves_as_others_do_or_says_what_is_wrong_with_its_o
         return ServiceConfig(model=model if others == "good" else others) if others else None
 
     monkeypatch.setattr(served_models, "load_bundle", load)
-    monkeypatch.setattr(serving, "_served_by_others", ask_others)
-    replica = serving.Replica()
+    monkeypatch.setattr(deployment, "_served_by_others", ask_others)
+    replica = deployment.Replica()
     if isinstance(expected, str):
         asyncio.run(replica.reconfigure({"model": "bad"}))
-        assert replica.service.models.line
-        assert replica.service.models.line.config.model == model
-        assert replica.service.models.switch == {"state": "refused", "detail": expected}
+        assert replica.service.models.split
+        assert replica.service.models.split.config.model == model
+        assert replica.service.models.switch == SwitchReport(state="refused", detail=expected)
     else:
         with pytest.raises(expected, match=str(failure)):
             asyncio.run(replica.reconfigure({"model": "bad"}))
@@ -311,7 +312,7 @@ def test_an_open_address_is_refused_by_the_job_itself() -> None:
 def test_serve_yaml_is_what_the_application_takes() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from btray.serving.job import DEPLOYMENT, application
+    from btray.serving.deployment import DEPLOYMENT, application
 
     content = yaml.safe_load((ROOT / "serve.yaml").read_text(encoding="utf-8"))
     (app,) = ServeDeploySchema.model_validate(content).applications

@@ -25,11 +25,11 @@ from btray.data.scans import Scan
 from btray.model.classifier import Classifier
 from btray.model.prediction import Prediction
 from btray.serving import access as api_keys
-from btray.serving.access import make_key
+from btray.serving.access import Access, make_key
 from btray.serving.batching import Batcher
 from btray.serving.config import ServeConfig
-from btray.serving.gate import Access, HeaderGuard
-from btray.serving.models import Found, ServedModel
+from btray.serving.gate import HeaderGuard
+from btray.serving.models import DecodedImage, ModelFacts, ServedModel
 from btray.serving.problems import Problem
 from tests.helpers.serving_helpers import Running, bundle_at, png, problem, running, scan
 from tools.processes import until
@@ -102,7 +102,7 @@ def test_a_client_that_goes_while_it_sends_is_no_failure_of_the_service(
 ) -> None:
     seen: list[tuple[str, int]] = []
     monkeypatch.setattr(
-        service.gate, "watcher", Mock(request=lambda route, code, _: seen.append((route, code)), in_work=lambda _: None)
+        service.gate, "metrics", Mock(request=lambda route, code, _: seen.append((route, code)), in_work=lambda _: None)
     )
     with slow_uploads(service, 1):
         until(lambda: service.gate.reading == 1)
@@ -126,7 +126,7 @@ def test_beyond_what_is_in_work_requests_are_refused_with_the_time_to_wait(servi
 def test_what_cannot_be_read_waits_for_no_model(service: Running) -> None:
     with ThreadPoolExecutor(1) as pool, no_predictions(service):
         held = pool.submit(service.post, CLASSIFY, scan(), JPEG)
-        until(lambda: not service.service.line().main.batcher.idle)
+        until(lambda: not service.service.split().main.batcher.idle)
         problem(service.post(CLASSIFY, b"x", JPEG), 400, "not_an_image")
         files = [("images", ("a", b"")), ("images", ("b", b"x"))]
         results = service.post(CLASSIFY, files=files).json()["results"]
@@ -152,7 +152,7 @@ def test_only_what_is_small_is_decoded_where_it_is_classified(
     assert threads == ["predict", "decode", "decode"]
     with ThreadPoolExecutor(2) as pool, no_predictions(service):
         pool.submit(service.post, CLASSIFY, scan(), JPEG)
-        until(lambda: not service.service.line().main.batcher.idle)
+        until(lambda: not service.service.split().main.batcher.idle)
         pool.submit(service.post, CLASSIFY, scan(), JPEG)
         until(lambda: threads[3:] == ["decode"])
 
@@ -196,24 +196,24 @@ def test_many_frames_go_in_parts_and_others_come_between() -> None:
     batches: list[int] = []
     go_on = threading.Event()
 
-    def run(works: Sequence[Sequence[Found]]) -> list[list[Prediction]]:
+    def run(works: Sequence[Sequence[DecodedImage]]) -> list[list[Prediction]]:
         batches.append(sum(len(work) for work in works))
         go_on.wait(10)
         return [[answer_to(place, found) for place, found in enumerate(work)] for work in works]
 
-    def answer_to(index: int, found: Found) -> Prediction:
+    def answer_to(index: int, found: DecodedImage) -> Prediction:
         said = found.code if isinstance(found, Rejection) else str(found[0][0, 0])
         return Prediction(index=index, label=said)
 
     async def both() -> tuple[list[Prediction], list[str]]:
-        batcher: Batcher[Sequence[Found], list[Prediction]] = Batcher(
+        batcher: Batcher[Sequence[DecodedImage], list[Prediction]] = Batcher(
             run, ThreadPoolExecutor(1), largest=2, weight=len, watch=lambda *_: None
         )
-        served = ServedModel(cast(Classifier, None), cast(FrameSource, None), batcher, {})
+        served = ServedModel(cast(Classifier, None), cast(FrameSource, None), batcher, cast(ModelFacts, None))
         frames = [np.full((2, 2), number, np.uint8) for number in range(6)]
         order: list[str] = []
 
-        async def ask(name: str, found: Sequence[Found]) -> list[Prediction]:
+        async def ask(name: str, found: Sequence[DecodedImage]) -> list[Prediction]:
             predictions = await served.predict(found)
             order.append(name)
             return predictions
@@ -271,7 +271,7 @@ def test_a_config_takes_over_with_its_access_and_not_before_its_model(model: str
         before = service.served()
 
         async def seen() -> tuple[bool, bool]:
-            models = service.service.line().models()
+            models = service.service.split().models()
             return [model.model_id for model in models] != before, service.service.access.insecure
 
         service.configure(model=other, insecure=True)

@@ -1,4 +1,4 @@
-"""The capacity model: it adds up, names what limits it, and says as many nodes as are needed and no more."""
+"""The capacity model adds up, names the limiting factor, and returns the fewest nodes that suffice."""
 
 from __future__ import annotations
 

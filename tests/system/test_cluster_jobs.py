@@ -24,10 +24,11 @@ from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
 from btray.results import current
 from btray.training.config import TrainConfig
+from btray.training.plan import run_folder
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import part_files
 from tests.helpers.tiny_bundle import saved_bundle
-from tests.helpers.training_helpers import history_of, run_of, write_tree
+from tests.helpers.training_helpers import history_of, write_tree
 from tools.loopback_cluster import LoopbackCluster, free_ports
 from tools.processes import descendants, is_alive, named, until
 
@@ -129,7 +130,7 @@ def test_a_stopped_job_has_written_a_checkpoint_within_the_epoch_and_goes_on_fro
                             *command)  # fmt: skip
     assert submitted.returncode == 0, submitted.stderr
     until(lambda: workers_of(running), "training to begin", 240)
-    until(lambda: Path(run_of(config), "run.json").exists(), "the run to be claimed", 120)
+    until(lambda: Path(run_folder(config), "run.json").exists(), "the run to be claimed", 120)
     time.sleep(8)  # into the epoch; where it is too soon the checkpoint is of the first step
     before = time.monotonic()
     stopped = running.ray("job", "stop", "long", timeout=120)
@@ -137,9 +138,9 @@ def test_a_stopped_job_has_written_a_checkpoint_within_the_epoch_and_goes_on_fro
     until(lambda: running.get("/api/jobs/long")["status"] == "STOPPED", "the job to be stopped", 90)
     took = time.monotonic() - before
     assert took < 60, "killed, not stopped"
-    assert "goes on" in running.ray("job", "logs", "long").stdout
-    (name,) = [path.name for path in Path(run_of(config)).glob("epoch_*")]
-    state = torch.load(Path(run_of(config), name, "state.pt"), weights_only=True)
+    assert "resumes it" in running.ray("job", "logs", "long").stdout
+    (name,) = [path.name for path in Path(run_folder(config)).glob("epoch_*")]
+    state = torch.load(Path(run_folder(config), name, "state.pt"), weights_only=True)
     assert state["steps"] > 0
     assert history_of(config) == []
     until(lambda: not workers_of(running), "the job's workers to end", 60)
@@ -147,7 +148,7 @@ def test_a_stopped_job_has_written_a_checkpoint_within_the_epoch_and_goes_on_fro
                         timeout=600)  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr
     (record,) = history_of(config)
-    assert record["images"] == 48 * copies - 2 * state["steps"], "what was done before the stop is not done again"
+    assert record.images == 48 * copies - 2 * state["steps"], "what was done before the stop is not done again"
     load_bundle(config.out)
 
 

@@ -1,4 +1,4 @@
-"""What deploys btray is valid by the judges that will judge it, as strict as it says, and names only what is there."""
+"""Deployment files are valid for the tools that read them, as strict as documented, and name only what exists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.deploy_helpers import DEPLOY, resources
 from tests.helpers.path_server import PathServer
 
 EXTRAS = ("serve", "tune")
-"""Of btray, which the jobs and the endpoint on a cluster need."""
+"""Extras of btray that the jobs and the endpoint on a cluster need."""
 
 
 # ---- ray up
@@ -70,7 +70,7 @@ def test_on_aws_workers_come_and_go_and_gpus_are_spot() -> None:
 
 
 def test_on_aws_ray_makes_no_security_group_and_chooses_no_image() -> None:
-    """Ray opens SSH to the world in any group that it fills, whatever the file says, and its own image is of 2018."""
+    """Ray opens SSH to the world in any group that it fills, whatever the file says; its default image is of 2018."""
     cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
     kinds = cluster["available_node_types"]
     assert all(kind["node_config"]["SecurityGroupIds"] for kind in kinds.values())
@@ -81,7 +81,7 @@ def test_on_aws_ray_makes_no_security_group_and_chooses_no_image() -> None:
     source = importlib.util.find_spec("ray.autoscaler._private.aws.config")
     assert source is not None
     assert source.origin is not None
-    assert "0.0.0.0/0" in Path(source.origin).read_text(), "if Ray has learnt better, say so in the file"
+    assert "0.0.0.0/0" in Path(source.origin).read_text(), "Ray no longer opens SSH to all: update cluster.yaml"
 
 
 def test_the_head_may_do_what_workers_may_since_drivers_run_there() -> None:
@@ -99,7 +99,7 @@ def test_a_role_may_do_what_it_needs_and_no_more(name: str) -> None:
             assert "*" not in action
             harmless = action.split(":")[1].startswith("Describe") or action == "ecr:GetAuthorizationToken"
             limited = "*" not in statement["Resource"] or "Condition" in statement
-            assert harmless or limited, f"{action} on everything"
+            assert harmless or limited, f"{action} on all resources"
             assert not action.startswith("s3:") or all("EXAMPLE-BUCKET" in where for where in statement["Resource"])
             on_instances = any(where.endswith(":instance/*") for where in statement["Resource"])
             assert not on_instances or re.search("ray-cluster-name|CreateAction", json.dumps(statement["Condition"]))
@@ -153,7 +153,7 @@ def test_the_image_copies_what_is_there_and_runs_as_nobody_in_particular() -> No
     ray = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert ray
     versions = {document["spec"]["rayVersion"] for _, document in resources() if document["kind"] == "RayCluster"}
-    assert versions == {ray[1]}, "an image's Ray and the operator's idea of it must be the same"
+    assert versions == {ray[1]}, "the image's Ray and rayVersion must be the same"
 
 
 def test_the_runtime_environment_is_one_and_names_every_package_with_its_pin() -> None:
@@ -188,7 +188,7 @@ def test_systemd_finds_the_units_valid(tmp_path: Path) -> None:
     try:
         subprocess.run(["systemd-analyze", "--version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("systemd-analyze ABSENT: whether the units are valid is NOT shown here")
+        pytest.skip("systemd-analyze ABSENT: the units are NOT checked here")
     for name in ("btray-classify.service", "btray-classify.timer"):
         text = (DEPLOY / "systemd" / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(text.replace("/opt/btray/.venv/bin/python", sys.executable))

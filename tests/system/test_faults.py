@@ -1,4 +1,4 @@
-"""Nodes that die while work is on them, spot instances that are taken back, and a head that comes back."""
+"""Nodes that die while jobs run on them, spot instances that are reclaimed, and a head that restarts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from btray import phantoms
 from btray.model.bundle import load_bundle
 from btray.results import current
 from btray.training.config import TrainConfig
+from btray.training.plan import run_folder
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import part_files
 from tests.helpers.tiny_bundle import saved_bundle
-from tests.helpers.training_helpers import history_of, latest_report, run_of, write_tree
+from tests.helpers.training_helpers import history_of, latest_report, write_tree
 from tests.system.test_cluster_jobs import many_times, small, workers_of
 from tools.loopback_cluster import LoopbackCluster, Node
 from tools.processes import command_line, until
@@ -35,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def job(cluster: LoopbackCluster, script: str, *flags: object, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A job of this checkout, started by hand on the cluster."""
+    """Start a job of this checkout on the cluster."""
     command = [sys.executable, str(ROOT / "jobs" / script), *map(str, flags)]
     environment = cluster.environment_of_jobs() | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     with log.open("wb") as output:
@@ -55,7 +56,7 @@ def ended(process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
 
 
 def registered(config: TrainConfig) -> dict[str, Any]:
-    return latest_report(Path(run_of(config)))
+    return latest_report(Path(run_folder(config)))
 
 
 def epochs_registered(config: TrainConfig) -> int:
@@ -83,7 +84,7 @@ def test_training_goes_on_with_the_workers_that_are_left_when_a_node_dies(pictur
             other.kill()
             ended(process, log, 400)
     history = history_of(config)
-    assert [record["epoch"] for record in history] == list(range(1, 41))
+    assert [record.epoch for record in history] == list(range(1, 41))
     assert history[:known] == seen[:known]
     load_bundle(config.out).network()
 
@@ -101,7 +102,7 @@ def test_a_spot_notice_is_answered_by_a_checkpoint_within_the_epoch_from_which_a
         first = cluster.add(cpus=1)
         with job(cluster, "train.py", *flags, log=log) as process:
             until(lambda: workers_on(first) or process.poll() is not None, "training to begin", 300)
-            until(lambda: Path(run_of(config), "run.json").exists(), "the run to be claimed")
+            until(lambda: Path(run_folder(config), "run.json").exists(), "the run to be claimed")
             time.sleep(10)
             assert process.poll() is None, log.read_text()[-4000:]
             noticed = time.monotonic()
@@ -119,9 +120,9 @@ def test_a_spot_notice_is_answered_by_a_checkpoint_within_the_epoch_from_which_a
             cluster.add(cpus=1)
             ended(process, log, 600)
     (record,) = history_of(config)
-    assert record["epoch"] == 1
+    assert record.epoch == 1
     whole = 60 * copies
-    assert record["images"] == whole - 2 * saved["step"], "what was done before the node went is not done again"
+    assert record.images == whole - 2 * saved["step"], "work done before the node was lost is not repeated"
     load_bundle(config.out).network()
 
 
@@ -142,7 +143,7 @@ def test_a_node_with_model_actors_dies_and_every_frame_is_there_once(tmp_path: P
         other = cluster.add(cpus=1)
         with job(cluster, "classify.py", *flags, log=log) as process:
             until(lambda: (classifies(other) and part_files(output)) or process.poll() is not None, "a part", 300)
-            assert process.poll() is None, "ended before a node could die"
+            assert process.poll() is None, "the job ended before a node could be killed"
             other.kill()
             ended(process, log, 400)
         until(lambda: cluster.alive() == 1, "the node to count as dead", 120)
@@ -170,7 +171,7 @@ print("value", ray.get(counter.add.remote(), timeout=60))
 
 
 def test_a_head_that_comes_back_with_its_stored_state_finds_its_nodes_and_actors_again(tmp_path: Path) -> None:
-    """Ray's embedded store; with Redis the same, but that the store may lie on another machine."""
+    """Uses Ray's embedded store; Redis works the same, but may run on another machine."""
     settings = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(tmp_path / "gcs"),
                 "RAY_gcs_rpc_server_reconnect_timeout_s": "120"}  # fmt: skip
     (tmp_path / "gcs").mkdir()
@@ -187,4 +188,4 @@ def test_a_head_that_comes_back_with_its_stored_state_finds_its_nodes_and_actors
         cluster.nodes[0].kill()
         cluster.start_head()
         until(lambda: cluster.alive() == 2, "the node to be back", 120)
-        assert count("find") == "2", "the same actor, with what it remembers"
+        assert count("find") == "2", "the same actor, with its state"

@@ -1,4 +1,4 @@
-"""What Kubernetes and KubeRay are given is valid by their own judges, as strict as it says, and does what it says."""
+"""Resources for Kubernetes and KubeRay are valid by their own schemas, strict, and do what they claim."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ NIGHTS = {
 def test_who_waits_for_the_nightly_run_knows_how_it_ended_and_whether_to_try_again(
     tmp_path: Path, states: list[str], message: str, code: int, made: int
 ) -> None:
-    """The script of the CronJob, with a kubectl that answers one state after the other, and again for each RayJob."""
+    """Runs the CronJob's script with a fake kubectl that answers one state after the other, anew for each RayJob."""
     (cron,) = [one for one in documents(DEPLOY / "kuberay" / "nightly-classify.yaml") if one["kind"] == "CronJob"]
     (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     (script,) = [word.replace("/rayjob/", f"{tmp_path}/") for word in container["command"] if "\n" in word]
@@ -145,7 +145,7 @@ def test_who_waits_for_the_nightly_run_knows_how_it_ended_and_whether_to_try_aga
     assert (done.returncode, done.stderr) == (code, "")
     assert len((tmp_path / "made").read_text().split()) == made
     (owner,) = yaml.safe_load((tmp_path / "given").read_text())["metadata"]["ownerReferences"]
-    assert (owner["name"], owner["uid"]) == ("btray-nightly-1", "4-5-6"), "it goes with its Job, by the history limits"
+    assert (owner["name"], owner["uid"]) == ("btray-nightly-1", "4-5-6"), "deleted with its Job, by the history limits"
 
 
 def test_a_pod_of_the_endpoint_is_ready_once_serve_answers_there() -> None:
@@ -153,19 +153,19 @@ def test_a_pod_of_the_endpoint_is_ready_once_serve_answers_there() -> None:
     for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
         (container,) = group["template"]["spec"]["containers"]
         assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}
-        assert container["readinessProbe"]["failureThreshold"] == 1, "KubeRay's own, for pods that take requests"
-        assert container["livenessProbe"]["httpGet"]["port"] != 8000, "a pod without a replica is well"
+        assert container["readinessProbe"]["failureThreshold"] == 1, "KubeRay's own value for pods that serve requests"
+        assert container["livenessProbe"]["httpGet"]["port"] != 8000, "a pod without a replica is alive"
 
 
 def test_no_two_clusters_have_one_name() -> None:
-    """KubeRay names the services of a RayCluster and of a RayService alike, and would give one's to the other."""
+    """KubeRay derives service names the same way for a RayCluster and a RayService, and would mix them up."""
     names = [document["metadata"].get("name") for _, document in resources()
              if document["kind"] in ("RayCluster", "RayService", "RayJob", "RayCronJob")]  # fmt: skip
     assert len(set(names)) == len(names)
 
 
 def test_a_disruption_budget_asks_nothing_that_a_ray_cluster_cannot_say() -> None:
-    """Without a scale subresource Kubernetes takes `minAvailable`, as a number, and refuses all evictions otherwise."""
+    """Without a scale subresource Kubernetes accepts only a numeric `minAvailable`, else it refuses all evictions."""
     budgets = [document for _, document in resources() if document["kind"] == "PodDisruptionBudget"]
     assert budgets
     for budget in budgets:

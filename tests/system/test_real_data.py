@@ -1,4 +1,4 @@
-"""The main job with its defaults on the public data set: what the README claims, shown again. Minutes long: soak."""
+"""The training job with its defaults on the public data set reaches the README's figures. Takes minutes: soak."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAST_ACCURACY, LEAST_MACRO_F1 = 0.78, 0.76
 LEAST_OOD_AUROC = 0.95
 MOST_MINUTES = 25
-PATIENCE = 60 * (MOST_MINUTES + 10)  # seconds: past the bar, so that a slow run is a failed claim and not a killed test
+PATIENCE = 60 * (MOST_MINUTES + 10)  # seconds; above the bound, so that a slow run fails instead of being killed
 
 
 def train(data: str, out: str) -> float:
-    """Train with defaults; returns the minutes it took."""
+    """Train with defaults; return the minutes that it took."""
     started = time.monotonic()
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--data", data, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -40,7 +40,7 @@ def require_claims(out: str) -> None:
     assert metrics["n"] == 394
     assert metrics["accuracy"] >= LEAST_ACCURACY
     assert metrics["macro_f1"] >= LEAST_MACRO_F1
-    assert 100 < metrics["clean"]["n"] < 160, "two thirds of the test images stand in Training as well"
+    assert 100 < metrics["clean"]["n"] < 160, "two thirds of the test images are in Training as well"
 
 
 def require_strange_images_told(out: str, real_data: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_environment_points_at_the_server_alone(s3: S3Server) -> None:
     assert os.environ["AWS_ENDPOINT_URL"] == s3.endpoint
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a process when its parent dies")
 def test_the_server_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = (
         "import os, pathlib, signal, sys\n"
@@ -99,7 +99,7 @@ def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path, monkeypatch: p
 
 
 def is_running(pid: int) -> bool:
-    """A zombie whose new parent has not collected it yet does not run."""
+    """Return whether the process runs; a zombie that waits to be reaped does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

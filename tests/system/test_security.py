@@ -1,4 +1,4 @@
-"""What Ray lets in with its token on, and that no secret is written anywhere."""
+"""With its token on, Ray accepts only authorised requests; and no secret is written anywhere."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tools.s3_server import S3Server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
 
-TOKEN = "0123456789abcdef" * 4  # Ray wants 64 hexadecimal digits
+TOKEN = "0123456789abcdef" * 4  # Ray requires 64 hexadecimal digits
 
 
 class Guarded(LoopbackCluster):
-    """A cluster with its token on."""
+    """A cluster with token authentication on."""
 
     def get(self, path: str, token: str | None = TOKEN) -> object:
         opener = urllib.request.build_opener()
@@ -78,7 +78,7 @@ def test_a_job_is_submitted_with_the_tokens_file_and_not_without(guarded: Guarde
     assert done.returncode == 0, done.stderr
     assert "it ran" in done.stdout
     del environment["RAY_AUTH_MODE"]
-    assert submitted().returncode != 0, "Ray has learnt to look for its token: docs/operations.md says otherwise"
+    assert submitted().returncode != 0, "Ray now finds its token by itself: update docs/operations.md"
 
 
 def test_secrets_that_a_training_on_s3_used_stand_in_no_file_afterwards(
@@ -101,4 +101,4 @@ def test_secrets_that_a_training_on_s3_used_stand_in_no_file_afterwards(
         for path in written:
             body = path.read_bytes()
             for name, value in (("the secret key", secret), ("Ray's token", TOKEN)):
-                assert value.encode() not in body, f"{name} stands in {path}"
+                assert value.encode() not in body, f"{name} is in {path}"

@@ -1,9 +1,10 @@
-"""What a run leaves to look at: the line an epoch, the history file, TensorBoard events, MLflow."""
+"""What a run reports: the line per epoch, the history file, TensorBoard events, MLflow."""
 
 from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,25 @@ from tensorboardX.proto.event_pb2 import Event
 
 from btray import storage
 from btray.training.config import TrainConfig
-from btray.training.tracking import HISTORY, Record, Tracker, progress_line, require_mlflow
+from btray.training.history import HISTORY, EpochRecord
+from btray.training.tracking import Tracker, progress_line, require_mlflow
 
 
-def record(epoch: int, f1: float) -> Record:
-    return {
-        "epoch": epoch,
-        "train_loss": 1.5 / epoch,
-        "val_loss": 1.0 / epoch,
-        "val_macro_f1": f1,
-        "score": f1,
-        "images_per_second": 120.0,
-        "seconds": 30.0,
-    }
+def record(epoch: int, f1: float) -> EpochRecord:
+    return EpochRecord(
+        epoch=epoch,
+        train_loss=1.5 / epoch,
+        learning_rate=0.001,
+        images=3600,
+        images_per_second=120.0,
+        feed_ratio=0.99,
+        val_loss=1.0 / epoch,
+        val_macro_f1=f1,
+        val_accuracy=f1,
+        score=f1,
+        rejected=0,
+        seconds=30.0,
+    )
 
 
 HISTORY_OF_THREE = [record(1, 0.5), record(2, 0.9), record(3, 0.8)]
@@ -58,13 +65,13 @@ def test_the_progress_line_says_loss_best_epoch_speed_and_time_left() -> None:
 
 
 def test_the_progress_line_of_a_diverged_epoch_says_so_and_names_the_best() -> None:
-    diverged = {**record(4, 0.1), "train_loss": None, "val_loss": None, "score": -1.0}
+    diverged = replace(record(4, 0.1), train_loss=None, val_loss=None, score=-1.0)
     line = progress_line([*HISTORY_OF_THREE, diverged], epochs=7)
     assert "loss not finite  val loss not finite" in line
     assert "best 0.900 in epoch 2" in line
 
 
-def test_every_epoch_is_in_the_history_and_in_the_events_when_it_has_ended(tmp_path: Path) -> None:
+def test_every_epoch_is_in_the_history_and_in_the_events_as_soon_as_it_has_ended(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y"))
     for count in (1, 2, 3):
         tracker.epoch_ended(HISTORY_OF_THREE[:count])
@@ -74,7 +81,7 @@ def test_every_epoch_is_in_the_history_and_in_the_events_when_it_has_ended(tmp_p
     tracker.close()
 
 
-def test_an_epoch_that_is_done_again_after_a_failure_stands_once(tmp_path: Path) -> None:
+def test_an_epoch_that_is_trained_again_after_a_failure_is_recorded_once(tmp_path: Path) -> None:
     for finished in (0, 1):
         tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y"))
         for count in range(finished + 1, 3 + finished):
@@ -117,7 +124,7 @@ def test_mlflow_gets_the_config_and_every_number(mlflow_uri: str, tmp_path: Path
     assert run.info.status == "FINISHED"
 
 
-def test_a_run_that_is_taken_up_goes_on_in_the_same_run_of_mlflow(mlflow_uri: str, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_run_of_mlflow(mlflow_uri: str, tmp_path: Path) -> None:
     for epochs in (1, 2):  # the config may change, which a parameter of MLflow may not
         tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=mlflow_uri, epochs=epochs))
         tracker.epoch_ended(HISTORY_OF_THREE[:epochs])

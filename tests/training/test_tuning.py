@@ -1,4 +1,4 @@
-"""The search: its space, what it calls worth its cost, and that killing it and running it again changes nothing."""
+"""The search: its space, which trials are worth their cost, and that a killed search resumes without a difference."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from btray.model.config import NetworkConfig
 from btray.model.network import build_network
 from btray.training import prepare, tuning
 from btray.training.config import SpaceConfig, TrainConfig, TuneConfig
+from btray.training.history import EpochRecord
 from btray.training.tuning import (
     EarlyStopping,
     concurrency,
     cpus_of_a_trial,
+    default_point,
     domains,
-    given_point,
     trial_config,
     tune,
     varied_settings,
 )
-from btray.training.tuning_report import Row, accuracy_against_cost, by_score, frontier, table_csv, table_text
+from btray.training.tuning_report import TrialRecord, accuracy_against_cost, by_score, frontier, table_csv, table_text
 from tests.conftest import ROOT
 from tests.helpers.training_helpers import latest_report, tiny, write_tree
 from tools.processes import descendants, is_alive
@@ -49,12 +50,18 @@ SMALL = SpaceConfig(
 )  # fmt: skip
 
 
-def row(trial: str, gflop: float, macro_f1: float | None, state: str = "finished") -> Row:
-    return {
-        "trial": trial, "state": state, "epochs": 3, "score": macro_f1, "val_macro_f1": macro_f1,
-        "val_accuracy": macro_f1, "val_loss": 1.0, "gflop": gflop, "parameters": 1000, "images_per_second": 9.0,
-        "seconds": 3.0, "width": 1.0,
-    }  # fmt: skip
+def trial(name: str, gflop: float, macro_f1: float | None, state: Any = "finished") -> TrialRecord:
+    best = None if macro_f1 is None else epoch_of(macro_f1)
+    return TrialRecord(
+        trial=name, state=state, epochs=3, best=best, gflop=gflop, parameters=1000, seconds=3.0, settings={"width": 1.0}
+    )
+
+
+def epoch_of(macro_f1: float) -> EpochRecord:
+    return EpochRecord(
+        epoch=2, train_loss=1.0, learning_rate=0.001, images=40, images_per_second=9.0, feed_ratio=1.0, val_loss=1.0,
+        val_macro_f1=macro_f1, val_accuracy=macro_f1, score=macro_f1, rejected=0, seconds=1.0,
+    )  # fmt: skip
 
 
 # ---- the space
@@ -77,12 +84,12 @@ def test_every_point_of_the_default_space_is_a_network_that_can_be_built() -> No
 
 def test_the_config_as_it_is_given_is_a_trial_and_one_outside_the_space_is_none() -> None:
     config = TuneConfig(data="d", out="o")
-    point = given_point(config)
+    point = default_point(config)
     assert point is not None
     trained = trial_config(config, point, "t")
     assert (trained.network, trained.optimiser) == (config.network, config.optimiser)
     outside = config.optimiser.model_copy(update={"learning_rate": 0.5})
-    assert given_point(config.model_copy(update={"optimiser": outside})) is None
+    assert default_point(config.model_copy(update={"optimiser": outside})) is None
 
 
 def test_a_setting_with_one_value_is_fixed() -> None:
@@ -123,33 +130,44 @@ def test_flags_of_training_and_of_the_space_go_together() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_nothing_beats_the_frontier_and_what_it_leaves_out_is_beaten(points: list[tuple[int, int]]) -> None:
-    rows = [row(f"t{number}", cost, f1 / 5) for number, (cost, f1) in enumerate(points)]
-    best = frontier(rows)
+    trials = [trial(f"t{number}", cost, f1 / 5) for number, (cost, f1) in enumerate(points)]
+    best = {(cost, f1) for cost, f1, _ in frontier(trials)}
+    everything = {(one.gflop, one.macro_f1) for one in trials}
 
-    def beaten(one: Row, other: Row) -> bool:
-        at_most = other["gflop"] <= one["gflop"] and other["val_macro_f1"] >= one["val_macro_f1"]
-        return at_most and (other["gflop"], other["val_macro_f1"]) != (one["gflop"], one["val_macro_f1"])
+    def beaten(one: Any, other: Any) -> bool:
+        return other[0] <= one[0] and other[1] >= one[1] and other != one
 
-    assert not any(beaten(one, other) for one in best for other in rows)
-    kept = {(one["gflop"], one["val_macro_f1"]) for one in best}
-    for one in rows:
-        assert (one["gflop"], one["val_macro_f1"]) in kept or any(beaten(one, other) for other in rows)
+    assert not any(beaten(one, other) for one in best for other in everything)
+    assert all(one in best or any(beaten(one, other) for other in everything) for one in everything)
 
 
 def test_the_table_has_every_trial_best_first_and_failed_ones_last() -> None:
-    rows = [row("a", 1.0, 0.5), row("b", 2.0, None, "failed"), row("c", 3.0, 0.9), row("d", 4.0, 0.7, "stopped")]
-    read = list(csv.DictReader(io.StringIO(table_csv(rows).decode())))
+    trials = [
+        trial("a", 1.0, 0.5),
+        trial("b", 2.0, None, "failed"),
+        trial("c", 3.0, 0.9),
+        trial("d", 4.0, 0.7, "stopped"),
+    ]
+    read = list(csv.DictReader(io.StringIO(table_csv(trials).decode())))
     assert [line["trial"] for line in read] == ["c", "d", "a", "b"]
-    lines = table_text(rows, ["width"]).splitlines()
+    columns = "trial state epochs score val_macro_f1 val_accuracy val_loss gflop parameters images_per_second seconds"
+    assert list(read[0]) == [*columns.split(), "width"]
+    assert [line["score"] for line in read] == ["0.9", "0.7", "0.5", ""]
+    lines = table_text(trials, ["width"]).splitlines()
     assert [line.split()[0] for line in lines] == ["trial", "c", "d", "a", "b"]
     assert [line.endswith("*") for line in lines] == [False, True, False, True, False]
 
 
 def test_the_plot_is_a_picture_of_all_trials() -> None:
-    rows = [row("a", 0.1, 0.5), row("b", 0.2, None, "failed"), row("c", 0.4, 0.9), row("d", 0.4, 0.7, "stopped")]
+    trials = [
+        trial("a", 0.1, 0.5),
+        trial("b", 0.2, None, "failed"),
+        trial("c", 0.4, 0.9),
+        trial("d", 0.4, 0.7, "stopped"),
+    ]
     pictures = [
         np.asarray(Image.open(io.BytesIO(accuracy_against_cost(some, by_score(some)[0], images=50))).convert("RGB"))
-        for some in (rows, rows[:3], rows[:1])
+        for some in (trials, trials[:3], trials[:1])
     ]
     assert all(picture.std() > 5 for picture in pictures)
     assert not np.array_equal(pictures[0], pictures[1])
@@ -210,7 +228,7 @@ def test_a_weak_trial_is_asked_to_end_and_never_killed(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         assert [result(trials[0], epoch, 0.9), result(trials[1], epoch, 0.1)] == ["CONTINUE", "CONTINUE"]
         assert [path.parent.name for path in tmp_path.glob("*/stop")] == ["weak"]
-        (tmp_path / "weak" / "stop").unlink()  # as a run does that is taken up
+        (tmp_path / "weak" / "stop").unlink()  # as a resumed run does
 
 
 # ---- the search itself
@@ -287,7 +305,7 @@ def test_the_labels_of_the_test_split_change_no_trial_and_not_which_one_is_chose
 @pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_a_search_that_is_killed_goes_on_with_the_same_command(pictures: str, tmp_path: Path) -> None:
+def test_a_killed_search_is_resumed_by_the_same_command(pictures: str, tmp_path: Path) -> None:
     config = small_search(pictures, tmp_path / "model", trials=4, epochs=6)
     written = tmp_path / "config.yaml"
     written.write_text(config.to_yaml())

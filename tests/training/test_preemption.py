@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or whose machine is taken back: checkpoints in the midst of an epoch, and going on."""
+"""A run that is stopped, or whose machine is reclaimed: checkpoints in the middle of an epoch, and resuming."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import pytest
 import ray.train
-import torch
 from torch import Tensor
 
 from btray import storage
 from btray.core.errors import Stopped
 from btray.storage import StorageError
 from btray.training import preemption
+from btray.training.collectives import Collectives
 from btray.training.job import train
-from btray.training.preemption import STOP, Watch, stoppable
+from btray.training.plan import run_folder
+from btray.training.preemption import STOP, InterruptionWatch, stoppable
 from tests.conftest import ROOT
-from tests.helpers.training_helpers import history_of, run_of, tiny, train_here, write_tree
+from tests.helpers.training_helpers import checkpoint_in, history_of, tiny, train_here, write_tree
 
 
 @pytest.fixture
 def nothing_is_reclaimed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """No node is drained but those whose ids the test appends."""
+    """No node is drained except those whose ids the test appends."""
     drained: list[str] = []
     monkeypatch.setattr(
         ray.train,
@@ -40,18 +42,19 @@ def nothing_is_reclaimed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return drained
 
 
-def alone(tensor: Tensor) -> Tensor:
-    return tensor
+def watch_in(folder: Path, rank: int = 0, add: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> InterruptionWatch:
+    """Return the watch of a worker whose tensors `add` sums over all workers."""
+    return InterruptionWatch(str(folder), cast("Collectives", SimpleNamespace(rank=rank, sum=add)))
 
 
 # ---- the look-out
 
 
-def test_each_notice_is_given_once_and_a_stop_again_and_again(
+def test_each_reclaimed_node_is_reported_once_and_a_stop_at_every_look(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preemption, "EVERY", 0.0)  # look after every step
-    watch = Watch(str(tmp_path), 0, alone)
+    watch = watch_in(tmp_path)
     assert watch.after_step() is None
     nothing_is_reclaimed.append("a")
     assert [watch.after_step() for _ in range(3)] == ["reclaimed", None, None]
@@ -62,13 +65,13 @@ def test_each_notice_is_given_once_and_a_stop_again_and_again(
 
 
 @pytest.mark.parametrize("pace", [0.01, 2.0, 30.0])
-def test_looks_are_seconds_apart_whatever_a_step_takes(
+def test_looks_are_seconds_apart_however_long_a_step_takes(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pace: float
 ) -> None:
     now = 0.0
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
     looked: list[float] = []
-    watch = Watch(str(tmp_path), 0, lambda tensor: looked.append(now) or tensor)  # type: ignore[func-returns-value]
+    watch = watch_in(tmp_path, 0, lambda tensor: looked.append(now) or tensor)  # type: ignore[func-returns-value]
     for _ in range(2000):
         now += pace
         watch.after_step()
@@ -77,14 +80,14 @@ def test_looks_are_seconds_apart_whatever_a_step_takes(
     assert all(preemption.EVERY * 0.99 <= gap <= max(preemption.EVERY, pace) + pace for gap in gaps)
 
 
-def test_all_workers_look_after_the_same_steps_however_their_clocks_go(
+def test_all_workers_look_after_the_same_steps_however_their_clocks_differ(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that looked alone would wait for the others for ever."""
     said: list[Tensor] = []
-    first = Watch(str(tmp_path), 0, lambda tensor: said.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    first = watch_in(tmp_path, 0, lambda tensor: said.append(tensor) or tensor)  # type: ignore[func-returns-value]
     answers: list[Tensor] = []
-    other = Watch(str(tmp_path), 1, lambda tensor: answers.pop(0) + tensor)
+    other = watch_in(tmp_path, 1, lambda tensor: answers.pop(0) + tensor)
     looks: list[tuple[bool, bool]] = []
     for step in range(400):
         if step == 100:
@@ -101,14 +104,14 @@ def test_all_workers_look_after_the_same_steps_however_their_clocks_go(
     assert all(mine == yours for mine, yours in looks)
 
 
-def test_a_store_that_is_away_ends_no_training(
+def test_an_unreachable_store_does_not_end_the_training(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(uri: str) -> bool:
         raise StorageError("unavailable", uri, "no answer")
 
     monkeypatch.setattr(storage, "exists", away)
-    assert Watch(str(tmp_path), 0, alone).after_step() is None
+    assert watch_in(tmp_path).after_step() is None
 
 
 # ---- the signal
@@ -142,7 +145,7 @@ def job(config):
         print("ready", flush=True)
         while not (asked() and sys.argv[2] == "obeys"):
             time.sleep(0.02)
-    raise Stopped("stopped; the same command goes on")
+    raise Stopped("stopped; the same command resumes it")
 arguments, sys.argv[1:] = sys.argv[1:], []
 sys.argv += arguments
 import btray.core.config
@@ -168,7 +171,7 @@ def test_a_stopped_job_ends_with_143_and_a_second_signal_ends_one_that_hangs(
         job.kill()
     assert job.returncode == 143
     assert "Traceback" not in said
-    assert ("the same command goes on" in said) == (how == "obeys")
+    assert ("the same command resumes it" in said) == (how == "obeys")
 
 
 # ---- a training
@@ -176,7 +179,7 @@ def test_a_stopped_job_ends_with_143_and_a_second_signal_ends_one_that_hangs(
 
 @pytest.mark.cluster
 @pytest.mark.soak
-def test_a_training_that_is_stopped_within_an_epoch_goes_on_at_that_step_as_if_nothing_had_been(
+def test_a_training_that_is_stopped_within_an_epoch_resumes_at_that_step_as_if_it_had_not_been(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -193,15 +196,15 @@ def test_a_training_that_is_stopped_within_an_epoch_goes_on_at_that_step_as_if_n
 
     stopper = threading.Thread(target=stop)
     stopper.start()
-    with pytest.raises(Stopped, match="the same command goes on"):
+    with pytest.raises(Stopped, match="the same command resumes it"):
         train(config)
     stopper.join()
-    (name,) = [name for name in storage.list_names(run_of(config)) if name.startswith("epoch_")]
-    state: dict[str, Any] = torch.load(Path(run_of(config), name, "state.pt"), weights_only=True)
-    assert state["steps"] == 1
-    assert state["history"] == history_of(config) == []
+    (name,) = [name for name in storage.list_names(run_folder(config)) if name.startswith("epoch_")]
+    checkpoint = checkpoint_in(Path(run_folder(config), name))
+    assert checkpoint.steps == 1
+    assert checkpoint.history == history_of(config) == []
     train(config)
-    curves = [[(record["train_loss"], record["val_loss"]) for record in history]
+    curves = [[(record.train_loss, record.val_loss) for record in history]
               for history in (history_of(config), undisturbed)]  # fmt: skip
     assert [loss for pair in curves[0] for loss in pair] == pytest.approx(
         [loss for pair in curves[1] for loss in pair], rel=1e-4

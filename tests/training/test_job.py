@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,21 @@ from btray.data import labelled
 from btray.data.frames import FrameSource, Rejection
 from btray.model.bundle import load_bundle, read_fingerprints
 from btray.model.classifier import Classifier
-from btray.training import job as training
-from btray.training import prepare, train_loop
+from btray.training import optimizer, prepare
+from btray.training.checkpoints import Checkpoint
 from btray.training.config import TrainConfig
+from btray.training.history import EpochRecord, best_record, score_of
 from btray.training.job import train
 from btray.training.optimizer import weighted_losses
+from btray.training.plan import run_folder
+from btray.training.run import RUN_MAY_CHANGE, best_weights, claim_run
 from tests.conftest import ROOT
 from tests.helpers.scan_corpus import bad_scans
 from tests.helpers.training_helpers import (
+    checkpoint_in,
     easy_picture,
     history_of,
     prepared,
-    run_of,
     tiny,
     train_here,
     training_workers,
@@ -94,8 +98,8 @@ def finished(ray_session: None, unbalanced: str, tmp_path_factory: pytest.TempPa
     return config
 
 
-def losses(history: list[dict[str, Any]]) -> list[float]:
-    return [record[name] for record in history for name in LOSSES]
+def losses(history: list[EpochRecord]) -> list[float]:
+    return [getattr(record, name) for record in history for name in LOSSES]
 
 
 def is_golden(curve: list[float]) -> bool:
@@ -103,7 +107,7 @@ def is_golden(curve: list[float]) -> bool:
 
 
 def read_rejected(config: TrainConfig) -> dict[str, str]:
-    rows = csv.DictReader(io.StringIO(storage.read_text(storage.join(run_of(config), "rejected.csv"))))
+    rows = csv.DictReader(io.StringIO(storage.read_text(storage.join(run_folder(config), "rejected.csv"))))
     return {row["uri"]: row["error_code"] for row in rows}
 
 
@@ -120,9 +124,9 @@ def test_two_workers_with_half_the_batch_learn_like_one_with_the_whole(
 def test_every_image_counts_once_however_many_workers_train(finished: TrainConfig, unbalanced: str) -> None:
     images = sum("Training" in info.uri for info in storage.list_files(unbalanced))
     for record in history_of(finished):
-        assert images / 2 < record["images"] <= images  # the rest is held out
+        assert images / 2 < record.images <= images  # the rest is held out
         # `seconds` are those of the whole epoch, training and validation
-        assert record["images_per_second"] > record["images"] / record["seconds"]
+        assert record.images_per_second > record.images / record.seconds
 
 
 def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
@@ -147,11 +151,11 @@ def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
     ],
     ids=str,
 )
-def test_each_way_of_training_learns_and_is_no_other(
+def test_each_way_of_training_learns_and_differs_from_the_default(
     ray_session: None, unbalanced: str, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     history, _ = train_here(tiny(unbalanced, tmp_path, **change))
-    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert history[-1].train_loss < history[0].train_loss
     assert not is_golden(losses(history))
 
 
@@ -168,14 +172,14 @@ def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finish
     assert prints is not None
     assert len(prints) == sum(sum(bundle.manifest.data["counts"][part].values()) for part in ("train", "validation"))
     history = history_of(finished)
-    assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5, 6]
+    assert [record.epoch for record in history] == [1, 2, 3, 4, 5, 6]
     assert storage.read_text(storage.join(finished.out, "history.jsonl")) == storage.read_text(
-        storage.join(run_of(finished), "history.jsonl")
+        storage.join(run_folder(finished), "history.jsonl")
     )
-    assert any("tfevents" in name for name in storage.list_names(storage.join(run_of(finished), "tensorboard")))
+    assert any("tfevents" in name for name in storage.list_names(storage.join(run_folder(finished), "tensorboard")))
 
 
-def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_answer(finished: TrainConfig) -> None:
+def test_configured_limits_are_fitted_on_validation_images_and_marked_in_every_answer(finished: TrainConfig) -> None:
     limits = load_bundle(finished.out).manifest.thresholds
     assert limits.abstain_below is not None
     assert limits.conformal_error == 0.2
@@ -193,7 +197,7 @@ def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_an
     assert all(p.label in p.label_set for p in said)
 
 
-def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_the_best_of_none(
+def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_never_the_best(
     ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses_of_steps = iter(range(1000))
@@ -201,49 +205,48 @@ def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_the_best_of_none(
     def break_in_the_third_epoch(*arguments: Any) -> torch.Tensor:  # 80 images in batches of 16 are 5 steps
         return weighted_losses(*arguments) * (float("nan") if next(losses_of_steps) >= 12 else 1.0)
 
-    monkeypatch.setattr(train_loop, "weighted_losses", break_in_the_third_epoch)
+    monkeypatch.setattr(optimizer, "weighted_losses", break_in_the_third_epoch)
     config = tiny(with_val_split, tmp_path / "model", epochs=6, num_workers="1")
     history, _ = train_here(config)
-    assert [record["train_loss"] is None for record in history] == [False, False, True]
-    assert history[2]["val_loss"] is None
-    assert history[2]["score"] < 0.0 <= history[0]["val_macro_f1"]
-    assert "NaN" not in storage.read_text(storage.join(run_of(config), "history.jsonl"))
+    assert [record.train_loss is None for record in history] == [False, False, True]
+    assert history[2].val_loss is None
+    assert history[2].score < 0.0 <= history[0].val_macro_f1
+    assert "NaN" not in storage.read_text(storage.join(run_folder(config), "history.jsonl"))
 
 
-def test_a_score_is_finite_and_that_of_a_diverged_epoch_below_every_other() -> None:
-    for loss in (float("nan"), float("inf")):
-        assert train_loop.score_of(1.0, loss) < train_loop.score_of(0.0, 1e9)
-
-
-def test_the_best_finite_checkpoint_is_kept_and_where_there_is_none_the_remedy_is_named(tmp_path: Path) -> None:
+def test_the_best_finite_checkpoint_is_kept_and_if_there_is_none_the_remedy_is_named(tmp_path: Path) -> None:
     def checkpoint(epoch: int, value: float) -> ray.train.Checkpoint:
         folder = tmp_path / str(epoch)
         folder.mkdir()
-        torch.save({"evaluated": {"w": torch.tensor([value])}}, folder / train_loop.STATE)
+        weights = {"w": torch.tensor([value])}
+        content = Checkpoint(
+            network=weights, optimiser={}, average=None, evaluated=weights, history=[], steps=0, totals=torch.zeros(3)
+        )
+        content.save(str(folder))
         return ray.train.Checkpoint.from_directory(folder)
 
     nan = float("nan")
     good, late = checkpoint(1, 3.0), checkpoint(2, nan)
-    ranked = [(late, {"score": train_loop.score_of(0.9, nan)}), (good, {"score": train_loop.score_of(0.5, 0.7)})]
-    assert training.best_weights(ranked, "train")["w"].item() == 3.0
-    for score in (train_loop.score_of(0.9, nan), 4.0):  # 4.0: of a refit's fifth epoch, which is not validated
+    ranked = [(late, {"score": score_of(0.9, nan)}), (good, {"score": score_of(0.5, 0.7)})]
+    assert best_weights(ranked, "train")["w"].item() == 3.0
+    for score in (score_of(0.9, nan), 4.0):  # 4.0: of a refit's fifth epoch, which is not validated
         with pytest.raises(UserError, match=r"diverged.*--optimiser\.learning-rate.*--optimiser\.clip-norm.*--name"):
-            training.best_weights([(late, {"score": score})], "train")
+            best_weights([(late, {"score": score})], "train")
 
 
 @pytest.mark.soak
-def test_the_refit_goes_on_from_the_best_network_with_every_image_and_leaves_the_first_run_as_it_was(
+def test_the_refit_continues_the_best_network_with_every_image_and_leaves_the_first_run_as_it_was(
     ray_session: None, unbalanced: str, tmp_path: Path
 ) -> None:
     config = tiny(unbalanced, tmp_path / "model", epochs=2, refit_epochs=3)
     train(config)
-    assert [record["epoch"] for record in history_of(config)] == [1, 2]
+    assert [record.epoch for record in history_of(config)] == [1, 2]
     again = history_of(config.model_copy(update={"name": "train.refit-2-3"}))
-    assert [record["val_loss"] for record in again] == [None] * 3
-    assert again[-1]["train_loss"] < history_of(config)[-1]["train_loss"]
+    assert [record.val_loss for record in again] == [None] * 3
+    assert again[-1].train_loss < history_of(config)[-1].train_loss
     bundle = load_bundle(config.out)
-    last = training.load_state(storage.join(run_of(config) + ".refit-2-3", "epoch_00003"))["evaluated"]
-    before = training.load_state(storage.join(run_of(config), "epoch_00002"))["evaluated"]
+    last = checkpoint_in(storage.join(run_folder(config) + ".refit-2-3", "epoch_00003")).evaluated
+    before = checkpoint_in(storage.join(run_folder(config), "epoch_00002")).evaluated
     assert all(torch.equal(tensor, last[name]) for name, tensor in bundle.weights.items())
     assert not all(torch.equal(tensor, before[name]) for name, tensor in bundle.weights.items())
     assert storage.read_json(storage.join(config.out, "metrics.json"))["n"] == 18
@@ -258,13 +261,13 @@ def test_training_stops_at_patience_and_keeps_the_best_epoch(
     config = tiny(with_val_split, tmp_path / "model", epochs=30, patience=3, optimiser=wild, refit_epochs=2)
     train(config)
     history = history_of(config)
-    best = max(history, key=lambda record: record["score"])
-    assert len(history) == best["epoch"] + 3 < 30
+    best = best_record(history)
+    assert len(history) == best.epoch + 3 < 30
     assert storage.list_names(config.storage_uri) == [config.name], "a val split of the data's own is never learnt from"
     bundle = load_bundle(config.out)
     of_best, of_last = (
-        training.load_state(storage.join(run_of(config), f"epoch_{epoch:05d}"))["evaluated"]
-        for epoch in (best["epoch"], len(history))
+        checkpoint_in(storage.join(run_folder(config), f"epoch_{epoch:05d}")).evaluated
+        for epoch in (best.epoch, len(history))
     )
     assert all(torch.equal(bundle.weights[name], value) for name, value in of_best.items())
     assert not all(torch.equal(bundle.weights[name], value) for name, value in of_last.items())
@@ -274,7 +277,7 @@ def test_training_stops_at_patience_and_keeps_the_best_epoch(
 
 
 @pytest.mark.soak
-def test_a_finished_run_is_not_trained_again_and_goes_on_with_more_epochs(finished: TrainConfig) -> None:
+def test_a_finished_run_is_not_trained_again_and_continues_with_more_epochs(finished: TrainConfig) -> None:
     history, model_id = history_of(finished), load_bundle(finished.out).manifest.model_id
     train(finished)
     assert history_of(finished) == history
@@ -283,7 +286,7 @@ def test_a_finished_run_is_not_trained_again_and_goes_on_with_more_epochs(finish
     assert load_bundle(finished.out).manifest.data["epochs"] == 8
     longer = history_of(finished)
     assert longer[:6] == history
-    assert [record["epoch"] for record in longer] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [record.epoch for record in longer] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
@@ -312,17 +315,22 @@ def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
     assert history_of(finished) == before
 
 
-def test_the_same_files_by_another_way_are_the_same_run(
+def test_the_same_files_under_another_path_are_the_same_run(
     ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(with_val_split, tmp_path / "model")
-    data, folder = prepared(config), storage.join(str(tmp_path), "run")
-    training.claim_run(folder, data, config, training.RUN_MAY_CHANGE)
+    data = prepared(config)
+    claim_run(data, RUN_MAY_CHANGE)
+
+    def claim(source: str) -> None:
+        plan = replace(data.plan, config=config.model_copy(update={"data": source}))
+        claim_run(replace(data, plan=plan), RUN_MAY_CHANGE)
+
     monkeypatch.chdir(Path(with_val_split).parent)
     for way in (Path(with_val_split).name, f"./{Path(with_val_split).name}/"):
-        training.claim_run(folder, data, config.model_copy(update={"data": way}), training.RUN_MAY_CHANGE)
+        claim(way)
     with pytest.raises(UserError, match="another data;"):
-        training.claim_run(folder, data, config.model_copy(update={"data": "elsewhere"}), training.RUN_MAY_CHANGE)
+        claim("elsewhere")
 
 
 # ---- kills
@@ -340,7 +348,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, failed: Callable[[], 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
+def test_a_killed_worker_is_replaced_and_the_run_completes(
     ray_session: None, with_val_split: str, tmp_path: Path
 ) -> None:
     """Batch norm without averaging, too: what is validated must be what is kept, though statistics differ by worker."""
@@ -353,7 +361,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
         network={"norm": "batch"},
         optimiser={"ema": 0.0, "learning_rate": 0.002},
     )
-    seen: list[dict[str, Any]] = []
+    seen: list[EpochRecord] = []
     killed: list[int] = []
     ended = threading.Event()
 
@@ -373,22 +381,22 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
     assert killed
     assert 3 <= len(seen) < 16
     history = history_of(config)
-    assert [record["epoch"] for record in history] == list(range(1, 17))
+    assert [record.epoch for record in history] == list(range(1, 17))
     assert history[0] == seen[0]  # to the last bit of its seconds: not trained anew
 
-    best = max(history, key=lambda record: record["score"])
+    best = best_record(history)
     bundle = load_bundle(config.out)
     pictures = [Path(info.uri) for info in storage.list_files(storage.join(with_val_split, "val"))]
     frames = FrameSource(config.preprocess).from_uris([str(path) for path in pictures])
     labels = [bundle.manifest.classes.index(path.parent.name) for path in pictures]
     logits = Classifier(bundle).answer(np.stack([f[0] for f in frames if not isinstance(f, Rejection)])).logits
     loss = F.cross_entropy(torch.as_tensor(logits), torch.tensor(labels)).item()
-    assert loss == pytest.approx(best["val_loss"], rel=1e-3)
+    assert loss == pytest.approx(best.val_loss, rel=1e-3)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_killed_job_that_is_run_again_goes_on_where_it_was(with_val_split: str, tmp_path: Path) -> None:
+def test_a_killed_job_that_is_run_again_resumes_where_it_was(with_val_split: str, tmp_path: Path) -> None:
     flags = {
         "data": with_val_split, "out": str(tmp_path / "model"), "num-workers": 1, "epochs": 12, "batch-size": 4,
         "preprocess.size": 32, "network.stem-width": 8, "network.widths": "8,16", "network.depths": "1,1",
@@ -412,7 +420,7 @@ def test_a_killed_job_that_is_run_again_goes_on_where_it_was(with_val_split: str
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == config.out
     history = history_of(config)
-    assert [record["epoch"] for record in history] == list(range(1, 13))
+    assert [record.epoch for record in history] == list(range(1, 13))
     assert history[:3] == seen[:3]
     load_bundle(config.out).network()
 
@@ -456,7 +464,7 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
         Path(vanishing).unlink()
         return table
 
-    monkeypatch.setattr(training, "read_labelled", list_then_lose)
+    monkeypatch.setattr(prepare, "read_labelled", list_then_lose)
     config = tiny(root, tmp_path / "model", max_rejected=0.1, epochs=3, refit_epochs=2)
     train(config)
     assert read_rejected(config) == codes | {vanishing: "not_found"}
@@ -471,7 +479,7 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
     assert metrics["out_of_distribution"]["flagged"] == 1
     assert metrics["model_id"] == manifest.model_id
     assert (manifest.data["epochs"], manifest.data["refit_epochs"]) == (3, 2)
-    best = max(history_of(config), key=lambda record: record["score"])["epoch"]
+    best = best_record(history_of(config)).epoch
     assert manifest.data["best_epoch"] == best
     assert f"3, of which number {best} was the best; then 2 on all images" in storage.read_text(
         f"{config.out}/report.html"
@@ -496,7 +504,7 @@ def test_too_many_bad_files_stop_the_job_and_the_commonest_code_is_named(
 
 
 @pytest.mark.soak
-def test_unreadable_test_images_are_named_and_too_many_of_them_are_told_after_the_bundle_is_written(
+def test_unreadable_test_images_are_named_and_too_many_of_them_fail_the_job_after_the_bundle_is_written(
     ray_session: None, tmp_path: Path
 ) -> None:
     root = write_tree(
@@ -535,7 +543,7 @@ def test_unusable_input_is_one_line(
     [({"batch_size": 1, "num_workers": "2"}, "--batch-size 1 cannot feed"), ({"use_gpu": True}, "--use-gpu: .*no GPU")],
     ids=["batch", "gpu"],
 )
-def test_what_no_image_is_needed_to_refuse_is_refused_before_one_is_read(
+def test_a_config_that_cannot_work_is_refused_before_an_image_is_read(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(prepare, "decode_rows", None)
@@ -553,7 +561,7 @@ def test_a_class_whose_images_are_all_broken_is_named(ray_session: None, tmp_pat
 def test_the_val_split_alone_is_held_out(ray_session: None, with_val_split: str, tmp_path: Path) -> None:
     data = prepared(tiny(with_val_split, tmp_path))
     rows = data.plan.samples[data.plan.validation] // 1024
-    assert set(data.table.take(rows)["split"].to_pylist()) == {"val"}
+    assert set(data.source.table.take(rows)["split"].to_pylist()) == {"val"}
     assert len(rows) == 19
     assert len(data.plan.train) == 80
 
@@ -582,7 +590,7 @@ def test_twins_of_test_images_are_counted_and_left_out_only_when_asked(
     for on_leak in ("warn", "drop"):
         data = prepared(tiny(root, tmp_path / on_leak, on_leak=on_leak, validation=0.3))
         assert data.leak.tested == {"test": (3, 15)}
-        used[on_leak] = set(data.table["uri"].take(data.plan.samples // 1024).to_pylist())
+        used[on_leak] = set(data.source.table["uri"].take(data.plan.samples // 1024).to_pylist())
         assert not any("/Testing/" in uri for uri in used[on_leak])
     assert used["warn"] - used["drop"] == twins
     assert len(used["drop"]) == 30
@@ -597,7 +605,7 @@ def test_a_leak_stops_the_job_before_training_when_asked(
     assert not history_of(config)
 
 
-def test_what_shows_the_same_image_is_never_on_both_sides_of_the_validation_split(
+def test_files_of_the_same_image_are_never_on_both_sides_of_the_validation_split(
     ray_session: None, tmp_path: Path
 ) -> None:
     root = storage.resolve(tmp_path / "twins")
@@ -610,7 +618,7 @@ def test_what_shows_the_same_image_is_never_on_both_sides_of_the_validation_spli
         data = prepared(tiny(root, tmp_path / str(seed), seed=seed, validation=0.25))
         rows = data.plan.samples // 1024
         held = np.isin(np.arange(len(rows)), data.plan.validation)
-        side = dict(zip(data.table["uri"].take(rows).to_pylist(), held.tolist(), strict=True))
+        side = dict(zip(data.source.table["uri"].take(rows).to_pylist(), held.tolist(), strict=True))
         for label in phantoms.CLASSES:
             for number in range(0, 24, 2):
                 original, again = f"{number:05d}.jpg", f"again{23 - number:05d}.png"
@@ -624,7 +632,7 @@ def test_a_frozen_body_stays_for_its_epochs_and_then_learns(
     start = tiny(with_val_split, tmp_path / "start", network={"norm": "batch"}, epochs=1)
     _, state = train_here(start)
     weights = tmp_path / "start.safetensors"
-    safetensors.torch.save_file({name: value.contiguous() for name, value in state["evaluated"].items()}, weights)
+    safetensors.torch.save_file({name: value.contiguous() for name, value in state.evaluated.items()}, weights)
 
     def tuned(epochs: int, freeze_epochs: int) -> set[str]:
         optimiser = {"freeze_epochs": freeze_epochs, "weight_decay": 0.1}
@@ -640,20 +648,20 @@ def test_a_frozen_body_stays_for_its_epochs_and_then_learns(
         return {
             name
             for part in ("network", "evaluated")
-            for name, value in end[part].items()
-            if not torch.equal(value, state["evaluated"][name])
+            for name, value in getattr(end, part).items()
+            if not torch.equal(value, state.evaluated[name])
         }
 
     assert tuned(2, 2) == {"head.weight", "head.bias"}
-    assert tuned(3, 2) == set(state["evaluated"])
-    assert tuned(1, 0) == set(state["evaluated"])
+    assert tuned(3, 2) == set(state.evaluated)
+    assert tuned(1, 0) == set(state.evaluated)
 
 
 def test_a_bundle_is_a_start_and_weights_that_fit_nothing_are_refused(
     finished: TrainConfig, with_val_split: str, tmp_path: Path
 ) -> None:
     first, _ = train_here(tiny(with_val_split, tmp_path / "out", init_from=finished.out, epochs=1))
-    assert first[0]["val_loss"] > 0  # three classes before, two now: all but the head is taken over
+    assert first[0].val_loss > 0  # three classes before, two now: all but the head is taken over
     with pytest.raises(UserError, match=r"not one of its .* tensors fits .*resnet18"):
         prepared(tiny(with_val_split, tmp_path / "out", init_from=finished.out, network={"architecture": "resnet18"}))
     with pytest.raises(UserError, match=r"absent\.safetensors: nothing is there"):
@@ -674,7 +682,7 @@ def test_data_run_and_bundle_may_all_lie_in_object_storage(ray_session: None, bu
     config = tiny(data, f"{bucket}/model", storage=f"{bucket}/runs", num_workers="1:1", epochs=2)
     assert train(config) == f"{bucket}/model"
     assert load_bundle(f"{bucket}/model").manifest.data["uri"] == data
-    assert [record["epoch"] for record in history_of(config)] == [1, 2]
+    assert [record.epoch for record in history_of(config)] == [1, 2]
     names = storage.list_names(f"{bucket}/runs/train")
     assert {"config.yaml", "history.jsonl", "run.json", "tensorboard"} <= set(names)
     assert "epoch_00002" in names

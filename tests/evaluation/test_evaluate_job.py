@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,8 @@ from btray.data.labelled import read_labelled
 from btray.data.labels import CANONICAL
 from btray.data.scans import decode
 from btray.evaluation import scoring
-from btray.evaluation.assessment import evaluate
 from btray.evaluation.config import EvaluateConfig
+from btray.evaluation.job import evaluate
 from btray.evaluation.metrics import compute_metrics
 from btray.model.bundle import FINGERPRINTS, pack_fingerprints, save_bundle
 from btray.model.classifier import Classifier
@@ -92,8 +93,8 @@ def test_what_is_written_is_the_contract_and_what_the_classifier_says(
     labels = np.array([CANONICAL.index(row["label"]) for row, _ in readable])
     expected = compute_metrics(labels, np.array([list(p.probabilities.values()) for _, p in readable]), CANONICAL)
     for key in ("accuracy", "macro_f1", "auroc_macro"):
-        assert metrics[key] == pytest.approx(expected[key], abs=1e-6), key
-    assert metrics["confusion_matrix"] == expected["confusion_matrix"]
+        assert metrics[key] == pytest.approx(getattr(expected, key), abs=1e-6), key
+    assert metrics["confusion_matrix"] == asdict(expected.confusion_matrix)
 
     said = rows(str(tmp_path / "out" / "predictions.csv"))
     assert [row["uri"] for row in said] == [row["uri"] for row, _ in readable]

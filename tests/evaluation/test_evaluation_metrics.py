@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from btray.core.errors import UserError
 from btray.evaluation.metrics import (
+    ClassMetrics,
+    ConfusionMatrix,
     auroc,
     bootstrap_intervals,
     compute_metrics,
@@ -39,18 +42,18 @@ def one_hot(predicted: list[int], classes: int) -> np.ndarray:
 def test_metrics_agree_with_a_count_by_hand() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     metrics = compute_metrics(labels, one_hot([0, 0, 1, 1, 1, 0], 3), ["a", "b", "c"])
-    assert metrics["n"] == 6
-    assert metrics["accuracy"] == pytest.approx(4 / 6)
-    assert metrics["confusion_matrix"] == {"labels": ["a", "b", "c"], "matrix": [[2, 1, 0], [0, 2, 0], [1, 0, 0]]}
-    assert metrics["per_class"]["a"]["precision"] == pytest.approx(2 / 3)
-    assert metrics["per_class"]["b"] == {"precision": 2 / 3, "recall": 1.0, "f1": 0.8, "auroc": 0.875, "support": 2}
-    assert metrics["per_class"]["c"] == {"precision": None, "recall": 0.0, "f1": 0.0, "auroc": 0.5, "support": 1}
-    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0.8 + 0) / 3)
-    assert metrics["ece"] == pytest.approx(2 / 6)  # always sure, right four times of six
+    assert metrics.n == 6
+    assert metrics.accuracy == pytest.approx(4 / 6)
+    assert metrics.confusion_matrix == ConfusionMatrix(labels=["a", "b", "c"], matrix=[[2, 1, 0], [0, 2, 0], [1, 0, 0]])
+    assert metrics.per_class["a"].precision == pytest.approx(2 / 3)
+    assert metrics.per_class["b"] == ClassMetrics(precision=2 / 3, recall=1.0, f1=0.8, auroc=0.875, support=2)
+    assert metrics.per_class["c"] == ClassMetrics(precision=None, recall=0.0, f1=0.0, auroc=0.5, support=1)
+    assert metrics.macro_f1 == pytest.approx((2 / 3 + 0.8 + 0) / 3)
+    assert metrics.ece == pytest.approx(2 / 6)  # always sure, right four times of six
 
 
 def test_keys_are_the_contract() -> None:
-    metrics = compute_metrics(*random_case(0, 40, 5), CLASSES)
+    metrics = asdict(compute_metrics(*random_case(0, 40, 5), CLASSES))
     assert list(metrics) == [
         "n", "accuracy", "accuracy_ci95", "macro_f1", "bootstrap_ci95", "auroc_macro", "ece", "per_class",
         "confusion_matrix",
@@ -67,7 +70,7 @@ def test_any_case_is_strict_json_and_consistent(seed: int, n: int, classes: int,
     if coarse:
         probabilities = one_hot(list(probabilities.argmax(axis=1)), classes) / 2 + 0.5 / classes
     names = [f"class {index}" for index in range(classes)]
-    metrics = json.loads(json.dumps(compute_metrics(labels, probabilities, names), allow_nan=False))
+    metrics = json.loads(json.dumps(asdict(compute_metrics(labels, probabilities, names)), allow_nan=False))
     matrix = np.array(metrics["confusion_matrix"]["matrix"])
     assert matrix.sum() == n
     assert metrics["accuracy"] == pytest.approx(np.trace(matrix) / n)
@@ -84,7 +87,7 @@ def test_any_case_is_strict_json_and_consistent(seed: int, n: int, classes: int,
 def test_macro_auroc_agrees_with_scikit_learn_where_all_classes_occur() -> None:
     labels, probabilities = random_case(1, 300, 5)
     expected = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
-    assert compute_metrics(labels, probabilities, CLASSES)["auroc_macro"] == pytest.approx(expected)
+    assert compute_metrics(labels, probabilities, CLASSES).auroc_macro == pytest.approx(expected)
 
 
 def test_a_class_that_never_occurs_is_null_and_left_out_of_macro_means() -> None:
@@ -92,26 +95,24 @@ def test_a_class_that_never_occurs_is_null_and_left_out_of_macro_means() -> None
     without = compute_metrics(labels, probabilities, CLASSES[:4])
     padded = np.hstack([probabilities, np.zeros((200, 1))])
     metrics = compute_metrics(labels, padded, CLASSES)
-    assert metrics["per_class"]["no_tumor"] == {
-        "precision": None, "recall": None, "f1": None, "auroc": None, "support": 0,
-    }  # fmt: skip
-    assert metrics["macro_f1"] == without["macro_f1"]
-    assert metrics["auroc_macro"] == without["auroc_macro"]
+    assert metrics.per_class["no_tumor"] == ClassMetrics(precision=None, recall=None, f1=None, auroc=None, support=0)
+    assert metrics.macro_f1 == without.macro_f1
+    assert metrics.auroc_macro == without.auroc_macro
 
 
 def test_one_class_present_only_has_no_auroc_but_the_rest() -> None:
     metrics = compute_metrics(np.zeros(3, int), one_hot([0, 0, 1], 2), ["a", "b"])
-    assert metrics["auroc_macro"] is None
-    assert metrics["per_class"]["b"]["precision"] == 0.0  # predicted once, wrongly
-    assert metrics["per_class"]["b"]["recall"] is None
-    assert metrics["macro_f1"] == pytest.approx(0.8)
+    assert metrics.auroc_macro is None
+    assert metrics.per_class["b"].precision == 0.0  # predicted once, wrongly
+    assert metrics.per_class["b"].recall is None
+    assert metrics.macro_f1 == pytest.approx(0.8)
 
 
 def test_equal_probabilities_predict_the_first_class_and_auroc_counts_half() -> None:
     labels, probabilities = np.array([0, 1, 1, 0]), np.full((4, 2), 0.5)
     metrics = compute_metrics(labels, probabilities, ["a", "b"])
-    assert metrics["confusion_matrix"]["matrix"] == [[2, 0], [2, 0]]
-    assert metrics["auroc_macro"] == 0.5
+    assert metrics.confusion_matrix.matrix == [[2, 0], [2, 0]]
+    assert metrics.auroc_macro == 0.5
 
 
 def test_metrics_do_not_depend_on_the_order_of_images_or_classes() -> None:
@@ -122,9 +123,9 @@ def test_metrics_do_not_depend_on_the_order_of_images_or_classes() -> None:
         np.argsort(columns)[labels[order]], probabilities[order][:, columns], [CLASSES[c] for c in columns]
     )
     for key in ("accuracy", "macro_f1", "auroc_macro", "ece"):
-        assert moved[key] == pytest.approx(metrics[key])
+        assert getattr(moved, key) == pytest.approx(getattr(metrics, key))
     for name in CLASSES:
-        assert moved["per_class"][name] == pytest.approx(metrics["per_class"][name])
+        assert asdict(moved.per_class[name]) == pytest.approx(asdict(metrics.per_class[name]))
 
 
 @pytest.mark.parametrize(
@@ -189,9 +190,9 @@ def test_ece_is_near_zero_for_a_model_whose_confidence_is_true() -> None:
     rng = np.random.default_rng(5)
     probabilities = softmax(2 * rng.normal(size=(20_000, 4)), axis=1)
     labels = (probabilities.cumsum(axis=1) > rng.random((20_000, 1))).argmax(axis=1)
-    assert compute_metrics(labels, probabilities, CLASSES[:4])["ece"] < 0.015
+    assert compute_metrics(labels, probabilities, CLASSES[:4]).ece < 0.015
     sharper = softmax(3 * np.log(probabilities), axis=1)
-    assert compute_metrics(labels, sharper, CLASSES[:4])["ece"] > 0.1
+    assert compute_metrics(labels, sharper, CLASSES[:4]).ece > 0.1
 
 
 @pytest.mark.parametrize("truth", [0.4, 1.0, 3.0])
@@ -252,17 +253,17 @@ def test_bootstrap_intervals_are_those_of_drawing_images_with_replacement() -> N
     accuracies = [(labels[chosen] == predicted[chosen]).mean() for chosen in drawn]
     f1s = [f1_score(labels[chosen], predicted[chosen], average="macro") for chosen in drawn[:400]]
     metrics = compute_metrics(labels, probabilities, CLASSES[:4])
-    intervals = bootstrap_intervals(np.array(metrics["confusion_matrix"]["matrix"]))
-    assert intervals == metrics["bootstrap_ci95"], "the same counts give the same intervals"
-    np.testing.assert_allclose(intervals["accuracy"], np.quantile(accuracies, (0.025, 0.975)), atol=0.015)
-    np.testing.assert_allclose(intervals["macro_f1"], np.quantile(f1s, (0.025, 0.975)), atol=0.03)
+    intervals = bootstrap_intervals(np.array(metrics.confusion_matrix.matrix))
+    assert intervals == metrics.bootstrap_ci95, "the same counts give the same intervals"
+    np.testing.assert_allclose(intervals.accuracy, np.quantile(accuracies, (0.025, 0.975)), atol=0.015)
+    np.testing.assert_allclose(intervals.macro_f1, np.quantile(f1s, (0.025, 0.975)), atol=0.03)
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 30), classes=st.integers(2, 6))
 def test_bootstrap_intervals_hold_the_figure_and_stay_within_0_and_1(seed: int, n: int, classes: int) -> None:
     metrics = compute_metrics(*random_case(seed, n, classes), [str(index) for index in range(classes)])
-    low, high = metrics["bootstrap_ci95"]["accuracy"]
-    assert 0 <= low <= metrics["accuracy"] <= high <= 1
-    low, high = metrics["bootstrap_ci95"]["macro_f1"]
+    low, high = metrics.bootstrap_ci95.accuracy
+    assert 0 <= low <= metrics.accuracy <= high <= 1
+    low, high = metrics.bootstrap_ci95.macro_f1
     assert 0 <= low <= high <= 1

@@ -1,4 +1,4 @@
-"""How samples reach the workers: each once an epoch, in an order that depends on seed and epoch alone."""
+"""How samples reach the workers: each once per epoch, in an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from PIL import Image
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.training import feeds
 from btray.training.config import OptimiserConfig, TrainConfig
-from btray.training.feeds import MemoryFeed, Plan, _Decode, epoch_order
-from btray.training.job import fit
+from btray.training.feeds import MemoryFeed, decode_block
+from btray.training.plan import Plan
+from btray.training.run import fit
 from tests.helpers.training_helpers import PREPROCESS, history_of, prepared, tiny, train_and_collect, write_tree
 
 
@@ -68,13 +69,13 @@ class InWorker:
 def test_an_epoch_takes_every_training_sample_once_and_no_other(seed: int, n: int, epoch: int) -> None:
     train = list(range(0, 2 * n, 2))
     plan = plan_of([index % 3 for index in range(2 * n)], train, seed=seed)
-    assert sorted(epoch_order(plan, epoch).tolist()) == train
-    assert epoch_order(plan, epoch).tolist() == epoch_order(plan, epoch).tolist()
+    assert sorted(plan.epoch_order(epoch).tolist()) == train
+    assert plan.epoch_order(epoch).tolist() == plan.epoch_order(epoch).tolist()
 
 
 def test_order_differs_by_epoch_and_by_seed() -> None:
     orders = {
-        tuple(epoch_order(plan_of([0, 1] * 20, list(range(40)), seed=seed), epoch))
+        tuple(plan_of([0, 1] * 20, list(range(40)), seed=seed).epoch_order(epoch))
         for seed in (0, 1)
         for epoch in (0, 1)
     }
@@ -84,7 +85,7 @@ def test_order_differs_by_epoch_and_by_seed() -> None:
 def test_sampling_draws_rare_classes_as_often_as_common_ones() -> None:
     labels = [0] * 900 + [1] * 90 + [2] * 10
     plan = plan_of(labels, list(range(1000)), class_balance="sampling")
-    drawn = np.concatenate([plan.labels[epoch_order(plan, epoch)] for epoch in range(10)])
+    drawn = np.concatenate([plan.labels[plan.epoch_order(epoch)] for epoch in range(10)])
     assert np.bincount(drawn) / len(drawn) == pytest.approx([1 / 3] * 3, abs=0.03)
 
 
@@ -133,7 +134,7 @@ def decoded(folder: Path, pages: Sequence[int]) -> list[dict[str, np.ndarray]]:
     for uri, count in zip(uris, pages, strict=True):
         Path(uri).write_bytes(tiff(count))
     places = np.arange(len(pages))
-    return list(_Decode(FrameSource(PREPROCESS))({"uri": np.array(uris), "row": places, "label": places}))
+    return list(decode_block({"uri": np.array(uris), "row": places, "label": places}, FrameSource(PREPROCESS)))
 
 
 def test_no_frame_has_the_sample_number_of_another_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_streaming_feeds_every_sample_on_two_cpus(
     assert len(data.plan.validation) == 17
     Path(source, "train/glioma/000.png").unlink()  # it could be read when the run began
     fit(data)
-    assert [record["rejected"] for record in history_of(config)] == [1, 1]
+    assert [record.rejected for record in history_of(config)] == [1, 1]
     parts = [json.loads(Path(data.plan.run_uri, f"{rank}.json").read_text()) for rank in range(workers)]
     orders = []
     for epoch in (0, 1):

@@ -1,0 +1,72 @@
+"""The evaluate job: measure a bundle on stored labelled scans and write what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from btray import storage
+from btray.core.cluster import connected, require_gpus
+from btray.data.labelled import read_labelled
+from btray.data.labels import require_known_labels
+from btray.data.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
+from btray.evaluation.assessment import assess
+from btray.evaluation.config import EvaluateConfig
+from btray.evaluation.report import summary
+from btray.evaluation.scoring import Scores, score
+from btray.model.bundle import Bundle, load_bundle, read_fingerprints
+from btray.model.classifier import interpret
+from btray.model.prediction import Place, csv_cells, csv_header
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Measure a bundle on the test split of `config.data`, or on all of it if it has none.
+
+    Writes metrics.json, plots, report.html, predictions.csv, rejected.csv and config.yaml to `config.out`.
+
+    Returns:
+        The URI of that folder.
+
+    Raises:
+        UserError: the input is unusable.
+        ThresholdExceeded: more than `max_rejected` of the images cannot be read; raised after all is written.
+    """
+    out = storage.resolve(config.out)
+    bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
+    table = read_labelled(config.data, least_classes=1)
+    split = "test" if "test" in table["split"].to_pylist() else None
+    if split:
+        table = table.filter(pc.equal(table["split"], split))
+    require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
+    storage.require_writable(out, "--out")
+    with connected():
+        if config.use_gpu:
+            require_gpus()
+        scores = score(
+            bundle, np.arange(len(table)), table["uri"], batch_size=config.batch_size, use_gpu=config.use_gpu
+        )
+    report_rejections(scores.rejected, table)
+    # Before anything is measured: if not one image can be read, this list is all that tells why.
+    storage.write_bytes(storage.join(out, REJECTED), rejections_csv(scores.rejected, table))
+    measured_on = f"the test split of {config.data}" if split else f"all of {config.data}"
+    assessment = assess(bundle, table, scores, measured_on=measured_on, learnt_from=read_fingerprints(bundle))
+    files = assessment.files | {
+        "predictions.csv": predictions_csv(bundle, table, scores),
+        "config.yaml": config.to_yaml().encode(),
+    }
+    for name, body in files.items():
+        storage.write_bytes(storage.join(out, name), body)
+    print(summary(assessment.metrics), flush=True)
+    enforce_max_rejected(scores.rejected, len(table), config.max_rejected)
+    return out
+
+
+def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:
+    """Return predictions.csv, one line per frame: URI, true label, and the fields of the answer."""
+    images = table.take(scores.row)
+    places = [Place(row) for row in scores.row.tolist()]
+    predictions = interpret(scores.answers, places, bundle.manifest, bundle.ood)
+    header = ["predicted" if title == "label" else title for title in csv_header(bundle.manifest.classes)]
+    answers = zip(images["uri"].to_pylist(), images["label"].to_pylist(), predictions, strict=True)
+    return as_csv(("uri", "label", *header), [(uri, label, *csv_cells(answer)) for uri, label, answer in answers])

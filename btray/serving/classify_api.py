@@ -1,0 +1,229 @@
+"""The routes /v1: images in, answers and pictures out; and what answers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, create_model
+from starlette.responses import Response
+
+from btray.core.notice import NOTICE
+from btray.data.frames import Rejection
+from btray.explain import heat_png, overlay_png, slice_png
+from btray.model.prediction import Prediction, answer_model_fields, as_answer
+from btray.serving.gate import read_body
+from btray.serving.models import DecodedImage, ModelFacts, ServedModel, SwitchReport
+from btray.serving.openapi import BINARY, EXAMPLE_PNG, request_body
+from btray.serving.problems import REJECTION_STATUS, Problem, problem_responses
+from btray.serving.service import Service
+from btray.serving.uploads import ClassifyRequest, Upload, images_in
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Explanation(_Answer):
+    """Grad-CAM pictures as PNG in base64; all show the frame that the network sees."""
+
+    label: str
+    """The label that is explained."""
+    overlay_png: str
+    """The slice with the heat map over it."""
+    slice_png: str
+    """The slice alone."""
+    heat_png: str
+    """The heat map alone, the more transparent the colder it is."""
+
+
+class _ImageAnswer(_Answer):
+    index: int
+    """Which image of the request it belongs to, from 0."""
+    name: str | None
+    """The name that the image came with."""
+    explanation: Explanation | None = None
+    """With explain=true."""
+
+
+ImageAnswer = create_model(
+    "ImageAnswer",
+    __base__=_ImageAnswer,
+    __doc__="The model's answer for one frame of one image, or why there is none.",
+    **answer_model_fields(),
+)
+
+
+class ClassifyAnswer(_Answer):
+    """The answers for all images of a request."""
+
+    model_id: str
+    """The model that answered."""
+    notice: str
+    """What the answers must not be used for."""
+    results: list[ImageAnswer]  # type: ignore[valid-type]
+    """One for each frame of each image, in their order."""
+
+
+class ModelAnswer(ModelFacts):
+    """A bundle in use."""
+
+    name: str
+    """The model's name in the Open Inference Protocol."""
+    role: str
+    """main or canary."""
+    share: float
+    """Share of the requests that it answers."""
+
+
+class ModelsAnswer(_Answer):
+    """What answers, and the outcome of the latest switch to another config."""
+
+    notice: str
+    models: list[ModelAnswer]
+    """The main model, and the canary if there is one."""
+    switch: SwitchReport | None
+
+
+_ID: Final = "6c8ff0849668f68db3cba254da5c0b42"
+_EXAMPLE: Final = {
+    "model_id": _ID,
+    "notice": NOTICE,
+    "results": [
+        {
+            "index": 0, "name": "scan.jpg", "frame": 0, "status": "ok", "model_id": _ID, "label": "glioma",
+            "confidence": 0.91,
+            "probabilities": {"glioma": 0.91, "metastasis": 0.06, "meningioma": 0.02, "pituitary": 0.01},
+            "abstained": False, "label_set": [], "out_of_distribution": False, "ood_score": 1.1,
+        },
+        {
+            "index": 1, "name": "notes.txt", "frame": 0, "status": "rejected", "model_id": _ID,
+            "error_code": "not_an_image", "error": "no known image: it begins with 48 65 6c 6c 6f",
+        },
+    ],
+}  # fmt: skip
+_DESCRIPTION: Final = (
+    "A request with one image that cannot be used is answered with an error whose code is that of the image: "
+    + ", ".join(f"{code} ({status})" for code, status in REJECTION_STATUS.items())
+    + ". Among several images each has a status of its own. No URL is ever fetched; images are not kept."
+)
+_FORM: Final = {"type": "object", "properties": {"images": {"type": "array", "items": BINARY, "minItems": 1}}}
+_BODY: Final = request_body(
+    ClassifyRequest,
+    {"images": [{"name": "scan.png", "data": EXAMPLE_PNG}]},
+    **{"multipart/form-data": _FORM},
+    **dict.fromkeys(("image/jpeg", "image/png", "image/tiff", "application/octet-stream"), BINARY),
+)
+
+
+def classify_routes(service: Service) -> APIRouter:
+    """Return the routes /v1 of `service`."""
+    routes = APIRouter(responses=problem_responses(401, 403, 503))
+
+    @routes.post(
+        "/v1/classify",
+        summary="Classify one or many images",
+        description=_DESCRIPTION,
+        response_model=ClassifyAnswer,
+        responses={
+            200: {"content": {"application/json": {"example": _EXAMPLE}}},
+            **problem_responses(400, 408, 413, 415, 422),
+        },
+        openapi_extra=_BODY,
+    )
+    async def classify_images(
+        request: Request,
+        explain: Annotated[bool, Query(description="Add Grad-CAM pictures of what spoke for each label.")] = False,
+        top_k: Annotated[int | None, Query(ge=1, le=1000, description="Most probabilities of each answer.")] = None,
+    ) -> Response:
+        split = service.split()
+        body = await read_body(request, service.limits)
+        content_type = request.headers.get("content-type", "")
+
+        async def answer() -> Response:
+            limits = service.limits
+            uploads = await images_in(content_type, body, most=limits.max_images, max_json=limits.max_json)
+            content = await classify(service, split.choose(), uploads, explain, top_k)
+            return Response(content.model_dump_json(exclude_unset=True), media_type="application/json")
+
+        return await service.in_time(answer())
+
+    @routes.get("/v1/models", summary="The models that answer, and the outcome of the latest switch")
+    async def list_models() -> ModelsAnswer:
+        split = service.split()
+        models = [
+            ModelAnswer(name=split.config.name, role=role, share=share, **dict(model.facts))
+            for model, role, share in zip(split.models(), ("main", "canary"), split.shares(), strict=False)
+        ]
+        return ModelsAnswer(notice=NOTICE, models=models, switch=service.models.switch)
+
+    return routes
+
+
+async def classify(
+    service: Service, model: ServedModel, uploads: Sequence[Upload], explain: bool, top_k: int | None
+) -> ClassifyAnswer:
+    """Return the answer of /v1/classify. Raises Problem for a single image that cannot be used."""
+
+    def require_explainable(images: list[DecodedImage]) -> list[DecodedImage]:
+        frames = sum(len(image) for image in images if not isinstance(image, Rejection))
+        if explain and frames > service.limits.max_images:
+            detail = f"{frames} frames, above the {service.limits.max_images} explained: ask without explain"
+            raise Problem(413, "too_many_explanations", detail)
+        return images
+
+    images, predictions = await service.classify(model, [upload.data for upload in uploads], require_explainable)
+    if len(images) == 1 and isinstance(images[0], Rejection):
+        raise Problem.of_rejection(images[0].code, images[0].message)
+    results = [_image_answer(prediction, uploads[prediction.index], top_k) for prediction in predictions]
+    if explain:
+        await _explain(service, model, images, predictions, results)
+    return ClassifyAnswer(model_id=model.model_id, notice=NOTICE, results=results)
+
+
+def _image_answer(prediction: Prediction, upload: Upload, top_k: int | None) -> _ImageAnswer:
+    fields = as_answer(prediction)
+    if prediction.status == "ok":
+        ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+        fields["probabilities"] = dict(ranked[:top_k])
+    return ImageAnswer(index=prediction.index, name=upload.name, **fields)
+
+
+async def _explain(
+    service: Service,
+    model: ServedModel,
+    images: Sequence[DecodedImage],
+    predictions: Sequence[Prediction],
+    results: Sequence[_ImageAnswer],
+) -> None:
+    """Add the pictures to the results that are answers."""
+    answers = [
+        (prediction, result) for prediction, result in zip(predictions, results, strict=True) if prediction.label
+    ]
+    if not answers:
+        return
+    labels = [str(prediction.label) for prediction, _ in answers]
+    frames = [images[prediction.index][prediction.frame] for prediction, _ in answers]  # type: ignore[index]
+    heats = await model.explain(frames, labels)
+    drawing = [service.decoding(_explanation, *drawn) for drawn in zip(labels, frames, heats, strict=True)]
+    for (_, result), explanation in zip(answers, await asyncio.gather(*drawing), strict=True):
+        result.explanation = explanation
+
+
+def _explanation(label: str, frame: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> Explanation:
+    """Draw the frame, its heat and one over the other."""
+
+    def encoded(picture: bytes) -> str:
+        return base64.b64encode(picture).decode("ascii")
+
+    return Explanation(
+        label=label,
+        overlay_png=encoded(overlay_png(frame, heat)),
+        slice_png=encoded(slice_png(frame)),
+        heat_png=encoded(heat_png(heat)),
+    )

@@ -1,0 +1,55 @@
+"""What the data-parallel workers of a run exchange. With one worker nothing is sent, and no process group is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Collectives:
+    """The place of this worker among all, and the operations that all of them must call at the same step."""
+
+    def __init__(self, device: torch.device) -> None:
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self._device = device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all workers; the result lies where `tensor` does."""
+        if self.workers == 1:
+            return tensor
+        total = tensor.to(self._device, copy=True)  # all_reduce works in place, and NCCL on GPU memory alone
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def gather(self, *tensors: Tensor) -> list[Tensor]:
+        """Concatenate each tensor over all workers, in the same order everywhere; lengths may differ by worker."""
+        if self.workers == 1:
+            return [*tensors]
+        parts: list[Any] = [None] * self.workers
+        dist.all_gather_object(parts, tensors)
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give every worker rank 0's buffers: batch statistics differ by worker, and rank 0 writes checkpoints."""
+        if self.workers > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def in_step(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield batches while every worker has one: a step that only some took would wait for the others for ever."""
+        if self.workers == 1:
+            yield from batches
+            return
+        for batch in batches:
+            if self.sum(torch.tensor(1.0)).item() < self.workers:
+                return
+            yield batch
+        self.sum(torch.tensor(0.0))  # tells those that still have a batch

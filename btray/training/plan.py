@@ -1,0 +1,104 @@
+"""The plan of a run: what every worker must know, the same for all of them and after every restart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from btray import storage
+from btray.data.frames import FRAMES_PER_SCAN
+from btray.training.config import TrainConfig
+
+Indices = npt.NDArray[np.int64]
+
+# Peak learning rate of the refit, as a share of the first one: high enough to learn the images that are new to it.
+_REFIT_RATE = 0.3
+
+
+def run_folder(config: TrainConfig) -> str:
+    """Return the URI of the run's folder. Call it in the driver: workers resolve relative paths elsewhere."""
+    return storage.join(storage.resolve(config.storage_uri), config.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples a run trains on and validates with, and how.
+
+    A sample is one frame; its number is the row of its scan in the source times FRAMES_PER_SCAN plus its place there.
+    """
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    run_uri: str
+    """Folder of the run: checkpoints, history, TensorBoard events."""
+    samples: Indices
+    """Numbers of all samples that are used, ascending."""
+    labels: Indices
+    """Their classes, as positions in `classes`."""
+    train: Indices
+    """Positions in `samples` that are trained on."""
+    validation: Indices
+    """Positions in `samples` that are held out; none in a refit."""
+    streaming: bool
+    """Whether the frames exceed memory and are decoded again every epoch."""
+    initial_weights: dict[str, Tensor] | None = None
+    """Tensors to start from, by name."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per step over all workers: the configured number unless there are fewer."""
+        return min(self.config.batch_size, len(self.train))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches per epoch; which samples are left over changes from epoch to epoch."""
+        return len(self.train) // self.batch_size
+
+    def class_counts(self) -> list[int]:
+        """Count the training samples of each class."""
+        return np.bincount(self.labels[self.train], minlength=len(self.classes)).tolist()
+
+    def rows(self, positions: Indices) -> Indices:
+        """Return the rows of the source that samples belong to, ascending, each once."""
+        return np.unique(self.samples[positions] // FRAMES_PER_SCAN)
+
+    def labels_of_rows(self, rows: Indices) -> Indices:
+        """Return the labels of rows that are trained on or validated with."""
+        # All frames of a scan are used, or none: the first sample from a used row's number on is the row's own.
+        return self.labels[np.searchsorted(self.samples, rows * FRAMES_PER_SCAN)]
+
+    def epoch_order(self, epoch: int) -> Indices:
+        """Shuffle the training positions by seed and epoch alone, so that every worker and restart agrees.
+
+        With `class_balance` "sampling" they are drawn with replacement, all classes equally often.
+        """
+        generator = np.random.default_rng([self.config.seed, epoch])
+        if self.config.optimiser.class_balance != "sampling":
+            return generator.permutation(self.train)
+        chance = 1.0 / np.array(self.class_counts())[self.labels[self.train]]
+        return generator.choice(self.train, len(self.train), p=chance / chance.sum())
+
+    def refit(self, weights: dict[str, Tensor], epochs_before: int) -> Plan:
+        """Plan the last epochs: from `weights`, on all samples, at a lower rate and without augmentation but flips.
+
+        Strong augmentation teaches the network images that nobody will show it; ending on clean ones closes that gap
+        (He et al. 2019, Data Augmentation Revisited, arXiv:1909.09148).
+        """
+        config = self.config
+        # Named after both lengths: if the first run is continued, or the refit is to be longer, that is another refit.
+        name = f"{config.name}.refit-{epochs_before}-{config.refit_epochs}"
+        rate = config.optimiser.learning_rate * _REFIT_RATE
+        optimiser = config.optimiser.model_copy(update={"learning_rate": rate, "freeze_epochs": 0, "layer_decay": 1.0})
+        changes = {"name": name, "epochs": config.refit_epochs, "patience": 0, "optimiser": optimiser}
+        changed = config.model_copy(update=changes | {"augment": config.augment.only_flips()})
+        return replace(
+            self,
+            config=changed,
+            run_uri=run_folder(changed),
+            train=np.arange(len(self.samples)),
+            validation=np.zeros(0, np.int64),
+            initial_weights=weights,
+        )

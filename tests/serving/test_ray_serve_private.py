@@ -1,0 +1,36 @@
+"""Every private name of Ray Serve that btray relies on is where it was; an upgrade that moves one fails here."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from ray.serve._private import client, constants, controller
+from ray.serve.schema import ServeDeploySchema
+
+from btray.serving import ray_serve_private
+from btray.serving.gate import proxy_middlewares
+
+
+def test_serve_reads_every_variable_that_is_set() -> None:
+    source = inspect.getsource(constants)
+    environment = ray_serve_private.serve_environment(proxy_middlewares)
+    environment |= ray_serve_private.haproxy_environment(Path("/folder"), Path("/folder/haproxy"), lambda: 1)
+    for name in environment:
+        assert f'"{name}"' in source, name
+
+
+def test_the_client_of_serve_deploys_a_config_and_knows_where_proxies_listen() -> None:
+    (config, *others) = list(inspect.signature(client.ServeControllerClient.deploy_apps).parameters.values())[1:]
+    assert "ServeDeploySchema" in str(config.annotation)
+    assert all(other.default is not inspect.Parameter.empty for other in others)
+    assert isinstance(client.ServeControllerClient.http_config, property)
+    assert ServeDeploySchema.model_fields["applications"].is_required()
+
+
+def test_behind_haproxy_its_host_is_known_and_without_it_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(constants.RAY_SERVE_ENABLE_HA_PROXY, bool)
+    assert "RAY_SERVE_ENABLE_HA_PROXY" in inspect.getsource(controller)
+    monkeypatch.setattr(ray_serve_private, "RAY_SERVE_ENABLE_HA_PROXY", False)
+    assert ray_serve_private.haproxy_host() is None

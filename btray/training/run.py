@@ -11,6 +11,7 @@ from ray.train.torch import TorchTrainer
 
 from btray import storage
 from btray.core.cluster import cpus
+from btray.core.console import ProgressLine
 from btray.core.errors import Stopped, UserError
 from btray.model.bundle import require_free
 from btray.training.checkpoints import Checkpoint, StateDict
@@ -19,7 +20,7 @@ from btray.training.feeds import TRAINING_CPUS, StreamSplit
 from btray.training.history import DIVERGED, EpochRecord, best_record
 from btray.training.preemption import stoppable
 from btray.training.prepare import TrainingData, worker_range
-from btray.training.tracking import flatten, require_mlflow
+from btray.training.tracking import flatten, require_mlflow, summary_line
 from btray.training.train_loop import train_loop
 
 RUN = "run.json"
@@ -121,14 +122,15 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
         # Frames in memory are not split: every worker holds all of them.
         dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
-    with stoppable(plan.run_uri) as stop_requested:
+    with stoppable(plan.run_uri) as stop_requested, ProgressLine("starting the workers") as line:
         result = trainer.fit()
         if stop_requested():
             raise Stopped(f"run {plan.run_uri} was stopped after writing a checkpoint; the same command resumes it")
-    if result.checkpoint is None or not result.best_checkpoints:
-        raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
-    weights = best_weights(result.best_checkpoints, config.name)
-    return TrainResult(weights, Checkpoint.load(result.checkpoint).history)
+        if result.checkpoint is None or not result.best_checkpoints:
+            raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
+        history = Checkpoint.load(result.checkpoint).history
+        line.update(summary_line(history))
+    return TrainResult(best_weights(result.best_checkpoints, config.name), history)
 
 
 def best_weights(checkpoints: Sequence[tuple[ray.train.Checkpoint, dict[str, Any]]], run: str) -> StateDict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,12 +35,8 @@ class Tracker:
     def epoch_ended(self, history: Sequence[EpochRecord]) -> None:
         """Report the last record of `history`, the records of all epochs so far."""
         record = history[-1]
-        if self.config.log_format == "json":
-            _log.info("epoch ended", extra={**asdict(record), "epochs": self.config.epochs})
-        else:
-            # Not print(): Ray Train sends what workers print to its log as well, and the line would come twice.
-            sys.stdout.write(progress_line(history, self.config.epochs) + "\n")
-            sys.stdout.flush()
+        shown = {"epochs": self.config.epochs, "_progress": progress_line(history, self.config.epochs)}
+        _log.info("epoch ended", extra={**asdict(record), **shown})
         exported = {f"btray_train_{name}": getattr(record, name) for name in _EXPORTED}
         metrics.record(exported | {"btray_train_loss": record.train_loss}, run_id=self.config.name)
         # All epochs again: object storage cannot append, and one that was trained twice stands once.
@@ -72,7 +67,7 @@ class Tracker:
 def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
     """Describe the last epoch: losses, macro-F1 and its best if images are held out, images per second, time left."""
     record, recent = history[-1], history[-5:]  # the time left follows the pace of the last few epochs
-    minutes, seconds = divmod(int((epochs - record.epoch) * sum(row.seconds for row in recent) / len(recent)), 60)
+    left = (epochs - record.epoch) * sum(row.seconds for row in recent) / len(recent)
     validation = "on all images"
     if record.val_macro_f1 is not None:
         best = best_record(history)
@@ -82,12 +77,26 @@ def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
         )
     return (
         f"epoch {record.epoch}/{epochs}  loss {_loss_text(record.train_loss)}  {validation}  "
-        f"{record.images_per_second:.0f} images/s  {minutes}:{seconds:02d} left"
+        f"{record.images_per_second:.0f} images/s  {_minutes(left)} left"
     )
+
+
+def summary_line(history: Sequence[EpochRecord]) -> str:
+    """Describe a completed run: epochs, duration, last loss, and the best epoch if images are held out."""
+    last, best = history[-1], best_record(history)
+    duration = _minutes(sum(record.seconds for record in history))
+    kept = "on all images"
+    if best.val_macro_f1 is not None:
+        kept = f"best val macro-F1 {best.val_macro_f1:.3f} in epoch {best.epoch}"
+    return f"trained {last.epoch} epochs in {duration}  loss {_loss_text(last.train_loss)}  {kept}"
 
 
 def _loss_text(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.3f}"
+
+
+def _minutes(seconds: float) -> str:
+    return "{}:{:02d}".format(*divmod(int(seconds), 60))
 
 
 class _MlflowRun:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from btray import storage
 from btray.core.cluster import own_device
@@ -47,24 +47,23 @@ DecodedImage = list[Frame] | Rejection
 
 
 class Accuracy(BaseModel):
-    """An accuracy as the bundle's metrics.json has it."""
+    """An accuracy, read from metrics.json or a part of it."""
 
-    value: float | None
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    value: float | None = Field(validation_alias="accuracy")
     """None if it was measured on no image."""
-    ci95: list[float] | None
+    ci95: list[float] | None = Field(None, validation_alias="accuracy_ci95")
     """Its 95 % interval."""
-    images: int | None
+    images: int | None = Field(None, validation_alias="n")
     """The number of images that it was measured on."""
 
     @classmethod
     def of(cls, metrics: Any) -> Self | None:
         """Return the accuracy of `metrics`; None if there is none."""
-        if not isinstance(metrics, dict) or "accuracy" not in metrics:
-            return None
-        images = metrics.get("n")
-        value = metrics["accuracy"] if images != 0 else None
         with suppress(ValidationError):  # metrics.json is not part of what a bundle's digests cover
-            return cls(value=value, ci95=metrics.get("accuracy_ci95"), images=images)
+            accuracy = cls.model_validate(metrics)
+            return accuracy if accuracy.images != 0 else accuracy.model_copy(update={"value": None})
         return None
 
 

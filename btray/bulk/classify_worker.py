@@ -173,9 +173,9 @@ class PartClassifier(PartWorker):
     def _decode(self, answer: ReadResult) -> Decoded:
         """As frames, which other threads may make meanwhile; as a scan where its many pages are smaller than they."""
         if isinstance(answer, StorageError):
-            return Rejection(answer.code, str(answer), answer.retryable)
+            return Rejection.of(answer)
         source = self.classifier.source
-        scan = source.decoded(answer)
+        scan = source.decode(answer)
         if isinstance(scan, Rejection):
             return scan
         as_frames = len(scan.frames) * source.preprocess.size**2

@@ -33,7 +33,7 @@ _CHUNK = 10_000
 
 
 def near_pairs(prints: Fingerprints, *, within: float) -> tuple[Pairs, npt.NDArray[np.float32]]:
-    """Pairs of fingerprints [n, VIEWS, LENGTH] that lie at most `within` apart, nearest first.
+    """Find pairs of fingerprints [n, VIEWS, LENGTH] that lie at most `within` apart, nearest first.
 
     Returns their positions int64 [p, 2], each pair once, the smaller first, and their distances [p]. In crowds of more
     than some dozen only pairs that hold the crowd together are given. Blank images have no pair.
@@ -51,13 +51,13 @@ def near_pairs(prints: Fingerprints, *, within: float) -> tuple[Pairs, npt.NDArr
 
 
 def group_by_fingerprint(prints: Fingerprints) -> Numbers:
-    """Group numbers int64 [n]: equal for images that are the same by their fingerprints, also through others."""
+    """Return group numbers int64 [n]: equal for images with the same fingerprint, also through others."""
     pairs, _ = near_pairs(prints, within=SAME_FINGERPRINT)
     return components(len(prints), pairs)
 
 
 def have_twin(prints: Fingerprints, among: Fingerprints) -> npt.NDArray[np.bool_]:
-    """bool [n]: whether each fingerprint, [n, VIEWS, LENGTH], has one of the same image in `among`, [m, VIEWS, LENGTH].
+    """Return, bool [n], which fingerprints [n, VIEWS, LENGTH] have one of the same image in `among` [m, VIEWS, LENGTH].
 
     Also through others of `prints`: what is the same as a twin is one.
     """
@@ -66,7 +66,9 @@ def have_twin(prints: Fingerprints, among: Fingerprints) -> npt.NDArray[np.bool_
 
 
 def components(count: int, pairs: Pairs) -> Numbers:
-    """Numbers int64 [count] of the connected components of a graph of `count` nodes with edges [p, 2]."""
+    """Return the number, int64 [count], of the connected component of each of `count` nodes with edges [p, 2]."""
+    if not count:
+        return np.zeros(0, np.int64)
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 
@@ -74,7 +76,7 @@ def components(count: int, pairs: Pairs) -> Numbers:
 def verified_pairs(
     count: int, pairs: Pairs, correlate: Callable[[Pairs], npt.NDArray[np.float32]]
 ) -> tuple[Pairs, npt.NDArray[np.float32], int]:
-    """Those of `pairs` [p, 2] of `count` images that hold groups of the same image together, and their correlations.
+    """Return those of `pairs` [p, 2] of `count` images that hold groups of one image together, and their correlations.
 
     `pairs` come nearest first, as from `near_pairs`; `correlate` compares the pictures of some of them. Each round
     compares a spanning forest of nearest pairs between the groups known so far, so that a crowd of n copies costs n
@@ -98,7 +100,7 @@ def verified_pairs(
 
 
 def _spanning_forest(pairs: Pairs) -> Numbers:
-    """Positions of the pairs [p, 2], nearest first, that make a minimum spanning forest; an edge may occur often."""
+    """Return positions of the pairs [p, 2], nearest first, of a minimum spanning forest; an edge may occur often."""
     if not len(pairs):
         return np.zeros(0, np.int64)
     nodes, ends = np.unique(pairs, return_inverse=True)
@@ -110,7 +112,7 @@ def _spanning_forest(pairs: Pairs) -> Numbers:
 
 
 def _candidates(prints: npt.NDArray[np.float16], *, seed: int) -> Pairs:
-    """Pairs [p, 2], some more than once, of fingerprints [n, LENGTH] of one view that share a bucket."""
+    """Return pairs [p, 2], some more than once, of fingerprints [n, LENGTH] of one view that share a bucket."""
     random = np.random.default_rng(seed)
     weight = np.sqrt(frequencies()) / _SPREAD
     used = np.flatnonzero(prints.any(1))
@@ -128,7 +130,7 @@ def _candidates(prints: npt.NDArray[np.float16], *, seed: int) -> Pairs:
 
 
 def _pairs_in_buckets(keys: Numbers, place: npt.NDArray[np.float32]) -> Pairs:
-    """Pairs [p, 2], the smaller position first, of equal keys [n]: all of a small bucket, neighbours of a large one."""
+    """Pair equal keys [n], the smaller position first, [p, 2]: all of a small bucket, neighbours of a large one."""
     order = np.lexsort((place, keys))
     pairs = [np.zeros((0, 2), np.int64)]
     ranked = keys[order]

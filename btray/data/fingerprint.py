@@ -24,7 +24,7 @@ from btray.data.preprocess import Gray
 SAME_IMAGE = 0.99
 """Least correlation of thumbnails that show the same image."""
 SAME_FINGERPRINT = 0.05
-"""Largest distance of fingerprints taken for the same image where the pictures are not at hand.
+"""Largest distance of fingerprints taken for the same image if the pictures are not at hand.
 
 On the 5.3 million pairs of the public data set it parts those that correlate by 0.995 and more (at most 0.039) from
 those below 0.97 (at least 0.061).
@@ -56,7 +56,7 @@ Fingerprints = npt.NDArray[np.float16]
 
 
 def thumbnails(gray: Gray) -> Thumbnails:
-    """uint8 [VIEWS, 48, 48] of a gray image: all of it, its bright part, and that within a bright border."""
+    """Return uint8 [VIEWS, 48, 48] of a gray image: all of it, its bright part, and that within a bright border."""
     small = reduced(gray)
     bright = _bright_part(small)
     inner = _without_bright_border(bright)
@@ -65,7 +65,7 @@ def thumbnails(gray: Gray) -> Thumbnails:
 
 
 def reduced(gray: Gray) -> npt.NDArray[np.uint8]:
-    """`gray` as uint8 over its own range where it is deeper, box-averaged to sides below 768 pixels.
+    """Return `gray` as uint8, over its own range if it is deeper, box-averaged to sides below 768 pixels.
 
     All that is looked at in a thumbnail is left; what is reduced already stays as it is.
     """
@@ -77,22 +77,22 @@ def reduced(gray: Gray) -> npt.NDArray[np.uint8]:
 
 
 def representative(frames: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """The frame by which a scan of several is compared: the middle one, where a volume shows most."""
+    """Return the frame by which a scan of several is compared: the middle one, where a volume shows most."""
     return frames[len(frames) // 2]
 
 
 def fingerprint_of(frames: Sequence[npt.NDArray[Any]]) -> bytes:
-    """The fingerprint of a scan of one or more gray frames, packed; `unpack` makes an array of many."""
+    """Return the fingerprint of a scan of one or more gray frames, packed; `unpack` makes an array of many."""
     return fingerprints(thumbnails(representative(frames))[None]).tobytes()
 
 
 def unpack(packed: Sequence[bytes]) -> Fingerprints:
-    """float16 [n, VIEWS, LENGTH] of n packed fingerprints; a scan that could not be read has `NO_FINGERPRINT`."""
+    """Return float16 [n, VIEWS, LENGTH] of n packed ones; a scan that could not be read has `NO_FINGERPRINT`."""
     return np.frombuffer(b"".join(packed), np.float16).reshape(-1, VIEWS, LENGTH)
 
 
 def fingerprints(pictures: Thumbnails) -> Fingerprints:
-    """float16 [n, VIEWS, LENGTH] of thumbnails uint8 [n, VIEWS, 48, 48]; all zeros where a thumbnail is blank."""
+    """Return float16 [n, VIEWS, LENGTH] of thumbnails uint8 [n, VIEWS, 48, 48]; all zeros if a thumbnail is blank."""
     spectrum = dctn(_normalised(pictures), axes=(-2, -1), norm="ortho")
     rows, columns = np.triu_indices(_FREQUENCIES, 1)
     diagonal = np.arange(1, _FREQUENCIES)
@@ -102,16 +102,16 @@ def fingerprints(pictures: Thumbnails) -> Fingerprints:
 
 
 def frequencies() -> npt.NDArray[np.float64]:
-    """The spatial frequency of each number of a fingerprint, [LENGTH], in half waves a thumbnail."""
+    """Return the spatial frequency of each number of a fingerprint, [LENGTH], in half waves per thumbnail."""
     rows, columns = np.triu_indices(_FREQUENCIES, 1)
     off_diagonal = np.hypot(rows, columns)
     return np.concatenate([off_diagonal, off_diagonal, np.hypot(*[np.arange(1, _FREQUENCIES)] * 2)])
 
 
 def distances(first: Fingerprints, second: Fingerprints) -> npt.NDArray[np.float32]:
-    """Distance [n] of fingerprints [n, VIEWS, LENGTH] to each other: the smallest one of their views.
+    """Return the distance [n] of fingerprints [n, VIEWS, LENGTH] to each other: the smallest one of their views.
 
-    Infinite where all views of one are blank: such pictures have nothing to compare.
+    Infinite if all views of one are blank: such pictures have nothing to compare.
     """
     apart = np.linalg.norm(first.astype(np.float32) - second.astype(np.float32), axis=-1)
     usable = first.any(-1) & second.any(-1)
@@ -119,21 +119,21 @@ def distances(first: Fingerprints, second: Fingerprints) -> npt.NDArray[np.float
 
 
 def correlations(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float32]:
-    """Correlation [n] of thumbnails uint8 [n, VIEWS, 48, 48], -1 to 1: the best of 8 orientations and all views."""
+    """Correlate thumbnails uint8 [n, VIEWS, 48, 48]; returns [n], -1 to 1: the best of 8 orientations and all views."""
     here, there = _normalised(first), _normalised(second)
     turned = (np.rot90(side, quarter, (-2, -1)) for side in (there, there[..., ::-1]) for quarter in range(4))
     return np.max([np.einsum("nkij,nkij->nk", here, other) for other in turned], axis=(0, 2))
 
 
 def _normalised(pictures: Thumbnails) -> npt.NDArray[np.float32]:
-    """Each thumbnail with mean 0 and norm 1; zeros where it is blank."""
+    """Return each thumbnail with mean 0 and norm 1; zeros if it is blank."""
     centred = pictures - pictures.mean((-2, -1), keepdims=True, dtype=np.float32)
     norm = np.linalg.norm(centred, axis=(-2, -1), keepdims=True)
     return np.where(norm >= _BLANK * _SIDE, centred / np.maximum(norm, 1), np.float32(0)).astype(np.float32)
 
 
 def _without_bright_border(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """`gray` without the uniform lines at its sides, up to the picture or the black background inside them."""
+    """Cut off the uniform lines at the sides of `gray`, up to the picture or the black background inside them."""
     dark = _DARK * int(gray.max())
     for _ in range(8):  # each side twice: lines blurred into the picture are uniform once the other sides are off
         lines = min(len(gray) - _SMALLEST_PART, len(gray) // 4)
@@ -143,14 +143,14 @@ def _without_bright_border(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
 
 
 def _is_uniform(line: npt.NDArray[np.uint8]) -> bool:
-    """Whether the gray levels of a line span little, a few specks aside."""
+    """Return whether the gray levels of a line span little, a few specks aside."""
     cut = len(line) // 20
     ranked = np.sort(line)
     return int(ranked[-1 - cut]) - int(ranked[cut]) <= _UNIFORM
 
 
 def _bright_part(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The box of all rows and columns in which enough pixels are brighter than a tenth of the white level."""
+    """Cut out the box of all rows and columns in which enough pixels are brighter than a fifth of the white level."""
     counts = np.cumsum(Image.fromarray(gray).histogram())  # in a quarter of the time that np.bincount takes
     bright = gray > _DARK * np.searchsorted(counts, 0.99 * counts[-1])
     rows, columns = (np.flatnonzero(np.count_nonzero(bright, axis) > _SPECKS * bright.shape[axis]) for axis in (1, 0))

@@ -23,6 +23,11 @@ class Rejection:
     message: str
     retryable: bool
 
+    @classmethod
+    def of(cls, error: StorageError | ScanRejected) -> Rejection:
+        """Make one from the error of reading or decoding."""
+        return cls(error.code, str(error), error.retryable)
+
 
 @dataclass(frozen=True)
 class FrameSource:
@@ -32,29 +37,28 @@ class FrameSource:
     limits: ScanLimits = field(default_factory=ScanLimits)
 
     def from_bytes(self, data: bytes) -> list[Frame] | Rejection:
-        """Frames (uint8 [size, size]) of one encoded scan, in their order, or why there are none."""
-        scan = self.decoded(data)
-        return scan if isinstance(scan, Rejection) else self.frames_of(scan)
+        """Return the frames (uint8 [size, size]) of one encoded scan, in their order, or why there are none."""
+        return self._framed(self.decode(data))
 
     def from_uris(self, uris: Sequence[str]) -> list[list[Frame] | Rejection]:
-        """The same for stored scans, which are read concurrently; one entry for each of `uris`."""
-        return [scan if isinstance(scan, Rejection) else self.frames_of(scan) for scan in self.scans(uris)]
+        """Do the same for stored scans, which are read concurrently; one entry for each of `uris`."""
+        return [self._framed(scan) for scan in self.scans(uris)]
 
     def scans(self, uris: Sequence[str]) -> Iterator[Scan | Rejection]:
-        """Stored scans before preprocessing, read concurrently and decoded one by one; one entry for each of `uris`."""
+        """Yield stored scans before preprocessing, read concurrently and decoded one by one, one for each URI."""
         for data in read_many(uris, max_bytes=self.limits.max_bytes):
-            if isinstance(data, StorageError):
-                yield Rejection(data.code, str(data), data.retryable)
-            else:
-                yield self.decoded(data)
+            yield Rejection.of(data) if isinstance(data, StorageError) else self.decode(data)
 
-    def frames_of(self, scan: Scan) -> list[Frame]:
-        """The frames of a decoded scan, in their order."""
-        return [make_frame(gray, self.preprocess) for gray in scan.frames]
-
-    def decoded(self, data: bytes) -> Scan | Rejection:
-        """One encoded scan before preprocessing, or why there is none."""
+    def decode(self, data: bytes) -> Scan | Rejection:
+        """Return one encoded scan before preprocessing, or why there is none."""
         try:
             return decode(data, min_side=decode_side(self.preprocess), limits=self.limits)
         except ScanRejected as error:
-            return Rejection(error.code, str(error), error.retryable)
+            return Rejection.of(error)
+
+    def frames_of(self, scan: Scan) -> list[Frame]:
+        """Return the frames of a decoded scan, in their order."""
+        return [make_frame(gray, self.preprocess) for gray in scan.frames]
+
+    def _framed(self, scan: Scan | Rejection) -> list[Frame] | Rejection:
+        return scan if isinstance(scan, Rejection) else self.frames_of(scan)

@@ -1,4 +1,4 @@
-"""Which objects are done: a set of their keys that grows on disk, not in memory, and answers many at a time."""
+"""A set of the keys of objects that grows on disk, not in memory, and is asked for many keys at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IN_MEMORY = 1 << 20  # keys
 
 
 def keys_of(pairs: Sequence[tuple[str, str]]) -> Keys:
-    """Digests [n] of (uri, etag)."""
+    """Return the digests [n] of pairs (uri, etag)."""
     digests = [
         hashlib.blake2b(f"{uri}\0{etag}".encode("utf-8", "backslashreplace"), digest_size=_WIDTH).digest()
         for uri, etag in pairs
@@ -41,14 +41,14 @@ class KeySet:
             self._runs.append(self._merged(longer, shorter))
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Whether each of `keys` [n] is in the set. Many at a time cost less each: they are looked up in order."""
+        """Return which of `keys` [n] are in the set. Many at a time cost less each: they are looked up in order."""
         order = np.argsort(keys)
-        wanted = keys[order]
-        found = np.zeros(len(keys), bool)
+        ascending = keys[order]
+        contained = np.zeros(len(keys), bool)
         for held in self._runs:
-            places = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
-            found[order] |= held[places] == wanted
-        return found
+            places = np.minimum(np.searchsorted(held, ascending), len(held) - 1)
+            contained[order] |= held[places] == ascending
+        return contained
 
     def _merged(self, longer: Keys, shorter: Keys) -> Keys:
         if len(longer) + len(shorter) < _IN_MEMORY:
@@ -65,7 +65,7 @@ class KeySet:
 
 
 def _merged_blocks(longer: Keys, shorter: Keys) -> Iterator[Keys]:
-    """All keys of two sorted runs in order, as many at a time as fit into memory."""
+    """Yield all keys of two sorted runs in order, as many at a time as fit into memory."""
     begun = 0
     for start in range(0, len(longer), _IN_MEMORY):
         block = longer[start : start + _IN_MEMORY]

@@ -10,45 +10,34 @@ from btray.core.errors import UserError
 CANONICAL = ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor")
 
 _ALIASES = {
-    "glioma": "glioma",
-    "gliomas": "glioma",
-    "meningioma": "meningioma",
-    "meningiomas": "meningioma",
-    "pituitary": "pituitary",
-    "pituitaryadenoma": "pituitary",
-    "pituitaryadenomas": "pituitary",
-    "metastasis": "metastasis",
-    "metastases": "metastasis",
-    "metastatic": "metastasis",
-    "brainmetastasis": "metastasis",
-    "brainmetastases": "metastasis",
-    "no": "no_tumor",
-    "non": "no_tumor",
-    "none": "no_tumor",
-    "normal": "no_tumor",
-    "healthy": "no_tumor",
+    "glioma": ("glioma", "gliomas"),
+    "meningioma": ("meningioma", "meningiomas"),
+    "pituitary": ("pituitary", "pituitaryadenoma", "pituitaryadenomas"),
+    "metastasis": ("metastasis", "metastases", "metastatic", "brainmetastasis", "brainmetastases"),
+    "no_tumor": ("no", "non", "none", "normal", "healthy"),
 }
+_CANONICAL_BY_ALIAS = {alias: label for label, aliases in _ALIASES.items() for alias in aliases}
 
 
 def canonical_label(folder_name: str) -> str:
-    """The canonical label that a folder name or manifest label means, else the name itself, stripped.
+    """Return the canonical label that a folder name or manifest label means, or else the name itself, stripped.
 
     Case, spaces, `-`, `_` and a closing "tumor" or "tumour" do not count: `Glioma_Tumor`, `no tumour` and `notumor` are
     known.
     """
     name = folder_name.strip()
     key = re.sub(r"[\W_]+", "", name.casefold())
-    return _ALIASES.get(re.sub(r"tumou?rs?$", "", key), name)
+    return _CANONICAL_BY_ALIAS.get(re.sub(r"tumou?rs?$", "", key), name)
 
 
 def class_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """The distinct labels in the order of a model's outputs: canonical ones as in CANONICAL, then the others sorted."""
+    """Return the distinct labels in the order of a model's outputs: as in CANONICAL, then the others sorted."""
     distinct = set(labels)
     return tuple(label for label in CANONICAL if label in distinct) + tuple(sorted(distinct - set(CANONICAL)))
 
 
 def require_known_labels(labels: Iterable[str], classes: Sequence[str], source: str) -> None:
-    """Raise UserError where one of `labels`, which come from `source`, is none of a model's `classes`."""
+    """Raise UserError if one of `labels`, which come from `source`, is none of a model's `classes`."""
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise UserError(

@@ -30,7 +30,7 @@ _THUMBNAIL = 96
 _UNIFORM_SPAN = 20
 # Gray levels this far from the background belong to an object.
 _OBJECT_CONTRAST = 22
-# An object smaller than this share of the picture is no head: the crop would be a guess, so there is none.
+# An object smaller than this share of the picture is not a head: the crop would be a guess, so there is none.
 _SMALLEST_HEAD = 0.08
 # Backgrounds above this level are white paper or an inverted picture, and are made black.
 _BRIGHT = 128
@@ -46,7 +46,7 @@ class Box(NamedTuple):
 
 
 def decode_side(config: PreprocessConfig) -> int:
-    """The shorter side, in pixels, below which decoding must not scale a scan down.
+    """Return the shorter side, in pixels, below which decoding must not scale a scan down.
 
     A crop needs room to spare, and fingerprints must not depend on the size of a small network's frames.
     """
@@ -83,7 +83,7 @@ def to_tensor(frames: torch.Tensor) -> torch.Tensor:
 
 
 def preprocess_digest(config: PreprocessConfig) -> str:
-    """SHA-256 of what preprocessing makes of fixed test patterns.
+    """Return the SHA-256 of what preprocessing makes of fixed test patterns.
 
     A bundle keeps it, and loading compares it: another library version that resizes differently is noticed.
     """
@@ -98,7 +98,7 @@ def preprocess_digest(config: PreprocessConfig) -> str:
 
 
 def _test_pattern(dtype: np.dtype[np.unsignedinteger]) -> Gray:
-    """A head-like ellipse with texture on a dark ground, from integer arithmetic alone."""
+    """Draw a head-like ellipse with texture on a dark ground, from integer arithmetic alone."""
     rows, columns = np.mgrid[0:211, 0:173].astype(np.int64)
     inside = (rows - 110) ** 2 * 60**2 + (columns - 88) ** 2 * 85**2 < (60 * 85) ** 2
     texture = (rows * rows + 3 * rows * columns + 7 * columns) % 97
@@ -117,17 +117,11 @@ def _crop_to_head(gray: Gray, margin: float) -> Gray:
     if background > _BRIGHT:
         gray = _blacken_outside(gray, head, inner, thumbnail.shape)
     rows, columns = np.flatnonzero(head.any(1)), np.flatnonzero(head.any(0))
-    box = Box(
-        inner.top + int(rows[0]),
-        inner.left + int(columns[0]),
-        inner.top + int(rows[-1]) + 1,
-        inner.left + int(columns[-1]) + 1,
-    )
-    return _cut(gray, box, thumbnail.shape, margin)
+    return _cut(gray, _bounds(rows, columns, inner), thumbnail.shape, margin)
 
 
 def _thumbnail(gray: Gray) -> Frame:
-    """`gray` at most `_THUMBNAIL` pixels long, its 1st to 99th percentile stretched to 0 to 255."""
+    """Shrink `gray` to at most `_THUMBNAIL` pixels, its 1st to 99th percentile stretched to 0 to 255."""
     step = max(1, round(max(gray.shape) / _THUMBNAIL))
     wide = gray if gray.dtype == np.uint8 else gray.astype(np.float32)
     small = np.asarray(Image.fromarray(wide).reduce(step)).astype(np.uint16)
@@ -135,9 +129,9 @@ def _thumbnail(gray: Gray) -> Frame:
 
 
 def _strip_uniform_lines(view: Frame) -> Box:
-    """The box that is left when uniform rows and columns, whatever their gray level, are taken off all sides.
+    """Return the box that is left when uniform rows and columns, whatever their gray level, are taken off all sides.
 
-    Repeats, since a white frame hides the black one inside it. Gives the whole picture where nothing would be left.
+    Repeats, since a white frame hides the black one inside it. Gives the whole picture if nothing would be left.
     """
     box = Box(0, 0, *view.shape)
     while True:
@@ -146,19 +140,19 @@ def _strip_uniform_lines(view: Frame) -> Box:
         columns = np.flatnonzero(_span(inside, axis=0) > _UNIFORM_SPAN)
         if min(len(rows), len(columns)) < 8:
             return Box(0, 0, *view.shape)
-        smaller = Box(
-            box.top + int(rows[0]),
-            box.left + int(columns[0]),
-            box.top + int(rows[-1]) + 1,
-            box.left + int(columns[-1]) + 1,
-        )
-        if smaller == box:
+        box, before = _bounds(rows, columns, box), box
+        if box == before:
             return box
-        box = smaller
+
+
+def _bounds(rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], inside: Box) -> Box:
+    """Return the box around `rows` and `columns`, in ascending order and counted from the corner of `inside`."""
+    top, left = inside.top + int(rows[0]), inside.left + int(columns[0])
+    return Box(top, left, inside.top + int(rows[-1]) + 1, inside.left + int(columns[-1]) + 1)
 
 
 def _span(view: Frame, axis: int) -> npt.NDArray[np.int16]:
-    """Gray levels between the 4th and 96th percentile of each line: a few specks do not count."""
+    """Return the gray levels between the 4th and 96th percentile of each line: a few specks do not count."""
     last = view.shape[axis] - 1
     ranks = (last * 4 // 100, last * 96 // 100)
     low, high = np.partition(view, ranks, axis=axis).take(ranks, axis=axis).swapaxes(0, axis).astype(np.int16)
@@ -166,14 +160,14 @@ def _span(view: Frame, axis: int) -> npt.NDArray[np.int16]:
 
 
 def _background_level(view: Frame) -> int:
-    """The median gray level of the picture's corners, where no head is."""
+    """Return the median gray level of the picture's corners, where no head is."""
     height, width = (max(2, side // 10) for side in view.shape)
     corners = [view[:height, :width], view[:height, -width:], view[-height:, :width], view[-height:, -width:]]
     return int(np.median(np.concatenate([corner.ravel() for corner in corners])))
 
 
 def _largest_object(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
-    """The largest connected object, or None where it is too small to be a head.
+    """Return the largest connected object, or None if it is too small to be a head.
 
     Opening first takes off what is thin: burned-in text, rulers, frames, and their bridges to the head.
     """
@@ -187,7 +181,7 @@ def _largest_object(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None
 
 
 def _over_neighbours(mask: npt.NDArray[np.bool_], combine: np.ufunc) -> npt.NDArray[np.bool_]:
-    """`combine` each pixel with its eight neighbours: erosion or dilation, 20 times as fast as SciPy's general one."""
+    """Combine each pixel with its eight neighbours: erosion or dilation, 20 times as fast as SciPy's general one."""
     padded = np.pad(mask, 1)
     rows = combine(combine(padded[:-2], padded[1:-1]), padded[2:])
     return np.asarray(combine(combine(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:]))
@@ -213,7 +207,7 @@ def _cut(gray: Gray, box: Box, shape: tuple[int, ...], margin: float) -> Gray:
 
 
 def _object_histogram(gray: Gray) -> npt.NDArray[np.int64]:
-    """How often each gray level occurs, without the darkest 3 % of the range.
+    """Count how often each gray level occurs, without the darkest 3 % of the range.
 
     Those are background; were they counted, the percentiles would depend on how much of it the crop left.
     """

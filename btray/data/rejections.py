@@ -22,7 +22,7 @@ REJECTED = "rejected.csv"
 
 
 def rejections_in(survey: pa.Table) -> pa.Table:
-    """The rejected rows of what `feeding.survey` gives, with columns row, code, message."""
+    """Return the rejected rows of what `feeds.survey` gives, with columns row, code, message."""
     bad = survey.filter(pc.not_equal(survey["code"], ""))
     return pa.table(
         {"row": bad["sample"].to_numpy() // FRAMES_PER_SCAN, "code": bad["code"], "message": bad["message"]}
@@ -30,7 +30,7 @@ def rejections_in(survey: pa.Table) -> pa.Table:
 
 
 def report_rejections(rejected: pa.Table, table: pa.Table) -> None:
-    """Name the inputs of `table` that were rejected (columns row, code, message) in the log, the first ones each."""
+    """Log which inputs of `table` were rejected (columns row, code, message), the first ones by name."""
     entries = rejected.to_pylist()
     for entry in entries[:_NAMED]:
         _log.warning("rejected: %s (%s): %s", table["uri"][entry["row"]], entry["code"], entry["message"])
@@ -39,13 +39,13 @@ def report_rejections(rejected: pa.Table, table: pa.Table) -> None:
 
 
 def rejections_csv(rejected: pa.Table, table: pa.Table) -> bytes:
-    """Every rejected input with its code and what was found."""
+    """Return a CSV file of every rejected input with its code and the reason."""
     rows = [(table["uri"][entry["row"]].as_py(), entry["code"], entry["message"]) for entry in rejected.to_pylist()]
     return as_csv(("uri", "error_code", "error"), rows)
 
 
 def enforce_max_rejected(rejected: pa.Table, total: int, limit: float) -> None:
-    """Raise ThresholdExceeded where more than the share `limit` of `total` inputs was rejected, and say why mostly."""
+    """Raise ThresholdExceeded, with the most frequent code, if more than the share `limit` of `total` was rejected."""
     if total == 0 or len(rejected) / total <= limit:
         return
     code, count = Counter(rejected["code"].to_pylist()).most_common(1)[0]
@@ -56,7 +56,7 @@ def enforce_max_rejected(rejected: pa.Table, total: int, limit: float) -> None:
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """A CSV file; file names that are no UTF-8 are written with escapes."""
+    """Return a CSV file; file names that are not UTF-8 are written with escapes."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue().encode("utf-8", "backslashreplace")

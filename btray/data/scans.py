@@ -21,13 +21,13 @@ from PIL import BmpImagePlugin, Image, ImageChops, ImageOps, JpegImagePlugin, Pn
 from PIL import WebPImagePlugin as WebpImagePlugin
 from PIL.ImageFile import ImageFile
 
-from btray.data.scan_kinds import Format, describe_foreign, recognise
+from btray.data.file_signatures import Format, describe_foreign, recognise_format
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 REJECTION_CODES: Final[dict[str, str]] = {
     "empty": "The object has no bytes: the upload was cut off; write it again.",
-    "not_an_image": "The bytes are no image (text, an error page, an archive): leave it out of the worklist.",
+    "not_an_image": "The bytes are not an image (text, an error page, an archive): leave it out of the worklist.",
     "truncated": "The image ends too early: the upload or download was cut off; copy it again from its source.",
     "bomb": "Decoding would take too much memory or time: inspect it, then split it or raise max_pixels if it is real.",
     "too_large": "The object has more bytes than max_bytes: split it or raise the limit.",
@@ -35,18 +35,11 @@ REJECTION_CODES: Final[dict[str, str]] = {
     "animated": "The image is an animation: export its frames as single images.",
     "unsupported": "The file is of a kind that is not read here: convert it to PNG, TIFF or JPEG.",
     "decode_failed": "The image is damaged: copy it again from its source.",
-    "not_found": "The object is no longer there: it was deleted after the listing; list again.",
-    "forbidden": "The credentials may not read the object: mend the policy or the credentials and run again.",
-    "throttled": "The store asked to slow down and retries did not help: run again with less concurrency.",
-    "unavailable": "The store could not be reached and retries did not help: run again when it is up.",
-    "changed": "The object was written anew after the listing: the next run lists and reads it as it is then.",
-    "is_directory": "The name is a folder or a directory marker, not a file: leave it out of the worklist.",
-    "failed": "The store answered with an error of no known kind: see the message.",
 }
 
 
 class ScanRejected(Exception):
-    """A scan that cannot be used. `code` is a key of `REJECTION_CODES`, the text one line that says what was found."""
+    """A scan that cannot be used. `code` is a key of `REJECTION_CODES`, the text one line that says what was wrong."""
 
     retryable: Final = False
     """Bytes that were refused once are refused always."""
@@ -140,11 +133,18 @@ def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DE
         raise ScanRejected("empty", "the object has no bytes")
     if len(data) > limits.max_bytes:
         raise ScanRejected("too_large", f"{len(data)} bytes, above max_bytes {limits.max_bytes}")
-    kind = recognise(data)
+    with _decoding(data) as kind:
+        return Scan(_read_frames(data, kind, min_side, limits))
+
+
+@contextlib.contextmanager
+def _decoding(data: bytes) -> Iterator[Format]:
+    """Give the format of a scan to the block that decodes it; raise ScanRejected for whatever fails there."""
+    kind = recognise_format(data)
     if kind is None:
         raise ScanRejected(*describe_foreign(data))
     try:
-        return Scan(_frames(data, kind, min_side, limits))
+        yield kind
     except ScanRejected:
         raise
     except Exception as error:  # damaged bytes make Pillow raise nearly anything: SyntaxError, KeyError, struct.error
@@ -152,27 +152,20 @@ def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DE
 
 
 def count_pages(data: bytes) -> int:
-    """Pages of one encoded scan by its headers, thumbnails and masks too; 1 where `decode` will say what is wrong."""
+    """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it."""
     try:
-        return max(1, _check_directories(data)) if recognise(data) == "TIFF" else 1
+        return max(1, _check_directories(data)) if recognise_format(data) == "TIFF" else 1
     except ScanRejected:
         return 1
 
 
 def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
-    """What kind of file a scan is, and a glimpse of its colours. Raises `ScanRejected` and nothing else."""
-    kind = recognise(data)
-    if kind is None:
-        raise ScanRejected(*describe_foreign(data))
-    try:
+    """Return what kind of file a scan is, and a small copy of its colours. Raises `ScanRejected` and nothing else."""
+    with _decoding(data) as kind:
         image = _READERS[kind](io.BytesIO(data))
         _check_size(image, limits)
         mode, (width, height) = image.mode, image.size
         return FileFacts(kind, mode, width, height, None if mode.startswith(_COLOURLESS) else _small_colours(image))
-    except ScanRejected:
-        raise
-    except Exception as error:
-        raise _rejection(error, data, kind) from error
 
 
 def _small_colours(image: ImageFile) -> Array:
@@ -183,7 +176,7 @@ def _small_colours(image: ImageFile) -> Array:
     return np.asarray(image.reduce(factors).convert("RGB"))
 
 
-def _frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLimits) -> list[Array]:
+def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLimits) -> list[Array]:
     if kind == "TIFF":
         _check_directories(data)
     image = _READERS[kind](io.BytesIO(data))
@@ -221,7 +214,7 @@ def _pages(data: bytes, image: TiffImagePlugin.TiffImageFile, limits: ScanLimits
 
 
 def _check_directories(data: bytes) -> int:
-    """Number of a TIFF's pages. Raises `ScanRejected` where their list is cut or endless, which Pillow passes over."""
+    """Count a TIFF's pages. Raises `ScanRejected` if their list is cut off or endless, which Pillow passes over."""
     order, big = "<" if data.startswith(b"II") else ">", b"+" in data[:4]
     count_format, entry, inline, word = ("Q", 20, 8, "Q") if big else ("H", 12, 4, "I")
     seen: set[int] = set()
@@ -240,10 +233,12 @@ def _check_directories(data: bytes) -> int:
                 tag, kind, length, value = struct.unpack_from(order + "HH" + word * 2, data, at)
                 size = length * _TIFF_TYPE_SIZES.get(kind, 0)
                 if tag <= _LAST_PIXEL_TAG and size > inline and value + size > len(data):
-                    raise ScanRejected("truncated", f"a TIFF cut off after {len(data)} bytes: tag {tag} lies behind it")
+                    raise ScanRejected(
+                        "truncated", f"a TIFF cut off after {len(data)} bytes: tag {tag} lies after that"
+                    )
     except (struct.error, OverflowError) as error:
         raise ScanRejected(
-            "truncated", f"a TIFF cut off after {len(data)} bytes: a directory lies behind it"
+            "truncated", f"a TIFF cut off after {len(data)} bytes: a directory lies after that"
         ) from error
     return len(seen)
 
@@ -252,11 +247,11 @@ def _check_strips(tags: TiffImagePlugin.ImageFileDirectory_v2, end: int) -> None
     for offsets, lengths in ((273, 279), (324, 325)):  # strips, tiles
         for offset, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False):
             if offset + length > end:
-                raise ScanRejected("truncated", f"a TIFF cut off after {end} bytes: pixels lie behind it")
+                raise ScanRejected("truncated", f"a TIFF cut off after {end} bytes: pixels lie after that")
 
 
 def _check_size(image: Image.Image, limits: ScanLimits, pixels_before: int = 0) -> int:
-    """Number of pixels up to and including `image`; raises `ScanRejected` where it breaks a limit."""
+    """Return the number of pixels up to and including `image`. Raises `ScanRejected` if it breaks a limit."""
     width, height = image.size
     pixels = pixels_before + width * height
     if pixels > limits.max_pixels:
@@ -268,11 +263,11 @@ def _check_size(image: Image.Image, limits: ScanLimits, pixels_before: int = 0) 
 
 
 def _frame(data: bytes, image: ImageFile) -> Array:
-    """The current page of a file that is open and not loaded."""
+    """Return the current page, in gray, of a file that is open and not loaded."""
     deep = _deep_colour(data, image)
     image.load()
     with contextlib.suppress(Exception):
-        image.getexif()  # where it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
+        image.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
     if deep is None:
         ImageOps.exif_transpose(image, in_place=True)
         return _gray(image)
@@ -323,9 +318,9 @@ def _floats_to_uint16(values: Array) -> Array:
 
 
 def _deep_colour(data: bytes, image: ImageFile) -> Array | None:
-    """Gray uint16 [height, width] of a page with several bands of 16 bit; None for any other.
+    """Return gray uint16 [height, width] of a page with several bands of 16 bit; None for any other.
 
-    Pillow drops the low byte of such bands, which is most of a 12-bit scan. Its decoders do give the low bytes where
+    Pillow drops the low byte of such bands, which is most of a 12-bit scan. Its decoders do give the low bytes if
     they are told the opposite byte order, so the page is decoded a second time with that.
     """
     raw_modes = {str(tile.args[0] if isinstance(tile.args, tuple) else tile.args) for tile in image.tile}
@@ -352,7 +347,7 @@ def _deep_colour(data: bytes, image: ImageFile) -> Array | None:
 
 
 def _load_as(image: ImageFile, raw_mode: str) -> Array:
-    """Bytes [height, width, bands] of a file not yet loaded, read in another layout than its header says."""
+    """Return bytes [height, width, bands] of a file not yet loaded, read in another layout than its header says."""
     image.tile = [
         tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
         for tile in image.tile
@@ -361,7 +356,7 @@ def _load_as(image: ImageFile, raw_mode: str) -> Array:
 
 
 def _luma(bands: Array) -> Array:
-    """ITU-R 601 luma of uint16 [height, width, 3 or more], with Pillow's weights: equal bands stay what they are."""
+    """Return ITU-R 601 luma of uint16 [height, width, 3 or more], with Pillow's weights: equal bands stay the same."""
     red, green, blue = (bands[..., band].astype(np.uint32) for band in range(3))
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint16)
 
@@ -371,7 +366,7 @@ def _on_black(gray: Array, alpha: Array) -> Array:
 
 
 def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
-    """What a decoder's exception means to an operator."""
+    """Return what a decoder's exception means to an operator."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or _BOMB_TEXT.search(text):
         return ScanRejected("bomb", f"{kind}: {text}")
@@ -383,7 +378,7 @@ def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
 
 
 def _is_cut(data: bytes, kind: Format) -> bool:
-    """Whether the end that the format prescribes is missing."""
+    """Return whether the end that the format prescribes is missing."""
     if kind == "JPEG":
         return data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda")
     if kind == "PNG":
@@ -392,4 +387,4 @@ def _is_cut(data: bytes, kind: Format) -> bool:
         return int.from_bytes(data[2:6], "little") > len(data)
     if kind == "WebP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return False  # a TIFF has no mark of its end; `_check_directories` and `_check_strips` have been before
+    return False  # a TIFF has no mark of its end; `_check_directories` and `_check_strips` ran before

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from btray.core.errors import ThresholdExceeded, UserError
+from btray.data.duplicates import components
 from btray.storage.packed import path_of
 
 _log = logging.getLogger(__name__)
@@ -205,11 +204,8 @@ def _components(patients: np.ndarray, twins: np.ndarray) -> list[int]:
         for tie in (("patient", patient) if patient is not None else None, ("twin", twin) if twin >= 0 else None)
         if tie is not None
     ]
-    size = len(patients) + len(nodes)
-    ends = np.array(edges, dtype=np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), shape=(size, size))
-    parts: list[int] = connected_components(graph, directed=False)[1][: len(patients)].tolist() if size else []
-    return parts
+    joined = components(len(patients) + len(nodes), np.array(edges, dtype=np.int64).reshape(-1, 2))
+    return joined[: len(patients)].tolist()
 
 
 def _blocks(runs: Sequence[tuple[str, str]]) -> list[int]:

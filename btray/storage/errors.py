@@ -18,7 +18,7 @@ FAILURES = (OSError, ValueError, aws.BotoCoreError, aws.ClientError, aiohttp.Cli
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kind:
+class Kind:
     """One code of `StorageError`: what raises it, and what the user can do."""
 
     remedy: str
@@ -34,15 +34,15 @@ class _Kind:
 
 
 # The first match counts: some stores send S3 codes of one kind with the HTTP status of another.
-_KINDS: Final[dict[str, _Kind]] = {
-    "throttled": _Kind(
+KINDS: Final[dict[str, Kind]] = {
+    "throttled": Kind(
         remedy="the store asks for fewer requests; try again later or with fewer workers",
         unreachable=True,
         responses=(
             "429", "503", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests",
         ),
     ),
-    "forbidden": _Kind(
+    "forbidden": Kind(
         remedy="access is refused; check the permissions",
         s3_remedy=", AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL",
         responses=(
@@ -55,7 +55,7 @@ _KINDS: Final[dict[str, _Kind]] = {
         ),
         errnos=(errno.EACCES, errno.EPERM, errno.EROFS),
     ),
-    "unavailable": _Kind(
+    "unavailable": Kind(
         remedy="the store does not answer; try again when it does",
         s3_remedy=", and check AWS_ENDPOINT_URL",
         unreachable=True,
@@ -70,19 +70,19 @@ _KINDS: Final[dict[str, _Kind]] = {
             errno.EMFILE, errno.ENFILE,
         ),
     ),
-    "not_found": _Kind(
+    "not_found": Kind(
         remedy="nothing is there; check the spelling",
         s3_remedy=" of bucket and key, and AWS_ENDPOINT_URL",
         responses=("404",),
         exceptions=(FileNotFoundError,),  # s3fs gives it no errno
         errnos=(errno.ENOENT, errno.ENOTDIR),
     ),
-    "is_directory": _Kind(remedy="this is a folder; name a file", errnos=(errno.EISDIR,)),
-    "too_large": _Kind(remedy="this is larger than allowed"),
-    "changed": _Kind(remedy="this was written anew in the meantime; run again"),
-    "failed": _Kind(remedy="this could not be read or written"),
+    "is_directory": Kind(remedy="this is a folder; name a file", errnos=(errno.EISDIR,)),
+    "too_large": Kind(remedy="this is larger than allowed"),
+    "changed": Kind(remedy="this was written anew in the meantime; run again"),
+    "failed": Kind(remedy="this could not be read or written"),
 }  # fmt: skip
-UNREACHABLE_CODES: Final = frozenset(code for code, kind in _KINDS.items() if kind.unreachable)
+UNREACHABLE_CODES: Final = frozenset(code for code, kind in KINDS.items() if kind.unreachable)
 """Codes of a store that answers nothing, or nobody for now: it is worth waiting for."""
 
 
@@ -110,7 +110,7 @@ class StorageError(Exception):
 
 def user_error(error: StorageError) -> UserError:
     """Return the same failure as one line with a remedy, for a URI that the user named."""
-    kind = _KINDS[error.code]
+    kind = KINDS[error.code]
     remedy = kind.remedy + (kind.s3_remedy if error.uri.startswith("s3://") else "")
     return UserError(f"{error.uri}: {remedy}" + (f" ({error.detail})." if error.detail else "."))
 
@@ -140,8 +140,8 @@ def as_storage_error(error: Exception, uri: str) -> StorageError:
         code = str(response.response["Error"].get("Code", status))
         return StorageError(code_of_response(code, status), uri, f"{code}: {response.response['Error'].get('Message')}")
     number = getattr(error, "errno", None)
-    matches = (code for code, kind in _KINDS.items() if isinstance(error, kind.exceptions))
-    by_errno = (code for code, kind in _KINDS.items() if number in kind.errnos)
+    matches = (code for code, kind in KINDS.items() if isinstance(error, kind.exceptions))
+    by_errno = (code for code, kind in KINDS.items() if number in kind.errnos)
     code = next(matches, None) or next(by_errno, "failed")
     return StorageError(code, uri, getattr(error, "strerror", None) or str(error))
 
@@ -149,7 +149,7 @@ def as_storage_error(error: Exception, uri: str) -> StorageError:
 def code_of_response(s3_code: str, status: int = 0) -> str:
     """Return our code for an S3 error code and the HTTP status that came with it; 0: none did."""
     default = "unavailable" if status >= 500 else "failed"
-    return next((code for code, kind in _KINDS.items() if {s3_code, str(status)} & {*kind.responses}), default)
+    return next((code for code, kind in KINDS.items() if {s3_code, str(status)} & {*kind.responses}), default)
 
 
 def check_size(uri: str, size: int, max_bytes: int | None) -> None:

@@ -45,6 +45,7 @@ def calibrate(config: TrainConfig, validation: Scores, labels: Indices, referenc
     ood = Distribution.fit(reference) if len(reference) else None
     if len(labels) == 0:
         return Limits(thresholds=Thresholds(abstain_below=config.abstain_below), ood=ood)
+    # First the temperature: thresholds are compared with calibrated probabilities.
     temperature = fit_temperature(validation.answers.logits, labels)
     probabilities = Classifier.calibrated(validation.answers.logits, temperature)
     abstain_below = config.abstain_below

@@ -52,6 +52,7 @@ class Tracker:
             },
             run_id=self.config.name,
         )
+        # All epochs again: object storage cannot append, and one that was trained twice stands once.
         storage.write_text(storage.join(self.run_uri, HISTORY), as_lines(history))
         numbers = {key: value for key, value in asdict(record).items() if key != "epoch" and value is not None}
         self._write_events(numbers, record.epoch)

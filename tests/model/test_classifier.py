@@ -28,6 +28,7 @@ from btray.model.engines import EngineName, make_engine
 from btray.model.network import Network, build_network
 from btray.model.prediction import Prediction
 from btray.phantoms import encoded_phantom, phantom
+from btray.storage.errors import KINDS
 from tests.helpers import scan_corpus
 from tests.helpers.tiny_bundle import NETWORK, PREPROCESS, random_bundle, saved_bundle
 
@@ -164,7 +165,7 @@ def test_an_input_of_no_use_is_a_rejected_prediction_and_never_an_exception(
     found = {name: prediction.error_code for name, prediction in zip(cases, predictions, strict=True)}
     assert found == {name: code for name, (_, code) in cases.items()}
     assert all(prediction.error and "\n" not in prediction.error for prediction in predictions)
-    assert set(found.values()) <= set(REJECTION_CODES)
+    assert set(found.values()) <= {*REJECTION_CODES, *KINDS}
 
 
 def test_no_input_gives_no_prediction(classifier: Classifier) -> None:

@@ -1,4 +1,4 @@
-"""What kind of file some bytes are, told by their beginning alone: no decoder is run on bytes that nobody knows."""
+"""What kind of file some bytes are, told by their beginning alone: no decoder is run on unknown bytes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _NO_IMAGE: Final[tuple[tuple[bytes, str], ...]] = (
 )
 
 
-def recognise(data: bytes) -> Format | None:
-    """The format that `btray.data.scans` reads, or None."""
+def recognise_format(data: bytes) -> Format | None:
+    """Return the format, if it is one that `btray.data.scans` reads, or None."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -56,7 +56,7 @@ def recognise(data: bytes) -> Format | None:
 
 
 def describe_foreign(data: bytes) -> tuple[str, str]:
-    """(rejection code, message) for bytes that `recognise` does not know."""
+    """Return rejection code and message for bytes that `recognise_format` does not know."""
     if data.startswith(b"GIF8"):
         frames = len(_GIF_FRAME.findall(data))
         code = "animated" if frames > 1 else "unsupported"

@@ -23,11 +23,9 @@ from btray.serving.problems import Problem, first_error
 Array = npt.NDArray[Any]
 Datatype = Literal["BYTES", "UINT8", "FP32"]
 
-_TYPES: Final[dict[str, np.dtype[Any]]] = {
-    "UINT8": np.dtype("u1"),
-    "FP32": np.dtype("<f4"),
-    "BOOL": np.dtype("?"),
-}
+_TYPES: Final[dict[str, np.dtype[Any]]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
+_DATATYPES: Final = {"U": "BYTES", "f": "FP32", "b": "BOOL"}
+"""The protocol's name of a kind of NumPy array."""
 _MAX_RANK: Final = 3  # images, height, width
 LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 
@@ -152,7 +150,7 @@ def format_answer(answer: InferAnswer, outputs: Mapping[str, Array], request: In
         if name not in outputs:
             raise Problem(400, "bad_request", f"there is no output {name[:80]!r}; there are {', '.join(outputs)}")
         values = outputs[name]
-        tensor = OutputTensor(name=name, datatype=datatype_of(values), shape=list(values.shape))
+        tensor = OutputTensor(name=name, datatype=_DATATYPES[values.dtype.kind], shape=list(values.shape))
         if binary if in_binary is None else in_binary:
             raw = _pack(values) if tensor.datatype == "BYTES" else values.astype(_TYPES[tensor.datatype]).tobytes()
             tail.append(raw)
@@ -162,11 +160,6 @@ def format_answer(answer: InferAnswer, outputs: Mapping[str, Array], request: In
         tensors.append(tensor)
     head = answer.model_copy(update={"outputs": tensors}).model_dump_json(exclude_none=True).encode()
     return head + b"".join(tail), len(head) if tail else None
-
-
-def datatype_of(values: Array) -> str:
-    """Return the protocol's name of an array's type."""
-    return {"U": "BYTES", "f": "FP32", "b": "BOOL"}[values.dtype.kind]
 
 
 # ---- tensors

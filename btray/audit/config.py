@@ -12,9 +12,9 @@ AUDIT_FINDINGS = ("leak", "conflict", "patient", "duplicate", "not_mri", "unread
 
 
 class AuditConfig(JobConfig):
-    """Look for what makes figures untrue in labelled data: duplicates, leakage between splits, label conflicts.
+    """Find what makes figures untrue in labelled data: duplicates, leakage between splits, label conflicts.
 
-    Writes audit.json, duplicates.parquet, report.html and lists of unreadable files and of what is no MRI slice.
+    Writes audit.json, duplicates.parquet, report.html and lists of unreadable files and probable non-MRI images.
     """
 
     data: str
@@ -23,17 +23,17 @@ class AuditConfig(JobConfig):
     """Where the audit is written; local or s3://."""
     fail_on: str = ""
     """Findings that end the job with exit code 3 once all is written, separated by commas: leak (an image of the val \
-    or test split has a twin in a split before it), conflict (one image, several labels), patient (in several splits), \
+    or test split has a twin in an earlier split), conflict (one image, several labels), patient (in several splits), \
     duplicate, not_mri, unreadable."""
     report_groups: Annotated[int, Field(ge=0, le=1000)] = 60
-    """Most duplicate groups whose pictures the report shows; leaks and conflicts come first."""
+    """Maximum number of duplicate groups whose pictures the report shows; conflicts and leaks come first."""
 
     @field_validator("fail_on")
     @classmethod
     def _known_findings(cls, value: str) -> str:
         for name in (part.strip() for part in value.split(",") if part.strip()):
             if name not in AUDIT_FINDINGS:
-                raise ValueError(f"{name!r} is no finding; choose of {', '.join(AUDIT_FINDINGS)}")
+                raise ValueError(f"{name!r} is not a finding; choose from {', '.join(AUDIT_FINDINGS)}")
         return value
 
     @property

@@ -1,7 +1,7 @@
-"""What an audit finds out about one file: digests, fingerprint, size, gray levels, and why it may be no MRI slice.
+"""Inspection of single files: digests, fingerprint, size, gray levels, and why one is probably not an MRI slice.
 
-`InspectBlock` and `CorrelateBlock` are what Ray Data runs: they read a block of rows and give a block of findings, so
-that neither bytes nor pictures travel to the driver.
+`InspectBlock` and `CorrelateBlock` are what Ray Data runs: they read a block of rows and return a block of findings,
+so that neither bytes nor pictures travel to the driver.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from PIL import Image
 from btray.data.fingerprint import (
     LENGTH,
     VIEWS,
-    Fingerprints,
     Thumbnails,
     correlations,
     fingerprints,
@@ -49,12 +48,12 @@ NOT_MRI = {
     "no_dark_background": f"Less than {_LEAST_DARK_RIM:.0%} of the pixels near the edges are dark, or none is black: "
     "there is no air around a head.",
 }
-"""Why an image is probably no MRI slice: each reason and the rule behind it."""
+"""Reasons why an image is probably not an MRI slice, each with its rule."""
 
-# Files read at a time: what a block holds in encoded bytes stays small however large its files are.
+# Files read at a time: the encoded bytes that a block holds stay few however large its files are.
 _READ_ROWS = 32
 
-FOUND = pa.schema(
+INSPECTED = pa.schema(
     [
         ("row", pa.int64()),
         ("code", pa.string()),
@@ -74,52 +73,55 @@ FOUND = pa.schema(
         ("not_mri", pa.string()),
     ]
 )
-"""What is known of each file; the gray levels are shares of full white, `not_mri` is empty or a key of NOT_MRI.
+"""What is known of each file: gray levels are shares of full white, `not_mri` is empty or a key of NOT_MRI.
 
-Where `code` is not empty the file is unreadable and everything behind `message` is null.
+If `code` is not empty, the file is unreadable and everything after `message` is null.
 """
 
 
 @dataclass(frozen=True)
 class InspectBlock:
-    """From rows (columns row, uri) to FOUND; picklable."""
+    """A task of Ray Data, picklable: from rows (columns row, uri) to INSPECTED."""
 
     limits: ScanLimits
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        """Inspect the files of some rows."""
         records: list[dict[str, Any]] = []
         pictures = []
         for row, data in _read(rows["row"].to_pylist(), rows["uri"].to_pylist(), self.limits):
             try:
-                found, thumbs = inspect(data, self.limits)
+                record, thumbs = inspect(data, self.limits)
                 pictures.append(thumbs)
-                records.append({"row": row, "code": "", "message": "", **found})
+                records.append({"row": row, "code": "", "message": "", **record})
             except (StorageError, ScanRejected) as error:
                 records.append({"row": row, "code": error.code, "message": str(error)})
         prints = iter(fingerprints(np.stack(pictures)) if pictures else ())
         for record in records:
             if not record["code"]:
                 record["fingerprint"] = next(prints).tobytes()
-        return pa.Table.from_pylist(records, schema=FOUND)
+        return pa.Table.from_pylist(records, schema=INSPECTED)
 
 
 @dataclass(frozen=True)
 class CorrelateBlock:
-    """From pairs (columns place, first, second, first_uri, second_uri) to columns place and correlation; picklable.
+    """A task of Ray Data, picklable: from pairs to the correlations of their pictures (columns place, correlation).
 
-    Each image of the block is read once. A pair of which one cannot be read any more has correlation 0.
+    Pairs have columns place, first, second, first_uri and second_uri. Each image of the block is read once. A pair of
+    which one cannot be read any more has correlation 0.
     """
 
     limits: ScanLimits
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
+        """Compare the pictures of some pairs."""
         of_image = dict(zip(pairs["first"].to_pylist(), pairs["first_uri"].to_pylist(), strict=True))
         of_image |= dict(zip(pairs["second"].to_pylist(), pairs["second_uri"].to_pylist(), strict=True))
         pictures: dict[int, Thumbnails] = {}
         for image, data in _read(list(of_image), list(of_image.values()), self.limits):
             try:
                 if not isinstance(data, StorageError):
-                    pictures[image] = thumbnails(_shown_frame(decode(data, limits=self.limits)))
+                    pictures[image] = thumbnails(representative(decode(data, limits=self.limits).frames))
             except ScanRejected:
                 continue  # it was readable a while ago: the pair stays unproven
         firsts, seconds = pairs["first"].to_numpy(), pairs["second"].to_numpy()
@@ -134,17 +136,19 @@ class CorrelateBlock:
 
 
 def inspect(data: ReadResult, limits: ScanLimits) -> tuple[dict[str, Any], Thumbnails]:
-    """What FOUND holds of one file, but for its row, code and fingerprint, and its thumbnails.
+    """Return the columns of INSPECTED of one file, except row, code, message and fingerprint, and its thumbnails.
 
-    Raises StorageError where `data` is one, and ScanRejected.
+    Raises:
+        StorageError: if `data` is one.
+        ScanRejected: the file cannot be decoded.
     """
     if isinstance(data, StorageError):
         raise data
     scan = decode(data, limits=limits)
     facts = examine(data, limits=limits)
-    frame = _shown_frame(scan)
+    frame = representative(scan.frames)
     small = reduced(frame)
-    found = {
+    columns = {
         "byte_digest": hashlib.sha256(data).digest()[:16],
         "pixel_digest": pixel_digest(scan),
         "width": facts.width,
@@ -155,11 +159,11 @@ def inspect(data: ReadResult, limits: ScanLimits) -> tuple[dict[str, Any], Thumb
         "not_mri": why_not_mri(small, facts),
         **gray_levels(frame),
     }
-    return found, thumbnails(small)
+    return columns, thumbnails(small)
 
 
 def pixel_digest(scan: Scan) -> bytes:
-    """16 bytes that are the same for scans with the same pixels in all frames, however they were encoded."""
+    """Return 16 bytes that are equal for scans with equal pixels in all frames, however they were encoded."""
     digest = hashlib.sha256()
     for frame in scan.frames:
         digest.update(f"{frame.dtype.str} {frame.shape};".encode())
@@ -168,7 +172,7 @@ def pixel_digest(scan: Scan) -> bytes:
 
 
 def gray_levels(gray: Gray) -> dict[str, float]:
-    """Mean, standard deviation, black (1st percentile) and white (99th) of an image, as shares of its full white."""
+    """Return mean, standard deviation, black (1st percentile) and white (99th) of an image, as shares of full white."""
     counts = np.array(Image.fromarray(gray).histogram()) if gray.dtype == np.uint8 else np.bincount(gray.ravel())
     levels = np.arange(len(counts)) / np.iinfo(gray.dtype).max
     mean = float(counts @ levels / gray.size)
@@ -182,7 +186,7 @@ def gray_levels(gray: Gray) -> dict[str, float]:
 
 
 def why_not_mri(small: npt.NDArray[np.uint8], facts: FileFacts) -> str:
-    """The first reason of NOT_MRI that holds of an image, as `fingerprint.reduced` gives it; "" where none does.
+    """Return the first reason of NOT_MRI that holds of an image, as `fingerprint.reduced` gives it; "" if none does.
 
     Nothing here knows anatomy: the rules find what has strayed into a data set, not a slice of another organ.
     """
@@ -202,24 +206,14 @@ def why_not_mri(small: npt.NDArray[np.uint8], facts: FileFacts) -> str:
     return ""
 
 
-def unpacked_fingerprints(found: pa.Table) -> Fingerprints:
-    """Fingerprints [n, VIEWS, LENGTH] of the readable rows of FOUND."""
-    packed = b"".join(found["fingerprint"].to_pylist())
-    return np.frombuffer(packed, np.float16).reshape(-1, VIEWS, LENGTH)
-
-
 def _read(names: Sequence[int], uris: Sequence[str], limits: ScanLimits) -> Iterator[tuple[int, ReadResult]]:
     for start in range(0, len(uris), _READ_ROWS):
         part = slice(start, start + _READ_ROWS)
         yield from zip(names[part], read_many(uris[part], max_bytes=limits.max_bytes), strict=True)
 
 
-def _shown_frame(scan: Scan) -> Gray:
-    return representative(scan.frames)
-
-
 def _adjacent_correlation(gray: npt.NDArray[np.uint8]) -> float:
-    """Correlation of pixels with their right neighbours, over every other row."""
+    """Return the correlation of pixels with their right neighbours, over every other row."""
     rows = gray[::2].astype(np.float32)
     left, right = rows[:, :-1] - rows[:, :-1].mean(), rows[:, 1:] - rows[:, 1:].mean()
     norm = float(np.sqrt((left**2).sum() * (right**2).sum()))
@@ -227,7 +221,7 @@ def _adjacent_correlation(gray: npt.NDArray[np.uint8]) -> float:
 
 
 def _rim(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The pixels within a twelfth of the shorter side from an edge, [n]."""
+    """Return the pixels within a twelfth of the shorter side from an edge, [n]."""
     wide = max(2, min(gray.shape) // 12)
     sides = gray[wide:-wide]
     parts = (gray[:wide], gray[-wide:], sides[:, :wide], sides[:, -wide:])

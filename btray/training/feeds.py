@@ -85,7 +85,7 @@ def keep(frames: Dataset, most: int) -> tuple[Dataset | None, pa.Table]:
 
     Frames are counted, not scans, of which some have hundreds; past the limit all are released.
     """
-    kept: list[Any] = []
+    kept: list[Any] = []  # references to blocks
     surveyed, count = [], 0
     blocks: Iterator[Any] = iter(frames.iter_batches(batch_size=None, batch_format="pyarrow"))
     for block in blocks:
@@ -170,6 +170,7 @@ class MemoryFeed:
         for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
             used = np.isin(batch["sample"], plan.samples)  # neither unreadable nor left out
             frames[np.searchsorted(plan.samples, batch["sample"][used])] = batch["frame"][used]
+        # uint8, a quarter of the size of what the network sees: floats are made on the device, per batch.
         self.frames = torch.from_numpy(frames)
         self.labels = torch.from_numpy(plan.labels.copy())  # Ray's arrays are read-only, which torch warns of
         self.samples = torch.from_numpy(plan.samples.copy())
@@ -205,7 +206,7 @@ class StreamFeed:
         """Yield this worker's batches of one epoch: rows in the driver's random order, shuffled again in a buffer."""
         return self._stream(
             "train",
-            drop_last=True,
+            drop_last=True,  # so that all steps weigh the same, and workers take equally many
             local_shuffle_buffer_size=_SHUFFLED_BATCHES * self.share,
             local_shuffle_seed=self.plan.config.seed + epoch,
         )

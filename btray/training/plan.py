@@ -67,7 +67,7 @@ class Plan:
 
     def labels_of_rows(self, rows: Indices) -> Indices:
         """Return the labels of rows that are trained on or validated with."""
-        # A used row has its first frames among the ascending samples: the next one from its number on is its own.
+        # All frames of a scan are used, or none: the first sample from a used row's number on is the row's own.
         return self.labels[np.searchsorted(self.samples, rows * FRAMES_PER_SCAN)]
 
     def epoch_order(self, epoch: int) -> Indices:

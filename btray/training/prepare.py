@@ -73,6 +73,7 @@ class TrainingData:
     def digest(self) -> str:
         """Compute the SHA-256 over digest, label and use of every image: what they show counts, not where they lie."""
         plan, digests = self.plan, self.used["digest"].to_pylist()
+        # Sorted, so that neither the order of the listing nor the names of files count.
         use = np.where(np.isin(np.arange(len(digests)), plan.validation), "validation", "train")
         images = zip(digests, plan.labels, use, strict=True)
         lines = sorted(f"{digest} {plan.classes[label]} {use}" for digest, label, use in images)
@@ -151,6 +152,7 @@ def prepare(config: TrainConfig, source: Source) -> TrainingData:
     if len(rejected):
         storage.write_bytes(storage.join(run_uri, REJECTED), rejections_csv(rejected, table))
     enforce_max_rejected(rejected, len(rows), config.max_rejected)
+    # Twins are found before images are held out: both of them go to the same side.
     leak, used, twins = _resolve_leak(config, source, surveyed.filter(pc.equal(surveyed["code"], "")))
     validation = _choose_validation(config, table, used, twins)
     plan = Plan(

@@ -11,6 +11,7 @@ from ray.train.torch import TorchTrainer
 
 from btray import storage
 from btray.core.cluster import cpus
+from btray.core.console import ProgressLine
 from btray.core.errors import Stopped, UserError
 from btray.model.bundle import require_free
 from btray.training.checkpoints import Checkpoint, StateDict
@@ -99,6 +100,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
     filesystem, path = storage.arrow_filesystem(storage.resolve(config.storage_uri))
     trainer = TorchTrainer(
         train_loop,
+        # A worker reserves fewer CPUs than it computes with: what it leaves is for decoding.
         train_loop_config={"plan": plan, "threads": max(1, int(room / most))},
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # elastic
@@ -109,6 +111,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
             name=config.name,
             storage_path=path,
             storage_filesystem=filesystem,
+            # Of workers; Ray does not count those that a spot notice announced.
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             # Ray keeps the latest checkpoint, to resume from, besides the best one.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
@@ -116,9 +119,10 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train V2 has it
         ),
         datasets=data.datasets(),
+        # Frames in memory are not split: every worker holds all of them.
         dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
-    with stoppable(plan.run_uri) as stop_requested:
+    with stoppable(plan.run_uri) as stop_requested, ProgressLine("starting the workers"):
         result = trainer.fit()
         if stop_requested():
             raise Stopped(f"run {plan.run_uri} was stopped after writing a checkpoint; the same command resumes it")
@@ -135,6 +139,7 @@ def best_weights(checkpoints: Sequence[tuple[ray.train.Checkpoint, dict[str, Any
     """
     best, metrics = max(checkpoints, key=lambda pair: float(pair[1]["score"]))
     weights = Checkpoint.load(best).evaluated
+    # The score of a refit's epoch is its number, so weights that diverged there do not show in it.
     if metrics["score"] <= DIVERGED or not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(
             f"training diverged: run {run!r} has no epoch with a finite loss and finite weights; lower "

@@ -35,19 +35,12 @@ _log = logging.getLogger(__name__)
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Run a training in a worker of Ray Train; `settings` holds the `plan` and the `threads` that torch may use."""
-    _quieten_reports()
     plan: Plan = settings["plan"]
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
+    # Ray limits OMP_NUM_THREADS to the CPUs that a worker reserves, which are fewer than its share of the machine.
     torch.set_num_threads(settings["threads"])
     with lasting():
         Trainer(plan).run()
-
-
-def _quieten_reports() -> None:
-    """Ray Train logs every report of every worker under its file's name, which no LoggingConfig reaches."""
-    for name in logging.root.manager.loggerDict:
-        if "ray/train/" in name:
-            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Trainer:
@@ -63,6 +56,7 @@ class Trainer:
         network = build_network(self.config.network, len(plan.classes))
         if plan.initial_weights:
             load_matching(network, plan.initial_weights)
+        # Convolutions of oneDNN and cuDNN work in this layout, and would convert every layer's input to it.
         self.network: Network = network.to(self.device).to(memory_format=torch.channels_last)
         fine_tune = plan.initial_weights is not None
         self.optimiser = optimizer.make_optimiser(self.network, self.config.optimiser, fine_tune=fine_tune)
@@ -87,6 +81,7 @@ class Trainer:
         tracker = Tracker(self.plan.run_uri, self.config) if self.collectives.rank == 0 else None
         while len(self.history) < self.config.epochs and not (self.stopping or self._is_over()):
             epoch, started = len(self.history), time.perf_counter()
+            # Before the first step: a head of random weights would push large gradients through pretrained layers.
             self._freeze(self.plan.initial_weights is not None and epoch < self.config.optimiser.freeze_epochs)
             trained = self._train_epoch(epoch)
             if trained is None:
@@ -100,7 +95,7 @@ class Trainer:
             report(asdict(record), self._checkpoint(), f"epoch_{record.epoch:05d}")
             if tracker:
                 tracker.epoch_ended(self.history)
-        if tracker:
+        if tracker:  # not if an error ended the run: a resumed one continues it in MLflow
             tracker.close()
 
     def _train_epoch(self, epoch: int) -> dict[str, Any] | None:
@@ -189,7 +184,7 @@ class Trainer:
             whole_weight = self.collectives.sum(weights.sum())
         else:  # known here: asking would make every worker wait for the slowest twice per step. Mixup keeps the sum.
             whole_weight = self.class_weights[self._to_device(batch.whole_labels)].sum()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         # DDP averages gradients over workers; each must count by the weight of its samples in the whole batch.
         (loss * (self.collectives.workers / whole_weight)).backward()
         if config.clip_norm:
@@ -207,6 +202,7 @@ class Trainer:
         if len(self.plan.validation) == 0:  # a refit: the last epoch is the one to keep
             return {"val_loss": None, "val_macro_f1": None, "val_accuracy": None, "score": float(epoch)}
         network.eval()
+        # Begun with empty tensors: with more workers than validation images some have none, but all must gather.
         logits, labels = [torch.zeros(0, len(self.plan.classes))], [torch.zeros(0, dtype=torch.int64)]
         for batch in self.feed.validation():
             logits.append(self._logits(network, to_tensor(self._to_device(batch.frames))).float().cpu())

@@ -43,6 +43,7 @@ _WORKER_CPUS = 0.9
 _TRIALS = "trials"
 _CHOICES = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling", "mixup")
 _LOGARITHMIC = ("learning_rate", "weight_decay")
+# Unlike a single run, a search compares its trials: what one gets, all must get.
 _SEARCH_MAY_CHANGE = RUN_MAY_CHANGE - {"epochs", "num_workers", "patience"} | {"concurrent"}
 
 

@@ -6,26 +6,43 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image
 
 from btray import phantoms, storage
+from btray.audit.analysis import Twins, distinct, group, summarise
 from btray.audit.config import AuditConfig
+from btray.audit.findings import (
+    AuditReport,
+    Duplicates,
+    Files,
+    Intensity,
+    LabelConflicts,
+    Leakage,
+    Patients,
+    SizeCount,
+)
+from btray.audit.inspection import InspectBlock
 from btray.audit.job import audit
+from btray.audit.report import render_audit
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.fingerprint import correlations, thumbnails
-from btray.data.scans import decode
+from btray.data.scans import ScanLimits, decode
 from tests.helpers.image_truth import COPIES, REFRAMED, SAME_PIXELS, encode, recall_and_precision
+from tests.helpers.pages import HOSTILE, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"audit.json", "duplicates.parquet", "report.html", "unreadable.csv", "not_mri.csv", "config.yaml"}
@@ -197,7 +214,7 @@ def test_what_is_written_is_the_contract(
     [
         (["--fail-on", "leak,conflict"], 3, "leak: 2 of 4 test images have a twin in train; conflict: 1 group"),
         (["--fail-on", "patient"], 0, ""),
-        (["--fail-on", "leek"], 2, "'leek' is no finding; choose of leak, conflict"),
+        (["--fail-on", "leek"], 2, "'leek' is not a finding; choose from leak, conflict"),
     ],
 )
 def test_fail_on_ends_the_command_with_its_code_and_one_line_after_all_is_written(
@@ -335,3 +352,50 @@ def test_data_and_audit_may_lie_in_object_storage(ray_session: None, bucket: str
         f"{bucket}/data/glioma/a.png",
         f"{bucket}/data/glioma/b +%41.jpg",
     }
+
+
+def audited(table: pa.Table) -> tuple[AuditReport, str]:
+    """The findings of files without duplicates, and the page, made in this process."""
+    inspected = InspectBlock(ScanLimits())(pa.table({"row": np.arange(len(table)), "uri": table["uri"]}))
+    readable = inspected.filter(pc.equal(inspected["code"], ""))
+    pixels = distinct(readable["pixel_digest"])
+    twins = Twins(pixels, np.zeros((0, 2), np.int64), np.zeros(0, np.float32), 0, 0)
+    members = group(readable, twins)
+    report = summarise("data", table, inspected, twins, members)
+    return report, render_audit(report, table, inspected, members, most_groups=9)
+
+
+def labelled_files(folder: Path, names: Sequence[str], labels: Sequence[str]) -> pa.Table:
+    """One slice twice, under two labels and in two splits, a photograph, and a file that is not an image."""
+    uris = [str(folder / str(number) / name) for number, name in enumerate(names)]
+    bodies = [encode(slice_of(0)), encode(slice_of(0)), encode(_photograph()), b"no image"]
+    for uri, body in zip(uris, bodies, strict=True):
+        storage.write_bytes(uri, body)
+    splits = ["train", "test", "test", "train"]
+    return pa.table({"uri": uris, "label": labels, "split": splits, "patient_id": ["a", "a", "b", None]})
+
+
+def test_the_page_keeps_hostile_names_and_labels_text(tmp_path: Path) -> None:
+    _, expected = audited(labelled_files(tmp_path, ["a.png"] * 4, ["l", "m", "n", "o"]))
+    hostile = [name.replace("/", "") for name in HOSTILE[:4]]
+    report, page = audited(labelled_files(tmp_path, hostile, hostile[::-1]))
+    page.encode("utf-8")
+    assert Page(page).shape == Page(expected).shape
+    assert hostile[0] in Page(page).text
+    report.to_json().decode("utf-8")
+
+
+def test_audit_json_has_the_documented_fields_in_this_order_and_a_version(tmp_path: Path) -> None:
+    report, _ = audited(labelled_files(tmp_path, ["a.png"] * 4, ["l", "m", "n", "o"]))
+    record = json.loads(report.to_json())
+    assert list(record) == [
+        "data", "images", "classes", "splits", "unreadable", "duplicates", "leakage", "label_conflicts", "patients",
+        "not_mri", "files", "intensity", "format_version",
+    ]  # fmt: skip
+    assert record["format_version"] == 1
+    assert record["leakage"]["test"]["in"] == {"train": 1}
+    documented = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+    table = documented[documented.index("| field |") :]
+    parts = (Duplicates, Leakage, LabelConflicts, Patients, Files, Intensity, SizeCount)
+    for name in (*record, *(field.name.rstrip("_") for part in parts for field in fields(part))):
+        assert re.search(rf"^\| [^|]*\b{name}\b", table, re.MULTILINE), name

@@ -1,4 +1,4 @@
-"""How samples reach the workers: each once an epoch, in an order that depends on seed and epoch alone."""
+"""How samples reach the workers: each once per epoch, in an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 

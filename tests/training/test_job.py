@@ -151,7 +151,7 @@ def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
     ],
     ids=str,
 )
-def test_each_way_of_training_learns_and_is_no_other(
+def test_each_way_of_training_learns_and_differs_from_the_default(
     ray_session: None, unbalanced: str, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     history, _ = train_here(tiny(unbalanced, tmp_path, **change))
@@ -166,11 +166,11 @@ def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finish
     assert "test split" in metrics["measured_on"]
     bundle = load_bundle(finished.out)
     assert bundle.manifest.classes == ("glioma", "meningioma", "no_tumor")
-    assert bundle.manifest.data["counts"]["test"] == {"glioma": 6, "meningioma": 6, "no_tumor": 6}
+    assert bundle.manifest.data.counts["test"] == {"glioma": 6, "meningioma": 6, "no_tumor": 6}
     assert metrics["clean"]["n"] == metrics["n"] == 18, "no two of these pictures are the same image"
     prints = read_fingerprints(bundle)
     assert prints is not None
-    assert len(prints) == sum(sum(bundle.manifest.data["counts"][part].values()) for part in ("train", "validation"))
+    assert len(prints) == sum(sum(bundle.manifest.data.counts[part].values()) for part in ("train", "validation"))
     history = history_of(finished)
     assert [record.epoch for record in history] == [1, 2, 3, 4, 5, 6]
     assert storage.read_text(storage.join(finished.out, "history.jsonl")) == storage.read_text(
@@ -179,7 +179,7 @@ def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finish
     assert any("tfevents" in name for name in storage.list_names(storage.join(run_folder(finished), "tensorboard")))
 
 
-def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_answer(finished: TrainConfig) -> None:
+def test_configured_limits_are_fitted_on_validation_images_and_marked_in_every_answer(finished: TrainConfig) -> None:
     limits = load_bundle(finished.out).manifest.thresholds
     assert limits.abstain_below is not None
     assert limits.conformal_error == 0.2
@@ -197,7 +197,7 @@ def test_limits_asked_for_are_chosen_on_validation_images_and_marked_by_every_an
     assert all(p.label in p.label_set for p in said)
 
 
-def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_the_best_of_none(
+def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_never_the_best(
     ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses_of_steps = iter(range(1000))
@@ -214,7 +214,7 @@ def test_an_epoch_without_a_finite_loss_ends_the_run_and_is_the_best_of_none(
     assert "NaN" not in storage.read_text(storage.join(run_folder(config), "history.jsonl"))
 
 
-def test_the_best_finite_checkpoint_is_kept_and_where_there_is_none_the_remedy_is_named(tmp_path: Path) -> None:
+def test_the_best_finite_checkpoint_is_kept_and_if_there_is_none_the_remedy_is_named(tmp_path: Path) -> None:
     def checkpoint(epoch: int, value: float) -> ray.train.Checkpoint:
         folder = tmp_path / str(epoch)
         folder.mkdir()
@@ -235,7 +235,7 @@ def test_the_best_finite_checkpoint_is_kept_and_where_there_is_none_the_remedy_i
 
 
 @pytest.mark.soak
-def test_the_refit_goes_on_from_the_best_network_with_every_image_and_leaves_the_first_run_as_it_was(
+def test_the_refit_continues_the_best_network_with_every_image_and_leaves_the_first_run_as_it_was(
     ray_session: None, unbalanced: str, tmp_path: Path
 ) -> None:
     config = tiny(unbalanced, tmp_path / "model", epochs=2, refit_epochs=3)
@@ -277,13 +277,13 @@ def test_training_stops_at_patience_and_keeps_the_best_epoch(
 
 
 @pytest.mark.soak
-def test_a_finished_run_is_not_trained_again_and_goes_on_with_more_epochs(finished: TrainConfig) -> None:
+def test_a_finished_run_is_not_trained_again_and_continues_with_more_epochs(finished: TrainConfig) -> None:
     history, model_id = history_of(finished), load_bundle(finished.out).manifest.model_id
     train(finished)
     assert history_of(finished) == history
     assert load_bundle(finished.out).manifest.model_id == model_id
     train(finished.model_copy(update={"epochs": 8, "num_workers": "1:2"}))
-    assert load_bundle(finished.out).manifest.data["epochs"] == 8
+    assert load_bundle(finished.out).manifest.data.epochs == 8
     longer = history_of(finished)
     assert longer[:6] == history
     assert [record.epoch for record in longer] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -315,7 +315,7 @@ def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
     assert history_of(finished) == before
 
 
-def test_the_same_files_by_another_way_are_the_same_run(
+def test_the_same_files_under_another_path_are_the_same_run(
     ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(with_val_split, tmp_path / "model")
@@ -348,7 +348,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, failed: Callable[[], 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
+def test_a_killed_worker_is_replaced_and_the_run_completes(
     ray_session: None, with_val_split: str, tmp_path: Path
 ) -> None:
     """Batch norm without averaging, too: what is validated must be what is kept, though statistics differ by worker."""
@@ -396,7 +396,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_killed_job_that_is_run_again_goes_on_where_it_was(with_val_split: str, tmp_path: Path) -> None:
+def test_a_killed_job_that_is_run_again_resumes_where_it_was(with_val_split: str, tmp_path: Path) -> None:
     flags = {
         "data": with_val_split, "out": str(tmp_path / "model"), "num-workers": 1, "epochs": 12, "batch-size": 4,
         "preprocess.size": 32, "network.stem-width": 8, "network.widths": "8,16", "network.depths": "1,1",
@@ -470,17 +470,17 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
     assert read_rejected(config) == codes | {vanishing: "not_found"}
     manifest = load_bundle(config.out).manifest
     assert manifest.classes == ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor", "Cavernoma 2")
-    assert manifest.data["rejected"] == 5
+    assert manifest.data.rejected == 5
     metrics = storage.read_json(storage.join(config.out, "metrics.json"))
     assert "validation images" in metrics["measured_on"]
-    assert metrics["n"] == sum(manifest.data["counts"]["validation"].values())
+    assert metrics["n"] == sum(manifest.data.counts["validation"].values())
     assert set(metrics["per_class"]) == set(manifest.classes)
     # The refit moves features away; by the limits of the network that answered, one image in a hundred is strange.
     assert metrics["out_of_distribution"]["flagged"] == 1
     assert metrics["model_id"] == manifest.model_id
-    assert (manifest.data["epochs"], manifest.data["refit_epochs"]) == (3, 2)
+    assert (manifest.data.epochs, manifest.data.refit_epochs) == (3, 2)
     best = best_record(history_of(config)).epoch
-    assert manifest.data["best_epoch"] == best
+    assert manifest.data.best_epoch == best
     assert f"3, of which number {best} was the best; then 2 on all images" in storage.read_text(
         f"{config.out}/report.html"
     )
@@ -504,7 +504,7 @@ def test_too_many_bad_files_stop_the_job_and_the_commonest_code_is_named(
 
 
 @pytest.mark.soak
-def test_unreadable_test_images_are_named_and_too_many_of_them_are_told_after_the_bundle_is_written(
+def test_unreadable_test_images_are_named_and_too_many_of_them_fail_the_job_after_the_bundle_is_written(
     ray_session: None, tmp_path: Path
 ) -> None:
     root = write_tree(
@@ -543,7 +543,7 @@ def test_unusable_input_is_one_line(
     [({"batch_size": 1, "num_workers": "2"}, "--batch-size 1 cannot feed"), ({"use_gpu": True}, "--use-gpu: .*no GPU")],
     ids=["batch", "gpu"],
 )
-def test_what_no_image_is_needed_to_refuse_is_refused_before_one_is_read(
+def test_a_config_that_cannot_work_is_refused_before_an_image_is_read(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(prepare, "decode_rows", None)
@@ -605,7 +605,7 @@ def test_a_leak_stops_the_job_before_training_when_asked(
     assert not history_of(config)
 
 
-def test_what_shows_the_same_image_is_never_on_both_sides_of_the_validation_split(
+def test_files_of_the_same_image_are_never_on_both_sides_of_the_validation_split(
     ray_session: None, tmp_path: Path
 ) -> None:
     root = storage.resolve(tmp_path / "twins")
@@ -681,7 +681,7 @@ def test_data_run_and_bundle_may_all_lie_in_object_storage(ray_session: None, bu
     data = write_tree(f"{bucket}/scans", {"train/glioma": 20, "train/no_tumor": 20, "val/glioma": 5, "val/no_tumor": 5})
     config = tiny(data, f"{bucket}/model", storage=f"{bucket}/runs", num_workers="1:1", epochs=2)
     assert train(config) == f"{bucket}/model"
-    assert load_bundle(f"{bucket}/model").manifest.data["uri"] == data
+    assert load_bundle(f"{bucket}/model").manifest.data.uri == data
     assert [record.epoch for record in history_of(config)] == [1, 2]
     names = storage.list_names(f"{bucket}/runs/train")
     assert {"config.yaml", "history.jsonl", "run.json", "tensorboard"} <= set(names)

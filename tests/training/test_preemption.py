@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or whose machine is taken back: checkpoints in the midst of an epoch, and going on."""
+"""A run that is stopped, or whose machine is reclaimed: checkpoints in the middle of an epoch, and resuming."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.helpers.training_helpers import checkpoint_in, history_of, tiny, trai
 
 @pytest.fixture
 def nothing_is_reclaimed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """No node is drained but those whose ids the test appends."""
+    """No node is drained except those whose ids the test appends."""
     drained: list[str] = []
     monkeypatch.setattr(
         ray.train,
@@ -50,7 +50,7 @@ def watch_in(folder: Path, rank: int = 0, add: Callable[[Tensor], Tensor] = lamb
 # ---- the look-out
 
 
-def test_each_notice_is_given_once_and_a_stop_again_and_again(
+def test_each_reclaimed_node_is_reported_once_and_a_stop_at_every_look(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preemption, "EVERY", 0.0)  # look after every step
@@ -65,7 +65,7 @@ def test_each_notice_is_given_once_and_a_stop_again_and_again(
 
 
 @pytest.mark.parametrize("pace", [0.01, 2.0, 30.0])
-def test_looks_are_seconds_apart_whatever_a_step_takes(
+def test_looks_are_seconds_apart_however_long_a_step_takes(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pace: float
 ) -> None:
     now = 0.0
@@ -80,7 +80,7 @@ def test_looks_are_seconds_apart_whatever_a_step_takes(
     assert all(preemption.EVERY * 0.99 <= gap <= max(preemption.EVERY, pace) + pace for gap in gaps)
 
 
-def test_all_workers_look_after_the_same_steps_however_their_clocks_go(
+def test_all_workers_look_after_the_same_steps_however_their_clocks_differ(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that looked alone would wait for the others for ever."""
@@ -104,7 +104,7 @@ def test_all_workers_look_after_the_same_steps_however_their_clocks_go(
     assert all(mine == yours for mine, yours in looks)
 
 
-def test_a_store_that_is_away_ends_no_training(
+def test_an_unreachable_store_does_not_end_the_training(
     nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(uri: str) -> bool:
@@ -179,7 +179,7 @@ def test_a_stopped_job_ends_with_143_and_a_second_signal_ends_one_that_hangs(
 
 @pytest.mark.cluster
 @pytest.mark.soak
-def test_a_training_that_is_stopped_within_an_epoch_goes_on_at_that_step_as_if_nothing_had_been(
+def test_a_training_that_is_stopped_within_an_epoch_resumes_at_that_step_as_if_it_had_not_been(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")

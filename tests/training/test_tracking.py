@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the line an epoch, the history file, TensorBoard events, MLflow."""
+"""What a run reports: the line per epoch, the history file, TensorBoard events, MLflow."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_progress_line_of_a_diverged_epoch_says_so_and_names_the_best() -> N
     assert "best 0.900 in epoch 2" in line
 
 
-def test_every_epoch_is_in_the_history_and_in_the_events_when_it_has_ended(tmp_path: Path) -> None:
+def test_every_epoch_is_in_the_history_and_in_the_events_as_soon_as_it_has_ended(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y"))
     for count in (1, 2, 3):
         tracker.epoch_ended(HISTORY_OF_THREE[:count])
@@ -81,7 +81,7 @@ def test_every_epoch_is_in_the_history_and_in_the_events_when_it_has_ended(tmp_p
     tracker.close()
 
 
-def test_an_epoch_that_is_done_again_after_a_failure_stands_once(tmp_path: Path) -> None:
+def test_an_epoch_that_is_trained_again_after_a_failure_is_recorded_once(tmp_path: Path) -> None:
     for finished in (0, 1):
         tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y"))
         for count in range(finished + 1, 3 + finished):
@@ -124,7 +124,7 @@ def test_mlflow_gets_the_config_and_every_number(mlflow_uri: str, tmp_path: Path
     assert run.info.status == "FINISHED"
 
 
-def test_a_run_that_is_taken_up_goes_on_in_the_same_run_of_mlflow(mlflow_uri: str, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_run_of_mlflow(mlflow_uri: str, tmp_path: Path) -> None:
     for epochs in (1, 2):  # the config may change, which a parameter of MLflow may not
         tracker = Tracker(str(tmp_path), TrainConfig(data="x", out="y", mlflow=mlflow_uri, epochs=epochs))
         tracker.epoch_ended(HISTORY_OF_THREE[:epochs])

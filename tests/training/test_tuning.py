@@ -1,4 +1,4 @@
-"""The search: its space, what it calls worth its cost, and that killing it and running it again changes nothing."""
+"""The search: its space, which trials are worth their cost, and that a killed search resumes without a difference."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_a_weak_trial_is_asked_to_end_and_never_killed(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         assert [result(trials[0], epoch, 0.9), result(trials[1], epoch, 0.1)] == ["CONTINUE", "CONTINUE"]
         assert [path.parent.name for path in tmp_path.glob("*/stop")] == ["weak"]
-        (tmp_path / "weak" / "stop").unlink()  # as a run does that is taken up
+        (tmp_path / "weak" / "stop").unlink()  # as a resumed run does
 
 
 # ---- the search itself
@@ -305,7 +305,7 @@ def test_the_labels_of_the_test_split_change_no_trial_and_not_which_one_is_chose
 @pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_a_search_that_is_killed_goes_on_with_the_same_command(pictures: str, tmp_path: Path) -> None:
+def test_a_killed_search_is_resumed_by_the_same_command(pictures: str, tmp_path: Path) -> None:
     config = small_search(pictures, tmp_path / "model", trials=4, epochs=6)
     written = tmp_path / "config.yaml"
     written.write_text(config.to_yaml())

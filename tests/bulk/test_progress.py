@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from btray.bulk import progress as bulk_report
-from btray.bulk.progress import Progress, Totals, duration, summary
+from btray.bulk import report as report_module
+from btray.bulk.progress import Progress, duration, summarize
+from btray.bulk.report import ClassifyTally, ClassifyTotals, RunReport
 
 
 class Terminal(io.StringIO):
@@ -22,22 +22,33 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time that the report sees."""
     now = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(bulk_report.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(report_module.time, "monotonic", lambda: now.seconds)
     return now
 
 
 def tally(objects: int, *, rejected: dict[str, int] | None = None, reused: bool = False) -> str:
     wrong = rejected or {}
     frames = objects - sum(wrong.values())
-    counts = {"objects": objects, "frames": frames, "bytes": 9, "labels": {"glioma": frames}, "rejected": wrong}
-    return json.dumps(counts | {"seconds": {"read": 1.0, "predict": 3.0}, "reused": reused})
+    return ClassifyTally(
+        objects=objects,
+        frames=frames,
+        bytes=9,
+        labels={"glioma": frames},
+        rejected=wrong,
+        seconds={"read": 1.0, "predict": 3.0},
+        reused=reused,
+    ).model_dump_json()
+
+
+def report_of(totals: ClassifyTotals, unchanged: int) -> RunReport:
+    return totals.report(unchanged=unchanged, run_id="run", started_at="", ended_at="", resumed=False, config={})
 
 
 def listed(objects: int, *, complete: bool) -> Any:
     return SimpleNamespace(objects=objects, complete=complete)
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, totals: Totals, listing: Any) -> str:
+def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, totals: ClassifyTotals, listing: Any) -> str:
     monkeypatch.setattr("sys.stderr", stream)
     progress = Progress(totals, listing)
     progress.show()
@@ -45,9 +56,9 @@ def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, totals: Totals, 
     return stream.getvalue()
 
 
-def at_work(clock: SimpleNamespace) -> Totals:
+def at_work(clock: SimpleNamespace) -> ClassifyTotals:
     """300 objects in 20 s after the first part, at 10 a second."""
-    totals = Totals()
+    totals = ClassifyTotals()
     for part, seconds in (("0", 5), ("1", 10), ("2", 10)):
         clock.seconds += seconds
         totals.add(part, tally(100, rejected={"truncated": 2}))
@@ -86,23 +97,23 @@ def test_the_rate_leaves_out_the_first_part_and_what_an_earlier_attempt_did(cloc
     totals.add("3", tally(100, reused=True))
     assert totals.add("2", tally(100)) is None, "a part that is reported again counts once"
     assert (totals.objects, totals.rate) == (400, 10.0)
-    report = totals.report(7)
-    assert (report["unchanged"], report["taken_from_earlier_attempt"]) == (7, 100)
-    assert (report["seconds"], report["seconds_to_first_part"]) == (25.0, 5.0)
-    assert report["images_per_second_with_start"] == 12.0
+    report = report_of(totals, 7)
+    assert (report.unchanged, report.taken_from_earlier_attempt) == (7, 100)
+    assert (report.seconds, report.seconds_to_first_part) == (25.0, 5.0)
+    assert report.images_per_second_with_start == 12.0
 
 
 def test_the_summary_says_how_many_of_what_and_where_time_went(clock: SimpleNamespace) -> None:
-    assert summary(at_work(clock).report(7)).splitlines() == [
+    assert summarize(report_of(at_work(clock), 7)).splitlines() == [
         "300 objects in 0:25: 294 frames classified, 6 rejected; 7 unchanged",
         "labels: glioma 294",
         "rejected: truncated 6",
         "10 images/s; of the actors' time: read 25%, predict 75%",
     ]
     clock.seconds += 3
-    nothing = Totals()
+    nothing = ClassifyTotals()
     clock.seconds += 2
-    assert summary(nothing.report(9)) == "0 objects in 0:02: 0 frames classified, 0 rejected; 9 unchanged"
+    assert summarize(report_of(nothing, 9)) == "0 objects in 0:02: 0 frames classified, 0 rejected; 9 unchanged"
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.4, "0:00"), (59.6, "1:00"), (125, "2:05"), (3723, "1:02:03")])

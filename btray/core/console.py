@@ -21,21 +21,23 @@ _ray_log = logging.getLogger("ray.workers")  # INFO of a library: --verbose show
 
 
 class ProgressLine:
-    """A line at the bottom of the terminal that is rewritten as work advances and is left standing at its end.
+    """A line at the bottom of the terminal that is rewritten as work advances.
 
-    Other output appears above it. Nothing is shown if stderr is not a terminal, or if the log is JSON.
+    Other output appears above it. At the end of the block it is left standing, whole, or goes if not `keep`, for a
+    summary that the job prints. Nothing is shown if stderr is not a terminal, or if the log is JSON.
     """
 
     _current: ClassVar[ProgressLine | None] = None
 
-    def __init__(self, text: str = "") -> None:
+    def __init__(self, text: str = "", *, keep: bool = True) -> None:
         self._text = text
         self._drawn = 0.0
         console = Console(stderr=True)
         self._live = None
         if console.is_terminal and not logs.is_json():
             # A stdout that is a file must stay one: rich would redirect it to the terminal.
-            self._live = Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
+            redirect = sys.stdout.isatty()
+            self._live = Live(console=console, auto_refresh=False, transient=not keep, redirect_stdout=redirect)
 
     def update(self, text: str) -> None:
         """Replace the line; the terminal is rewritten four times per second at most."""

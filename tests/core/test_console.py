@@ -138,6 +138,14 @@ def test_the_live_line_is_rewritten_below_other_output_and_stays_whole(monkeypat
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h"), "the cursor is back"
 
 
+def test_a_line_that_makes_way_for_a_summary_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = a_terminal(monkeypatch)
+    with ProgressLine("starting", keep=False):
+        pass
+    assert "starting" in terminal.getvalue()
+    assert terminal.getvalue().rindex("\x1b[2K") > terminal.getvalue().rindex("starting"), "it is wiped"
+
+
 def test_progress_of_a_worker_moves_the_live_line_and_is_not_printed_besides(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,8 +40,6 @@ from btray.storage import FileInfo, StorageError, lease
 
 _log = logging.getLogger(__name__)
 
-_PART_OBJECTS = 512
-
 
 class ArchiveJob(ABC):
     """What a job does with an archive; `run_archive` does the rest."""
@@ -165,15 +163,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
         logs.bind(run_id=run.run_id)
         if resumed:
             _log.info("resuming run %s, which was interrupted", run.run_id)
-        listing = Listing(
-            run,
-            listed,
-            lambda: _completed(job, scratch),
-            limit=config.limit,
-            part_objects=_PART_OBJECTS,
-            patience=config.patience,
-            check=check,
-        )
+        listing = Listing(run, config, listed, lambda: _completed(job, scratch), check)
         listing.start()
         try:
             listing.begun.wait()

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from btray import storage
 from btray.bulk import table as results_table
-from btray.bulk.part_files import write_part
+from btray.bulk.report import PartTally
+from btray.bulk.runs import write_part
 from btray.model.bundle import load_bundle
 from btray.model.prediction import Prediction
 
@@ -53,16 +54,15 @@ def main() -> None:
 
 
 def _fill(archive: str, table: str, model_id: str) -> None:
-    """Write a table that has every object of the archive."""
-    product = results_table.product(model_id)
-    folder = storage.join(table, product.folder("2026-01-01"))
+    """Write a table that holds every object of the archive."""
+    folder = storage.join(table, results_table.folder(model_id, "2026-01-01"))
     now = datetime.now(UTC)
-    files = storage.list_files(archive)
+    listed = storage.list_files(archive)
     number = 0
-    while infos := list(islice(files, product.part_objects)):
+    while infos := list(islice(listed, 512)):
         prediction = Prediction(index=0, label="glioma", confidence=0.9, probabilities={"glioma": 0.9, "no_tumor": 0.1})
         rows = [results_table.row_of(prediction, info, run_id="earlier", classified_at=now) for info in infos]
-        write_part(storage.join(folder, f"part-earlier-{number:06d}.parquet"), rows, results_table.SCHEMA, {})
+        write_part(storage.join(folder, f"part-earlier-{number:06d}.parquet"), rows, results_table.SCHEMA, PartTally())
         number += 1
 
 

@@ -19,8 +19,8 @@ import checkout  # noqa: F401 - makes `tools` importable
 from btray import storage
 from btray.bulk.archive import Selection, list_archive
 from btray.bulk.config import PackConfig
-from btray.bulk.lots import Prefetcher
 from btray.bulk.pack import pack
+from btray.bulk.worker import Prefetcher
 from btray.data.scans import ScanLimits
 from tools.s3_server import S3Server
 
@@ -52,7 +52,7 @@ def _rate(uri: str) -> float:
     objects = list(list_archive(uri, Selection()))
     reader = Prefetcher(threads=16, patience=10, max_bytes=ScanLimits().max_bytes)
     started = time.perf_counter()
-    read = [answer for _, answers in reader.lots(objects, {"read": 0.0}) for answer in answers]
+    read = [answer for _, answers in reader.batches(objects, {"read": 0.0}) for answer in answers]
     seconds = time.perf_counter() - started
     if not all(isinstance(answer, bytes) for answer in read):
         raise RuntimeError(f"{uri}: not everything could be read")

@@ -58,10 +58,11 @@ print(time.perf_counter() - started, flush=True)
 import json, sys, tempfile, time
 from btray.core.allocator import keep_freed_memory
 from collections import defaultdict
-from btray.bulk.lots import Prefetcher
 from btray.bulk.pack import PartPacker
 from btray.data.packs import SCHEMA
-from btray.bulk.part_files import write_part
+from btray.bulk.report import PartTally
+from btray.bulk.runs import write_part
+from btray.bulk.worker import Prefetcher
 from btray.data.scans import ScanLimits
 from btray.bulk.config import PackConfig
 from btray.storage import describe
@@ -73,9 +74,9 @@ def work(some, uri):
     objects = [describe(path) for path in some]
     rows = [
         {"data": answer, "uri": info.uri, "path": info.uri, "size": info.size} | rest
-        for lot, answers in reader.lots(objects, defaultdict(float)) for info, answer in zip(lot, answers)
+        for batch, answers in reader.batches(objects, defaultdict(float)) for info, answer in zip(batch, answers)
     ]
-    write_part(uri, rows, SCHEMA, {}, **PartPacker.write_options)
+    write_part(uri, rows, SCHEMA, PartTally(), **PartPacker.write_options)
 with tempfile.TemporaryDirectory() as out:
     work(paths[:64], out + "/warm.parquet")
     started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What an archive holds: prefix, manifest, S3 Inventory, file list or pack, streamed; nothing grows with the archive.
+"""The objects of an archive, streamed from a prefix, a manifest, an S3 Inventory, a file list or a pack.
 
 A prefix and an inventory give every object but directory markers and hidden ones; a manifest and a file list give what
-they name. Size and entity tag are asked for, many at a time, where they do not stand there.
+they name. Size and entity tag are requested, many at a time, if the source does not hold them.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from re import compile as compile_pattern
 import pyarrow as pa
 
 from btray import storage
-from btray.bulk.inventory import named_in_inventory, path_in_bucket
+from btray.bulk.inventory import named_in_inventory
 from btray.core.errors import UserError
 from btray.data.manifests import named_in_list, named_in_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
-from btray.storage import FileInfo, StorageError
+from btray.storage import FileInfo, StorageError, s3
 from btray.storage.errors import storage_errors_for
 from btray.storage.read_many import read_patiently, until_dead
 from btray.storage.retry import DEFAULT_TIMEOUT
 
 _DESCRIBED_AT_A_TIME = 1024
-_DESCRIBERS = 32
+_DESCRIBERS = 32  # threads
 _KINDS = (
     "a folder or prefix, a manifest (.parquet, .csv) with the column uri, an S3 manifest.json, a list (.txt) or a "
     "packed archive"
 )
 
+Reader = Callable[[str], Iterator[FileInfo]]
+"""From the URI of a file that names objects, or of a pack, to those objects."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which objects of an archive are meant."""
+    """A choice of the objects of an archive."""
 
     include: Sequence[str] = ()
     """Globs, of which one must match; none: all. `*` matches `/` too. What they match is the path below a prefix, the
@@ -46,17 +49,17 @@ class Selection:
     since: datetime | None = None
     """Only objects modified at this time or later; what has no known time counts."""
     outside: str = ""
-    """A folder whose objects are left out: the output, where it lies within the input."""
+    """A folder whose objects are left out: the output, if it lies within the input."""
 
-    def filter(self, path_of: Callable[[str], str], objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
-        """Those of `objects` that are meant by their names; globs match the path that a URI has by `path_of`.
+    def by_name(self, path_of: Callable[[str], str], objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """Yield those of `objects` that are chosen by their names; globs match the path that a URI has by `path_of`.
 
-        Raises UserError where all of them lie in the output.
+        Raises UserError if all of them lie in the output.
         """
         included, excluded = _matcher(self.include), _matcher(self.exclude)
         inside = others = 0
         for info in objects:
-            if self.holds(info.uri):
+            if self.is_outside(info.uri):
                 inside += 1
                 continue
             others += 1
@@ -66,17 +69,17 @@ class Selection:
         if inside and not others:
             raise self.refusal()
 
-    def recent(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
-        """Those of `objects` that are meant by their time."""
+    def by_time(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """Return those of `objects` that are chosen by their time."""
         oldest = self.since.timestamp() if self.since else 0.0
         return (info for info in objects if not 0 < info.modified < oldest)
 
-    def holds(self, uri: str) -> bool:
-        """Whether `uri` is the output or lies in it."""
+    def is_outside(self, uri: str) -> bool:
+        """Return whether `uri` is the output or lies in it."""
         return bool(self.outside) and f"{uri}/".startswith(self.outside.rstrip("/") + "/")
 
     def refusal(self) -> UserError:
-        """What is said where nothing is left but the output."""
+        """Return the error for an archive that is nothing but the output."""
         return UserError(
             f"--output {self.outside} holds all of the input, and what lies in the output is no input; "
             "name an output beside the input or below it."
@@ -84,44 +87,61 @@ class Selection:
 
 
 def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TIMEOUT) -> Iterator[FileInfo]:
-    """Every object of the archive that `selection` means, as it is listed; one may come twice from a manifest.
+    """Yield every object of the archive that `selection` chooses, as it is listed; one may come twice from a manifest.
 
     What cannot be examined, although a store that is away is waited for `patience` seconds, has size 0 and an empty
     etag: reading it tells why.
 
-    Raises, when the first item is asked for or later:
+    Raises, when the first item is requested or later:
         UserError: the archive is not there, is of no known kind, or its manifest cannot be read.
         StorageError: listing failed half-way.
     """
     root = storage.resolve(uri)
-    kind = _kind(root)
-    if kind is None:
-        if selection.holds(root):
+    read = _reader_of(root)
+    if read is None:
+        if selection.is_outside(root):
             raise selection.refusal()
-        yield from selection.recent(selection.filter(_below(root), _listed(root)))
+        yield from selection.by_time(selection.by_name(_path_below(root), _list_folder(root)))
         return
     try:
         with storage_errors_for(root):
-            found = selection.filter(_paths(root, kind), _readable(root, kind))
-            yield from selection.recent(found if kind is list_pack else _described(found, patience))
+            objects = selection.by_name(_path_function(root, read), _read_names(root, read))
+            yield from selection.by_time(objects if read is list_pack else _describe(objects, patience))
     except StorageError as error:
         if error.retryable:
             raise
         raise storage.user_error(error) from error
 
 
-def _paths(root: str, kind: Callable[[str], Iterator[FileInfo]]) -> Callable[[str], str]:
-    """From the URI of an object to the path that globs match."""
-    if kind is named_in_inventory:
-        return path_in_bucket
-    return _below(describe_pack(root).root if kind is list_pack else root.rpartition("/")[0])
+def _reader_of(root: str) -> Reader | None:
+    """Return how `root` is read if it is a file that names others or a pack; None: it is listed."""
+    readers: dict[str, Reader] = {
+        ".parquet": named_in_manifest,
+        ".csv": named_in_manifest,
+        ".txt": named_in_list,
+        "manifest.json": named_in_inventory,
+    }
+    by_ending = next((read for end, read in readers.items() if root.lower().endswith(end)), None)
+    try:
+        if by_ending is not None and not storage.is_folder(root):
+            return by_ending
+        return list_pack if is_pack(root) else None
+    except StorageError as error:
+        raise storage.user_error(error) from error
 
 
-def _below(root: str) -> Callable[[str], str]:
+def _path_function(root: str, read: Reader) -> Callable[[str], str]:
+    """Return the function from the URI of an object to the path that globs match."""
+    if read is named_in_inventory:
+        return lambda uri: s3.split(uri)[1]  # what a report of a whole bucket starts from
+    return _path_below(describe_pack(root).root if read is list_pack else root.rpartition("/")[0])
+
+
+def _path_below(root: str) -> Callable[[str], str]:
     return lambda uri: uri.removeprefix(root.rstrip("/") + "/")
 
 
-def _readable(root: str, read: Callable[[str], Iterator[FileInfo]]) -> Iterator[FileInfo]:
+def _read_names(root: str, read: Reader) -> Iterator[FileInfo]:
     try:
         yield from read(root)
     except pa.ArrowException as error:
@@ -129,17 +149,16 @@ def _readable(root: str, read: Callable[[str], Iterator[FileInfo]]) -> Iterator[
         raise UserError(f"{root} cannot be read ({reason}); write it again, as Parquet or UTF-8 CSV.") from error
 
 
-def _listed(root: str) -> Iterator[FileInfo]:
-    found = False
+def _list_folder(root: str) -> Iterator[FileInfo]:
+    info: FileInfo | None = None
     try:
         for info in storage.list_files(root):
-            found = True
             yield info
     except StorageError as error:
-        if found:
+        if info is not None:
             raise
         raise storage.user_error(error) from error
-    if not found:
+    if info is None:
         raise UserError(f"{root} holds no file; give {_KINDS}.")
 
 
@@ -148,25 +167,8 @@ def _matcher(globs: Sequence[str]) -> Callable[[str], bool]:
     return lambda path: any(pattern.match(path) for pattern in patterns)
 
 
-def _kind(root: str) -> Callable[[str], Iterator[FileInfo]] | None:
-    """How `root` is read where it is a file that names others; None: it is listed."""
-    kinds: dict[str, Callable[[str], Iterator[FileInfo]]] = {
-        ".parquet": named_in_manifest,
-        ".csv": named_in_manifest,
-        ".txt": named_in_list,
-        "manifest.json": named_in_inventory,
-    }
-    found = next((read for end, read in kinds.items() if root.lower().endswith(end)), None)
-    try:
-        if found is not None and not storage.is_folder(root):
-            return found
-        return list_pack if is_pack(root) else None
-    except StorageError as error:
-        raise storage.user_error(error) from error
-
-
-def _described(objects: Iterator[FileInfo], patience: float) -> Iterator[FileInfo]:
-    """The same objects, those without an etag examined; where that cannot be done they stay as they are."""
+def _describe(objects: Iterator[FileInfo], patience: float) -> Iterator[FileInfo]:
+    """Yield the same objects, with size and etag of those without an etag; if they cannot be examined, as they are."""
     with ThreadPoolExecutor(_DESCRIBERS) as pool:
 
         def describe(uris: Sequence[str]) -> list[FileInfo | StorageError]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-
-import ray.data
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from btray import storage
 from btray.bulk import table
-from btray.bulk.classify_worker import PartClassifier, WorkerOptions
+from btray.bulk.classify_worker import PartClassifier
+from btray.bulk.completed import CompletedIndex
 from btray.bulk.config import ClassifyConfig
-from btray.bulk.driver import Report, Work, actors_for, parts_through, run_archive
+from btray.bulk.driver import ArchiveJob, run_archive
 from btray.bulk.explanations import FOLDER, read_frames, write_explanations
-from btray.bulk.progress import summary
+from btray.bulk.progress import summarize
+from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
-from btray.bulk.summary import SHOWN, compare, write_summary
-from btray.core.cluster import cpus
+from btray.bulk.worker import PartProcessor
 from btray.core.errors import UserError
-from btray.data.key_set import KeySet
-from btray.model.bundle import Bundle, load_bundle
+from btray.data.key_set import Keys
+from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
 
 _log = logging.getLogger(__name__)
@@ -28,93 +29,77 @@ _log = logging.getLogger(__name__)
 def classify(config: ClassifyConfig) -> str:
     """Classify what is new in the archive and return the URI of the table.
 
-    Raises UserError for unusable input and where another run is writing to this output, Failed where a store does not
+    Raises UserError for unusable input and if another run is writing to this output, Failed if a store does not
     answer, ThresholdExceeded above `max_rejected`, after writing.
     """
-    output = storage.resolve(config.output)
-    bundle = load_bundle(config.model, model_id=config.model_id)
-    model_id = bundle.manifest.model_id
-    for label in config.explain_labels:
-        if label not in bundle.manifest.classes:
-            known = ", ".join(bundle.manifest.classes)
-            raise UserError(f"--explain-labels {label}: the model does not know it; it knows {known}")
+    job = ClassifyJob(config)
+    run_archive(job)
+    return job.output
 
-    def conclude(run: Run, report: Report) -> None:
-        report |= {"model_id": model_id, "drift": {}}
-        if report["objects"]:
-            table.note_done(run)
+
+class ClassifyJob(ArchiveJob):
+    """Rows of the results table, and at the end the page on what was classified."""
+
+    name = "classify"
+    schema = table.SCHEMA
+
+    def __init__(self, config: ClassifyConfig) -> None:
+        self.bundle = load_bundle(config.model, model_id=config.model_id)
+        classes = self.bundle.manifest.classes
+        for label in config.explain_labels:
+            if label not in classes:
+                raise UserError(f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}")
+        super().__init__(config, group=self.bundle.manifest.model_id)
+        self.config: ClassifyConfig = config
+        self.gpu_share = config.gpu_share if config.use_gpu else 0.0
+        self.completed = CompletedIndex(self.output, self.group)
+
+    def choices(self) -> dict[str, Any]:
+        """Return what else the worklist follows from."""
+        return self.config.model_dump(mode="json", include={"reclassify", "retry_rejected", "explain_labels"})
+
+    def folder(self, run_date: str) -> str:
+        """Return the folder of this model's rows of a day."""
+        return table.folder(self.group, run_date)
+
+    def completed_keys(self) -> Iterator[Keys]:
+        """Yield the keys of what the model has classified before."""
+        if not self.config.reclassify:
+            yield from self.completed.keys(
+                retry_rejected=self.config.retry_rejected, write_missing=not self.config.dry_run
+            )
+
+    def processor(self) -> Callable[[Run, int], PartProcessor]:
+        """Return what makes the classifier of an actor."""
+        return partial(PartClassifier, self.config, self.group)
+
+    def totals(self) -> ClassifyTotals:
+        """Return counts with labels, profile and least certain frames."""
+        return ClassifyTotals(count=self.config.least_certain)
+
+    def conclude(self, run: Run, report: RunReport) -> RunReport:
+        """Write key files, the page and the pictures of the least certain frames; print what was classified."""
+        report = report.model_copy(update={"model_id": self.group, "drift": {}})
+        if report.objects:
+            self.completed.write(run)
         try:
-            _describe(config, run, report, bundle)
+            from btray.bulk import summary  # matplotlib: nothing needs it before the run has ended
+
+            profiles, drift = summary.compare(run, report, self.bundle)
+            report = report.model_copy(update={"drift": drift})
+            if report.objects:
+                classifier = Classifier(self.bundle, device="cpu")
+                _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier))
+                self._explain_least_certain(run, report, classifier)
         except Exception as error:  # the rows are there, and so is what the run counted
-            _log.warning("there is no summary of this night: %s", error, exc_info=True)
-            report["summary_failed"] = f"{type(error).__name__}: {error}"
-        print(summary(report), flush=True)
+            _log.warning("there is no summary of this run: %s", error, exc_info=True)
+            report = report.model_copy(update={"summary_failed": f"{type(error).__name__}: {error}"})
+        print(summarize(report), flush=True)
+        return report
 
-    work = Work(
-        name="classify",
-        output=output,
-        group=model_id,
-        choices=config.model_dump(mode="json", include={"reclassify", "retry_rejected", "explain_labels"}),
-        product=table.product(model_id),
-        done=lambda scratch: _done_before(scratch, output, model_id, config),
-        dataset=lambda run: _dataset(config, run),
-        least_certain=_least_certain(config),
-        conclude=conclude,
-    )
-    run_archive(config, work)
-    return output
-
-
-def _describe(config: ClassifyConfig, run: Run, report: Report, bundle: Bundle) -> None:
-    """Compare the run with those before, and write its page and the pictures of its least certain scans."""
-    profiles = compare(run, report, bundle)
-    if report["objects"]:
-        classifier = Classifier(bundle, device="cpu")
-        uri = write_summary(run, report, profiles, classifier)
-        _explain_least_certain(config, run, report, classifier)
-        _log.info("summary: %s", uri)
-
-
-def _least_certain(config: ClassifyConfig) -> int:
-    return max(SHOWN, config.explain)
-
-
-def _explain_least_certain(config: ClassifyConfig, run: Run, report: Report, classifier: Classifier) -> None:
-    scans = report["least_certain"][: config.explain]
-    folder = storage.join(run.output, FOLDER, run.run_id)
-    for start in range(0, len(scans), classifier.batch_size):
-        said, frames = read_frames(classifier, scans[start : start + classifier.batch_size])
-        write_explanations(folder, f"least_certain-{start:05d}", said, frames, classifier)
-
-
-def _done_before(scratch: Path, output: str, model_id: str, config: ClassifyConfig) -> KeySet:
-    done = KeySet(scratch)
-    if not config.reclassify:
-        for keys in table.done_keys(output, model_id, retry_rejected=config.retry_rejected, note=not config.dry_run):
-            done.add(keys)
-    return done
-
-
-def _dataset(config: ClassifyConfig, run: Run) -> ray.data.Dataset:
-    share = config.gpu_share if config.use_gpu else 0.0
-    actors = actors_for(config.actors, share)
-    options = WorkerOptions(
-        model_id=run.group,
-        engine=config.engine,
-        device="cuda" if config.use_gpu else "cpu",
-        batch_size=config.batch_size,
-        threads=config.threads,
-        decoders=max(1, int(cpus() / actors[0])),
-        patience=config.patience,
-        explain_labels=config.explain_labels,
-        least_certain=_least_certain(config),
-        log_format=config.log_format,
-    )
-    return parts_through(
-        PartClassifier,
-        (storage.resolve(config.model), run, options),
-        run,
-        actors=actors,
-        patience=config.patience,
-        gpu_share=share,
-    )
+    def _explain_least_certain(self, run: Run, report: RunReport, classifier: Classifier) -> None:
+        folder = storage.join(run.output, FOLDER, run.run_id)
+        explained = report.least_certain[: self.config.explain]
+        for start in range(0, len(explained), classifier.batch_size):
+            frames, pixels = read_frames(classifier, explained[start : start + classifier.batch_size])
+            write_explanations(folder, f"least_certain-{start:05d}", frames, pixels, classifier)

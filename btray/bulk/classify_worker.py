@@ -1,69 +1,42 @@
-"""The actor of the classify job: decodes and classifies what it reads."""
+"""What the classify job makes of the objects of a part, in an actor: decodes and classifies them."""
 
 from __future__ import annotations
 
-import heapq
+import hashlib
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from btray import storage
+from btray.bulk.config import ClassifyConfig
 from btray.bulk.explanations import FOLDER, write_explanations
-from btray.bulk.lots import Prefetcher
+from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain
 from btray.bulk.runs import Run
 from btray.bulk.table import SCHEMA, row_of
-from btray.bulk.worker import PartWorker, Row, Seconds
+from btray.bulk.worker import Prefetcher, Row, Seconds
 from btray.core import logs
-from btray.core.logs import LogFormat
 from btray.data.frames import FrameSource, Rejection
 from btray.data.key_set import keys_of
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
 from btray.model.classifier import Classifier
 from btray.model.drift import Profile
-from btray.model.engines import EngineName
-from btray.model.prediction import Prediction
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult
 
-# A scan may have 10,000 pages: frames are made and classified so many at a time, or as many as a batch has.
+# A scan may have 10,000 pages: so many frames at a time are made and classified, rounded up to whole batches.
 _FRAMES = 256
 _SMALL = 4 << 20  # bytes of frames of one object
 
 Decoded = list[Frame] | Scan | Rejection
-"""What became of the bytes of an object."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerOptions:
-    """How an actor works."""
-
-    model_id: str
-    engine: EngineName
-    """How the network is run."""
-    device: Literal["cpu", "cuda"]
-    """Where it is run. Ray hides no GPU from an actor that asked for none, so what torch finds does not tell."""
-    batch_size: int | None
-    """Images a forward pass; None: as many as suit the device."""
-    threads: int
-    """Objects read at a time."""
-    decoders: int
-    """Objects decoded at a time."""
-    patience: float
-    """Seconds that a store which is away is waited for."""
-    explain_labels: tuple[str, ...]
-    """Labels whose scans get a picture of what spoke for them."""
-    least_certain: int
-    """How many of the least certain scans of each part are named to the driver."""
-    log_format: LogFormat = "text"
-    """How the actor logs."""
+"""What the bytes of an object become."""
 
 
 @dataclass(frozen=True)
@@ -71,122 +44,129 @@ class Piece:
     """Frames of one object that are classified together with others, or why it has none."""
 
     index: int
-    """Of the object in its lot."""
+    """Of the object in its batch."""
     first: int
     """Number of the first of these frames among those of the object."""
     frames: list[Frame] | Rejection
 
 
-class PartClassifier(PartWorker):
-    """Rows of the results table."""
+class PartClassifier:
+    """Makes rows of the results table."""
 
     schema = SCHEMA
+    write_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    tally_type = ClassifyTally
 
-    def __init__(self, model: str, run: Run, options: WorkerOptions) -> None:
-        logs.begin_in_worker(options.log_format, job="classify", run_id=run.run_id)
+    def __init__(self, config: ClassifyConfig, model_id: str, run: Run, cpus: int) -> None:
+        logs.begin_in_worker(config.log_format, job="classify", run_id=run.run_id)
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
-            model,
-            model_id=options.model_id,
-            device=options.device,
-            batch_size=options.batch_size,
-            engine=options.engine,
+            storage.resolve(config.model),
+            model_id=model_id,
+            # Ray hides no GPU from an actor that has none, so what torch finds does not tell.
+            device="cuda" if config.use_gpu else "cpu",
+            batch_size=config.batch_size,
+            engine=config.engine,
         )
-        self.options = options
+        self.run = run
+        self._config = config
         # One decoder is this thread itself: nothing else is done meanwhile.
-        self.decoders = ThreadPoolExecutor(options.decoders) if options.decoders > 1 else None
+        self._decoders = ThreadPoolExecutor(cpus) if cpus > 1 else None
+        self._decoded_ahead = 2 * cpus
         batch = self.classifier.batch_size
         self.most_frames = batch * math.ceil(_FRAMES / batch)
         max_bytes = self.classifier.source.limits.max_bytes
-        reader = Prefetcher(threads=options.threads, patience=options.patience, max_bytes=max_bytes, least=batch)
-        super().__init__(run, reader, options.patience)
+        self.reader = Prefetcher(threads=config.threads, patience=config.patience, max_bytes=max_bytes, least=batch)
 
-    def rows(self, lot: Sequence[FileInfo], answers: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
-        """One a frame, or one for an object that gives none."""
+    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
+        """Return one row per frame, or one for an object that gives none; each frame with the digest of its pixels."""
         rows: list[Row] = []
         started = time.perf_counter()
-        for pieces in pieces_of(self._decoded(answers), self.classifier.source, most=self.most_frames):
+        for pieces in pieces_of(self.decode(results), self.classifier.source, most=self.most_frames):
             seconds["decode"] += time.perf_counter() - started
-            rows += self._classified(lot, pieces, seconds)
+            rows += self._classify(objects, pieces, seconds)
             started = time.perf_counter()
         seconds["decode"] += time.perf_counter() - started
         return rows
 
-    def _classified(self, lot: Sequence[FileInfo], pieces: Sequence[Piece], seconds: Seconds) -> list[Row]:
+    def tally(self, rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -> ClassifyTally:
+        """Return the counts of a part, its profile and its least certain frames."""
+        classified = [row for row in rows if row["status"] == "ok"]
+        places = {info.uri: info.place or info.uri for info in objects}
+        frames = (_frame_of(row, places[row["uri"]]) for row in classified)
+        return ClassifyTally.of(
+            rows,
+            objects,
+            seconds,
+            labels=Counter(row["label"] for row in classified),
+            profile=Profile.of(classified),
+            least_certain=least_certain(frames, self._config.least_certain),
+        )
+
+    def _classify(self, objects: Sequence[FileInfo], pieces: Sequence[Piece], seconds: Seconds) -> list[Row]:
         started = time.perf_counter()
-        found = [piece.frames for piece in pieces]
-        predictions = self.classifier.predict_decoded(found, [lot[piece.index].uri for piece in pieces])
+        frames = [piece.frames for piece in pieces]
+        predictions = self.classifier.predict_decoded(frames, [objects[piece.index].uri for piece in pieces])
         now = datetime.now(UTC)
-        rows = []
+        rows: list[Row] = []
+        explained: list[Row] = []
+        pixels: list[Frame] = []
         for prediction in predictions:
             piece = pieces[prediction.index]
-            row = row_of(prediction, lot[piece.index], run_id=self.run.run_id, classified_at=now)
-            rows.append(row | {"frame": piece.first + prediction.frame})
+            row = row_of(prediction, objects[piece.index], run_id=self.run.run_id, classified_at=now)
+            row["frame"] = piece.first + prediction.frame
+            rows.append(row)
+            if not isinstance(piece.frames, Rejection):
+                frame = piece.frames[prediction.frame]
+                row["picture"] = hashlib.sha256(frame.tobytes()).hexdigest()
+                if prediction.label in self._config.explain_labels:
+                    explained.append(row)
+                    pixels.append(frame)
         predicted = time.perf_counter()
         seconds["predict"] += predicted - started
-        if self.options.explain_labels:
-            self._explain(rows, predictions, found)
+        if explained:
+            folder = storage.join(self.run.output, FOLDER, self.run.run_id)
+            first = keys_of([(explained[0]["uri"], str(explained[0]["frame"]))])[0].hex()
+            shown = [_frame_of(row, row["uri"]) for row in explained]
+            write_explanations(folder, f"lot-{first}", shown, np.stack(pixels), self.classifier)
+        if self._config.explain_labels:
             seconds["explain"] += time.perf_counter() - predicted
         return rows
 
-    def _explain(
-        self, rows: Sequence[Row], predictions: Sequence[Prediction], found: Sequence[list[Frame] | Rejection]
-    ) -> None:
-        """Pictures of the frames that got one of the chosen labels."""
-        said: list[Row] = []
-        frames: list[Frame] = []
-        for row, prediction in zip(rows, predictions, strict=True):
-            of_object = found[prediction.index]
-            if prediction.label in self.options.explain_labels and not isinstance(of_object, Rejection):
-                said.append(row)
-                frames.append(of_object[prediction.frame])
-        if said:
-            folder = storage.join(self.run.output, FOLDER, self.run.run_id)
-            first = keys_of([(said[0]["uri"], str(said[0]["frame"]))])[0].hex()
-            write_explanations(folder, f"lot-{first}", said, np.stack(frames), self.classifier)
-
-    def summed_up(self, rows: Sequence[Row], objects: Sequence[FileInfo]) -> dict[str, Any]:
-        """Profile and least certain scans of a part."""
-        classified = [row for row in rows if row["status"] == "ok"]
-        least = heapq.nsmallest(self.options.least_certain, classified, key=lambda row: float(row["confidence"]))
-        places = {info.uri: info.place or info.uri for info in objects}
-        return {
-            "profile": Profile.of(classified).to_json(),
-            "least_certain": [
-                {name: row[name] for name in ("uri", "frame", "label", "confidence")} | {"place": places[row["uri"]]}
-                for row in least
-            ],
-        }
-
-    def _decoded(self, answers: Sequence[ReadResult]) -> Iterator[Decoded]:
-        """In their order, a few ahead of those that are asked for."""
-        if self.decoders is None:
-            yield from map(self._decode, answers)
+    def decode(self, results: Sequence[ReadResult]) -> Iterator[Decoded]:
+        """Yield what the bytes become, in their order, a few ahead of those that are asked for."""
+        if self._decoders is None:
+            yield from map(self._decode, results)
             return
         ahead: deque[Future[Decoded]] = deque()
-        for answer in answers:
-            ahead.append(self.decoders.submit(self._decode, answer))
-            if len(ahead) > 2 * self.options.decoders:
+        for result in results:
+            ahead.append(self._decoders.submit(self._decode, result))
+            if len(ahead) > self._decoded_ahead:
                 yield ahead.popleft().result()
         yield from (decoding.result() for decoding in ahead)
 
-    def _decode(self, answer: ReadResult) -> Decoded:
-        """As frames, which other threads may make meanwhile; as a scan where its many pages are smaller than they."""
-        if isinstance(answer, StorageError):
-            return Rejection.of(answer)
+    def _decode(self, result: ReadResult) -> Decoded:
+        """Return frames, so that other threads make them; but the scan if its many pages are smaller than they."""
+        if isinstance(result, StorageError):
+            return Rejection.of(result)
         source = self.classifier.source
-        scan = source.decode(answer)
+        scan = source.decode(result)
         if isinstance(scan, Rejection):
             return scan
         as_frames = len(scan.frames) * source.preprocess.size**2
         return source.frames_of(scan) if as_frames <= max(_SMALL, sum(gray.nbytes for gray in scan.frames)) else scan
 
 
-def pieces_of(found: Iterable[Decoded], source: FrameSource, *, most: int) -> Iterator[list[Piece]]:
-    """The frames of all objects, and the rejections between them, in their order and `most` frames at a time."""
+def _frame_of(row: Row, place: str) -> ClassifiedFrame:
+    names = ("uri", "frame", "label", "confidence", "picture")
+    return ClassifiedFrame(place=place, **{name: row[name] for name in names})
+
+
+def pieces_of(decoded: Iterable[Decoded], source: FrameSource, *, most: int) -> Iterator[list[Piece]]:
+    """Yield the frames of all objects, and the rejections between them, in their order and `most` frames at a time."""
     pieces: list[Piece] = []
     held = 0
-    for index, of_object in enumerate(found):
+    for index, of_object in enumerate(decoded):
         if isinstance(of_object, Rejection):
             pieces.append(Piece(index, 0, of_object))
             continue

@@ -1,30 +1,39 @@
-"""What became of the objects in a table: from the key files of its runs, which are few and large, else from the table.
+"""Which objects of a table are completed: from the key files of its runs, which are few and large, else from its rows.
 
-A run's key files lie beside its run.json. The table stays the truth: they count only where it holds as many files of
-that run as they were made of. Where a run that has ended has none, by an earlier version or a kill, they are made when
-it is read.
+A run's key files lie beside its run.json. The table stays the truth: they count only if it holds as many files of that
+run as they were made of. If a run that has ended has none, because it was killed before it wrote them, they are made
+when its rows are read.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
 from btray import storage
-from btray.bulk.outcomes import CLASSIFIED, RECORD, REJECTED, WITHHELD, Records, records
-from btray.bulk.runs import has_ended, run_of
-from btray.data.key_set import keys_of
+from btray.bulk.runs import Run, has_ended, run_folder, run_of
+from btray.data.key_set import Keys, keys_of
 from btray.storage import FileInfo
 from btray.storage.errors import storage_errors_for
+
+CLASSIFIED, REJECTED, WITHHELD = range(3)
+"""Outcomes, the better first: an answer, a final rejection, and a rejection that is due to the store, not the bytes."""
+
+RECORD = np.dtype([("key", "S16"), ("at", "<i8"), ("outcome", "u1")])
+"""One row of the table: key by `btray.data.key_set`, microseconds since 1970, and one of the outcomes."""
+Records = npt.NDArray[np.void]
 
 _FORMAT = 1  # of RECORD and of the digests in it
 _INDEX = "keys.json"
@@ -35,36 +44,103 @@ _COLUMNS = ["uri", "etag", "status", "retryable", "classified_at"]
 _READERS = 16  # files at a time
 _SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 
-
-def outcomes_of(table: str, run_folder: Callable[[str], str], *, note: bool) -> Iterator[Records]:
-    """Records of all rows in the folder `table`, run by run; `run_folder` gives a run's own folder from its id.
-
-    With `note` ended runs without key files get some. Memory holds some files at a time.
-    """
-    for run_id, files in groupby(_files(table), key=lambda info: run_of(info.uri)):
-        if run_id is None:
-            yield from _read(files)
-        else:
-            yield from _of_run(run_folder(run_id), files, lambda: of_run(table, run_id), note=note)  # noqa: B023
+_IN_MEMORY = 1 << 20  # records
+_PILES = 256
 
 
-def _of_run(
-    folder: str, files: Iterator[FileInfo], files_again: Callable[[], Iterator[FileInfo]], *, note: bool
-) -> Iterator[Records]:
-    index = _index(folder)
-    if index is None and note and has_ended(folder):
-        return note_keys(folder, files)
-    if index is None:
-        return _read(files)
-    if sum(1 for _ in files) == index["files"]:
-        return _noted(folder, index)
-    return _read(files_again())  # somebody has removed some, so that their objects are classified again
+class CompletedIndex:
+    """The outcomes of the objects that one model has classified, below the root `output` of a table."""
+
+    def __init__(self, output: str, model_id: str) -> None:
+        self._output = output
+        self._model_id = model_id
+        self._table = storage.join(output, f"model_id={model_id}")
+
+    def keys(self, *, retry_rejected: bool = False, write_missing: bool = False) -> Iterator[Keys]:
+        """Yield keys of the objects that need not be read again: last classified, or rejected for good.
+
+        With `retry_rejected` only classified ones. With `write_missing` ended runs that have no key files get some,
+        which needs the lease. The memory this takes does not grow with the table.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            latest = LatestOutcomes(Path(scratch))
+            for run_id, files in groupby(_files(self._table), key=lambda info: run_of(info.uri)):
+                for records in _read(files) if run_id is None else self._of_run(run_id, files, write_missing):
+                    latest.add(records)
+            yield from latest.keys(CLASSIFIED if retry_rejected else REJECTED)
+
+    def write(self, run: Run) -> None:
+        """Write the key files of a run all of whose files are there, so that later runs need not open those."""
+        files = _files_of(storage.join(run.output, run.parts), run.run_id)
+        for _ in _write_key_files(run.folder, files):
+            pass
+
+    def _of_run(self, run_id: str, files: Iterator[FileInfo], write_missing: bool) -> Iterator[Records]:
+        folder = run_folder(self._output, self._model_id, run_id)
+        index = _read_index(folder)
+        if index is None:
+            return _write_key_files(folder, files) if write_missing and has_ended(folder) else _read(files)
+        if sum(1 for _ in files) != index["files"]:
+            # somebody has removed some, so that their objects are classified again
+            return _read(_files_of(self._table, run_id))
+        key_files = (_key_file(folder, number) for number in range(index["key_files"]))
+        return (np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) for uri in key_files)
 
 
-def note_keys(folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
-    """The records of a run's table `files`, of which its key files are made on the way, below its own `folder`."""
+class LatestOutcomes:
+    """The latest outcome of each key. Many records are kept in `folder`, in piles by the first byte of their keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: list[Records] = []
+        self._count = 0
+        self._on_disk = False
+
+    def add(self, records: Records) -> None:
+        """Add records, in any order."""
+        self._held.append(records)
+        self._count += len(records)
+        if self._count >= _IN_MEMORY:
+            self._spill()
+
+    def keys(self, worst: int) -> Iterator[Keys]:
+        """Yield the keys whose latest outcome is `worst` or better. Of two at the same moment the worse one counts."""
+        if self._on_disk:
+            self._spill()
+            for pile in filter(Path.exists, map(self._pile, range(_PILES))):
+                yield _keys_of_latest(np.fromfile(pile, RECORD), worst)
+        elif self._held:
+            yield _keys_of_latest(np.concatenate(self._held), worst)
+
+    def _pile(self, number: int) -> Path:
+        return self._folder / f"{number:03d}.pile"
+
+    def _spill(self) -> None:
+        records = np.concatenate([*self._held, np.empty(0, RECORD)])
+        self._held, self._count, self._on_disk = [], 0, True
+        first_bytes: npt.NDArray[Any] = records.view(np.uint8).reshape(-1, RECORD.itemsize)[:, 0]
+        order = np.argsort(first_bytes, kind="stable")
+        ends = np.cumsum(np.bincount(first_bytes, minlength=_PILES))
+        for number, some in enumerate(np.split(records[order], ends[:-1])):
+            if len(some):
+                with self._pile(number).open("ab") as file:
+                    some.tofile(file)
+
+
+def _keys_of_latest(records: Records, worst: int) -> Keys:
+    ordered = records[np.lexsort((records["outcome"], records["at"], records["key"]))]
+    last = np.append(ordered["key"][1:] != ordered["key"][:-1], True)[: len(ordered)]
+    keys: Keys = ordered["key"][last & (ordered["outcome"] <= worst)]
+    return keys
+
+
+# ---- key files
+
+
+def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
+    """Yield the records of a run's table `files`, and write them into key files below its own `folder` on the way."""
     held: list[Records] = []
-    parts = count = 0
+    key_files = count = 0
 
     def counted() -> Iterator[FileInfo]:
         nonlocal count
@@ -72,39 +148,29 @@ def note_keys(folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
             count += 1
             yield info
 
-    for found in _read(counted()):
-        yield found
-        held.append(found)
+    def write() -> None:
+        nonlocal held, key_files
+        body = io.BytesIO()
+        np.save(body, np.concatenate(held))
+        storage.write_bytes(_key_file(folder, key_files), body.getvalue())
+        held, key_files = [], key_files + 1
+
+    for records in _read(counted()):
+        yield records
+        held.append(records)
         if sum(map(len, held)) >= _FILE_RECORDS:
-            _write(folder, parts, held)
-            held, parts = [], parts + 1
+            write()
     if held:
-        _write(folder, parts, held)
-        parts += 1
-    storage.write_json(storage.join(folder, _INDEX), {"format": _FORMAT, "files": count, "key_files": parts})
+        write()
+    # last: key files without their index do not count
+    storage.write_json(storage.join(folder, _INDEX), {"format": _FORMAT, "files": count, "key_files": key_files})
 
 
-def of_run(table: str, run_id: str) -> Iterator[FileInfo]:
-    """The files of one run in a folder of the table."""
-    return (info for info in _files(table) if run_of(info.uri) == run_id)
-
-
-def _index(folder: str) -> dict[str, Any] | None:
+def _read_index(folder: str) -> dict[str, Any] | None:
     with storage.suppress_missing():
         index: dict[str, Any] = storage.read_json(storage.join(folder, _INDEX))
         return index if index["format"] == _FORMAT else None
     return None
-
-
-def _noted(folder: str, index: dict[str, Any]) -> Iterator[Records]:
-    for number in range(index["key_files"]):
-        yield np.load(io.BytesIO(storage.read_bytes(_key_file(folder, number))), allow_pickle=False)
-
-
-def _write(folder: str, number: int, held: list[Records]) -> None:
-    body = io.BytesIO()
-    np.save(body, np.concatenate([*held, np.empty(0, RECORD)]))
-    storage.write_bytes(_key_file(folder, number), body.getvalue())
 
 
 def _key_file(folder: str, number: int) -> str:
@@ -119,29 +185,34 @@ def _files(folder: str) -> Iterator[FileInfo]:
         yield from (info for info in storage.list_files(folder) if info.uri.endswith(".parquet"))
 
 
+def _files_of(folder: str, run_id: str) -> Iterator[FileInfo]:
+    return (info for info in _files(folder) if run_of(info.uri) == run_id)
+
+
 def _read(files: Iterator[FileInfo]) -> Iterator[Records]:
-    """Records of the rows in files of the table."""
+    """Yield records of the rows in files of the table; memory holds some files at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
         while some := list(islice(files, 4 * _READERS)):
-            # Arrow's own threads, and new ones, would not know how patient this one is with a store that is away
-            reading = [pool.submit(copy_context().run, _records_of, info) for info in some]
-            for read in reading:
-                yield from read.result()
+            # In this thread's context, which holds the timeout of retries; Arrow's own threads would not know it.
+            for reading in [pool.submit(copy_context().run, _read_file, info) for info in some]:
+                yield from reading.result()
 
 
-def _records_of(info: FileInfo) -> list[Records]:
-    with storage_errors_for(info.uri), _opened(info) as file:
+def _read_file(info: FileInfo) -> list[Records]:
+    whole = info.size < _SMALL
+    with (
+        storage_errors_for(info.uri),
+        pa.BufferReader(storage.read_bytes(info.uri)) if whole else storage.open_ranges(info.uri) as file,
+    ):
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
-        return [_records(batch) for batch in table.iter_batches(65_536, columns=_COLUMNS, use_threads=False)]
+        return [_records_of(batch) for batch in table.iter_batches(65_536, columns=_COLUMNS, use_threads=False)]
 
 
-def _opened(info: FileInfo) -> Any:
-    return pa.BufferReader(storage.read_bytes(info.uri)) if info.size < _SMALL else storage.open_ranges(info.uri)
-
-
-def _records(rows: pa.RecordBatch) -> Records:
-    keys = keys_of(list(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True)))
-    at = rows["classified_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+def _records_of(rows: pa.RecordBatch) -> Records:
+    records = np.empty(len(rows), RECORD)
+    records["key"] = keys_of(list(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True)))
+    records["at"] = rows["classified_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
     retryable = rows["retryable"].to_numpy(zero_copy_only=False)
     ok = pc.equal(rows["status"], "ok").to_numpy(zero_copy_only=False)
-    return records(keys, at, np.where(ok, CLASSIFIED, np.where(retryable, WITHHELD, REJECTED)).astype(np.uint8))
+    records["outcome"] = np.where(ok, CLASSIFIED, np.where(retryable, WITHHELD, REJECTED))
+    return records

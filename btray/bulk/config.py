@@ -1,4 +1,4 @@
-"""The settings of the jobs that work on whole archives. No heavy import: `--help` must be quick."""
+"""The settings of the jobs on whole archives. No heavy import: `--help` must be quick."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from btray.core.config import JobConfig, Positive, Probability
 
+SHOWN = 24
+"""Number of the least certain frames that summary.html shows."""
+
 
 class ArchiveConfig(JobConfig):
-    """What the jobs on archives have in common."""
+    """Settings that the jobs on archives share."""
 
     input: str
     """Folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory (manifest.json), file list \
@@ -23,15 +26,15 @@ class ArchiveConfig(JobConfig):
     exclude: tuple[str, ...] = ()
     """No paths below the input that match one of these globs."""
     since: datetime | None = None
-    """Only objects modified at this time or later, ISO 8601, UTC where no zone is given."""
+    """Only objects modified at this time or later, ISO 8601, UTC if no zone is given."""
     limit: Positive | None = None
-    """At most so many objects."""
+    """Read at most this many objects."""
     dry_run: bool = False
-    """Say how many objects would be read, how large they are and how long that takes; write nothing."""
+    """Print how many objects would be read, their size and how long that takes; write nothing."""
     max_rejected: Probability | None = None
     """Share of rejected objects above which the job, having written everything, ends with exit code 3; default: any."""
     metrics_to: str | None = None
-    """Where the run's last numbers are left for Prometheus: a file (.prom) that node-exporter's textfile collector \
+    """Where the run's last numbers are written for Prometheus: a file (.prom) that node-exporter's textfile collector \
     reads, or the http:// URL of a Pushgateway."""
     actors: Positive | None = None
     """Most actors that work at a time; default: one a CPU, or as many as the GPUs hold with --use-gpu. On a cluster \
@@ -39,7 +42,7 @@ class ArchiveConfig(JobConfig):
     threads: Positive = 16
     """Objects that an actor reads at a time."""
     patience: Annotated[float, Field(ge=0)] = 300.0
-    """Seconds that a store which is away is waited for, before its objects are rejected or the job fails."""
+    """Seconds to wait for a store that does not answer, before its objects are rejected or the job fails."""
 
     @field_validator("since")
     @classmethod
@@ -57,7 +60,7 @@ class ClassifyConfig(ArchiveConfig):
     reclassify: bool = False
     """Read all objects again; their new rows supersede the old ones."""
     retry_rejected: bool = False
-    """Read again what was rejected for good; what failed for the store's sake is read again anyway."""
+    """Read again what was rejected for good; what failed because of the store is read again anyway."""
     use_gpu: bool = False
     """Classify on GPUs."""
     gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -66,11 +69,16 @@ class ClassifyConfig(ArchiveConfig):
     """How the network is run: as it is, as a frozen graph, or by ONNX Runtime (extra onnx); auto: frozen on a CPU, \
     eager on a GPU."""
     batch_size: Positive | None = None
-    """Images a forward pass; default: 16 on a CPU, 64 on a GPU, where it halves by itself when the memory is full."""
+    """Images per forward pass; default: 16 on a CPU, 64 on a GPU, halved automatically if its memory is full."""
     explain: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Write pictures of what spoke for the label (Grad-CAM) of so many of the least certain scans."""
+    """Write pictures of what spoke for the label (Grad-CAM) of this many of the least certain scans."""
     explain_labels: tuple[str, ...] = ()
     """Write such pictures of every scan that gets one of these labels."""
+
+    @property
+    def least_certain(self) -> int:
+        """Number of the least certain frames that run.json names."""
+        return max(SHOWN, self.explain)
 
     @model_validator(mode="after")
     def _onnx_on_a_cpu(self) -> Self:
@@ -82,5 +90,5 @@ class ClassifyConfig(ArchiveConfig):
 class PackConfig(ArchiveConfig):
     """Pack many small objects into few Parquet shards, which classify, train and audit read several times faster.
 
-    Run again it packs what is new or changed. Exit code 0 where every object was read, whatever it holds.
+    Run again it packs what is new or changed. Exit code 0 if every object was read, whatever it holds.
     """

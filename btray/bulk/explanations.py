@@ -1,17 +1,17 @@
-"""Grad-CAM pictures of classified scans as files: of all with chosen labels, or of the least certain."""
+"""Grad-CAM pictures of classified frames as files: of all with chosen labels, or of the least certain."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from btray import storage
+from btray.bulk.report import ClassifiedFrame
 from btray.data.frames import Rejection
 from btray.explain import heat_maps, overlay_png
 from btray.model.classifier import Classifier
@@ -19,43 +19,45 @@ from btray.model.classifier import Classifier
 FOLDER = "_explained"
 _COLUMNS = ("uri", "frame", "label", "confidence", "picture")
 
+Pixels = npt.NDArray[np.uint8]
+"""Frames as the network sees them, [n, size, size]."""
 
-def explain_scans(classifier: Classifier, frames: npt.NDArray[np.uint8], labels: Sequence[str]) -> list[bytes]:
-    """A PNG for each of `frames`, uint8 [n, size, size]: the slice, and over it what spoke for its label."""
-    heats = heat_maps(classifier, frames, labels)
-    return [overlay_png(frame, heat) for frame, heat in zip(frames, heats, strict=True)]
+
+def explain_frames(classifier: Classifier, pixels: Pixels, labels: Sequence[str]) -> list[bytes]:
+    """Return a PNG for each frame: the slice, and over it what spoke for its label."""
+    heats = heat_maps(classifier, pixels, labels)
+    return [overlay_png(frame, heat) for frame, heat in zip(pixels, heats, strict=True)]
 
 
 def write_explanations(
-    folder: str, name: str, said: Sequence[Mapping[str, Any]], frames: npt.NDArray[np.uint8], classifier: Classifier
+    folder: str, name: str, frames: Sequence[ClassifiedFrame], pixels: Pixels, classifier: Classifier
 ) -> None:
-    """Write the pictures of `frames`, uint8 [n, size, size], into `folder`, and NAME.csv, which says what each shows.
+    """Write the pictures of `frames` into `folder`, and NAME.csv, which says what each shows.
 
-    `said` are rows with uri, frame, label and confidence. What is there from an attempt before is written over.
+    What is there from an earlier attempt is overwritten.
     """
-    if not said:
+    if not frames:
         return
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(_COLUMNS)
-    for row, picture in zip(said, explain_scans(classifier, frames, [row["label"] for row in said]), strict=True):
-        digest = hashlib.sha256(f"{row['uri']}\0{row['frame']}".encode("utf-8", "backslashreplace")).hexdigest()[:20]
-        file = f"{digest}.png"
+    pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
+    for frame, picture in zip(frames, pictures, strict=True):
+        key = f"{frame.uri}\0{frame.frame}".encode("utf-8", "backslashreplace")
+        file = f"{hashlib.sha256(key).hexdigest()[:20]}.png"
         storage.write_bytes(storage.join(folder, file), picture)
-        table.writerow([row["uri"], row["frame"], row["label"], f"{row['confidence']:.4f}", file])
+        table.writerow([frame.uri, frame.frame, frame.label, f"{frame.confidence:.4f}", file])
     storage.write_text(storage.join(folder, f"{name}.csv"), text.getvalue())
 
 
-def read_frames(
-    classifier: Classifier, scans: Sequence[Mapping[str, Any]]
-) -> tuple[list[Mapping[str, Any]], npt.NDArray[np.uint8]]:
-    """Those of `scans` (place, frame) that can still be read, and their frames, uint8 [n, size, size]."""
-    found = classifier.source.from_uris([scan["place"] for scan in scans])
-    kept = [
-        (scan, frames[scan["frame"]])
-        for scan, frames in zip(scans, found, strict=True)
-        if not isinstance(frames, Rejection) and scan["frame"] < len(frames)
+def read_frames(classifier: Classifier, frames: Sequence[ClassifiedFrame]) -> tuple[list[ClassifiedFrame], Pixels]:
+    """Return those of `frames` that can still be read, and their pixels."""
+    scans = classifier.source.from_uris([frame.place for frame in frames])
+    readable = [
+        (frame, scan[frame.frame])
+        for frame, scan in zip(frames, scans, strict=True)
+        if not isinstance(scan, Rejection) and frame.frame < len(scan)
     ]
     size = classifier.manifest.preprocess.size
-    pictures = np.stack([frame for _, frame in kept]) if kept else np.zeros((0, size, size), np.uint8)
-    return [scan for scan, _ in kept], pictures
+    pixels = np.stack([picture for _, picture in readable]) if readable else np.zeros((0, size, size), np.uint8)
+    return [frame for frame, _ in readable], pixels

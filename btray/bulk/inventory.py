@@ -1,4 +1,4 @@
-"""S3 Inventory: the reports by which S3 lists a bucket of any size, as Parquet or CSV files behind a manifest.json."""
+"""S3 Inventory: the reports by which S3 lists a bucket of any size, Parquet or CSV files named by a manifest.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.manifests import csv_batches, open_for_arrow
-from btray.storage import FileInfo, StorageError, s3
+from btray.storage import FileInfo, StorageError
 
 _COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet
     "Bucket": "bucket",
@@ -28,9 +28,9 @@ _NEEDED = ("Bucket", "Key", "Size", "ETag")
 
 
 def named_in_inventory(root: str) -> Iterator[FileInfo]:
-    """The objects of an S3 Inventory report that a listing of its bucket would give: the latest versions.
+    """Yield the objects of an S3 Inventory report that a listing of its bucket would give: the latest versions.
 
-    Raises UserError where none counts, or where a field is missing without which no later run could tell what is new.
+    Raises UserError if none counts, or if a field is missing without which no later run could tell what is new.
     """
     try:
         report = json.loads(storage.read_text(root))
@@ -41,7 +41,7 @@ def named_in_inventory(root: str) -> Iterator[FileInfo]:
         raise storage.user_error(error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{root} is no S3 Inventory manifest ({error!r}); give the manifest.json that S3 wrote."
+            f"{root} is not a valid S3 Inventory manifest ({error!r}); give the manifest.json that S3 wrote."
         ) from error
     if kind not in ("CSV", "Parquet"):
         raise UserError(f"{root}: an inventory as {kind} is not read; have S3 write it as Parquet or CSV.")
@@ -62,13 +62,8 @@ def named_in_inventory(root: str) -> Iterator[FileInfo]:
         )
 
 
-def path_in_bucket(uri: str) -> str:
-    """The key of an object: what a report of a whole bucket starts from."""
-    return s3.split(uri)[1]
-
-
 def _require(uri: str, present: Collection[str], names: Mapping[str, str]) -> None:
-    """Raise UserError unless all fields that are needed are there, by what they are called in this kind of file."""
+    """Raise UserError unless all needed fields are present, by the `names` that they have in this kind of file."""
     missing = [field for field in _NEEDED if names[field] not in present]
     if missing:
         raise UserError(
@@ -86,18 +81,19 @@ def _parquet_rows(uri: str) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Keys are URL-encoded in CSV, and only there: with `+` for a space, as S3 encodes them."""
+    """Yield the rows of a CSV report, where keys are URL-encoded, and only there: with `+` for a space, as S3 does."""
     _require(uri, columns, {name: name for name in _COLUMNS})
-    wanted = [name for name in _COLUMNS if name in columns]
+    present = [name for name in _COLUMNS if name in columns]
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as file:
-        for batch in csv_batches(file, columns, wanted, header=False):
+        for batch in csv_batches(file, columns, present, header=False):
             for row in batch.to_pylist():
                 named = {_COLUMNS[name]: value for name, value in row.items()}
                 yield named | {"key": unquote_plus(named["key"])}
 
 
 def _entry(row: dict[str, Any]) -> FileInfo | None:
+    """Return the object of a row; None for old versions, delete markers, folders and hidden objects."""
     if str(row.get("is_latest", True)).lower() == "false" or str(row.get("is_delete_marker")).lower() == "true":
         return None
     key, size = row["key"], int(row.get("size") or 0)

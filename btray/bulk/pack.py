@@ -2,111 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from btray import storage
 from btray.bulk.config import PackConfig
-from btray.bulk.driver import Report, Work, actors_for, parts_through, run_archive
-from btray.bulk.lots import Prefetcher
-from btray.bulk.part_files import Product
-from btray.bulk.progress import counts_of
+from btray.bulk.driver import ArchiveJob, run_archive
+from btray.bulk.progress import summarize_counts
+from btray.bulk.report import PartTally, RunReport
 from btray.bulk.runs import Run
 from btray.bulk.table import RETRIED
-from btray.bulk.worker import PartWorker, Row, Seconds
+from btray.bulk.worker import Prefetcher, Row, Seconds
 from btray.core.errors import UserError
 from btray.data import packs
-from btray.data.key_set import KeySet
+from btray.data.key_set import Keys
 from btray.data.labelled import holds_labels
 from btray.data.scans import ScanLimits
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult
 
-PRODUCT = Product(folder=lambda _: packs.SHARDS, schema=packs.SCHEMA, part_objects=512)
-_GROUP = "pack"
-
 
 def pack(config: PackConfig) -> str:
     """Pack what is new in the archive and return the URI of the pack.
 
-    An object that could not be read has a row that says why, so that who reads the pack is told the same. Raises
-    UserError for unusable input, for a pack of another archive, and where another run is writing to this output,
+    An object that could not be read has a row that says why, so that readers of the pack get the same error. Raises
+    UserError for unusable input, for a pack of another archive, and if another run is writing to this output,
     ThresholdExceeded above `max_rejected`, after writing.
     """
-    output, source = storage.resolve(config.output), storage.resolve(config.input)
-    manifest = _manifest_name(source)
-    root = source.rpartition("/")[0] if storage.is_file(source) else source
-    if packs.is_pack(source):
-        raise UserError(f"--input {source} is a packed archive already; give what was packed")
-    if packs.is_pack(output) and packs.describe_pack(output).root != root:
-        before = packs.describe_pack(output).root
-        raise UserError(f"--output {output} is a pack of {before}, not of {root}; name another output")
-
-    def conclude(run: Run, report: Report) -> None:
-        if manifest:
-            storage.write_bytes(storage.join(output, manifest), storage.read_bytes(source))
-        packs.write_description(output, packs.Pack(root, manifest))
-        print(counts_of(report, "packed"), flush=True)
-
-    work = Work(
-        name="pack",
-        output=output,
-        group=_GROUP,
-        choices={},
-        product=PRODUCT,
-        done=lambda scratch: _packed_before(scratch, output),
-        dataset=lambda run: parts_through(
-            PartPacker,
-            (run, root, config.threads, config.patience),
-            run,
-            actors=actors_for(config.actors),
-            patience=config.patience,
-        ),
-        conclude=conclude,
-    )
-    run_archive(config, work)
-    return output
+    job = PackJob(config)
+    run_archive(job)
+    return job.output
 
 
-def _manifest_name(source: str) -> str | None:
-    """What the copy of a labelled manifest is called within the pack."""
-    return f"_manifest{Path(source).suffix.lower()}" if storage.is_file(source) and holds_labels(source) else None
+class PackJob(ArchiveJob):
+    """Shards of a packed archive, and at the end its description."""
+
+    name = "pack"
+    schema = packs.SCHEMA
+
+    def __init__(self, config: PackConfig) -> None:
+        super().__init__(config, group="pack")
+        self.source = storage.resolve(config.input)
+        is_file = storage.is_file(self.source)
+        self.root = self.source.rpartition("/")[0] if is_file else self.source
+        # the copy of a labelled manifest within the pack
+        self.manifest = (
+            f"_manifest{Path(self.source).suffix.lower()}" if is_file and holds_labels(self.source) else None
+        )
+        if packs.is_pack(self.source):
+            raise UserError(f"--input {self.source} is a packed archive already; give what was packed")
+        if packs.is_pack(self.output) and (before := packs.describe_pack(self.output).root) != self.root:
+            raise UserError(f"--output {self.output} is a pack of {before}, not of {self.root}; name another output")
+
+    def folder(self, run_date: str) -> str:
+        """Return the folder of the shards."""
+        return packs.SHARDS
+
+    def completed_keys(self) -> Iterator[Keys]:
+        """Yield the keys of what the pack holds."""
+        return packs.packed_keys(self.output)
+
+    def processor(self) -> Callable[[Run, int], PartPacker]:
+        """Return what makes the packer of an actor."""
+        return partial(PartPacker, self.root, self.config.threads, self.config.patience)
+
+    def conclude(self, run: Run, report: RunReport) -> RunReport:
+        """Copy the manifest and describe the pack; print what was packed."""
+        if self.manifest:
+            storage.write_bytes(storage.join(self.output, self.manifest), storage.read_bytes(self.source))
+        packs.write_description(self.output, packs.Pack(self.root, self.manifest))
+        print(summarize_counts(report, "packed"), flush=True)
+        return report
 
 
-def _packed_before(scratch: Path, output: str) -> KeySet:
-    done = KeySet(scratch)
-    for keys in packs.packed_keys(output):
-        done.add(keys)
-    return done
-
-
-class PartPacker(PartWorker):
-    """Rows of a shard."""
+class PartPacker:
+    """Makes rows of a shard."""
 
     schema = packs.SCHEMA
-    # scans are compressed already; a checksum a page is verified when they are read
-    write_options = {  # noqa: RUF012 - never changed
+    # Scans are compressed already; the checksum of each page is verified when it is read.
+    write_options: dict[str, Any] = {  # noqa: RUF012 - never changed
         "compression": {name: "none" if name == "data" else "zstd" for name in packs.SCHEMA.names},
         "use_dictionary": [name for name in packs.SCHEMA.names if name != "data"],
         "write_statistics": [name for name in packs.SCHEMA.names if name != "data"],
         "write_page_checksum": True,
     }
+    tally_type = PartTally
+    tally = staticmethod(PartTally.of)
 
-    def __init__(self, run: Run, root: str, threads: int, patience: float) -> None:
-        reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
-        super().__init__(run, reader, patience)
-        self.below = root.rstrip("/") + "/"
+    def __init__(self, root: str, threads: int, patience: float, run: Run, cpus: int) -> None:
+        self.reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
+        self._below = root.rstrip("/") + "/"
 
-    def rows(self, lot: Sequence[FileInfo], answers: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
-        """One an object."""
-        return [self._row(info, answer) for info, answer in zip(lot, answers, strict=True)]
+    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
+        """Return one row per object."""
+        return [self._row(info, result) for info, result in zip(objects, results, strict=True)]
 
-    def _row(self, info: FileInfo, answer: ReadResult) -> Row:
-        failed = answer if isinstance(answer, StorageError) else None
+    def _row(self, info: FileInfo, result: ReadResult) -> Row:
+        failed = result if isinstance(result, StorageError) else None
         return {
-            "data": None if failed else answer,
+            "data": None if failed else result,
             "uri": info.uri,
-            "path": info.uri.removeprefix(self.below).removeprefix("s3://").lstrip("/"),
+            "path": info.uri.removeprefix(self._below).removeprefix("s3://").lstrip("/"),
             "etag": info.etag,
             "size": info.size,
             "error_code": failed.code if failed else None,

@@ -1,17 +1,32 @@
-"""The parts of a run's worklist as a source of Ray Data. Nothing heavy is imported."""
+"""The parts of a run's worklist through actors, with Ray Data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import ray.data
 from ray.data.block import BlockMetadata
 
 from btray import storage
-from btray.bulk import runs
-from btray.bulk import worklist as segments
+from btray.bulk import runs, worklist
 from btray.bulk.runs import Run
+from btray.bulk.worker import PartActor, PartProcessor
+from btray.core.cluster import cpus, require_gpus, started_ray_here
+
+# Less than a CPU each, so that the task that reads the worklist always finds room, on one CPU too.
+_ACTOR_CPUS = 0.9
+_READER_CPUS = 0.05
+
+# Ray Data polls its tasks ten times per second and takes what waits in their buffers, by default two blocks of each:
+# 20 parts per second for all actors of a cluster, however many. A block here is a list of objects, some 50 kB.
+_FEED = {
+    "_max_num_blocks_in_streaming_gen_buffer": 32,
+    "target_max_block_size": 1,  # bytes: each row its own block, or the first parts would wait for 128 MiB of them
+    "raise_original_map_exception": True,
+}
+_IN_FLIGHT = 4  # parts of an actor, so that one that needs 30 ms for each does not wait for the next poll
 
 
 class WorklistSource(ray.data.Datasource):
@@ -25,15 +40,61 @@ class WorklistSource(ray.data.Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: ray.data.DataContext | None = None
     ) -> list[ray.data.ReadTask]:
-        """Called by Ray."""
+        """Return the one read task; called by Ray."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ray.data.ReadTask(self._parts, unknown)]
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Called by Ray. Nobody knows before the archive is listed."""
+        """Return None, called by Ray: nobody knows before the archive is listed."""
         return None
 
     def _parts(self) -> Iterator[pa.Table]:
         with storage.retry_timeout(self.patience):
-            runs.require_seen(self.run)
-            yield from segments.parts(self.run.worklist, lambda: runs.has_ended(self.run.folder))
+            runs.require_visible(self.run)
+            yield from worklist.read_parts(self.run.worklist, lambda: runs.has_ended(self.run.folder))
+
+
+def count_actors(limit: int | None, gpu_share: float = 0.0) -> tuple[int, int | None]:
+    """Return how many actors to begin with, and at most; None for as many as will fit. Needs Ray.
+
+    `limit` (--actors) is capped by what the cluster holds now, one per CPU or as many as its GPUs hold at `gpu_share`,
+    if this job started its Ray itself; a cluster that it joined may grow to hold more, from no CPU at all.
+    """
+    fitting = max(1, math.floor(require_gpus() / gpu_share) if gpu_share else int(cpus()))
+    first = min(limit or fitting, fitting)
+    return first, first if started_ray_here() else limit
+
+
+def process_parts(
+    make_processor: Callable[[Run, int], PartProcessor],
+    run: Run,
+    *,
+    actors: int | None,
+    patience: float,
+    gpu_share: float = 0.0,
+) -> ray.data.Dataset:
+    """Return the columns part and tally, one row per part of the worklist as it is written, made by actors. Needs Ray.
+
+    `make_processor` is called in each actor with the run and the CPUs that the actor may keep busy.
+    """
+    first, most = count_actors(actors, gpu_share)
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in _FEED}
+    for name, value in _FEED.items():
+        setattr(context, name, value)
+    try:
+        parts = ray.data.read_datasource(WorklistSource(run, patience), num_cpus=_READER_CPUS, override_num_blocks=1)
+        return parts.map_batches(
+            PartActor,
+            fn_constructor_args=(make_processor, run, patience, max(1, int(cpus() / first))),
+            batch_size=1,  # a part; Ray does not allow None, which would do, for actors with GPUs
+            batch_format="pyarrow",
+            num_cpus=min(_ACTOR_CPUS, _ACTOR_CPUS * cpus() / first),
+            num_gpus=gpu_share or None,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, initial_size=first, max_size=most, max_tasks_in_flight_per_actor=_IN_FLIGHT
+            ),
+        )
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)

@@ -1,29 +1,34 @@
-"""What a run over an archive leaves below OUTPUT/_runs/GROUP/RUN: its plan, its worklist, and at the end run.json.
+"""What a run leaves below OUTPUT/_runs/GROUP/RUN (plan, worklist, run.json), and the files of its parts.
 
 The worklist (`btray.bulk.worklist`) is written while the archive is listed and cut into parts; each part becomes one
-file of the output, whose name follows from the part. So a run that was killed is taken up where it was: segments that
-are there are not listed again, and a part whose file is there is done.
+Parquet file of the output, whose name follows from the part, written by one put that fails if it is there. So a run
+that was killed is resumed where it was: shards of the worklist that are there are not listed again, and a part whose
+file is there is done; its tally stands in the footer.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from btray import storage
-from btray.bulk import worklist as segments
-from btray.bulk.part_files import Product, write_part
-from btray.core.errors import Failed, UserError
-from btray.storage import StorageError, local
+import pyarrow as pa
+import pyarrow.parquet
 
-# Attempts at a part by actors that had died before. Ray itself would never give up a part that kills each of them.
+from btray import storage
+from btray.bulk import worklist
+from btray.bulk.report import AbandonedRun, PartTally, RunReport, Tally
+from btray.core.errors import Failed, UserError
+from btray.storage import local
+
+# Attempts at a part by actors that had died before. Ray itself would retry a part that kills each of them for ever.
 _ATTEMPTS = 5
 _CLOSERS = 16  # threads
 
@@ -34,6 +39,8 @@ _LOOK = 0.5
 _RUNS = "_runs"
 _PLAN = "plan.json"
 RUN = "run.json"
+_TALLY = b"btray_tally"
+"""Key of the tally in the metadata of a part's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +55,20 @@ class Run:
     """Folder of its files, below the output."""
     output: str
     request: dict[str, Any]
-    """What its worklist follows from: the same request takes the run up."""
+    """What its worklist follows from: the same request resumes the run."""
 
     @property
     def folder(self) -> str:
-        return folder_of(self.output, self.group, self.run_id)
+        """URI of the folder of its plan, worklist and run.json."""
+        return run_folder(self.output, self.group, self.run_id)
 
     @property
     def worklist(self) -> str:
+        """URI of the folder of its worklist."""
         return storage.join(self.folder, "worklist")
 
     def part_uri(self, part_id: str) -> str:
-        """The output's file for one part."""
+        """Return the URI of the output's file for one part."""
         return storage.join(self.output, self.parts, f"part-{self.run_id}-{part_id}.parquet")
 
 
@@ -67,94 +76,105 @@ _PART_FILE = re.compile(r"part-(\d{8}T\d+-[0-9a-f]+)-\d+-\d+\.parquet")
 
 
 def run_of(part_uri: str) -> str | None:
-    """The run_id of `Run.part_uri`; None of a file that no run wrote."""
-    found = _PART_FILE.fullmatch(storage.name(part_uri))
-    return found[1] if found else None
+    """Return the run_id in `Run.part_uri`; None for a file that no run wrote."""
+    match = _PART_FILE.fullmatch(storage.name(part_uri))
+    return match[1] if match else None
 
 
-def folder_of(output: str, group: str, run_id: str) -> str:
-    """`Run.folder`."""
-    return storage.join(_folder(output, group), run_id)
+def run_folder(output: str, group: str, run_id: str) -> str:
+    """Return `Run.folder`."""
+    return storage.join(output, _RUNS, group, run_id)
 
 
-def has_ended(folder: str) -> bool:
-    """Whether the run whose folder this is was finished or given up."""
-    return storage.exists(storage.join(folder, RUN))
+# ---- the life of a run
 
 
-def _folder(output: str, group: str) -> str:
-    return storage.join(output, _RUNS, group)
+def begin(
+    output: str, group: str, request: dict[str, Any], *, folder: Callable[[str], str], schema: pa.Schema
+) -> tuple[Run, bool]:
+    """Return the unfinished run of this group with this request, and True; else a new run, and False.
 
-
-def begin(output: str, group: str, request: dict[str, Any], product: Product) -> tuple[Run, bool]:
-    """The unfinished run of this group with this request, and True; else a new run, whose plan is written, and False.
-
-    An unfinished run with another request is given up: what it has written stays. What the last run that ended has
-    left behind is removed; each run does so for the one before it. Needs the lease.
+    `folder` gives the folder of a run's files, below the output, from the day it begins (YYYY-MM-DD, UTC); `schema` is
+    that of the files. An unfinished run with another request is abandoned: what it has written stays. What the last run
+    that ended has left is removed; each run does so for the one before it. Needs the lease.
     """
-    for run, ended in _from_the_latest(output, group):
+    for run, ended in _latest_first(output, group):
         if ended:
-            _remove_leftovers(run)
+            # killed in its last moment, or its workers in theirs
+            _remove_temporaries(run)
+            worklist.remove(run.worklist)
             break
-        segments.rename_old(run.worklist)
-        if run.request == request and not segments.is_closed(run.worklist):
+        if run.request == request and not worklist.is_closed(run.worklist):
             _remove_temporaries(run)
             return run, True
-        _close(run, product)
-        finish(run, {"state": "given up", "request": run.request})
+        _close_unwritten_parts(run, schema)
+        finish(run, AbandonedRun(request=run.request))
     now = datetime.now(UTC)
     run = Run(
         run_id=f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}",
         group=group,
-        parts=product.folder(f"{now:%Y-%m-%d}"),
+        parts=folder(f"{now:%Y-%m-%d}"),
         output=output,
         request=request,
     )
+    # without the output, which may be moved or be mounted elsewhere by the time the run is resumed
     storage.write_json(storage.join(run.folder, _PLAN), asdict(run) | {"output": None})
     return run, False
 
 
-def _from_the_latest(output: str, group: str) -> Iterator[tuple[Run, bool]]:
-    """The runs of a group back from the latest, and whether each has ended: every run settles those before it."""
-    for name in reversed(storage.list_names(_folder(output, group), missing_ok=True)):
-        folder = storage.join(_folder(output, group), name)
-        try:
+def _latest_first(output: str, group: str) -> Iterator[tuple[Run, bool]]:
+    """Yield the runs of a group from the latest back, and whether each has ended."""
+    for run_id in reversed(storage.list_names(storage.join(output, _RUNS, group), missing_ok=True)):
+        folder = run_folder(output, group, run_id)
+        plan = None
+        with storage.suppress_missing():
             plan = storage.read_json(storage.join(folder, _PLAN))
-        except StorageError as error:
-            if error.code != "not_found":
-                raise
-            _remove_temporaries_in(folder)  # it was killed before its first word
-            continue
-        run = Run(**plan | {"output": output})
-        yield run, has_ended(run.folder)
+        if plan is None:
+            _remove_temporaries_in(folder)  # killed before it had written its plan
+        else:
+            yield Run(**plan | {"output": output}), has_ended(folder)
 
 
-def _close(run: Run, product: Product) -> None:
-    """Take the names of the parts that a given-up run has not written: an empty file stands at each.
+def _close_unwritten_parts(run: Run, schema: pa.Schema) -> None:
+    """Write an empty file for each part that an abandoned run has not written.
 
     A worker that outlived its driver then finds its part written, whenever it comes, and no row of it gets in between
     the rows of the run that classifies those objects now. A mark that workers look for would not do: one that has
     looked may be held up for minutes by its store before it writes.
     """
-    sealed = segments.close(run.worklist)
+    shards = worklist.close(run.worklist)
     written = set(storage.list_names(storage.join(run.output, run.parts), missing_ok=True))
     with ThreadPoolExecutor(_CLOSERS) as pool:
-        for segment in sealed:
-            uris = [run.part_uri(part) for part in segments.part_ids(segment)]
+        for shard in shards:
+            uris = [run.part_uri(part) for part in worklist.part_ids(shard, worklist.read_shard(shard))]
             missing = [uri for uri in uris if storage.name(uri) not in written]
-            list(pool.map(lambda uri: write_part(uri, [], product.schema, {}), missing))
+            list(pool.map(lambda uri: write_part(uri, [], schema, PartTally()), missing))
 
 
-def finish(run: Run, report: dict[str, Any]) -> str:
+def finish(run: Run, report: RunReport | AbandonedRun) -> str:
     """Write run.json, which ends the run, then remove its worklist; return the URI of run.json."""
     uri = storage.join(run.folder, RUN)
-    storage.write_json(uri, report)
-    segments.remove(run.worklist)
+    storage.write_json(uri, report.to_json())
+    worklist.remove(run.worklist)
     return uri
 
 
+def has_ended(folder: str) -> bool:
+    """Return whether the run whose folder this is was finished or abandoned."""
+    return storage.exists(storage.join(folder, RUN))
+
+
+def reports(output: str, group: str) -> Iterator[RunReport]:
+    """Yield run.json of the runs of a group that have read objects, the latest first."""
+    for run_id in reversed(storage.list_names(storage.join(output, _RUNS, group), missing_ok=True)):
+        uri = storage.join(run_folder(output, group, run_id), RUN)
+        content = storage.read_json(uri) if storage.exists(uri) else {}
+        if content.get("objects"):  # an abandoned run ("given up" in older files) has none
+            yield RunReport.model_validate(content)
+
+
 def note_attempt(run: Run, part_id: str, first_uri: str) -> None:
-    """Count an attempt at a part by an actor that has died before. Raises Failed where there were too many."""
+    """Count an attempt at a part by an actor that has died before. Raises Failed if there were too many."""
     for number in range(_ATTEMPTS):
         if storage.write_new(storage.join(run.worklist, f"attempt-{part_id}-{number}"), b""):
             return
@@ -164,8 +184,8 @@ def note_attempt(run: Run, part_id: str, first_uri: str) -> None:
     )
 
 
-def require_seen(run: Run) -> None:
-    """Raise UserError where this machine does not see what the driver has written into a local output."""
+def require_visible(run: Run) -> None:
+    """Raise UserError if this machine does not see what the driver has written into a local output."""
     if storage.is_remote(run.output):
         return
     deadline = time.monotonic() + _SEEN_WITHIN
@@ -178,28 +198,40 @@ def require_seen(run: Run) -> None:
         time.sleep(_LOOK)
 
 
-def reports(output: str, group: str) -> Iterator[dict[str, Any]]:
-    """run.json of the runs of a group that did something, the latest first."""
-    for name in reversed(storage.list_names(_folder(output, group), missing_ok=True)):
-        uri = storage.join(_folder(output, group), name, RUN)
-        if storage.exists(uri):
-            report: dict[str, Any] = storage.read_json(uri)
-            if report.get("objects"):
-                yield report
-
-
-def _remove_leftovers(run: Run) -> None:
-    """What a run that has ended left where it was killed in its last moment, or its workers were in theirs."""
-    _remove_temporaries(run)
-    segments.remove(run.worklist)
-
-
 def _remove_temporaries(run: Run) -> None:
     for folder in (storage.join(run.output, run.parts), run.worklist, run.folder):
         _remove_temporaries_in(folder)
 
 
 def _remove_temporaries_in(folder: str) -> None:
-    """What a killed writer left beside the files of a local table; object storage has no such thing."""
+    """Remove what a killed writer left beside the files of a local table; object storage has no such thing."""
     if not storage.is_remote(folder):
         local.remove_temporaries(folder)
+
+
+# ---- the files of parts
+
+
+def write_part(
+    uri: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, tally: PartTally, **options: Any
+) -> bool:
+    """Write one file, with `tally` in its footer, by one put; return False if it is there already.
+
+    `options` are those of pyarrow.parquet.write_table. Keys of `rows` that `schema` lacks are left out. Raises
+    StorageError.
+    """
+    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata({_TALLY: tally.model_dump_json()}))
+    body = io.BytesIO()
+    pa.parquet.write_table(table, body, **{"compression": "zstd", **options})
+    return storage.write_new(uri, body.getvalue())
+
+
+def read_tally(uri: str, tally_type: type[Tally]) -> Tally | None:
+    """Return the tally in the footer of a part's file; None if there is no such file. Raises StorageError."""
+    filesystem, path = storage.arrow_filesystem(uri)
+    with storage.suppress_missing():
+        storage.describe(uri)
+        with storage.storage_errors_for(uri), filesystem.open_input_file(path) as file:
+            metadata = pa.parquet.read_metadata(file).metadata
+        return tally_type.model_validate_json(metadata[_TALLY])
+    return None

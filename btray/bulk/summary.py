@@ -1,66 +1,81 @@
-"""What a night's classification looked like: label mix, confidence, scores and drift, and the least certain scans."""
+"""The page on what a run classified, summary.html: label mix, confidence, scores, drift and the least certain frames.
+
+It imports matplotlib, which nothing needs before the run has ended.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import PercentFormatter
 
 from btray import storage
 from btray.bulk import runs
-from btray.bulk.explanations import explain_scans, read_frames
+from btray.bulk.config import SHOWN
+from btray.bulk.explanations import explain_frames, read_frames
+from btray.bulk.report import RunReport
 from btray.bulk.runs import Run
 from btray.model.bundle import Bundle, read_file
 from btray.model.classifier import Classifier
-from btray.model.drift import LARGE, REFERENCE, RUNS_BEFORE, Profile, drift
+from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, REFERENCE, RUNS_BEFORE, Profile, drift
 from btray.reports.page import NO_DIAGNOSIS, Section, data_uri, render_page
+from btray.reports.plot_style import BLUE, INK, VERMILLION, canvas, png
 
 SUMMARY = "summary.html"
-_NIGHTS = 30
-SHOWN = 24
-"""How many of the least certain scans the summary shows."""
+_RUNS_COMPARED = 30
+_THIS_RUN = "this run"
+_MEASURES = {"labels": "label mix", "confidence": "confidence", "ood_score": "out-of-distribution score"}
+_COLOURS = (BLUE, INK, VERMILLION)
 
-Report = dict[str, Any]
 
+def compare(run: Run, report: RunReport, bundle: Bundle) -> tuple[dict[str, Profile], dict[str, dict[str, Any]]]:
+    """Compare the answers of a run with those on the validation images and with those of the runs before.
 
-def compare(run: Run, report: Report, bundle: Bundle) -> dict[str, Profile]:
-    """Put `drift` into the report; return what was compared: this run, the training data, the runs before."""
-    observed = Profile.from_json(report["profile"])
-    profiles = {"this run": observed}
+    Returns the profiles, this run's first, and the drift against each of the others, by their names.
+    """
+    profiles = {_THIS_RUN: report.profile}
     if (reference := read_file(bundle, REFERENCE)) is not None:
         profiles["validation images"] = Profile.from_json(json.loads(reference))
     before = Profile()
-    for number, earlier in enumerate(runs.reports(run.output, run.group)):
-        if number == _NIGHTS:
-            break
-        if earlier.get("profile"):
-            before.add(Profile.from_json(earlier["profile"]))
+    for earlier in islice(runs.reports(run.output, run.group), _RUNS_COMPARED):
+        before.add(earlier.profile)
     if before.frames:
         profiles[RUNS_BEFORE] = before
-    report["drift"] = {
-        name: drift(profile, observed) for name, profile in profiles.items() if name != "this run" and observed.frames
-    }
-    return profiles
+    others = {name: profile for name, profile in profiles.items() if name != _THIS_RUN and report.profile.frames}
+    return profiles, {name: drift(profile, report.profile) for name, profile in others.items()}
 
 
-def write_summary(run: Run, report: Report, profiles: Mapping[str, Profile], classifier: Classifier) -> str:
+def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], classifier: Classifier) -> str:
     """Write summary.html beside run.json; return its URI."""
+    profile = report.profile
+    frames = max(1, profile.frames)
     page = render_page(
         "btray.bulk",
         "summary.html",
-        title="A night's classification",
+        title="Classification of an archive",
         notice=NO_DIAGNOSIS,
-        cards=_cards(report, profiles["this run"]),
+        cards=[
+            ("Frames", f"{profile.frames:,}", f"of {report.objects:,} objects, new or changed"),
+            ("Rejected", f"{report.rejected:,}", "objects, each a row with a code"),
+            ("Abstained", f"{profile.abstained / frames:.1%}", "confidence below the model's threshold"),
+            ("Out of distribution", f"{profile.out_of_distribution / frames:.1%}", "unlike the training images"),
+            ("Images per second", f"{report.images_per_second:.0f}", "between the first and the last part"),
+        ],
         notes=_notes(report),
-        figures=_figures(profiles) if profiles["this run"].frames else [],
-        sheet=_sheet(report["least_certain"][:SHOWN], classifier),
-        sections=_tables(report),
+        figures=_figures(profiles) if profile.frames else [],
+        sheet=_sheet(report, classifier),
+        sections=_sections(report),
         facts={
-            "Model": report["model_id"],
+            "Model": report.model_id or "",
             "Run": run.run_id,
-            "Input": report["config"]["input"],
-            "Began": report["started_at"],
-            "Ended": report["ended_at"],
+            "Input": report.config["input"],
+            "Began": report.started_at,
+            "Ended": report.ended_at,
         },
         facts_title="Run",
     )
@@ -69,50 +84,38 @@ def write_summary(run: Run, report: Report, profiles: Mapping[str, Profile], cla
     return uri
 
 
-def _cards(report: Report, profile: Profile) -> list[tuple[str, str, str]]:
-    frames = max(1, profile.frames)
-    return [
-        ("Frames", f"{profile.frames:,}", f"of {report['objects']:,} objects, new or changed"),
-        ("Rejected", f"{report['rejected']:,}", "objects, each a row with a code"),
-        ("Abstained", f"{profile.abstained / frames:.1%}", "confidence below the model's threshold"),
-        ("Out of distribution", f"{profile.out_of_distribution / frames:.1%}", "unlike the training images"),
-        ("Images a second", f"{report['images_per_second']:.0f}", "between the first and the last part"),
-    ]
-
-
-def _notes(report: Report) -> list[str]:
-    said = []
-    for name, found in report["drift"].items():
-        changed = [what for what in ("labels", "confidence", "ood_score") if (found[what] or 0) > LARGE]
+def _notes(report: RunReport) -> list[str]:
+    notes = []
+    for name, against in (report.drift or {}).items():
+        changed = [title for measure, title in _MEASURES.items() if (against[measure] or 0) > LARGE]
         if changed:
-            said.append(
-                f"Against the {name} ({found['frames']:,} frames) there is a large change (PSI above {LARGE}) of: "
-                f"{', '.join(changed).replace('ood_score', 'out-of-distribution score')}."
+            notes.append(
+                f"Against the {name} ({against['frames']:,} frames) there is a large change (PSI above {LARGE}) of: "
+                f"{', '.join(changed)}."
             )
-    return said
+    return notes
 
 
-def _tables(report: Report) -> list[Section]:
-    names = list(report["drift"])
-    labels = sorted({label for found in report["drift"].values() for label in found["by_label"]})
-    rows = [
-        (title, *(_number(report["drift"][name][key]) for name in names))
-        for title, key in (("label mix", "labels"), ("confidence", "confidence"), ("out-of-distribution", "ood_score"))
-    ]
-    rows += [
-        (f"of the label mix: {label}", *(f"{report['drift'][name]['by_label'].get(label, 0):.3f}" for name in names))
-        for label in labels
-    ]
-    sections = [
-        Section(title="Objects by outcome", columns=("outcome", "objects"), rows=_outcomes(report), numbers=True)
-    ]
-    if names:
+def _sections(report: RunReport) -> list[Section]:
+    rejected = [(f"rejected: {code}", f"{count:,}") for code, count in report.rejected_by_code.items()]
+    outcomes = [("classified", f"{report.objects - report.rejected:,}"), *rejected]
+    sections = [Section(title="Objects by outcome", columns=("outcome", "objects"), rows=outcomes, numbers=True)]
+    if report.drift:
+        columns = report.drift.values()
+        rows = [
+            (title, *("-" if against[measure] is None else f"{against[measure]:.3f}" for against in columns))
+            for measure, title in _MEASURES.items()
+        ]
+        rows += [
+            (f"of the label mix: {label}", *(f"{against['by_label'].get(label, 0):.3f}" for against in columns))
+            for label in sorted({label for against in columns for label in against["by_label"]})
+        ]
         sections.append(
             Section(
                 title="Drift",
                 text="Population stability index of this run against what it is compared with: up to 0.1 no change, "
                 f"above {LARGE} a large one. Few frames give large values by chance.",
-                columns=("", *(f"{name} ({report['drift'][name]['frames']:,} frames)" for name in names)),
+                columns=("", *(f"{name} ({against['frames']:,} frames)" for name, against in report.drift.items())),
                 rows=rows,
                 numbers=True,
             )
@@ -120,46 +123,87 @@ def _tables(report: Report) -> list[Section]:
     return sections
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _sheet(report: RunReport, classifier: Classifier) -> list[dict[str, str]]:
+    """Return the least certain frames as dictionaries of picture (a data URI), answer, note and uri."""
+    frames, pixels = read_frames(classifier, report.least_certain[:SHOWN])
+    pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
+    return [
+        {
+            "picture": data_uri(picture),
+            "answer": f"{frame.label} {frame.confidence:.2f}" + (f", frame {frame.frame}" * (frame.frame > 0)),
+            "note": f"{frame.alike:,} identical" if frame.alike > 1 else "",
+            "uri": frame.uri,
+        }
+        for frame, picture in zip(frames, pictures, strict=True)
+    ]
 
 
-def _outcomes(report: Report) -> list[tuple[str, str]]:
-    rejected = report["rejected_by_code"]
-    read = report["objects"] - report["rejected"]
-    return [("classified", f"{read:,}"), *((f"rejected: {code}", f"{count:,}") for code, count in rejected.items())]
+# ---- figures: shares of the frames, so that runs of any size can be compared
 
 
 def _figures(profiles: Mapping[str, Profile]) -> list[tuple[str, str]]:
-    """PNG as data URI, and caption."""
-    from btray.bulk import night_plots  # matplotlib: nothing needs it before the night has ended
-
-    counts = {name: profile.frames for name, profile in profiles.items()}
-    compared = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
-    drawn = [
-        (night_plots.label_mix({name: profile.labels for name, profile in profiles.items()}), "Share of each label"),
+    """Return each figure, a PNG as data URI, with its caption."""
+    confidence = {name: profile.confidence for name, profile in profiles.items()}
+    figures = [
+        (draw_labels(profiles), "Share of each label"),
         (
-            night_plots.confidences({name: profile.confidence for name, profile in profiles.items()}),
+            draw_histogram(
+                "Confidence", "of the most probable label, calibrated", confidence, CONFIDENCE_EDGES, "confidence"
+            ),
             "Calibrated confidence",
         ),
     ]
-    if sum(profiles["this run"].ood_score):
-        scores = {name: profile.ood_score for name, profile in profiles.items() if sum(profile.ood_score)}
-        drawn.append((night_plots.ood_scores(scores), "Out-of-distribution score, about 1 for training images"))
-    return [(data_uri(png), f"{title}. Frames: {compared}.") for png, title in drawn]
-
-
-def _sheet(scans: Sequence[Mapping[str, Any]], classifier: Classifier) -> list[dict[str, str]]:
-    """The least certain scans: the slice, what it is, and what was said of it."""
-    shown = []
-    kept, frames = read_frames(classifier, scans)
-    for scan, picture in zip(kept, explain_scans(classifier, frames, [scan["label"] for scan in kept]), strict=True):
-        shown.append(
-            {
-                "picture": data_uri(picture),
-                "uri": scan["uri"],
-                "said": f"{scan['label']} {scan['confidence']:.2f}"
-                + (f", frame {scan['frame']}" * (scan["frame"] > 0)),
-            }
+    scores = {name: profile.ood_score for name, profile in profiles.items() if sum(profile.ood_score)}
+    if _THIS_RUN in scores:
+        edges = (*OOD_EDGES[:-1], OOD_EDGES[-2] + OOD_EDGES[1] - OOD_EDGES[0])  # the open bin as wide as the others
+        subtitle = "about 1 for training images; the last bin is open"
+        figures.append(
+            (
+                draw_histogram("Out-of-distribution score", subtitle, scores, edges, "score"),
+                "Out-of-distribution score, about 1 for training images",
+            )
         )
-    return shown
+    compared = ", ".join(f"{name} ({profile.frames:,})" for name, profile in profiles.items())
+    return [(data_uri(picture), f"{title}. Frames: {compared}.") for picture, title in figures]
+
+
+@png
+def draw_labels(profiles: Mapping[str, Profile]) -> Figure:
+    """Draw the share of each label, as bars."""
+    names = sorted({name for profile in profiles.values() for name in profile.labels})
+    figure, body = canvas((6.6, 1.8 + 0.55 * max(2, len(names))), "Labels", "share of the frames")
+    axes = body.subplots()
+    height = 0.8 / len(profiles)
+    for number, (title, profile) in enumerate(profiles.items()):
+        places = np.arange(len(names)) + (number - (len(profiles) - 1) / 2) * height
+        shares = [profile.labels[name] / max(1, profile.frames) for name in names]
+        axes.barh(places, shares, height * 0.9, color=_COLOURS[number], label=title)
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _add_legend(body)
+    return figure
+
+
+@png
+def draw_histogram(
+    title: str, subtitle: str, counts: Mapping[str, Sequence[int]], edges: Sequence[float], label: str
+) -> Figure:
+    """Draw histograms as shares, the first one filled; `counts` are those between `edges`, by what is compared."""
+    figure, body = canvas((6.6, 4.3), title, subtitle)
+    axes = body.subplots()
+    for number, (name, values) in enumerate(counts.items()):
+        shares = np.asarray(values, float) / max(1, sum(values))
+        style: dict[str, Any] = {"fill": True, "alpha": 0.35} if number == 0 else {"linewidth": 2}
+        axes.stairs(shares, edges, color=_COLOURS[number], label=name, **style)
+    axes.set(xlim=(0, edges[-1]), xlabel=label, ylabel="share of the frames")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _add_legend(body)
+    return figure
+
+
+def _add_legend(body: SubFigure) -> None:
+    """Put the legend above the axes, where it covers no bar whatever the answers are."""
+    body.legend(loc="outside upper left", ncols=len(_COLOURS))

@@ -1,97 +1,148 @@
-"""What the actors of all jobs on archives have in common: parts of the worklist in, their files written, counts out."""
+"""The actor of all jobs on archives: parts of the worklist in, their files written, tallies out."""
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
 
 from btray import storage
 from btray.bulk import runs
-from btray.bulk.lots import Prefetcher, objects_of
-from btray.bulk.part_files import read_tally, write_part
-from btray.bulk.runs import Run
+from btray.bulk.report import PartTally
+from btray.bulk.runs import Run, read_tally, write_part
 from btray.core.allocator import keep_freed_memory
-from btray.storage import FileInfo
-from btray.storage.read_many import ReadResult
+from btray.storage import FileInfo, StorageError
+from btray.storage.read_many import ReadResult, read_many, read_patiently
+
+# What an actor holds at a time, twice: one batch is read while the one before it is worked on.
+_BATCH_OBJECTS = 64
+_BATCH_BYTES = 64 << 20
 
 Row = dict[str, Any]
 Seconds = defaultdict[str, float]
 """Time spent by stage."""
 
 
-class PartWorker(ABC):
-    """Reads the objects of one part after another and writes one file for each. A job says what their rows are."""
+class Prefetcher:
+    """Reads batches of at most `least` or 64 objects, whichever is more, and 64 MiB; `threads` objects at a time."""
+
+    def __init__(self, *, threads: int, patience: float, max_bytes: int, least: int = 1) -> None:
+        self._threads = threads
+        self._patience = patience
+        self._max_bytes = max_bytes
+        self._most = max(_BATCH_OBJECTS, least)
+        self._reader = ThreadPoolExecutor(1)
+
+    def batches(
+        self, objects: Sequence[FileInfo], seconds: dict[str, float]
+    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
+        """Yield objects with their bytes; `seconds["read"]` grows by the time spent waiting for them."""
+        batches: list[list[FileInfo]] = []
+        size = 0
+        for info in objects:
+            if not batches or len(batches[-1]) == self._most or size + info.size > _BATCH_BYTES:
+                batches.append([])
+                size = 0
+            batches[-1].append(info)
+            size += info.size
+        reading = [self._reader.submit(self._read, batch) for batch in batches[:1]]
+        for number, batch in enumerate(batches):
+            started = time.perf_counter()
+            results = reading.pop().result()
+            seconds["read"] += time.perf_counter() - started
+            reading += [self._reader.submit(self._read, following) for following in batches[number + 1 : number + 2]]
+            yield batch, results
+
+    def _read(self, batch: Sequence[FileInfo]) -> list[ReadResult]:
+        def read(objects: Sequence[FileInfo]) -> list[ReadResult]:
+            return read_many(
+                [info.place or info.uri for info in objects],
+                etags=[info.etag for info in objects],
+                threads=self._threads,
+                max_bytes=self._max_bytes,
+            )
+
+        results = read_patiently(batch, read, self._patience)
+        for number, info in enumerate(batch):
+            # No later run could tell which bytes it was that this row speaks of.
+            if not info.etag and not isinstance(results[number], StorageError):
+                detail = "it could not be examined when it was listed, and now it can be read"
+                results[number] = StorageError("changed", info.uri, detail)
+        return results
+
+
+class PartProcessor(Protocol):
+    """What a job makes of the objects of its parts. Each actor makes one of its own."""
 
     schema: pa.Schema
     """Of the rows; one of its columns is error_code."""
-    write_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    write_options: dict[str, Any]
     """Of pyarrow.parquet.write_table."""
+    reader: Prefetcher
 
-    def __init__(self, run: Run, reader: Prefetcher, patience: float) -> None:
+    @property
+    def tally_type(self) -> type[PartTally]:
+        """Return the class of what `tally` returns."""
+
+    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
+        """Return the rows that some objects become; `seconds` grows by those of the job's own stages."""
+
+    def tally(self, rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -> PartTally:
+        """Return the counts of a whole part."""
+
+
+class PartActor:
+    """The actor: has its processor turn the objects of one part after another into rows, and writes a file of each."""
+
+    def __init__(self, make_processor: Callable[[Run, int], PartProcessor], run: Run, patience: float, cpus: int):
         keep_freed_memory()  # of images and of whole parts
         self.run = run
-        self._reader = reader
+        self.processor = make_processor(run, cpus)
         self._patience = patience
         self._sees_output = False
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray's own code behind this property warns of its age
+            warnings.simplefilter("ignore")  # the property is public, but Ray's own code behind it is deprecated
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
 
-    @abstractmethod
-    def rows(self, lot: Sequence[FileInfo], answers: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
-        """The rows that some objects become; grows the `seconds` of the job's own stages."""
-
-    def summed_up(self, rows: Sequence[Row], objects: Sequence[FileInfo]) -> dict[str, Any]:
-        """What else a job wants to know of a part at the end; its numbers are added up by `bulk_report.Totals`."""
-        return {}
-
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Parts as `segments.parts` gives them -> columns part, tally (JSON)."""
+        """Turn parts as `worklist.read_parts` gives them into columns part, tally (JSON)."""
         tallies = []
         with storage.retry_timeout(self._patience):
             if not self._sees_output:
-                runs.require_seen(self.run)
+                runs.require_visible(self.run)
                 self._sees_output = True
             for part in batch.to_pylist():
                 objects = objects_of(part)
                 if self._died_before:
                     runs.note_attempt(self.run, part["part"], objects[0].uri)
-                tallies.append(json.dumps(self._part(self.run.part_uri(part["part"]), objects)))
+                tallies.append(self._part(self.run.part_uri(part["part"]), objects).model_dump_json())
         return pa.table({"part": batch["part"], "tally": pa.array(tallies, pa.string())})
 
-    def _part(self, uri: str, objects: Sequence[FileInfo]) -> dict[str, Any]:
-        """Counts of one part. Where its file is there, by an attempt that was cut off, they come from that file."""
-        written = read_tally(uri)
-        if written is not None:
-            return written | {"reused": True}
-        seconds: Seconds = defaultdict(float)
-        rows: list[Row] = []
-        for lot, answers in self._reader.lots(objects, seconds):
-            rows += self.rows(lot, answers, seconds)
-        tally = _tally(rows, objects, seconds) | self.summed_up(rows, objects)
-        started = time.perf_counter()
-        if not write_part(uri, rows, self.schema, tally, **self.write_options):
-            # another attempt at this part, whose answer is lost, was quicker
-            return (read_tally(uri) or tally) | {"reused": True}
-        seconds["write"] = time.perf_counter() - started
-        return tally | {"seconds": seconds, "reused": False}
+    def _part(self, uri: str, objects: Sequence[FileInfo]) -> PartTally:
+        """Write the file of one part and return its tally, or that of the file if an earlier attempt has written it."""
+        processor = self.processor
+        written = read_tally(uri, processor.tally_type)
+        if written is None:
+            seconds: Seconds = defaultdict(float)
+            rows: list[Row] = []
+            for some, results in processor.reader.batches(objects, seconds):
+                rows += processor.rows(some, results, seconds)
+            tally = processor.tally(rows, objects, seconds)
+            started = time.perf_counter()
+            if write_part(uri, rows, processor.schema, tally, **processor.write_options):
+                return tally.model_copy(update={"seconds": seconds | {"write": time.perf_counter() - started}})
+            # another attempt at this part, whose tally is lost, was quicker
+            written = read_tally(uri, processor.tally_type) or tally
+        return written.model_copy(update={"reused": True})
 
 
-def _tally(rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -> dict[str, Any]:
-    rejected = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
-    return {
-        "objects": len(objects),
-        "frames": len(rows) - rejected.total(),
-        "bytes": sum(info.size for info in objects),
-        "labels": Counter(row["label"] for row in rows if row.get("label") is not None),
-        "rejected": rejected,
-        "seconds": dict(seconds),
-    }
+def objects_of(part: dict[str, Any]) -> list[FileInfo]:
+    """Return the objects of one part, as `worklist.read_parts` gives it."""
+    columns = (part[name] for name in ("uri", "size", "etag", "place"))
+    return [FileInfo(uri, size, etag, 0.0, place) for uri, size, etag, place in zip(*columns, strict=True)]

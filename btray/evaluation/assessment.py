@@ -30,8 +30,9 @@ from btray.evaluation.metrics import (
 from btray.evaluation.report import render_report
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import label_sets
-from btray.model.bundle import Bundle, Manifest
+from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import Manifest
 
 _SHOWN_ERRORS = 12  # three rows of the grid
 
@@ -85,7 +86,7 @@ def assess(
         "risk_coverage": plots.risk_coverage_curve(labels, probabilities, manifest.thresholds.abstain_below),
     }
     if history:
-        counts = manifest.data["counts"]
+        counts = manifest.data.counts
         figures["learning_curves"] = plots.learning_curves(
             history,
             best_epoch=max(history, key=lambda record: record["score"])["epoch"],

@@ -17,7 +17,7 @@ from btray.evaluation.report import summary
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import Bundle, load_bundle, read_fingerprints
 from btray.model.classifier import interpret
-from btray.model.prediction import Place, csv_cells, csv_header
+from btray.model.prediction import csv_cells, csv_header
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -65,8 +65,7 @@ def evaluate(config: EvaluateConfig) -> str:
 def predictions_csv(bundle: Bundle, table: pa.Table, scores: Scores) -> bytes:
     """Return predictions.csv, one line per frame: URI, true label, and the fields of the answer."""
     images = table.take(scores.row)
-    places = [Place(row) for row in scores.row.tolist()]
-    predictions = interpret(scores.answers, places, bundle.manifest, bundle.ood)
+    predictions = interpret(scores.answers, bundle.manifest, bundle.ood)
     header = ["predicted" if title == "label" else title for title in csv_header(bundle.manifest.classes)]
     answers = zip(images["uri"].to_pylist(), images["label"].to_pylist(), predictions, strict=True)
     return as_csv(("uri", "label", *header), [(uri, label, *csv_cells(answer)) for uri, label, answer in answers])

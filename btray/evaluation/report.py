@@ -10,7 +10,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from btray.evaluation.metrics import ECE_BINS, Evaluation, Interval, wilson_interval
-from btray.model.bundle import Manifest
+from btray.model.manifest import Manifest
 from btray.reports.page import (
     NO_DIAGNOSIS,
     data_uri,
@@ -56,7 +56,7 @@ def render_report(
 
 def model_card(manifest: Manifest, metrics: Evaluation) -> str:
     """Return MODEL_CARD.md of a model that was just trained, after Mitchell et al. 2019 (arXiv:1810.03993)."""
-    counts: Mapping[str, Mapping[str, int]] = manifest.data["counts"]
+    counts = manifest.data.counts
     classes = dict.fromkeys([*manifest.classes, *(name for split in counts.values() for name in split)])
     settings = {key: value for key, value in manifest.training.items() if key not in _NOT_ON_CARD}
     card = environment(_PACKAGE, finalize=_markdown).get_template("MODEL_CARD.md").render(
@@ -106,14 +106,14 @@ def summary(metrics: Evaluation) -> str:
 def model_facts(manifest: Manifest) -> dict[str, str]:
     """Return what identifies a model, for a reader."""
     data = manifest.data
-    epochs = f"{data['epochs']}, of which number {data['best_epoch']} was the best"
+    epochs = f"{data.epochs}, of which number {data.best_epoch} was the best"
     return {
         "Model": manifest.model_id,
         "Classes": ", ".join(manifest.classes),
         "Architecture": manifest.network.architecture,
         "Trained": manifest.created_at,
-        "Epochs": epochs + (f"; then {data['refit_epochs']} on all images" if data["refit_epochs"] else ""),
-        "Data fingerprint": data["fingerprint"],
+        "Epochs": epochs + (f"; then {data.refit_epochs} on all images" if data.refit_epochs else ""),
+        "Data fingerprint": data.fingerprint,
         "Temperature": number(manifest.calibration.temperature),
         "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }

@@ -1,15 +1,16 @@
 """One prediction: its fields, and the form that each takes wherever predictions are written.
 
 The results table, the JSON of `btray predict` and of the service, its OpenAPI schema, the outputs of the Open Inference
-Protocol, the marks on the terminal and the CSV of an evaluation derive from `Prediction`: a new field is added here and
-nowhere else. Free of torch, so that whatever reads or describes predictions starts quickly.
+Protocol, the terminal's table and the CSV of an evaluation follow from the fields of `Answer` and `Prediction`: a new
+one is added here, and `tests/model/test_prediction.py` finds the output that lacks it. Free of torch, so that whatever
+reads or describes predictions starts quickly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -19,46 +20,32 @@ from pydantic import ConfigDict, Field, TypeAdapter
 if TYPE_CHECKING:
     from btray.data.frames import Rejection
 
-Datatype = Literal["BYTES", "FP32", "BOOL"]
-_NUMPY: dict[Datatype, type] = {"BYTES": np.str_, "FP32": np.float32, "BOOL": np.bool_}
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model says of one frame. Every output holds all of it."""
 
-@dataclass(frozen=True)
-class Column:
-    """How a field is written that only some outputs hold; the results table is one of them."""
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
 
-    arrow: pa.DataType
+    label: str | None = None
+    """The most probable class."""
+    confidence: float | None = None
+    """Its calibrated probability, in [0, 1]."""
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Calibrated probability of every class; they sum to 1."""
+    abstained: bool = False
+    """The confidence is below the threshold: `label` is a guess that the model does not stand by."""
+    label_set: tuple[str, ...] = ()
+    """The labels that cannot be ruled out; empty unless the bundle was made with a conformal error rate."""
+    out_of_distribution: bool = False
+    """The input is unlike the training images: no answer can be trusted."""
+    ood_score: float | None = None
+    """How unlike the training images the input is, about 1 for these; null if the bundle cannot tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerColumn(Column):
-    """How a field of the answer is written, which every output holds."""
-
-    datatype: Datatype
-    """Element type in the Open Inference Protocol."""
-    absent: str | float | bool
-    """What the protocol, which has no null, gives if there is no value: of a rejected image, say."""
-    per_class: bool = False
-    """The protocol gives [n, classes] instead of [n]."""
-    mark: str | None
-    """What the terminal prints after the probabilities if the value is true, formatted with all fields. None: the
-    terminal's table has a column of it; empty: `marks` or the mark of another field shows it."""
-    added: bool = False
-    """The results table had this column not from the beginning: it stands at the end, null in older files."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a frame comes from; the fields mean what they mean in `Prediction`."""
-
-    index: int
-    frame: int = 0
-    uri: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What the model answers for one frame, or why it gives no answer."""
+class Prediction(Answer):
+    """The answer for one frame, or why there is none."""
 
     __pydantic_config__ = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
 
@@ -66,56 +53,25 @@ class Prediction:
     """Number of the input it belongs to, from 0; a scan of several frames gives several predictions."""
     uri: str | None = None
     """The input, if it was a path or URI."""
-    frame: Annotated[int, Column(pa.int32())] = 0
+    frame: int = 0
     """Number of the frame within that input, from 0: the page of a multi-page image."""
-    status: Annotated[str, Column(pa.string())] = "ok"
+    status: str = "ok"
     """`ok` or `rejected`."""
-    error_code: Annotated[str | None, Column(pa.string())] = None
+    error_code: str | None = None
     """Why the input was rejected, for programs: a key of `btray.data.scans.REJECTION_CODES`, or a storage error."""
-    error: Annotated[str | None, Column(pa.string())] = None
+    error: str | None = None
     """Why the input was rejected, for people."""
-    retryable: Annotated[bool, Column(pa.bool_())] = False
+    retryable: bool = False
     """The input was rejected, but another try may succeed."""
-    label: Annotated[str | None, AnswerColumn(pa.string(), datatype="BYTES", absent="", mark=None)] = None
-    """The most probable class."""
-    confidence: Annotated[float | None, AnswerColumn(pa.float32(), datatype="FP32", absent=0.0, mark=None)] = None
-    """Its calibrated probability, in [0, 1]."""
-    probabilities: Annotated[
-        dict[str, float],
-        AnswerColumn(pa.map_(pa.string(), pa.float32()), datatype="FP32", absent=0.0, per_class=True, mark=None),
-    ] = field(default_factory=dict)
-    """Calibrated probability of every class; they sum to 1."""
-    abstained: Annotated[bool, AnswerColumn(pa.bool_(), datatype="BOOL", absent=False, mark="ABSTAINED")] = False
-    """The confidence is below the threshold: `label` is a guess that the model does not stand by."""
-    label_set: Annotated[
-        tuple[str, ...],
-        AnswerColumn(
-            pa.list_(pa.string()),
-            datatype="BOOL",
-            absent=False,
-            per_class=True,
-            mark="",
-            added=True,
-        ),
-    ] = ()
-    """The labels that cannot be ruled out; empty unless the bundle was made with a conformal error rate."""
-    out_of_distribution: Annotated[
-        bool,
-        AnswerColumn(
-            pa.bool_(), datatype="BOOL", absent=False, mark="UNLIKE THE TRAINING IMAGES (ood_score {ood_score:.1f})"
-        ),
-    ] = False
-    """The input is unlike the training images: no answer can be trusted."""
-    ood_score: Annotated[float | None, AnswerColumn(pa.float32(), datatype="FP32", absent=-1.0, mark="")] = None
-    """How unlike the training images the input is, about 1 for these; null if the bundle cannot tell."""
     model_id: str = ""
     """The model that answered."""
 
     @classmethod
-    def of_rejection(cls, rejection: Rejection, place: Place, model_id: str) -> Prediction:
+    def of_rejection(cls, rejection: Rejection, *, index: int, uri: str | None, model_id: str) -> Self:
         """Return the prediction of an input that gave no frame."""
         return cls(
-            **vars(place),
+            index=index,
+            uri=uri,
             status="rejected",
             error_code=rejection.code,
             error=rejection.message,
@@ -124,16 +80,39 @@ class Prediction:
         )
 
 
-_HINTS = get_type_hints(Prediction, include_extras=True)
-COLUMNS: dict[str, Column] = {
-    name: form for name, hint in _HINTS.items() for form in get_args(hint)[1:] if isinstance(form, Column)
+class _Form(NamedTuple):
+    """How values of one Python type are written."""
+
+    arrow: pa.DataType
+    datatype: str = ""
+    """Element type in the Open Inference Protocol."""
+    element: type = object
+    """The same in NumPy."""
+    absent: Any = None
+    """What the protocol, which has no null, gives if there is no value."""
+
+
+_FORMS: dict[Any, _Form] = {
+    int: _Form(pa.int32()),
+    str: _Form(pa.string(), "BYTES", np.str_, ""),
+    float: _Form(pa.float32(), "FP32", np.float32, -1.0),
+    bool: _Form(pa.bool_(), "BOOL", np.bool_, False),
+    dict[str, float]: _Form(pa.map_(pa.string(), pa.float32()), "FP32", np.float32),  # [n, classes]
+    tuple[str, ...]: _Form(pa.list_(pa.string()), "BOOL", np.bool_),  # [n, classes]: whether the label is in the set
 }
-"""Fields that are columns of the results table, by name."""
-ANSWER = {name: column for name, column in COLUMNS.items() if isinstance(column, AnswerColumn)}
-"""Fields of the answer, by name."""
-ADDED = tuple(name for name, column in ANSWER.items() if column.added)
-"""Columns that the results table did not have at first."""
-_RECORD = tuple(item.name for item in fields(Prediction) if item.name != "index")
+_HINTS = get_type_hints(Prediction)
+ANSWER = tuple(item.name for item in fields(Answer))
+"""Fields of the answer."""
+COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER)
+"""Fields that are columns of the results table; `uri` and `model_id` are there too, as the object's and the path's."""
+_ALWAYS, _REASON = ("frame", "status", "model_id"), ("error_code", "error")
+ADDED = ("label_set",)
+"""Columns that the first results tables lack: they stand at the end, and are null in older files."""
+
+
+def _form(name: str) -> _Form:
+    hint = _HINTS[name]
+    return _FORMS[hint if hint in _FORMS else get_args(hint)[0]]
 
 
 # ---- the results table
@@ -141,7 +120,7 @@ _RECORD = tuple(item.name for item in fields(Prediction) if item.name != "index"
 
 def arrow_field(name: str) -> pa.Field:
     """Return the column `name` of the results table; null is allowed unless every prediction has a value."""
-    return pa.field(name, COLUMNS[name].arrow, nullable=get_args(_HINTS[name])[0] not in (int, str, bool))
+    return pa.field(name, _form(name).arrow, nullable=_HINTS[name] not in (int, str, bool))
 
 
 def as_row(prediction: Prediction) -> dict[str, Any]:
@@ -158,56 +137,54 @@ def as_row(prediction: Prediction) -> dict[str, Any]:
 
 def as_record(prediction: Prediction) -> dict[str, Any]:
     """Return all fields but `index`, ready for JSON: what `btray predict --json` prints."""
-    return {name: getattr(prediction, name) for name in _RECORD}
+    return {name: getattr(prediction, name) for name in ("uri", *COLUMNS, "model_id")}
 
 
 def as_answer(prediction: Prediction) -> dict[str, Any]:
     """Return what the service answers: the fields of the answer, or `error_code` and `error` of a rejection."""
-    names: Sequence[str] = list(ANSWER) if prediction.status == "ok" else ("error_code", "error")
-    return {name: getattr(prediction, name) for name in ("frame", "status", "model_id", *names)}
+    names = (*_ALWAYS, *(ANSWER if prediction.status == "ok" else _REASON))
+    return {name: getattr(prediction, name) for name in names}
 
 
 def answer_model_fields() -> dict[str, Any]:
-    """Return the fields of `as_answer` for `pydantic.create_model`, described by the docstrings of `Prediction`."""
-    described = TypeAdapter(Prediction).json_schema()["properties"]
-    always = ("frame", "status", "model_id")
-    return {
-        name: (
-            _HINTS[name] if name in always else _HINTS[name] | None,
-            Field(... if name in always else None, description=described[name]["description"]),
-        )
-        for name in (*always, "error_code", "error", *ANSWER)
+    """Return the fields of `as_answer` for `pydantic.create_model`, described by their docstrings."""
+    # pydantic reads the docstrings of the class itself, not those of its bases
+    described = TypeAdapter(Prediction).json_schema()["properties"] | TypeAdapter(Answer).json_schema()["properties"]
+    described = {name: described[name]["description"] for name in described}
+    always = {name: (_HINTS[name], Field(description=described[name])) for name in _ALWAYS}
+    return always | {
+        name: (_HINTS[name] | None, Field(None, description=described[name])) for name in (*_REASON, *ANSWER)
     }
 
 
 # ---- the Open Inference Protocol
 
 
-def output_specs(classes: Sequence[str]) -> list[tuple[str, Datatype, list[int]]]:
+def output_specs(classes: Sequence[str]) -> list[tuple[str, str, list[int]]]:
     """Return name, datatype and shape of each output; -1 stands for the number of images."""
-    answer = [(name, c.datatype, [-1, len(classes)] if c.per_class else [-1]) for name, c in ANSWER.items()]
-    return [*answer, ("error_code", "BYTES", [-1])]
+    return [
+        (name, _form(name).datatype, [-1] if _form(name).absent is not None else [-1, len(classes)])
+        for name in (*ANSWER, "error_code")
+    ]
 
 
 def output_arrays(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     """Return the outputs by name, a row per prediction: [n], or [n, classes] in the order of `classes`."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, column in ANSWER.items():
-        values = [getattr(prediction, name) for prediction in predictions]
-        rows: list[Any]
-        if column.per_class:
-            rows = [
-                [value.get(label, column.absent) if isinstance(value, dict) else label in value for label in classes]
-                for value in values
-            ]
-        else:
-            rows = [column.absent if value is None else value for value in values]
-        arrays[name] = np.array(rows, _NUMPY[column.datatype])
-    codes = [prediction.error_code or "" for prediction in predictions]
-    return arrays | {"error_code": np.array(codes, np.str_)}
+
+    def cells(value: Any, absent: Any) -> Any:
+        if isinstance(value, dict):
+            return [value.get(label, 0.0) for label in classes]
+        if isinstance(value, tuple):
+            return [label in value for label in classes]
+        return absent if value is None else value
+
+    return {
+        name: np.array([cells(getattr(p, name), _form(name).absent) for p in predictions], _form(name).element)
+        for name in (*ANSWER, "error_code")
+    }
 
 
-# ---- text
+# ---- CSV
 
 
 def csv_header(classes: Sequence[str]) -> list[str]:
@@ -216,11 +193,11 @@ def csv_header(classes: Sequence[str]) -> list[str]:
     return [title for group in titles for title in group]
 
 
-def csv_cells(prediction: Prediction) -> list[str]:
+def csv_cells(answer: Answer) -> list[str]:
     """Return the answer as text: six decimals, `true` or `false`, labels of a set separated by `;`, null empty."""
     cells: list[str] = []
     for name in ANSWER:
-        match getattr(prediction, name):
+        match getattr(answer, name):
             case dict() as by_class:
                 cells += [f"{share:.6f}" for share in by_class.values()]
             case tuple() as labels:
@@ -232,15 +209,3 @@ def csv_cells(prediction: Prediction) -> list[str]:
             case value:
                 cells.append(value or "")
     return cells
-
-
-def marks(prediction: Prediction, classes: Sequence[str]) -> list[str]:
-    """Return why not to rely on the label, the gravest reason first, for a terminal."""
-    reasons = [
-        column.mark.format(**vars(prediction))
-        for name, column in reversed(ANSWER.items())
-        if column.mark and getattr(prediction, name)
-    ]
-    if 1 < len(prediction.label_set) < len(classes):  # a set of one, or of all, adds nothing to the label
-        reasons.append("one of: " + ", ".join(prediction.label_set))
-    return reasons

@@ -89,15 +89,13 @@ class Batcher(Generic[Work, Result]):
 
     def _finish(self, done: asyncio.Future[Sequence[Answer]], futures: list[asyncio.Future[Answer]]) -> None:
         self._running = None
-        error = None if done.cancelled() else done.exception()
-        results = () if done.cancelled() or error else done.result()
         for place, future in enumerate(futures):
-            if future.done():
+            if future.done():  # its caller is gone
                 continue
-            if error is not None:
-                future.set_exception(error)
-            elif done.cancelled():
+            if done.cancelled():
                 future.cancel()
+            elif error := done.exception():
+                future.set_exception(error)
             else:
-                future.set_result(results[place])
+                future.set_result(done.result()[place])
         self._start()

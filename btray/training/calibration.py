@@ -10,11 +10,11 @@ import numpy as np
 from btray.evaluation.metrics import fit_temperature
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, threshold_for_accuracy
-from btray.model.bundle import Bundle, Thresholds
+from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier, interpret
 from btray.model.drift import Profile
+from btray.model.manifest import Thresholds
 from btray.model.ood import FLAGGED, Distribution, Features
-from btray.model.prediction import Place
 from btray.training.config import TrainConfig
 from btray.training.plan import Indices
 
@@ -71,5 +71,4 @@ def calibrate(config: TrainConfig, validation: Scores, labels: Indices, referenc
 
 def profile_of(bundle: Bundle, scores: Scores) -> Profile:
     """Summarise a bundle's answers to scored frames: later answers are compared with this."""
-    places = [Place(row) for row in scores.row.tolist()]
-    return Profile.of(map(vars, interpret(scores.answers, places, bundle.manifest, bundle.ood)))
+    return Profile.of(map(vars, interpret(scores.answers, bundle.manifest, bundle.ood)))

@@ -21,6 +21,7 @@ from btray.evaluation.report import model_card, summary
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, save_bundle
 from btray.model.drift import REFERENCE
+from btray.model.manifest import TrainedOn
 from btray.model.ood import REFERENCE_IMAGES, Distribution
 from btray.training.calibration import Limits, calibrate, profile_of
 from btray.training.config import TrainConfig
@@ -81,19 +82,19 @@ class TrainedModel:
             thresholds=self.limits.thresholds,
             ood=self.limits.ood,
             training=plan.config.model_dump(mode="json"),
-            data={
-                "uri": plan.config.data,
-                "fingerprint": data.digest(),
-                "counts": data.counts(),
-                "rejected": len(data.rejected),
-                "leak": {split: leaked for split, (leaked, _) in data.leak.tested.items()},
-                "on_leak": plan.config.on_leak,
+            data=TrainedOn(
+                uri=plan.config.data,
+                fingerprint=data.digest(),
+                counts=data.counts(),
+                rejected=len(data.rejected),
+                leak={split: leaked for split, (leaked, _) in data.leak.tested.items()},
+                on_leak=plan.config.on_leak,
                 # The config may say otherwise: the run may have been longer before, or have ended by --patience.
-                "epochs": len(self.result.history),
-                "best_epoch": self.result.best_epoch,
-                "refit_epochs": self.result.refit_epochs,
-                "patient_ids": data.source.table["patient_id"].null_count < len(data.source.table),
-            },
+                epochs=len(self.result.history),
+                best_epoch=self.result.best_epoch,
+                refit_epochs=self.result.refit_epochs,
+                patient_ids=data.source.table["patient_id"].null_count < len(data.source.table),
+            ),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

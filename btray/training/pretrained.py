@@ -11,8 +11,9 @@ from torch import Tensor
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.model.bundle import MANIFEST, load_bundle
+from btray.model.bundle import load_bundle
 from btray.model.config import NetworkConfig
+from btray.model.manifest import MANIFEST
 from btray.model.network import build_network, load_matching
 from btray.storage import StorageError, user_error
 

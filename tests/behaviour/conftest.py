@@ -10,12 +10,14 @@ import pytest
 from btray import phantoms
 from btray.data.config import PreprocessConfig
 from btray.data.frames import FrameSource, Rejection
-from btray.model.bundle import Thresholds, make_bundle
+from btray.model.bundle import make_bundle
 from btray.model.classifier import Classifier
 from btray.model.config import NetworkConfig
+from btray.model.manifest import Thresholds
 from btray.model.ood import FLAGGED, Distribution
 from btray.storage import list_files
 from btray.training.config import OptimiserConfig, TrainConfig
+from tests.helpers.tiny_bundle import TRAINED_ON
 from tests.helpers.training_helpers import train_here
 
 PER_CLASS = {"Training": 200, "Testing": 1}
@@ -45,7 +47,7 @@ def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Clas
         "preprocess": config.preprocess,
         "temperature": 1.0,
         "training": {},
-        "data": {},
+        "data": TRAINED_ON,
         "created_at": "",
     }
     features = Classifier(make_bundle(**arguments)).answer(_frames(folder / "scans" / "Training", config)).features

@@ -16,8 +16,8 @@ import pytest
 
 from btray import storage
 from btray.bulk.archive import Selection, list_archive
-from btray.bulk.lots import Prefetcher
 from btray.bulk.table import RETRIED
+from btray.bulk.worker import Prefetcher
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
 from btray.storage import s3
@@ -167,7 +167,7 @@ def test_a_store_that_goes_away_while_a_manifest_is_examined_costs_time_and_no_e
 def test_no_bytes_come_of_what_was_written_anew_since_it_was_listed(place: str) -> None:
     known = list(storage.list_files(place))
     storage.write_bytes(uris(place, "a.jpg")[0], b"quite another scan")
-    ((_, answers),) = Prefetcher(threads=2, patience=1, max_bytes=100).lots(known, defaultdict(float))
+    ((_, answers),) = Prefetcher(threads=2, patience=1, max_bytes=100).batches(known, defaultdict(float))
     for info, answer in zip(known, answers, strict=True):
         if info.uri.endswith("a.jpg"):
             assert isinstance(answer, storage.StorageError)
@@ -181,7 +181,7 @@ def test_no_bytes_come_of_what_was_listed_without_an_etag(tmp_path: Path) -> Non
     reader = Prefetcher(threads=2, patience=1, max_bytes=100)
     known = storage.describe(str(tmp_path / "a.jpg"))
     unknown = [storage.FileInfo(str(tmp_path / name), 0, "", 0.0) for name in ("a.jpg", "gone.jpg")]
-    ((_, answers),) = reader.lots([known, *unknown], defaultdict(float))
+    ((_, answers),) = reader.batches([known, *unknown], defaultdict(float))
     assert answers[0] == b"scan"
     assert [answer.code for answer in answers[1:]] == ["changed", "not_found"]  # type: ignore[union-attr]
     assert {"changed", "not_found"} <= RETRIED
@@ -247,7 +247,7 @@ def test_what_is_no_archive_is_refused_in_one_line_that_names_it(place: str, tmp
         ("empty_uri.csv", b"uri,x\nx,1\n,2\n", "row 2"),
         ("no_size.csv", b"uri,size,etag\nx,1,e\ny,1 kB,e\n", "row 2: size '1 kB'"),
         ("broken.parquet", b"PAR1", "cannot be read"),
-        ("manifest.json", b"{}", "no S3 Inventory"),
+        ("manifest.json", b"{}", "not a valid S3 Inventory"),
         ("binary.txt", b"\xff\xfe\n", "UTF-8"),
     ):
         storage.write_bytes(storage.join(place, name), body)

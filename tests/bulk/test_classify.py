@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,13 @@ import pytest
 from PIL import Image
 
 from btray import phantoms, storage
-from btray.bulk import classify as bulk
 from btray.bulk import runs
-from btray.bulk.classify import classify
-from btray.bulk.classify_worker import PartClassifier, pieces_of
+from btray.bulk.classify import ClassifyJob, classify
+from btray.bulk.classify_worker import pieces_of
 from btray.bulk.config import ClassifyConfig
-from btray.bulk.driver import parts_through
+from btray.bulk.pipeline import process_parts
 from btray.bulk.table import KEY
+from btray.bulk.worker import PartActor
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.frames import Rejection
 from btray.data.preprocess import make_frame
@@ -40,13 +41,14 @@ from btray.storage import FileInfo, lease
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import (
     QUICK_LEASE,
-    actor,
     actors,
     job,
     keys_of,
     mixed_objects,
+    part_classifier,
     part_files,
     plain_rows,
+    report_of,
     start,
     write_inventory,
     write_objects,
@@ -71,17 +73,6 @@ def archive(s3: Any) -> str:
     s3.make_bucket("test-classify")
     write_objects("s3://test-classify/scans", mixed_objects(300))
     return "s3://test-classify/scans"
-
-
-def report_of(output: str) -> dict[str, Any]:
-    """run.json of the latest run."""
-    found = [
-        storage.join(output, "_runs", model, run, runs.RUN)
-        for model in storage.list_names(storage.join(output, "_runs"))
-        for run in storage.list_names(storage.join(output, "_runs", model))
-    ]
-    report: dict[str, Any] = storage.read_json(max(found, key=lambda uri: uri.split("/")[-2]))
-    return report
 
 
 def one_colour(gray: int, side: int) -> bytes:
@@ -276,66 +267,75 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
 def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_there(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr("btray.bulk.classify.cpus", lambda: 8.0)
-    monkeypatch.setattr("btray.bulk.driver.cpus", lambda: 8.0)
-    monkeypatch.setattr("btray.bulk.driver.require_gpus", lambda: 2)
-    monkeypatch.setattr("btray.bulk.driver.started_ray_here", lambda: True)
-    monkeypatch.setattr(
-        "btray.bulk.classify.parts_through",
-        lambda worker, arguments, run, **how: asked.update(how, options=arguments[2]),
-    )
+    request: dict[str, Any] = {}
+    parts = SimpleNamespace(map_batches=lambda actor, **how: request.update(how))
+    monkeypatch.setattr("btray.bulk.pipeline.ray.data.read_datasource", lambda *_, **__: parts)
+    monkeypatch.setattr("btray.bulk.pipeline.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.bulk.pipeline.require_gpus", lambda: 2)
+    monkeypatch.setattr("btray.bulk.pipeline.started_ray_here", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    devices: list[str] = []
+    load = Classifier.load
+    monkeypatch.setattr(
+        Classifier, "load", lambda *model, device, **how: (devices.append(device), load(*model, device="cpu", **how))[1]
+    )
     run = runs.Run(run_id="r", group="m", parts="p", output="out", request={})
     for changes, device, actors_of, share in (
-        ({}, "cpu", (8, 8), 0.0),
-        ({"actors": 3}, "cpu", (3, 3), 0.0),
+        ({}, "cpu", (8, 8), None),
+        ({"actors": 3}, "cpu", (3, 3), None),
         ({"use_gpu": True}, "cuda", (2, 2), 1.0),
         ({"use_gpu": True, "gpu_share": 0.5}, "cuda", (4, 4), 0.5),
     ):
-        bulk._dataset(ClassifyConfig(model=model, input="in", output="out", **changes), run)
-        assert (asked["options"].device, asked["actors"], asked["gpu_share"]) == (device, actors_of, share)
-    assert actor(monkeypatch, model, device="cpu").classifier.device.type == "cpu"
+        config = ClassifyConfig(model=model, input="in", output="out", **changes)
+        archive_job = ClassifyJob(config)
+        process_parts(archive_job.processor(), run, actors=config.actors, patience=1, gpu_share=archive_job.gpu_share)
+        pool = request["compute"]
+        assert ((pool.initial_size, pool.max_size), request["num_gpus"]) == (actors_of, share)
+        part_classifier(monkeypatch, model, **changes)
+        assert devices.pop() == device
     with pytest.raises(ValueError, match="onnx runs on a CPU: leave out --use-gpu"):
         ClassifyConfig(model=model, input="in", output="out", use_gpu=True, engine="onnx")
 
 
-def test_actors_with_gpus_are_a_pipeline_that_ray_takes(ray_session: None, tmp_path: Path) -> None:
+def test_actors_with_gpus_are_a_pipeline_that_ray_accepts(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btray.bulk.pipeline.require_gpus", lambda: 1)
     run = runs.Run(run_id="r", group="m", parts="p", output=str(tmp_path), request={})
-    dataset = parts_through(PartClassifier, (), run, actors=(1, 2), patience=1, gpu_share=0.5)
-    assert "PartClassifier" in str(dataset)
+    dataset = process_parts(lambda run, cpus: None, run, actors=2, patience=1, gpu_share=0.5)  # type: ignore[arg-type, return-value]
+    assert PartActor.__name__ in str(dataset)
 
 
-@pytest.mark.parametrize("decoders", [1, 3])
+@pytest.mark.parametrize("cpus", [1, 3])
 def test_scans_of_many_pages_take_the_memory_of_a_few_and_give_the_rows_of_all(
-    model: str, monkeypatch: pytest.MonkeyPatch, decoders: int
+    model: str, monkeypatch: pytest.MonkeyPatch, cpus: int
 ) -> None:
     monkeypatch.setattr("btray.bulk.classify_worker._SMALL", 8 * PREPROCESS.size**2)
     monkeypatch.setattr("btray.bulk.classify_worker._FRAMES", 20)
-    worker = actor(monkeypatch, model, decoders=decoders)
+    worker = part_classifier(monkeypatch, model, cpus=cpus)
     assert worker.most_frames == 2 * worker.classifier.batch_size == 32
     pages = [Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 20), np.uint8)) for seed in range(40)]
     body = io.BytesIO()
     pages[0].save(body, "TIFF", save_all=True, append_images=pages[1:])
     objects = [*list(good_scans().values())[:5], good_scans()["tiff_pages"], b"", body.getvalue(), b"<html>"]
     objects += [body.getvalue(), body.getvalue()]
-    lot = [FileInfo(str(number), len(data), "e", 0.0) for number, data in enumerate(objects)]
+    batch = [FileInfo(str(number), len(data), "e", 0.0) for number, data in enumerate(objects)]
 
     expected = worker.classifier.predict(objects)
     made = itertools.count()
     monkeypatch.setattr("btray.data.frames.make_frame", lambda *given: (next(made), make_frame(*given))[1])
     used = 0
     for number, pieces in enumerate(
-        pieces_of(worker._decoded(objects), worker.classifier.source, most=worker.most_frames)
+        pieces_of(worker.decode(objects), worker.classifier.source, most=worker.most_frames)
     ):
         some = sum(0 if isinstance(piece.frames, Rejection) else len(piece.frames) for piece in pieces)
         used += some
         assert some <= worker.most_frames
         # what stood between the two looks at the counter was counted by them
-        assert next(made) - number - used <= 8 * (2 * decoders + 1), "frames are made long before they are used"
+        assert next(made) - number - used <= 8 * (2 * cpus + 1), "frames are made long before they are used"
     assert used == sum(said.status == "ok" for said in expected)
 
-    rows = worker.rows(lot, objects, defaultdict(float))
+    rows = worker.rows(batch, objects, defaultdict(float))
     assert [(row["uri"], row["frame"], row["status"], row["error_code"], row["label"]) for row in rows] == [
         (str(said.index), said.frame, said.status, said.error_code, said.label) for said in expected
     ]

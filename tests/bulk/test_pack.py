@@ -17,13 +17,13 @@ from btray import storage
 from btray.bulk.archive import Selection, list_archive
 from btray.bulk.classify import classify
 from btray.bulk.config import PackConfig
-from btray.bulk.lots import Prefetcher
 from btray.bulk.pack import pack
+from btray.bulk.worker import Prefetcher
 from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.labelled import read_labelled
 from btray.data.splits import hold_out
-from btray.storage import FileInfo, files
+from btray.storage import FileInfo, local
 from btray.storage.packed import is_member, member_uri, path_of
 from btray.storage.read_many import read_many
 from tests.helpers.classify_helpers import job, mixed_objects, plain_rows, write_objects
@@ -89,7 +89,7 @@ def test_a_pack_grows_by_what_is_new_and_asks_again_for_what_the_store_withheld(
     assert later == {info.uri: info.etag for info in list_archive(str(scans), Selection())}
 
 
-def test_a_pack_that_was_killed_is_gone_on_with_and_holds_each_object_once(
+def test_a_pack_that_was_killed_is_continued_and_holds_each_object_once(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scans, output = tmp_path / "scans", tmp_path / "out"
@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_an_error_and_no_other_scan(ray_session: None, tmp_pa
 
 
 @pytest.mark.parametrize("body", [b"PAR1", b"PAR1" + bytes(1000) + b"PAR1", b""])
-def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_not_given_up_for_it(
+def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_read_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
     damaged, whole = tmp_path / "1.parquet", tmp_path / "2.parquet"
@@ -175,12 +175,12 @@ def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_not_given_up_f
     schema = pa.schema([packs.SCHEMA.field(name) for name in rows])
     pq.write_table(pa.table(rows, schema=schema), whole)
     reads: list[str] = []
-    local_read = files._read_local
-    monkeypatch.setattr(files, "_read_local", lambda path, *more: (reads.append(path), local_read(path, *more))[1])
+    local_read = local.read
+    monkeypatch.setattr(local, "read", lambda path, *more: (reads.append(path), local_read(path, *more))[1])
     places = [member_uri(str(damaged), row, f"{row}.jpg") for row in range(512)]
     objects = [FileInfo(place, 4, "e", 0.0, place) for place in [*places, member_uri(str(whole), 0, "x.jpg")]]
     reader = Prefetcher(threads=4, patience=60, max_bytes=100)
-    *answers, last = [answer for _, lot in reader.lots(objects, defaultdict(float)) for answer in lot]
+    *answers, last = [answer for _, batch in reader.batches(objects, defaultdict(float)) for answer in batch]
     assert last == b"scan"
     assert all(isinstance(answer, storage.StorageError) and answer.retryable for answer in answers)
     assert reads == [str(damaged), str(whole)]

@@ -1,8 +1,9 @@
-"""Runs are taken up where they were cut off, given up for good, and leave nothing behind, whoever is late."""
+"""Runs are resumed where they were interrupted, abandoned for good, and leave nothing behind, whoever is late."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,19 @@ import numpy as np
 import pytest
 
 from btray import results, storage
-from btray.bulk import runs, table
-from btray.bulk import worklist as segments
-from btray.bulk.part_files import write_part
+from btray.bulk import runs, table, worklist
 from btray.bulk.pipeline import WorklistSource
-from btray.bulk.worklist import WorklistWriter
+from btray.bulk.report import PartTally
+from btray.bulk.runs import write_part
+from btray.bulk.worklist import PART_OBJECTS, WorklistWriter
 from btray.core.errors import Failed, UserError
 from btray.storage import FileInfo
-from tests.public.test_results import row
-
-PART_OBJECTS = table.product("m").part_objects
+from tests.helpers.classify_helpers import run_report
+from tests.helpers.table_helpers import row
 
 
 def begin(place: str, model: str, request: dict[str, Any]) -> tuple[runs.Run, bool]:
-    return runs.begin(place, model, request, table.product(model))
+    return runs.begin(place, model, request, folder=partial(table.folder, model), schema=table.SCHEMA)
 
 
 def objects(count: int, size: int = 7) -> list[FileInfo]:
@@ -32,20 +32,20 @@ def objects(count: int, size: int = 7) -> list[FileInfo]:
 
 
 def part_sizes(listed: list[FileInfo], *, taper: bool) -> list[int]:
-    parts = segments._cut(listed, PART_OBJECTS, taper=taper)
+    parts = worklist.cut_into_parts(listed, taper=taper)
     assert sorted(set(parts)) == list(range(parts[-1] + 1))
     return np.bincount(parts).tolist()
 
 
 def test_a_worklist_gives_its_parts_in_order_and_ends(place: str) -> None:
-    writer = WorklistWriter(place, PART_OBJECTS)
+    writer = WorklistWriter(place)
     listed = objects(5000)
     for start in range(0, 5000, 700):
         writer.add(listed[start : start + 700])
-    assert not segments.sealed(place)[1]
+    assert not worklist.sealed_shards(place)[1]
     writer.end(complete=True)
-    assert segments.sealed(place)[1]
-    found = [part.to_pylist()[0] for part in segments.parts(place)]
+    assert worklist.sealed_shards(place)[1]
+    found = [part.to_pylist()[0] for part in worklist.read_parts(place)]
     assert [uri for part in found for uri in part["uri"]] == [info.uri for info in listed]
     assert len({part["part"] for part in found}) == len(found)
     assert max(len(part["uri"]) for part in found) <= PART_OBJECTS
@@ -67,60 +67,61 @@ def test_parts_are_many_and_the_last_ones_of_an_archive_small() -> None:
         assert sizes[0] <= PART_OBJECTS
 
 
-def test_a_run_is_taken_up_by_the_same_request_and_given_up_by_another(place: str) -> None:
+def test_a_run_is_resumed_by_the_same_request_and_abandoned_by_another(place: str) -> None:
     first, resumed = begin(place, "m", {"input": "a"})
     assert not resumed
-    WorklistWriter(first.worklist, PART_OBJECTS).end(complete=False)
+    WorklistWriter(first.worklist).end(complete=False)
     assert begin(place, "m", {"input": "a"}) == (first, True)
     assert not begin(place, "other model", {"input": "a"})[1]
     second, resumed = begin(place, "m", {"input": "b"})
     assert not resumed
-    assert storage.read_json(storage.join(first.folder, runs.RUN))["state"] == "given up"
+    assert storage.read_json(storage.join(first.folder, runs.RUN))["state"] == "abandoned"
     assert storage.list_names(first.worklist, missing_ok=True) == ["00000.segment", "closed"], (
-        "what keeps a late driver from going on"
+        "what keeps a late driver from continuing"
     )
-    runs.finish(second, {"state": "finished", "objects": 9})
-    assert list(runs.reports(place, "m")) == [{"state": "finished", "objects": 9}]
+    runs.finish(second, run_report(objects=9))
+    assert list(runs.reports(place, "m")) == [run_report(objects=9)]
     assert not begin(place, "m", {"input": "b"})[1]
 
 
-def test_a_worker_that_outlives_a_given_up_run_adds_no_row(place: str) -> None:
+def test_a_worker_that_outlives_an_abandoned_run_adds_no_row(place: str) -> None:
     run, _ = begin(place, "1e10", {"input": "a"})
-    writer = WorklistWriter(run.worklist, PART_OBJECTS)
+    writer = WorklistWriter(run.worklist)
     writer.add(objects(1024))
-    names = [part["part"][0].as_py() for part in islice(segments.parts(run.worklist), 8)]
-    assert write_part(run.part_uri(names[3]), [row("in time")], table.SCHEMA, {"objects": 1})
+    names = [part["part"][0].as_py() for part in islice(worklist.read_parts(run.worklist), 8)]
+    assert write_part(run.part_uri(names[3]), [row("in time")], table.SCHEMA, PartTally(objects=1))
     begin(place, "1e10", {"input": "b"})
-    assert not any(write_part(run.part_uri(name), [row("late")], table.SCHEMA, {"objects": 1}) for name in names)
+    assert not any(write_part(run.part_uri(name), [row("late")], table.SCHEMA, PartTally(objects=1)) for name in names)
     assert [uri[-7:] for uri in results.current(place)["uri"].to_pylist()] == ["in time"]
 
 
-def test_of_two_drivers_that_list_for_one_run_one_seals_a_segment_and_the_other_learns_of_it(place: str) -> None:
-    first, second = WorklistWriter(place, PART_OBJECTS), WorklistWriter(place, 7)
+def test_of_two_drivers_that_list_for_one_run_one_seals_a_shard_and_the_other_learns_of_it(place: str) -> None:
+    first, second = WorklistWriter(place), WorklistWriter(place)
     first.add(objects(1024))
     with pytest.raises(UserError, match=r"00000\.segment was sealed by another run") as caught:
-        second.add(objects(1024))
+        second.add(objects(1024, size=8))
     assert "\n" not in str(caught.value)
-    assert len(segments.part_ids(segments.sealed(place)[0][0])) == 8
-    WorklistWriter(place, PART_OBJECTS).add(objects(1024))  # the same, say by a put whose answer was lost
+    (shard,), _ = worklist.sealed_shards(place)
+    assert worklist.read_shard(shard)["size"].to_pylist() == [7] * 1024
+    WorklistWriter(place).add(objects(1024))  # the same, say by a put whose answer was lost
 
 
 def test_a_driver_that_lost_its_lease_writes_nothing_into_the_worklist(place: str) -> None:
     def lost() -> None:
         raise UserError("another run has taken over")
 
-    writer = WorklistWriter(place, PART_OBJECTS, check=lost)
+    writer = WorklistWriter(place, check=lost)
     for write_on in (lambda: writer.add(objects(1024)), lambda: writer.end(complete=False)):
         with pytest.raises(UserError, match="taken over"):
             write_on()
     assert storage.list_names(place, missing_ok=True) == []
 
 
-def test_a_segment_that_comes_after_its_run_was_given_up_is_never_read(place: str) -> None:
+def test_a_shard_that_comes_after_its_run_was_abandoned_is_never_read(place: str) -> None:
     run, _ = begin(place, "m", {"input": "a"})
-    late = WorklistWriter(run.worklist, PART_OBJECTS)
+    late = WorklistWriter(run.worklist)
     late.add(objects(1024))
-    reading = segments.parts(run.worklist)
+    reading = worklist.read_parts(run.worklist)
     next(reading)
     begin(place, "m", {"input": "b"})
     with pytest.raises(UserError, match="another run"):
@@ -128,11 +129,11 @@ def test_a_segment_that_comes_after_its_run_was_given_up_is_never_read(place: st
     assert len(list(reading)) == 7
 
 
-def test_a_run_whose_giving_up_was_cut_off_is_given_up_and_not_taken_up_again(
+def test_a_run_that_was_being_abandoned_when_its_driver_was_killed_is_not_resumed(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = begin(place, "m", {"input": "a"})
-    WorklistWriter(run.worklist, PART_OBJECTS).add(objects(1024))
+    WorklistWriter(run.worklist).add(objects(1024))
     with monkeypatch.context() as patch:
         patch.setattr("btray.bulk.runs.finish", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -147,24 +148,9 @@ def killed(*arguments: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("request_now", ["a", "b"])
-def test_a_worklist_of_the_version_before_is_taken_up_or_given_up(place: str, request_now: str) -> None:
-    run, _ = begin(place, "1e10", {"input": "a"})
-    WorklistWriter(run.worklist, PART_OBJECTS).add(objects(1024))
-    ids = segments.part_ids(segments.sealed(run.worklist)[0][0])
-    storage.write_bytes(f"{run.worklist}/00000.parquet", storage.read_bytes(f"{run.worklist}/00000.segment"))
-    storage.delete(f"{run.worklist}/00000.segment")
-    assert begin(place, "1e10", {"input": request_now})[1] == (request_now == "a")
-    if request_now == "a":
-        assert len(segments.sealed(run.worklist)[0]) == 1
-        assert not segments.sealed(run.worklist)[1]
-    else:
-        assert not any(write_part(run.part_uri(name), [row("late")], table.SCHEMA, {}) for name in ids)
-
-
 def test_no_file_of_a_run_looks_like_one_of_the_table(tmp_path: Path) -> None:
     run, _ = begin(str(tmp_path), "m", {"input": "a"})
-    WorklistWriter(run.worklist, PART_OBJECTS).add(objects(1024))
+    WorklistWriter(run.worklist).add(objects(1024))
     runs.note_attempt(run, "00000-000", "s3://b/0")
     assert list(tmp_path.rglob("*.segment"))
     assert not list(tmp_path.rglob("*.parquet")), "DuckDB and Polars do not skip folders that begin with _"
@@ -174,8 +160,8 @@ def test_what_a_run_left_that_was_killed_in_its_last_moment_is_removed_by_the_ne
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = begin(place, "m", {"input": "a"})
-    WorklistWriter(run.worklist, PART_OBJECTS).add(objects(1024))
-    write_part(run.part_uri("00000-000"), [row("a")], table.SCHEMA, {})
+    WorklistWriter(run.worklist).add(objects(1024))
+    write_part(run.part_uri("00000-000"), [row("a")], table.SCHEMA, PartTally())
     if not storage.is_remote(place):  # two workers, and a driver before its first word
         half_written = [run.part_uri("x").replace("part-", ".") + ".tmp", f"{run.folder}-0/.1.tmp"]
         for uri in half_written:
@@ -183,7 +169,7 @@ def test_what_a_run_left_that_was_killed_in_its_last_moment_is_removed_by_the_ne
     with monkeypatch.context() as patch:
         patch.setattr("btray.bulk.worklist.remove", killed)
         with pytest.raises(KeyboardInterrupt):
-            runs.finish(run, {"state": "finished"})
+            runs.finish(run, run_report())
     assert storage.list_names(run.worklist, missing_ok=True)
     assert not begin(place, "m", {"input": "a"})[1]
     assert storage.list_names(run.worklist, missing_ok=True) == []
@@ -203,8 +189,8 @@ def test_a_part_that_kills_its_workers_ends_the_run_with_its_name(place: str, mo
         runs.note_attempt(run, "00000-004", "s3://b/other.jpg")
         with pytest.raises(Failed, match=r"00000-003 .*s3://b/poison.jpg.*--exclude"):
             runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
-    assert segments.sealed(run.worklist) == ([], False)
-    runs.finish(run, {})
+    assert worklist.sealed_shards(run.worklist) == ([], False)
+    runs.finish(run, run_report())
     assert storage.list_names(run.worklist, missing_ok=True) == []
 
 
@@ -213,8 +199,8 @@ def test_a_node_that_does_not_see_a_local_output_says_so_in_one_line(
 ) -> None:
     monkeypatch.setattr("btray.bulk.runs._SEEN_WITHIN", 0.0)
     run, _ = begin(str(tmp_path / "here"), "m", {})
-    runs.require_seen(run)
-    runs.require_seen(dataclasses.replace(run, output="s3://bucket/out"))
+    runs.require_visible(run)
+    runs.require_visible(dataclasses.replace(run, output="s3://bucket/out"))
     elsewhere = dataclasses.replace(run, output=str(tmp_path / "there"))
     (read,) = WorklistSource(elsewhere, 1.0).get_read_tasks(1)
     with pytest.raises(UserError, match=r"--output .*/there is another folder on the node .*: give s3://") as caught:
@@ -222,7 +208,7 @@ def test_a_node_that_does_not_see_a_local_output_says_so_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_who_waits_for_a_segment_of_a_run_that_has_ended_waits_no_longer(tmp_path: Path) -> None:
+def test_nobody_waits_for_a_shard_of_a_run_that_has_ended(tmp_path: Path) -> None:
     run, _ = begin(str(tmp_path), "m", {})
-    runs.finish(run, {"state": "finished"})
-    assert list(segments.parts(run.worklist, lambda: runs.has_ended(run.folder))) == []
+    runs.finish(run, run_report())
+    assert list(worklist.read_parts(run.worklist, lambda: runs.has_ended(run.folder))) == []

@@ -25,6 +25,7 @@ from btray.bulk import progress
 from btray.core import metrics
 from btray.core.errors import UserError
 from tests.conftest import ROOT
+from tests.helpers.classify_helpers import run_report
 from tests.helpers.debian import install
 from tests.helpers.path_server import PathServer
 from tests.helpers.tiny_bundle import saved_bundle
@@ -39,11 +40,11 @@ OF_SERVICE = {
     "btray_serve_queue", "btray_serve_requests_in_work", "btray_serve_predictions_total",
     "btray_serve_abstentions_total", "btray_serve_out_of_distribution_total", "btray_serve_rejects_total",
 }  # fmt: skip
-REPORT = {
-    "objects": 200, "rejected": 4, "rejected_by_code": {"truncated": 3, "empty": 1}, "images_per_second": 41.5,
-    "seconds_by_stage": {"read": 1.0, "decode": 3.0, "predict": 5.0, "write": 1.0},
-    "drift": {"runs before": {"frames": 900, "labels": 0.02, "by_label": {}, "confidence": 0.3, "ood_score": 0.1}},
-}  # fmt: skip
+REPORT = run_report(
+    objects=200, rejected=4, rejected_by_code={"truncated": 3, "empty": 1}, images_per_second=41.5,
+    seconds_by_stage={"read": 1.0, "decode": 3.0, "predict": 5.0, "write": 1.0},
+    drift={"runs before": {"frames": 900, "labels": 0.02, "by_label": {}, "confidence": 0.3, "ood_score": 0.1}},
+)  # fmt: skip
 
 
 # ---- names
@@ -207,7 +208,7 @@ def test_a_run_leaves_its_numbers_whole_in_a_file(tmp_path: Path) -> None:
     before = os.umask(0o027)  # as in deploy/systemd
     try:
         for ended in (1000.0, 2000.0):
-            metrics.leave(str(target), "classify", progress.lines_of("classify", REPORT, ended))
+            metrics.leave(str(target), "classify", progress.prometheus_text("classify", REPORT, ended))
     finally:
         os.umask(before)
     assert target.stat().st_mode & 0o777 == 0o644, "node-exporter is another user"
@@ -220,18 +221,17 @@ def test_a_run_leaves_its_numbers_whole_in_a_file(tmp_path: Path) -> None:
     assert values["btray_classify_feed_ratio"] == 0.5
     assert values.keys() <= {key for key in values if key.split("{")[0] in metrics.METRICS}
     assert [path.name for path in tmp_path.iterdir()] == ["btray.prom"]
-    assert "btray_pack_last_objects 200.0" in progress.lines_of("pack", REPORT, 1.0)
+    assert "btray_pack_last_objects 200.0" in progress.prometheus_text("pack", REPORT, 1.0)
 
 
 def test_a_run_that_found_nothing_has_succeeded_too() -> None:
-    nothing = REPORT | {"objects": 0, "rejected": 0, "rejected_by_code": {}, "drift": {}, "seconds_by_stage": {}}
-    values = values_of(progress.lines_of("classify", nothing, 3.0))
+    values = values_of(progress.prometheus_text("classify", run_report(), 3.0))
     assert values["btray_classify_last_success_timestamp_seconds"] == 3
     assert values["btray_classify_reject_ratio"] == 0
 
 
 def test_a_pushgateway_gets_them_under_the_name_of_the_job(tmp_path: Path) -> None:
-    lines = progress.lines_of("classify", REPORT, 5.0)
+    lines = progress.prometheus_text("classify", REPORT, 5.0)
     with PathServer({"/metrics/job/btray_classify": b""}) as gateway:
         metrics.leave(gateway.url + "/", "classify", lines)
         assert values_of(gateway.put["/metrics/job/btray_classify"].decode()) == values_of(lines)

@@ -75,7 +75,7 @@ def manifest(classes: Sequence[str] = CLASSES, **changes: Any) -> Manifest:
     """The manifest of a small model; `changes` replace its fields, those of `data` one by one."""
     counts = {"train": dict.fromkeys(classes, 100), "test": {classes[0]: 7}}
     made = random_bundle(classes=tuple(classes)).manifest
-    data = made.data | {"counts": counts} | changes.pop("data", {})
+    data = made.data.model_copy(update={"counts": counts} | changes.pop("data", {}))
     return made.model_copy(update={"data": data, **changes})
 
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 from datetime import datetime
 from multiprocessing.process import BaseProcess
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote_plus
 
@@ -18,9 +17,10 @@ import pytest
 import ray
 
 from btray import phantoms, storage
-from btray.bulk.classify_worker import PartClassifier, WorkerOptions
+from btray.bulk.classify_worker import PartClassifier
 from btray.bulk.config import ClassifyConfig
-from btray.bulk.runs import Run
+from btray.bulk.report import PartTally, RunReport, Totals
+from btray.bulk.runs import RUN, Run
 from btray.model.bundle import load_bundle
 from btray.storage import lease
 from tests.helpers.scan_corpus import bad_scans, good_scans
@@ -44,7 +44,7 @@ QUICK_LEASE = (0.5, 4.0)
 """Seconds between signs of life and until a killed driver counts as dead."""
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["btray.bulk.classify", "tests.classify_helpers"])
+_forks.set_forkserver_preload(["btray.bulk.classify", "tests.helpers.classify_helpers"])
 
 
 def mixed_objects(good: int) -> Contents:
@@ -93,35 +93,39 @@ def job(model: str, source: str, output: str, **changes: Any) -> ClassifyConfig:
     return ClassifyConfig(**{"model": model, "input": source, "output": output, "actors": 1, **changes})
 
 
+def run_report(**changes: Any) -> RunReport:
+    """Return the report of a run that did nothing, but for `changes`."""
+    facts: dict[str, Any] = {"run_id": "run", "started_at": "", "ended_at": "", "resumed": False, "config": {}}
+    return Totals(PartTally).report(unchanged=0, **facts).model_copy(update=changes)
+
+
 def plain_rows(output: str) -> pa.Table:
     """What a reader sees that knows nothing of this project."""
     filesystem, path = storage.arrow_filesystem(output)
     return pq.read_table(path, filesystem=filesystem)
 
 
+def report_of(output: str) -> dict[str, Any]:
+    """Return run.json of the latest run."""
+    uris = [
+        storage.join(output, "_runs", model, run, RUN)
+        for model in storage.list_names(storage.join(output, "_runs"))
+        for run in storage.list_names(storage.join(output, "_runs", model))
+    ]
+    report: dict[str, Any] = storage.read_json(max(uris, key=lambda uri: uri.split("/")[-2]))
+    return report
+
+
 def keys_of(rows: pa.Table) -> list[tuple[str, int]]:
     return sorted(zip(rows["uri"].to_pylist(), rows["frame"].to_pylist(), strict=True))
 
 
-def actor(patch: pytest.MonkeyPatch, model: str, **changes: Any) -> PartClassifier:
-    """The actor of the job in this process, without Ray; `changes` replace its options."""
-    context = SimpleNamespace(was_current_actor_reconstructed=False)
-    patch.setattr("btray.bulk.worker.ray.get_runtime_context", lambda: context)
+def part_classifier(patch: pytest.MonkeyPatch, model: str, *, cpus: int = 1, **changes: Any) -> PartClassifier:
+    """Return what classifies in an actor of the job, in this process; `changes` replace settings."""
     patch.setattr("btray.bulk.classify_worker.logs.begin_in_worker", lambda *_, **__: None)
-    patch.setattr("btray.bulk.worker.keep_freed_memory", lambda: None)
     run = Run(run_id="run", group="model", parts="parts", output="out", request={})
-    options: dict[str, Any] = {
-        "model_id": load_bundle(model).manifest.model_id,
-        "engine": "eager",
-        "device": "cpu",
-        "batch_size": None,
-        "threads": 4,
-        "decoders": 1,
-        "patience": 1.0,
-        "explain_labels": (),
-        "least_certain": 0,
-    }
-    return PartClassifier(model, run, WorkerOptions(**options | changes))
+    config = job(model, "in", "out", **{"engine": "eager", "threads": 4, "patience": 1.0, **changes})
+    return PartClassifier(config, load_bundle(model).manifest.model_id, run, cpus)
 
 
 # ---- killing
@@ -146,7 +150,7 @@ def _drive(config: dict[str, Any], address: str, environment: dict[str, str]) ->
 
 def actors() -> list[int]:
     """Process ids of the actors of this test's own cluster that classify."""
-    return named(b"PartClassifier", os.getpid())
+    return named(b"PartActor", os.getpid())
 
 
 def part_files(output: str) -> list[str]:

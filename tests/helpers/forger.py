@@ -8,17 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from btray.model import bundle as bundles
-from btray.model.bundle import MANIFEST, WEIGHTS
+from btray.model import manifest as manifests
+from btray.model.bundle import WEIGHTS
+from btray.model.manifest import MANIFEST
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], *, reseal: bool = True) -> None:
     """Change the content of bundle.json; `reseal`: with the right digest, as a forger would."""
     content = json.loads((folder / MANIFEST).read_text())
     change(content)
-    text = json.dumps({**content, bundles._SEAL: bundles._NO_SEAL} if reseal else content, indent=2)
+    text = json.dumps({**content, manifests._SEAL: manifests._NO_SEAL} if reseal else content, indent=2)
     if reseal:
-        text = text.replace(bundles._NO_SEAL, hashlib.sha256(text.encode()).hexdigest())
+        text = text.replace(manifests._NO_SEAL, hashlib.sha256(text.encode()).hexdigest())
     (folder / MANIFEST).write_text(text)
 
 
@@ -28,7 +29,7 @@ def forge_weights(folder: Path, body: bytes) -> None:
 
     def change(content: dict[str, Any]) -> None:
         content["weights_sha256"] = hashlib.sha256(body).hexdigest()
-        identity = {key: content[key] for key in bundles._IDENTITY}
+        identity = {key: content[key] for key in manifests._IDENTITY}
         content["model_id"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
     rewrite(folder, change)

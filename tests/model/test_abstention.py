@@ -12,8 +12,8 @@ from scipy.special import softmax
 from btray.data.fingerprint import unpack
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, label_sets, risk_coverage, threshold_for_accuracy
-from btray.model.bundle import Thresholds
 from btray.model.classifier import NetworkOutput
+from btray.model.manifest import Thresholds
 from btray.training.calibration import calibrate
 from btray.training.config import TrainConfig
 

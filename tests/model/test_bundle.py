@@ -20,8 +20,9 @@ import torch
 from btray import storage
 from btray.core.errors import UserError
 from btray.model import bundle as bundles
-from btray.model.bundle import MANIFEST, WEIGHTS, load_bundle, require_free, save_bundle
+from btray.model.bundle import WEIGHTS, load_bundle, require_free, save_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import MANIFEST
 from btray.storage import StorageError
 from tests.helpers.forger import forge_weights, rewrite
 from tests.helpers.tiny_bundle import FILES, NETWORK, PREPROCESS, random_bundle, saved_bundle
@@ -80,7 +81,7 @@ def test_bundle_json_has_the_keys_of_the_design(folder: Path) -> None:
 def test_the_forger_of_these_tests_would_succeed_were_there_nothing_to_find(folder: Path) -> None:
     forge_weights(folder, safetensors.torch.save(random_bundle(seed=1).weights))
     rewrite(folder, lambda content: content["data"].update(fingerprint="other"))
-    assert Classifier.load(folder).manifest.data["fingerprint"] == "other"
+    assert Classifier.load(folder).manifest.data.fingerprint == "other"
 
 
 def test_saving_twice_gives_the_same_model_id_and_what_decides_changes_it(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(folder: Path, name: str) 
     secret = folder.parent / "secret"
     secret.write_text("mine")
     rewrite(folder, lambda content: content["files"].update({name: hashlib.sha256(b"mine").hexdigest()}))
-    assert "no plain file name" in refusal(folder)
+    assert "not a plain file name" in refusal(folder)
     with pytest.raises(UserError):
         saved_bundle(folder)
     assert secret.read_text() == "mine"
@@ -227,7 +228,7 @@ def test_a_marker_of_a_killed_writer_cannot_delete_what_lies_elsewhere(tmp_path:
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / bundles._WRITING).write_text('["../secret"]')
-    with pytest.raises(UserError, match="no plain file name"):
+    with pytest.raises(UserError, match="not a plain file name"):
         saved_bundle(tmp_path / "model")
     assert (tmp_path / "secret").read_text() == "mine"
 

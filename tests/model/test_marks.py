@@ -12,8 +12,9 @@ from PIL import Image
 
 from btray import cli
 from btray.core.errors import UserError
-from btray.model.bundle import OOD, Bundle, Thresholds, load_bundle, save_bundle
+from btray.model.bundle import OOD, Bundle, load_bundle, save_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import Thresholds
 from btray.model.ood import Distribution
 from btray.model.prediction import Prediction
 from btray.phantoms import encoded_phantom

@@ -22,12 +22,13 @@ from btray import cli
 from btray.bulk.table import SCHEMA, row_of
 from btray.data.fingerprint import NO_FINGERPRINT, unpack
 from btray.data.frames import Rejection
-from btray.evaluation.assessment import predictions_csv
+from btray.evaluation.job import predictions_csv
 from btray.evaluation.scoring import Scores
-from btray.model.bundle import Bundle, Thresholds, save_bundle
+from btray.model.bundle import Bundle, save_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import Thresholds
 from btray.model.ood import Distribution
-from btray.model.prediction import ANSWER, COLUMNS, Place, Prediction, csv_cells
+from btray.model.prediction import ANSWER, COLUMNS, Prediction, csv_cells
 from btray.phantoms import encoded_phantom
 from btray.storage import FileInfo
 from tests.helpers.serving_helpers import Running, running
@@ -102,7 +103,7 @@ def test_the_columns_of_the_first_tables_stand_where_they_stood_and_new_ones_fol
 
 
 def test_a_rejection_has_no_answer_in_any_output() -> None:
-    said = Prediction.of_rejection(Rejection("empty", "no bytes", False), Place(0), "m")
+    said = Prediction.of_rejection(Rejection("empty", "no bytes", False), index=0, uri=None, model_id="m")
     row = row_of(said, FileInfo("a.png", 0, "e", 0.0), run_id="r", classified_at=datetime.now(UTC))
     assert all(not row[name] for name in ANSWER)
     assert (row["probabilities"], row["label_set"]) == (None, None)
@@ -173,7 +174,7 @@ def test_the_inference_protocol_gives_them_as_outputs(service: Running, bundle: 
         prediction.label_set
     )
     np.testing.assert_allclose(given["ood_score"], [prediction.ood_score, -1], rtol=1e-4)
-    np.testing.assert_allclose(given["confidence"], [prediction.confidence, 0], rtol=1e-4)
+    np.testing.assert_allclose(given["confidence"], [prediction.confidence, -1], rtol=1e-4)
     assert given["abstained"].tolist() == given["out_of_distribution"].tolist() == [True, False]
 
 

@@ -23,8 +23,9 @@ import yaml
 
 from btray.bulk.classify import classify
 from btray.core.errors import UserError
-from btray.model.bundle import Bundle, Thresholds, load_bundle
+from btray.model.bundle import Bundle, load_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import Thresholds
 from btray.model.network import build_network
 from btray.model.ood import Distribution
 from btray.results import current

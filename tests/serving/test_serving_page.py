@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from btray.model.bundle import Thresholds
+from btray.model.manifest import Thresholds
 from btray.model.ood import Distribution
 from btray.serving.access import make_key, revoke_key
 from tests.helpers.browser import Browser, find_chromium

@@ -55,7 +55,7 @@ class Chaos:
         self.driver.join()
 
     def _worker(self) -> None:
-        pids = [pid for node in self.cluster.nodes for pid in node.pids() if b"PartClassifier" in command_line(pid)]
+        pids = [pid for node in self.cluster.nodes for pid in node.pids() if b"PartActor" in command_line(pid)]
         if pids:
             os.kill(random.Random(len(pids)).choice(pids), signal.SIGKILL)
 

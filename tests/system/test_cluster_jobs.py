@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from btray import phantoms
-from btray.bulk import driver
+from btray.bulk import pipeline
 from btray.core import cluster as btray_cluster
 from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
@@ -323,9 +323,9 @@ def test_a_ray_that_a_job_starts_listens_on_loopback_alone() -> None:
 def test_a_pool_of_actors_fills_the_machine_or_grows_with_the_cluster(
     monkeypatch: pytest.MonkeyPatch, cpus: int, own: bool, wanted: int | None, expected: tuple[int, int | None]
 ) -> None:
-    monkeypatch.setattr(driver, "cpus", lambda: float(cpus))
-    monkeypatch.setattr(driver, "started_ray_here", lambda: own)
-    assert driver.actors_for(wanted) == expected
+    monkeypatch.setattr(pipeline, "cpus", lambda: float(cpus))
+    monkeypatch.setattr(pipeline, "started_ray_here", lambda: own)
+    assert pipeline.count_actors(wanted) == expected
 
 
 @pytest.mark.cluster
@@ -347,7 +347,7 @@ def test_a_classification_begun_on_a_head_without_cpus_grows_over_the_nodes_that
         until(lambda: (tmp_path / "results" / "_runs").exists() or job.poll() is not None, "the run to begin", 120)
         nodes = [cluster.add(cpus=1) for _ in range(2)]
         for node in nodes:
-            at_work = partial(named, b"PartClassifier", node.process.pid)
+            at_work = partial(named, b"PartActor", node.process.pid)
             until(lambda at_work=at_work: at_work() or job.poll() is not None, "an actor at work on each node", 300)
         assert job.poll() is None, (tmp_path / "log").read_text()
         assert job.wait(400) == 0, (tmp_path / "log").read_text()

@@ -127,7 +127,7 @@ def test_a_spot_notice_is_answered_by_a_checkpoint_within_the_epoch_from_which_a
 
 
 def classifies(node: Node) -> bool:
-    return any(b"PartClassifier" in command_line(pid) for pid in node.pids())
+    return any(b"PartActor" in command_line(pid) for pid in node.pids())
 
 
 def test_a_node_with_model_actors_dies_and_every_frame_is_there_once(tmp_path: Path) -> None:

@@ -166,11 +166,11 @@ def test_easy_pictures_are_learnt_and_the_bundle_says_how_it_was_measured(finish
     assert "test split" in metrics["measured_on"]
     bundle = load_bundle(finished.out)
     assert bundle.manifest.classes == ("glioma", "meningioma", "no_tumor")
-    assert bundle.manifest.data["counts"]["test"] == {"glioma": 6, "meningioma": 6, "no_tumor": 6}
+    assert bundle.manifest.data.counts["test"] == {"glioma": 6, "meningioma": 6, "no_tumor": 6}
     assert metrics["clean"]["n"] == metrics["n"] == 18, "no two of these pictures are the same image"
     prints = read_fingerprints(bundle)
     assert prints is not None
-    assert len(prints) == sum(sum(bundle.manifest.data["counts"][part].values()) for part in ("train", "validation"))
+    assert len(prints) == sum(sum(bundle.manifest.data.counts[part].values()) for part in ("train", "validation"))
     history = history_of(finished)
     assert [record.epoch for record in history] == [1, 2, 3, 4, 5, 6]
     assert storage.read_text(storage.join(finished.out, "history.jsonl")) == storage.read_text(
@@ -283,7 +283,7 @@ def test_a_finished_run_is_not_trained_again_and_continues_with_more_epochs(fini
     assert history_of(finished) == history
     assert load_bundle(finished.out).manifest.model_id == model_id
     train(finished.model_copy(update={"epochs": 8, "num_workers": "1:2"}))
-    assert load_bundle(finished.out).manifest.data["epochs"] == 8
+    assert load_bundle(finished.out).manifest.data.epochs == 8
     longer = history_of(finished)
     assert longer[:6] == history
     assert [record.epoch for record in longer] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -470,17 +470,17 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
     assert read_rejected(config) == codes | {vanishing: "not_found"}
     manifest = load_bundle(config.out).manifest
     assert manifest.classes == ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor", "Cavernoma 2")
-    assert manifest.data["rejected"] == 5
+    assert manifest.data.rejected == 5
     metrics = storage.read_json(storage.join(config.out, "metrics.json"))
     assert "validation images" in metrics["measured_on"]
-    assert metrics["n"] == sum(manifest.data["counts"]["validation"].values())
+    assert metrics["n"] == sum(manifest.data.counts["validation"].values())
     assert set(metrics["per_class"]) == set(manifest.classes)
     # The refit moves features away; by the limits of the network that answered, one image in a hundred is strange.
     assert metrics["out_of_distribution"]["flagged"] == 1
     assert metrics["model_id"] == manifest.model_id
-    assert (manifest.data["epochs"], manifest.data["refit_epochs"]) == (3, 2)
+    assert (manifest.data.epochs, manifest.data.refit_epochs) == (3, 2)
     best = best_record(history_of(config)).epoch
-    assert manifest.data["best_epoch"] == best
+    assert manifest.data.best_epoch == best
     assert f"3, of which number {best} was the best; then 2 on all images" in storage.read_text(
         f"{config.out}/report.html"
     )
@@ -681,7 +681,7 @@ def test_data_run_and_bundle_may_all_lie_in_object_storage(ray_session: None, bu
     data = write_tree(f"{bucket}/scans", {"train/glioma": 20, "train/no_tumor": 20, "val/glioma": 5, "val/no_tumor": 5})
     config = tiny(data, f"{bucket}/model", storage=f"{bucket}/runs", num_workers="1:1", epochs=2)
     assert train(config) == f"{bucket}/model"
-    assert load_bundle(f"{bucket}/model").manifest.data["uri"] == data
+    assert load_bundle(f"{bucket}/model").manifest.data.uri == data
     assert [record.epoch for record in history_of(config)] == [1, 2]
     names = storage.list_names(f"{bucket}/runs/train")
     assert {"config.yaml", "history.jsonl", "run.json", "tensorboard"} <= set(names)

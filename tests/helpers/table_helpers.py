@@ -1,0 +1,53 @@
+"""Rows of the results table, and tables made of them by hand."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from btray import results, storage
+from btray.bulk import table
+from btray.bulk.completed import CompletedIndex
+from btray.bulk.report import PartTally
+from btray.bulk.runs import write_part
+from btray.data.key_set import keys_of
+from btray.model.prediction import Prediction
+from btray.storage import FileInfo
+
+NIGHT = datetime(2026, 11, 22, 2, tzinfo=UTC)
+
+
+def row(
+    name: str, code: str | None = None, *, night: int = 0, frame: int = 0, label_set: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    info = FileInfo(f"s3://b/{name}", 7, "e", 0.0)
+    answer = {"label": "glioma", "confidence": 0.75, "probabilities": {"glioma": 0.75, "no_tumor": 0.25}}
+    rejection = {"status": "rejected", "error_code": code, "error": "why"}
+    fields: dict[str, Any] = rejection if code else answer | {"label_set": label_set}
+    at = NIGHT + timedelta(days=night)
+    return table.row_of(Prediction(index=0, frame=frame, **fields), info, run_id=f"{at:%Y%m%d}", classified_at=at)
+
+
+def write(place: str, name: str, *rows: dict[str, Any], model: str = "1e10") -> bool:
+    uri = storage.join(place, table.folder(model, "2026-11-22"), f"{name}.parquet")
+    return write_part(uri, rows, table.SCHEMA, PartTally(objects=len(rows)))
+
+
+def done_of(place: str, **options: bool) -> set[str]:
+    """Names of the objects of the table that no later run reads again."""
+    known = np.concatenate([*CompletedIndex(place, "1e10").keys(**options), keys_of([])])
+    names = {uri.rpartition("/")[2] for uri in results.current(place)["uri"].to_pylist()} | {"new"}
+    return {name for name in names if keys_of([(f"s3://b/{name}", "e")])[0] in known}
+
+
+def write_a_table_of_many_nights(place: str) -> None:
+    """Objects whose rows of several nights differ: classified again, then withheld, then classified; with frames."""
+    write(
+        place, "1", *(row("pages", frame=frame) for frame in range(3)), row("once"), row("hidden"), row("bad", "empty")
+    )
+    write(place, "3", row("pages", "throttled", night=2), row("hidden", "throttled", night=2), row("bad", night=2))
+    write(place, "2", *(row("pages", frame=frame, night=1) for frame in range(2)), row("back", "unavailable", night=1))
+    write(place, "4", row("back", night=3), *(row("grown", frame=frame, night=3) for frame in range(2)))
+    write(place, "0", row("grown", "forbidden"), row("lost", night=4), row("lost", "truncated", night=5))

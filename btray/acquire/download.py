@@ -224,7 +224,7 @@ class _Fetch:
             raise UserError(f"{self._shown}: the server answered {status} {response.reason}; check the address")
 
     def _continues(self, response: requests.Response, have: int) -> bool:
-        """Return whether a partial response goes on from byte `have` of the same version."""
+        """Return whether a partial response continues from byte `have` of the same version."""
         content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if content_range is None or response.headers.get("ETag", self._version.etag) != self._version.etag:
             return False

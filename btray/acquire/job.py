@@ -182,7 +182,7 @@ def _write(acquired: Sequence[tuple[SourceRecord, list[Row]]], out: str) -> str:
     others = [info.uri for info in storage.list_files(storage.join(out, "images")) if info.uri not in images]
     if others:
         _log.warning(
-            "%d files below %s/images are not of this run and stand not in its manifest, such as %s; "
+            "%d files below %s/images are not of this run and not in its manifest, such as %s; "
             "delete them if nothing else needs them",
             len(others),
             out,

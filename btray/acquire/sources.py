@@ -90,7 +90,9 @@ def parse_sources(config: AcquireConfig, out: str) -> list[Source]:
         uri, kind = _kind_of(str(given))
         sha256 = None if digest_ == "-" else digest_
         if sha256 and kind not in {"http", "archive"}:
-            raise UserError(f"--sha256 {sha256}: {given} is no archive, so there is nothing to compare; give - for it")
+            raise UserError(
+                f"--sha256 {sha256}: {given} is not an archive, so there is nothing to compare; give - for it"
+            )
         overlap = f"{uri}/".startswith(f"{out}/") or f"{out}/".startswith(f"{uri}/")
         if overlap and kind in {"folder", "manifest"}:
             raise UserError(f"--source {given} and --out {out} overlap; write the data set elsewhere")

@@ -243,7 +243,7 @@ def _next_member(archive: tarfile.TarFile, meter: _Meter, state: _Unpacking) -> 
         while rest := stream.read(_CHUNK):
             state.spend(len(rest))
             if rest.strip(b"\0"):
-                raise tarfile.ReadError("there is more behind its end")
+                raise tarfile.ReadError("there is more after its end")
     return None
 
 

@@ -1,7 +1,7 @@
-"""The console script `btray`: classify scans with a bundle on any laptop, with no Ray in it; make keys of the service.
+"""The console script `btray`: every job as a command, and two of its own, `predict` and `key`, that need no Ray.
 
+btray train --data ../data/brain-tumor-mri --out runs/first   # as python jobs/train.py, with no checkout
 btray predict --model runs/first scan.jpg folder/ s3://bucket/scan.png
-btray predict --model runs/first --json scan.jpg
 btray key --file keys.txt --name radiology
 """
 
@@ -10,16 +10,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from btray.acquire.config import AcquireConfig
+from btray.audit.config import AuditConfig
+from btray.bulk.config import ClassifyConfig, PackConfig
 from btray.core.config import JobConfig
 from btray.core.errors import UserError
 from btray.core.notice import NOTICE
-from btray.launch import run_command
+from btray.evaluation.config import EvaluateConfig
+from btray.launch import Job, read_config, run_command
 from btray.model.config import PredictConfig
-from btray.serving.config import KeyConfig
+from btray.serving.config import KeyConfig, ServeConfig
+from btray.training.config import TrainConfig, TuneConfig
 
 if TYPE_CHECKING:
     from btray.model.classifier import Classifier
@@ -30,23 +36,54 @@ _AT_A_TIME = 32
 
 
 def main() -> None:
-    """Run the command of the command line; see `run_command` for the exit codes."""
-    # A file name that is no UTF-8 is printed with escapes.
+    """Run the command of the command line; see `launch.run_job` for the exit codes."""
+    # A file name that is not UTF-8 is printed with escapes.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        commands: dict[str, tuple[type[JobConfig], Callable[[Any], None]]]
-        commands = {"predict": (PredictConfig, predict), "key": (KeyConfig, key)}
-        run_command("btray", f"Brain-tumor classification of MRI slices. {NOTICE}", commands)
+        run_command("btray", f"Brain-tumor classification of MRI slices. {NOTICE}", commands())
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough; without this Python complains when it flushes at exit.
+        # The reader, such as `head`, has seen enough; without this Python complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
+def commands() -> dict[str, tuple[type[JobConfig], Job]]:
+    """Return each command's config and function, in the order in which one uses them."""
+    return {
+        "acquire": (AcquireConfig, _job("btray.acquire.job", "acquire")),
+        "audit": (AuditConfig, _job("btray.audit.job", "audit")),
+        "train": (TrainConfig, _job("btray.training.job", "train")),
+        "tune": (TuneConfig, _job("btray.training.tuning", "tune")),
+        "evaluate": (EvaluateConfig, _job("btray.evaluation.job", "evaluate")),
+        "predict": (PredictConfig, predict),
+        "classify": (ClassifyConfig, _job("btray.bulk.classify", "classify")),
+        "pack": (PackConfig, _job("btray.bulk.pack", "pack")),
+        "serve": (ServeConfig, serve),
+        "key": (KeyConfig, key),
+    }
+
+
+def _job(module: str, function: str) -> Job:
+    """Return the job as a function that imports it when it is called: `--help` must load neither torch nor Ray."""
+
+    def run(config: Any) -> str | None:
+        result: str | None = getattr(import_module(module), function)(config)
+        return result
+
+    return run
+
+
+def serve(config: ServeConfig) -> str:
+    """Serve until told to end and return the URL; SIGHUP reads the config again."""
+    from btray.serving.job import run_service
+
+    return run_service(config, lambda: read_config(ServeConfig))
+
+
 def predict(config: PredictConfig) -> None:
-    """Print a line for each frame of each scan, as they are read. Raises UserError where none could be classified."""
+    """Print a line for each frame of each scan, as they are read. Raises UserError if none could be classified."""
     from btray.model.classifier import Classifier
     from btray.model.prediction import as_record
 
@@ -71,7 +108,7 @@ def predict(config: PredictConfig) -> None:
 
 
 def key(config: KeyConfig) -> None:
-    """Make an API key and print it, or revoke one. Raises UserError where the file cannot be used."""
+    """Make an API key and print it, or revoke one. Raises UserError if the file cannot be used."""
     from btray.serving.access import make_key, revoke_key
 
     if config.revoke:

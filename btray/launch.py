@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,46 +23,62 @@ from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
 
 Config = TypeVar("Config", bound=JobConfig)
+Job = Callable[[Any], str | None]
 
-_ALL_JOBS: tuple[type[JobConfig], ...] = (
+_ALL_CONFIGS: tuple[type[JobConfig], ...] = (
     AcquireConfig, AuditConfig, TrainConfig, TuneConfig, EvaluateConfig, ClassifyConfig, PackConfig, ServeConfig,
     PredictConfig, KeyConfig,
 )  # fmt: skip
 
 
 def read_config(config_class: type[Config], arguments: list[str] | None = None, prog: str | None = None) -> Config:
-    """The config of the command line, or of `arguments`; see `JobConfig.from_command_line`."""
-    others = {name for job in _ALL_JOBS for name in job.model_fields}
+    """Return the config of the command line, or of `arguments`; see `JobConfig.from_command_line`."""
+    others = {name for job in _ALL_CONFIGS for name in job.model_fields}
     return config_class.from_command_line(arguments, prog, others=others)
 
 
-def run_job(config_class: type[Config], job: Callable[[Config], str]) -> None:
+def run_job(config_class: type[Config], job: Callable[[Config], str | None]) -> None:
     """Run `job` on the config of the command line, print the URI it returns as the last line, exit with its code.
 
     Exit codes: 0 done, 1 failed, 2 wrong use or unusable input, 3 a threshold was crossed, 143 stopped by SIGTERM.
     """
     with _exit_codes():
         config = read_config(config_class)
-        logs.begin(config.log_format)
-        logs.bind(job=Path(sys.argv[0]).stem)
-        print(job(config), flush=True)
+        logs.begin(config.log_format, verbose=config.verbose)
+        logs.bind(job=Path(sys.argv[0]).stem.rpartition(" ")[2])
+        result = job(config)
+        if result is not None:
+            print(result, flush=True)
 
 
-def run_command(
-    prog: str, description: str, commands: Mapping[str, tuple[type[JobConfig], Callable[[Any], None]]]
-) -> None:
-    """Run the command that the first argument names on the config that the others give; exit codes as for `run_job`."""
-    parser = OneLineParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"{prog} {importlib.metadata.version(prog)}")
-    parser.add_argument("command", choices=sorted(commands), help=f"{prog} COMMAND --help says more")
+def run_command(prog: str, description: str, commands: Mapping[str, tuple[type[JobConfig], Job]]) -> None:
+    """Run the command that the first argument names as `run_job` does, on the config that the others give."""
+    width = max(map(len, commands))
+    listed = (
+        f"  {name:<{width}}  {(config.__doc__ or name).splitlines()[0]}" for name, (config, _) in commands.items()
+    )
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        epilog="\n".join(["commands:", *listed]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_versions(prog), help="show what is installed and exit")
+    parser.add_argument(
+        "command", choices=commands, metavar="command", help=f"see below; {prog} COMMAND --help says more"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     with _exit_codes():
         parsed = parser.parse_args()
-        config_class, command = commands[parsed.command]
-        config = read_config(config_class, parsed.arguments, f"{prog} {parsed.command}")
-        logs.begin(config.log_format)
-        logs.bind(job=parsed.command)
-        command(config)
+    # From here on this is that job's own process: what it reads again, as SIGHUP makes the service do, is its own part.
+    sys.argv = [f"{prog} {parsed.command}", *parsed.arguments]
+    run_job(*commands[parsed.command])
+
+
+def _versions(prog: str) -> str:
+    """Return a line each for what is installed, from its metadata: importing torch and Ray takes seconds."""
+    lines = [f"{name} {importlib.metadata.version(name)}" for name in (prog, "ray", "torch")]
+    return "\n".join([*lines, f"python {platform.python_version()}"])
 
 
 @contextmanager
@@ -70,29 +87,17 @@ def _exit_codes() -> Iterator[None]:
     logs.begin()
     try:
         yield
-    except Failed as error:
-        sys.exit(_report(error, 1))
-    except UserError as error:
-        sys.exit(_report(error, 2))
-    except ThresholdExceeded as error:
-        sys.exit(_report(error, 3))
+    except (Failed, UserError, ThresholdExceeded) as error:
+        sys.exit(_report(error, error.exit_code))
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         sys.exit(143)
     except Exception as error:
-        known = _storage_failure(error)
-        if known is None:
-            raise
-        sys.exit(_report(*known))
+        from btray.storage.errors import StorageError, user_error  # heavy, and only a failure needs it
 
-
-def _storage_failure(error: Exception) -> tuple[UserError, int] | None:
-    """One line and the exit code where the error is of storage; None for any other, whose traceback is wanted."""
-    from btray.storage.errors import StorageError, user_error  # heavy, and only a failure needs it
-
-    if not isinstance(error, StorageError):
-        return None
-    return user_error(error), 1 if error.retryable else 2
+        if not isinstance(error, StorageError):
+            raise  # a mistake of ours: its traceback is wanted
+        sys.exit(_report(user_error(error), 1 if error.retryable else 2))
 
 
 def _report(error: Exception, code: int) -> int:

@@ -1,9 +1,8 @@
-"""The results table: one row a frame in Parquet files below `model_id=.../run_date=...`, each written by one put."""
+"""The results table: one row per frame in Parquet files below `model_id=.../run_date=...`, each written by one put."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,37 +13,20 @@ from btray.bulk.table import KEY, PARTITIONS, SCHEMA
 from btray.core.errors import UserError
 from btray.storage.errors import storage_errors_for
 
-if TYPE_CHECKING:
-    pass
-
 
 def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """The latest row of each key (uri, frame, etag, model_id): what an analyst counts, with `model_id` and `run_date`.
+    """Return the latest row of each key (uri, frame, etag, model_id), with `model_id` and `run_date`.
 
     `model_id` and `columns` narrow it down; what is left is held in memory, so a table too large for that is better
-    read with the view of docs/classify.md. Raises UserError where there is no table.
+    read with the view of docs/classify.md. Raises UserError if there is no table.
     """
     root = storage.resolve(uri)
-    table = _dataset(root)
-    if table is None:
-        raise UserError(f"{root} holds no results; give the --output of a classify job.")
-    wanted = list(dict.fromkeys([*KEY, "classified_at", "run_id", *(columns or table.schema.names)]))
-    chosen = None if model_id is None else pc.field("model_id") == model_id
-    with storage_errors_for(root):
-        rows = table.to_table(columns=wanted, filter=chosen)
-    rows = rows.sort_by([("classified_at", "ascending"), ("run_id", "ascending")])
-    numbered = rows.select(list(KEY)).append_column("row", pa.array(range(len(rows)), pa.int64()))
-    latest = numbered.group_by(list(KEY)).aggregate([("row", "max")])["row_max"]
-    return rows.take(latest.take(pc.sort_indices(latest))).select(list(columns or table.schema.names))
-
-
-def _dataset(root: str) -> pa.dataset.Dataset | None:
-    """The files below `root`, with the columns of their paths; None where there are none."""
     filesystem, path = storage.arrow_filesystem(root)
     with storage_errors_for(root):
         try:
-            found = pa.dataset.dataset(
+            table = pa.dataset.dataset(
                 path,
+                # older files lack the columns that were added since: they are null
                 schema=pa.schema([*SCHEMA, *PARTITIONS]),
                 filesystem=filesystem,
                 format="parquet",
@@ -52,5 +34,13 @@ def _dataset(root: str) -> pa.dataset.Dataset | None:
                 ignore_prefixes=[".", "_"],
             )
         except FileNotFoundError:
-            return None
-    return found if found.files else None
+            table = None
+        if table is None or not table.files:
+            raise UserError(f"{root} holds no results; give the --output of a classify job.")
+        needed = list(dict.fromkeys([*KEY, "classified_at", "run_id", *(columns or table.schema.names)]))
+        chosen = None if model_id is None else pc.field("model_id") == model_id
+        rows = table.to_table(columns=needed, filter=chosen)
+    rows = rows.sort_by([("classified_at", "ascending"), ("run_id", "ascending")])
+    numbered = rows.select(list(KEY)).append_column("row", pa.array(range(len(rows)), pa.int64()))
+    latest = numbered.group_by(list(KEY)).aggregate([("row", "max")])["row_max"]
+    return rows.take(latest.take(pc.sort_indices(latest))).select(list(columns or table.schema.names))

@@ -24,7 +24,7 @@ class AcquireConfig(JobConfig):
     name: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)], ...] = ()
     """Name of each source, in the order of --source, for folders and the manifest; default: made from the source."""
     cache: str | None = None
-    """Local folder for downloads, so that a broken one is taken up, and for unpacking; default: ~/.cache/btray."""
+    """Local folder for downloads, so that an interrupted one is resumed, and for unpacking; default: ~/.cache/btray."""
     max_unpacked_gb: Annotated[float, Field(gt=0)] = 50.0
     """Unpacked size above which an archive is refused as a bomb, in GB."""
     max_files: Positive = 10_000_000
@@ -38,11 +38,11 @@ class AcquireConfig(JobConfig):
         lower = tuple(digest.strip().lower() for digest in value)
         for digest in lower:
             if digest != "-" and not (len(digest) == 64 and all(c in "0123456789abcdef" for c in digest)):
-                raise ValueError(f"{digest!r} is no SHA-256: give 64 hexadecimal digits, or - for none")
+                raise ValueError(f"{digest!r} is not a SHA-256: give 64 hexadecimal digits, or - for none")
         return lower
 
     @model_validator(mode="after")
-    def _at_most_one_a_source(self) -> Self:
+    def _at_most_one_per_source(self) -> Self:
         for key in ("sha256", "license", "name"):
             if len(getattr(self, key)) > len(self.source):
                 raise ValueError(f"--{key} is given {len(getattr(self, key))} times for {len(self.source)} sources")

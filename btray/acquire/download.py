@@ -1,4 +1,4 @@
-"""Download one file over HTTP(S): taken up where it broke off, verified, kept in a cache folder."""
+"""Download one file over HTTP(S): resumed where it broke off, verified, kept in a cache folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
-import random
 import re
 import time
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from btray.core.errors import UserError
+from btray.storage.retry import backoff_delays
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 16
@@ -38,7 +39,7 @@ _SECRET_KEYS = re.compile(r"sig|token|secret|password|credential|key|auth", re.I
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How stubborn a download is."""
+    """How long a download is tried."""
 
     attempts: int = 6
     """Requests in a row that bring nothing new before the download fails."""
@@ -73,11 +74,12 @@ class _IncompleteError(Exception):
 def download(url: str, folder: Path, *, sha256: str | None = None, retries: Retries | None = None) -> Path:
     """Download `url` into `folder` and return the file; what `folder` holds of it already is not fetched again.
 
-    A whole file is fetched again only where its SHA-256 is not `sha256` or, without one, where the server has
-    another version. A part is taken up where the server confirms (If-Range) that it still has the same version.
+    A whole file is fetched again only if its SHA-256 is not `sha256` or, without one, if the server has another
+    version. A part is resumed if the server confirms (If-Range) that it still has the same version.
 
-    Raises `UserError` for an address that gives no file, a server that stays away or never sends what it announces,
-    a SHA-256 other than `sha256` (the file is removed), and a download of the same file that runs elsewhere.
+    Raises:
+        UserError: the address gives no file, the server stays down or never sends what it announces, the SHA-256 is
+            not `sha256` (the file is removed), or another process downloads the same file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     basename = re.sub(r"[^A-Za-z0-9._-]+", "-", unquote(urlsplit(url).path.rsplit("/", 1)[-1]))[-80:]
@@ -87,22 +89,21 @@ def download(url: str, folder: Path, *, sha256: str | None = None, retries: Retr
             if digest(path) == sha256:
                 return path
             path.unlink()
-        with _Fetch(url, path, retries or Retries()) as fetch:
-            fetch.run()
-        if sha256 and (found := digest(path)) != sha256:
+        _Fetch(url, path, retries or Retries()).run()
+        if sha256 and (actual := digest(path)) != sha256:
             path.unlink()
-            raise UserError(f"{without_secrets(url)} has the SHA-256 {found}, expected {sha256}; the file was removed")
+            raise UserError(f"{without_secrets(url)} has the SHA-256 {actual}, expected {sha256}; the file was removed")
     return path
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_secrets(url: str) -> str:
-    """`url` as it may be shown and recorded: no password, no signature or token of a presigned address."""
+    """Return `url` as it may be shown and recorded: without password, signature or token of a presigned address."""
     if not url.lower().startswith(("http://", "https://")):
         return url
     parts = urlsplit(url)
@@ -114,7 +115,7 @@ def without_secrets(url: str) -> str:
 
 
 class _Fetch:
-    """One file on its way: `<path>.part` is what came so far, `<path>.json` tells of which version."""
+    """A file being downloaded: `<path>.part` is what came so far, `<path>.json` says of which version."""
 
     def __init__(self, url: str, path: Path, retries: Retries) -> None:
         self._url, self._path, self._retries = url, path, retries
@@ -128,42 +129,40 @@ class _Fetch:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task: TaskID = self._progress.add_task(path.name[17:], total=self._version.size)
 
-    def __enter__(self) -> _Fetch:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-        self._session.close()
-
     def run(self) -> None:
         """Request until the file is whole; then, and only then, it stands at its path."""
         _log.info("downloading %s", self._shown)
-        most, failures = self._have(), 0
+        with self._session, self._progress:
+            try:
+                self._request_until_whole()
+            except requests.exceptions.SSLError as error:
+                raise UserError(f"{self._shown}: the server's certificate is refused: {_explain(error)}") from error
+            except requests.RequestException as error:
+                raise UserError(f"{self._shown} cannot be fetched: {_explain(error)}") from error
+
+    def _request_until_whole(self) -> None:
+        most, failures, delays = self._have(), 0, self._delays()
         while True:
             try:
                 self._request()
-            except requests.exceptions.SSLError as error:
-                raise UserError(f"{self._shown}: the server's certificate is refused: {_explain(error)}") from error
-            except (_IncompleteError, *_BROKEN) as error:
-                failures = 0 if self._have() > most else failures + 1
-                most = max(most, self._have())
-                self._wait(error, failures)
-            except requests.RequestException as error:
-                raise UserError(f"{self._shown} cannot be fetched: {_explain(error)}") from error
-            else:
                 return
+            except requests.exceptions.SSLError:  # a kind of ConnectionError, but no accident of the network
+                raise
+            except (_IncompleteError, *_BROKEN) as error:
+                failures += 1
+                if self._have() > most:
+                    most, failures, delays = self._have(), 0, self._delays()
+                if failures >= self._retries.attempts:
+                    raise UserError(
+                        f"{self._shown}: gave up after {failures} requests that brought nothing new: "
+                        f"{_explain(error)}; run again to continue from the {self._have()} bytes that came"
+                    ) from error
+                delay = min(max(next(delays), getattr(error, "wait", 0.0)), self._retries.longest_wait)
+                _log.info("%s: %s; trying again in %.1f s", self._shown, _explain(error), delay)
+                time.sleep(delay)
 
-    def _wait(self, error: Exception, failures: int) -> None:
-        if failures >= self._retries.attempts:
-            raise UserError(
-                f"{self._shown}: gave up after {failures} requests that brought nothing new: {_explain(error)}; "
-                f"run again to go on from the {self._have()} bytes that came"
-            ) from error
-        wait = self._retries.first_wait * 2**failures * random.uniform(0.5, 1)  # noqa: S311 - jitter, no secret
-        wait = min(max(wait, getattr(error, "wait", 0.0)), self._retries.longest_wait)
-        _log.info("%s: %s; trying again in %.1f s", self._shown, _explain(error), wait)
-        time.sleep(wait)
+    def _delays(self) -> Iterator[float]:
+        return backoff_delays(math.inf, first=self._retries.first_wait, longest=self._retries.longest_wait)
 
     def _request(self) -> None:
         have = self._have()
@@ -176,7 +175,11 @@ class _Fetch:
             if response.status_code == requests.codes.not_modified:
                 return
             self._accept(response, have)
-            self._receive(response)
+            self._progress.update(self._task, total=self._version.size, completed=self._have())
+            with self._part.open("ab") as file:
+                for chunk in response.raw.stream(_CHUNK, decode_content=False):
+                    file.write(chunk)
+                    self._progress.advance(self._task, len(chunk))
         size, announced = self._part.stat().st_size, self._version.size
         if announced is not None and size != announced:
             raise _IncompleteError(f"the server announced {announced} bytes and sent {size}")
@@ -207,13 +210,9 @@ class _Fetch:
                 size=int(length) if length.isdigit() else None,
             )
             self._note.write_text(json.dumps(asdict(self._version)), encoding="utf-8")
-        elif status == requests.codes.partial_content and have:
-            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            same_etag = response.headers.get("ETag", self._version.etag) == self._version.etag
-            if not (found and int(found[1]) == have and found[2] in {"*", str(self._version.size)} and same_etag):
-                self._start_over()
-                raise _IncompleteError("the server has another version now")
-        elif status == requests.codes.requested_range_not_satisfiable:
+        elif status == requests.codes.requested_range_not_satisfiable or (
+            status == requests.codes.partial_content and have and not self._continues(response, have)
+        ):
             self._start_over()
             raise _IncompleteError("the server has another version now")
         elif status in _RETRYABLE_STATUS:
@@ -221,15 +220,15 @@ class _Fetch:
             raise _IncompleteError(
                 f"the server answered {status} {response.reason}", float(wait) if wait.isdigit() else 0.0
             )
-        else:
+        elif not (status == requests.codes.partial_content and have):
             raise UserError(f"{self._shown}: the server answered {status} {response.reason}; check the address")
 
-    def _receive(self, response: requests.Response) -> None:
-        self._progress.update(self._task, total=self._version.size, completed=self._have())
-        with self._part.open("ab") as file:
-            for chunk in response.raw.stream(_CHUNK, decode_content=False):
-                file.write(chunk)
-                self._progress.advance(self._task, len(chunk))
+    def _continues(self, response: requests.Response, have: int) -> bool:
+        """Return whether a partial response continues from byte `have` of the same version."""
+        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if content_range is None or response.headers.get("ETag", self._version.etag) != self._version.etag:
+            return False
+        return int(content_range[1]) == have and content_range[2] in {"*", str(self._version.size)}
 
     def _finish(self) -> None:
         with self._part.open("ab") as file:
@@ -238,7 +237,7 @@ class _Fetch:
         _log.info("downloaded %s: %.1f MB", self._shown, self._path.stat().st_size / 1e6)
 
     def _have(self) -> int:
-        """Bytes that can be built on; none where the server named no version to compare with."""
+        """Return how many bytes there are to resume from; none if the server named no version to compare with."""
         return self._part.stat().st_size if self._version.validator and self._part.exists() else 0
 
     def _start_over(self) -> None:
@@ -248,7 +247,7 @@ class _Fetch:
         try:
             return _Version(**json.loads(self._note.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            return _Version()  # nothing came yet, or the note was cut off: start over
+            return _Version()  # nothing came yet, or a kill cut the note short: start over
 
 
 @contextmanager
@@ -263,5 +262,5 @@ def _locked(path: Path, url: str) -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str:
-    """One line, without the query of an address, which may hold a signature."""
+    """Return one line, without the query of an address, which may hold a signature."""
     return re.sub(r"\?[^\s')]*", "?...", " ".join(str(error).split())) or type(error).__name__

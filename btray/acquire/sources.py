@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
@@ -17,15 +18,16 @@ from btray.acquire.config import AcquireConfig
 from btray.acquire.download import digest, download, without_secrets
 from btray.acquire.unpack import SUFFIXES, LeftOut, UnpackLimits, unpack
 from btray.core.errors import UserError
-from btray.data.labelled import MANIFESTS, SPLITS, read_labelled
+from btray.data.labelled import MANIFESTS, SPLITS, class_of, read_labelled
 from btray.data.labels import CANONICAL, canonical_label
 from btray.storage.errors import storage_errors_for
 
 Kind = Literal["kaggle", "http", "archive", "folder", "manifest"]
 
 _MANIFESTS = (".parquet", ".csv")
+_COPIED_AT_A_TIME = 1 << 20  # bytes
 _ARCHIVES = {".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst"}
-# What stands beside images in published data sets. No list of image suffixes: DICOM files have any suffix or none.
+# What is found beside images in published data sets. There is no list of image suffixes: DICOM files have any or none.
 _NO_IMAGES = {
     ".csv", ".tsv", ".txt", ".md", ".rst", ".json", ".jsonl", ".xml", ".html", ".htm", ".yaml", ".yml", ".log",
     ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".rtf", ".parquet", ".sqlite",
@@ -53,7 +55,7 @@ class Source:
         return without_secrets(self.uri)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LabelledFile:
     """One image that a source brings."""
 
@@ -62,40 +64,40 @@ class LabelledFile:
     """Where it goes, below the source's folder."""
     label: str
     split: str | None
-    patient_id: str | None
+    patient_id: str | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True)
 class Contents:
     """What a source holds; its files can be read for as long as the source is open."""
 
-    files: list[LabelledFile] = field(default_factory=list)
+    files: list[LabelledFile]
     left_out: list[LeftOut] = field(default_factory=list)
     sha256: str | None = None
     """Of an archive."""
 
 
 def parse_sources(config: AcquireConfig, out: str) -> list[Source]:
-    """Raises `UserError` for a source that is not there, that overlaps `out`, or that has no SHA-256 to check."""
+    """Return the sources of `config`, of which those without a name get one.
+
+    Raises:
+        UserError: a source is not there, overlaps `out`, or has a SHA-256 but is not an archive.
+    """
     sources: list[Source] = []
     taken: set[str] = set()
     licenses = config.license * len(config.source) if len(config.license) == 1 else config.license
-    for index, given in enumerate(config.source):
-        uri, kind = _kind_of(given)
-        sha256 = config.sha256[index] if index < len(config.sha256) else "-"
-        if sha256 != "-" and kind not in {"http", "archive"}:
-            raise UserError(f"--sha256 {sha256}: {given} is no archive, so there is nothing to compare; give - for it")
+    for given, digest_, license_, name in zip_longest(config.source, config.sha256, licenses, config.name):
+        uri, kind = _kind_of(str(given))
+        sha256 = None if digest_ == "-" else digest_
+        if sha256 and kind not in {"http", "archive"}:
+            raise UserError(
+                f"--sha256 {sha256}: {given} is not an archive, so there is nothing to compare; give - for it"
+            )
         overlap = f"{uri}/".startswith(f"{out}/") or f"{out}/".startswith(f"{uri}/")
         if overlap and kind in {"folder", "manifest"}:
             raise UserError(f"--source {given} and --out {out} overlap; write the data set elsewhere")
-        source = Source(
-            uri=uri,
-            kind=kind,
-            name=_free_name(config.name[index] if index < len(config.name) else _default_name(uri), taken),
-            sha256=None if sha256 == "-" else sha256,
-            license=licenses[index] if index < len(licenses) else None,
-        )
-        sources.append(source)
+        unused = _unused(name or _default_name(uri), "", taken)
+        sources.append(Source(uri=uri, kind=kind, name=unused, sha256=sha256, license=license_))
     return sources
 
 
@@ -117,63 +119,57 @@ def _kind_of(given: str) -> tuple[str, Kind]:
         raise UserError(f"--source {given}: nothing is there; check the spelling (a comma separates sources)")
     if storage.is_folder(uri):
         return uri, "folder"
-    if uri.lower().endswith(_MANIFESTS):
-        return uri, "manifest"
-    return uri, "archive"
+    return uri, "manifest" if uri.lower().endswith(_MANIFESTS) else "archive"
 
 
 def _default_name(uri: str) -> str:
     if uri.startswith("kaggle:"):
         last = uri.split("/")[1]
     else:
-        last = unquote(urlsplit(uri).path) if uri.lower().startswith(("http://", "https://")) else uri
-        last = storage.name(last)
-    for suffix in (*SUFFIXES, *_MANIFESTS):
-        if last.lower().endswith(suffix):
-            last = last[: -len(suffix)]
-            break
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("._-")[:80] or "source"
+        last = storage.name(unquote(urlsplit(uri).path) if uri.lower().startswith(("http://", "https://")) else uri)
+    suffix = next((end for end in (*SUFFIXES, *_MANIFESTS) if last.lower().endswith(end)), "")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last[: len(last) - len(suffix)]).strip("._-")[:80] or "source"
 
 
-def _free_name(name: str, taken: set[str]) -> str:
-    candidate, number = name, 1
+def _unused(stem: str, suffix: str, taken: set[str]) -> str:
+    """Return the name, with a number if one file system or another would take it for one of `taken`; add it to them."""
+    candidate, number = stem + suffix, 1
     while candidate.casefold() in taken:
         number += 1
-        candidate = f"{name}-{number}"
+        candidate = f"{stem}-{number}{suffix}"
     taken.add(candidate.casefold())
     return candidate
 
 
 @contextmanager
 def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Contents]:
-    """Fetch and unpack `source` below the local folder `cache` and find its labelled images.
+    """Fetch and unpack `source` below the local folder `cache` and give its labelled images to the block.
 
-    Raises `UserError` where the source cannot be fetched, is unsafe or holds no labelled images.
+    Raises:
+        UserError: the source cannot be fetched, is unsafe or holds no labelled images.
     """
     if source.kind == "kaggle":
-        yield _tree(_from_kaggle(source.uri), source.shown)
+        yield _read_tree(_from_kaggle(source.uri), source.shown)
     elif source.kind == "folder":
-        yield _folder(source.uri, source.shown)
+        yield _read_folder(source.uri, source.shown)
     elif source.kind == "manifest":
-        yield _manifest(source.uri)
+        yield _read_manifest(source.uri)
     else:
         with storage_errors_for(str(cache)):
             cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as folder:
-            archive = _archive_of(source, cache, Path(folder))
+            archive = _local_archive(source, cache, Path(folder))
             sha256 = digest(archive)
             if source.sha256 not in {None, sha256}:
                 raise UserError(f"{source.shown} has the SHA-256 {sha256}, expected {source.sha256}")
             below = Path(folder) / "content"
             below.mkdir()
             left_out = unpack(archive, below, limits=limits, shown=source.shown, leave_out=reason_to_leave_out)
-            contents = _tree(str(below), source.shown)
-            contents.left_out += left_out
-            contents.sha256 = sha256
-            yield contents
+            contents = _read_tree(str(below), source.shown)
+            yield replace(contents, left_out=contents.left_out + left_out, sha256=sha256)
 
 
-def _archive_of(source: Source, cache: Path, folder: Path) -> Path:
+def _local_archive(source: Source, cache: Path, folder: Path) -> Path:
     if source.kind == "http":
         return download(source.uri, cache / "downloads", sha256=source.sha256)
     if not storage.is_remote(source.uri):
@@ -181,7 +177,7 @@ def _archive_of(source: Source, cache: Path, folder: Path) -> Path:
     filesystem, path = storage.arrow_filesystem(source.uri)
     target = folder / "archive"
     with storage_errors_for(source.uri), filesystem.open_input_stream(path) as stream, target.open("wb") as file:
-        shutil.copyfileobj(stream, file, 1 << 20)
+        shutil.copyfileobj(stream, file, _COPIED_AT_A_TIME)
     return target
 
 
@@ -201,7 +197,7 @@ def _from_kaggle(uri: str) -> str:
 
 
 def reason_to_leave_out(path: str) -> str | None:
-    """Why the file `path`, relative to its source, is no image to take; None where it may be one."""
+    """Return why the file `path`, relative to its source, is not an image to take; None if it may be one."""
     if any(part.startswith((".", "_")) for part in path.split("/")):
         return "hidden"
     suffix = PurePosixPath(path).suffix.lower()
@@ -210,22 +206,21 @@ def reason_to_leave_out(path: str) -> str | None:
     return "no_image" if suffix in _NO_IMAGES else None
 
 
-def _folder(uri: str, shown: str) -> Contents:
-    """A folder of the user's: what its manifest names, if it has one at its top, else a class tree."""
+def _read_folder(uri: str, shown: str) -> Contents:
+    """Return what the manifest of a user's folder names, if it has one at its top, or else its class tree."""
     manifest = next((name for name in MANIFESTS if storage.exists(storage.join(uri, name))), None)
     if manifest is None:
-        return _tree(uri, shown)
-    contents = _manifest(storage.join(uri, manifest))
-    named = {file.uri for file in contents.files}
-    for info in storage.list_files(uri):
-        name = info.uri[len(uri) + 1 :]
-        if info.uri not in named and name != manifest:
-            contents.left_out.append(LeftOut(name=name, reason=reason_to_leave_out(name) or "not_in_manifest"))
-    return contents
+        return _read_tree(uri, shown)
+    contents = _read_manifest(storage.join(uri, manifest))
+    known = {file.uri for file in contents.files} | {storage.join(uri, manifest)}
+    others = [info.uri[len(uri) + 1 :] for info in storage.list_files(uri) if info.uri not in known]
+    return replace(
+        contents, left_out=[LeftOut(name, reason_to_leave_out(name) or "not_in_manifest") for name in others]
+    )
 
 
-def _tree(folder: str, shown: str) -> Contents:
-    """The class tree at `folder` or somewhere below it.
+def _read_tree(folder: str, shown: str) -> Contents:
+    """Return the images of the class tree at `folder` or somewhere below it.
 
     What a tree is stands in `btray.data.labelled`; unlike `read_labelled` this takes one class too, for other sources
     may bring the others, and no manifest: one inside a downloaded archive could name any file of this machine.
@@ -236,50 +231,43 @@ def _tree(folder: str, shown: str) -> Contents:
     if not images:
         raise UserError(f"{shown} holds no images")
     root = class_root(images, shown)
-    contents = Contents()
+    files = []
     for name in images:
+        path = name.removeprefix(f"{root}/") if root else name
+        known = class_of(path)
         if not _is_below(name, root):
             reasons[name] = "outside_class_tree"
-            continue
-        path = name.removeprefix(f"{root}/") if root else name
-        first, *rest = path.split("/")
-        split = SPLITS.get(first.casefold()) if rest else None
-        label = rest[0] if split else first
-        if len(rest) < (2 if split else 1):
+        elif known is None:
             reasons[name] = "no_class_folder"
-            continue
-        uri = storage.join(folder, name)
-        contents.files.append(
-            LabelledFile(uri=uri, path=path, label=canonical_label(label), split=split, patient_id=None)
-        )
-    if not contents.files:
+        else:
+            files.append(LabelledFile(storage.join(folder, name), path, label=known[1], split=known[0]))
+    if not files:
         raise UserError(
-            f"{shown} holds {len(images)} images, such as {images[0]}, but no class folders; give one a class"
+            f"{shown} holds {len(images)} images, such as {images[0]}, but no class folders; give one per class"
         )
-    contents.left_out += [LeftOut(name=name, reason=reason) for name, reason in reasons.items()]
-    contents.left_out += [LeftOut(name=name, reason="hidden") for name in _hidden(folder, names)]
-    return contents
+    left_out = [*reasons.items(), *((name, "hidden") for name in _hidden(folder, names))]
+    return Contents(files, [LeftOut(name, reason) for name, reason in left_out])
 
 
 def _hidden(folder: str, names: Iterable[str]) -> Iterator[str]:
-    """Files that listings leave out, in the folders where others are listed."""
+    """Yield the files that listings leave out, in the folders of those that they give."""
     folders = {""} | {str(parent) for name in names for parent in PurePosixPath(name).parents if str(parent) != "."}
     for below in sorted(folders):
-        where = storage.join(folder, below) if below else folder
+        location = storage.join(folder, below) if below else folder
         # missing: a local name that is not UTF-8, which was listed with escapes
-        for entry in storage.list_names(where, missing_ok=True):
-            if entry.startswith((".", "_")):
-                for info in storage.list_files(storage.join(where, entry)):
-                    yield info.uri[len(folder) + 1 :]
+        for name in storage.list_names(location, missing_ok=True):
+            if name.startswith((".", "_")):
+                yield from (info.uri[len(folder) + 1 :] for info in storage.list_files(storage.join(location, name)))
 
 
 def class_root(names: Iterable[str], shown: str) -> str:
-    """The folder, relative and without slashes around it, whose children are the classes or the splits.
+    """Find the folder, relative and without slashes around it, whose children are the classes or the splits.
 
-    It is the topmost one with a child that is named like a split or a known class; where there is none, single
-    folders are taken for wrappers down to the first that has files or several children.
+    It is the topmost one with a child that is named like a split or a known class; if there is none, single folders
+    count as wrappers down to the first that has files or several children.
 
-    Raises `UserError` where several unrelated folders look like a class tree.
+    Raises:
+        UserError: several unrelated folders look like a class tree.
     """
     children: dict[str, set[str]] = {}
     with_files: set[str] = set()
@@ -288,7 +276,7 @@ def class_root(names: Iterable[str], shown: str) -> str:
         with_files.add("/".join(folders))
         for depth, child in enumerate(folders):
             children.setdefault("/".join(folders[:depth]), set()).add(child)
-    known = sorted(folder for folder, below in children.items() if any(_is_known(child) for child in below))
+    known = sorted(folder for folder, below in children.items() if any(map(_is_split_or_class, below)))
     tops = [folder for folder in known if not any(folder != top and _is_below(folder, top) for top in known)]
     if len(tops) > 1:
         several = ", ".join(repr(top) for top in tops[:3])
@@ -306,37 +294,23 @@ def class_root(names: Iterable[str], shown: str) -> str:
     return root
 
 
-def _is_known(folder: str) -> bool:
+def _is_split_or_class(folder: str) -> bool:
     return folder.casefold() in SPLITS or canonical_label(folder) in CANONICAL
 
 
-def _is_below(folder: str, top: str) -> bool:
-    return not top or folder.startswith(f"{top}/")
+def _is_below(path: str, folder: str) -> bool:
+    return not folder or path.startswith(f"{folder}/")
 
 
-def _manifest(uri: str) -> Contents:
-    """The files that a manifest names, wherever they lie, put into folders by split and label; one class is enough."""
-    contents = Contents()
+def _read_manifest(uri: str) -> Contents:
+    """Return the files that a manifest names, put into folders by split and label; one class is enough."""
+    files = []
     taken: set[str] = set()
-    for row in read_labelled(uri, least_classes=1).to_pylist():
-        folders = [_folder_name(part) for part in (row["split"], row["label"]) if part]
-        path = _free_path("/".join([*folders, storage.name(row["uri"])]), taken)
-        contents.files.append(
-            LabelledFile(
-                uri=row["uri"], path=path, label=row["label"], split=row["split"], patient_id=row["patient_id"]
-            )
-        )
-    return contents
-
-
-def _folder_name(label: str) -> str:
-    return re.sub(r"[/\\\0]", "-", label).lstrip("._") or "class"
-
-
-def _free_path(path: str, taken: set[str]) -> str:
-    pure, candidate, number = PurePosixPath(path), path, 1
-    while candidate.casefold() in taken:
-        number += 1
-        candidate = str(pure.with_name(f"{pure.stem}-{number}{pure.suffix}"))
-    taken.add(candidate.casefold())
-    return candidate
+    for row in read_labelled(uri, least_classes=1).select(["uri", "label", "split", "patient_id"]).to_pylist():
+        folders = [
+            re.sub(r"[/\\\0]", "-", part).lstrip("._") or "class" for part in (row["split"], row["label"]) if part
+        ]
+        path = "/".join([*folders, storage.name(row["uri"])])
+        suffix = PurePosixPath(path).suffix
+        files.append(LabelledFile(path=_unused(path.removesuffix(suffix), suffix, taken), **row))
+    return Contents(files)

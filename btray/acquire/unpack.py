@@ -12,7 +12,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import IO, Self, cast
@@ -47,7 +47,7 @@ class UnpackLimits:
     """Up to this many bytes `max_ratio` is not applied: small archives of blank images compress very well."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LeftOut:
     """A file that was not taken."""
 
@@ -68,9 +68,10 @@ class _Unpacking:
     left_out: list[LeftOut] = field(default_factory=list)
     members: int = 0
     spent: int = 0
-    files: set[str] = field(default_factory=set)
+    files: dict[str, str] = field(default_factory=dict)
+    """Paths that were taken, by their folded form."""
     folders: set[str] = field(default_factory=set)
-    exact: set[str] = field(default_factory=set)
+    """Folded paths of their folders."""
 
     def __post_init__(self) -> None:
         by_ratio = max(self.limits.free_bytes, int(self.limits.max_ratio * self.archive.stat().st_size))
@@ -97,20 +98,19 @@ class _Unpacking:
         return UserError(f"{self.shown} is unsafe and was not used: its member {name!r} {why}")
 
     def target(self, name: str) -> Path | None:
-        """Where the file `name` goes; None where it is left out, which is noted."""
-        parts = self._parts(name)
+        """Return where the file `name` goes; None if it is left out, which is noted."""
+        parts = self._split_name(name)
         path = "/".join(parts)
         keys = [_fold("/".join(parts[:end])) for end in range(1, len(parts) + 1)]
-        reason = self._reason(path, keys)
+        reason = self._reason_to_skip(path, keys)
         if reason:
             self.left_out.append(LeftOut(name=name.encode("utf-8", "backslashreplace").decode(), reason=reason))
             return None
         self.folders.update(keys[:-1])
-        self.files.add(keys[-1])
-        self.exact.add(path)
+        self.files[keys[-1]] = path
         return self.folder.joinpath(*parts)
 
-    def _parts(self, name: str) -> list[str]:
+    def _split_name(self, name: str) -> list[str]:
         """Split a member's name; archives made on Windows separate with backslashes."""
         unix = name.replace("\\", "/")
         if unix.startswith("/") or PureWindowsPath(name).drive:
@@ -122,14 +122,14 @@ class _Unpacking:
             raise self.unsafe(name, "has no usable name")
         return parts
 
-    def _reason(self, path: str, keys: list[str]) -> str | None:
+    def _reason_to_skip(self, path: str, keys: list[str]) -> str | None:
         try:
             longest = max(len(part.encode()) for part in path.split("/"))
         except UnicodeEncodeError:
             return "unusable_name"
         if longest > _NAME_BYTES:
             return "unusable_name"
-        if path in self.exact:
+        if self.files.get(keys[-1]) == path:
             return "duplicate_name"
         if keys[-1] in self.files or keys[-1] in self.folders or any(key in self.files for key in keys[:-1]):
             return "colliding_name"
@@ -137,7 +137,7 @@ class _Unpacking:
 
 
 def _fold(path: str) -> str:
-    """Equal for two names that one file system or another takes for the same."""
+    """Return a form that is equal for two names which one file system or another takes for the same."""
     return unicodedata.normalize("NFC", path).casefold()
 
 
@@ -146,19 +146,29 @@ def unpack(
 ) -> list[LeftOut]:
     """Unpack `archive` (zip, tar, tar.gz, tar.bz2, tar.xz; told by its content) into the empty `folder`.
 
-    `leave_out(path)` gives a reason for a file that is not wanted, or None. Besides those, files are left out, and
-    returned, whose name stands in the archive already (`duplicate_name`; the first one is kept), differs from
-    another only in case or Unicode form or is also a folder (`colliding_name`), or cannot be stored
-    (`unusable_name`). Archives inside the archive stay packed.
+    Besides the files that `leave_out` names, those are left out, and returned, whose name is in the archive already
+    (`duplicate_name`; the first one is kept), differs from another only in case or Unicode form or is also a folder
+    (`colliding_name`), or cannot be stored (`unusable_name`). Archives inside the archive stay packed.
 
-    Raises `UserError`, in which the archive is called `shown`, for an absolute path, a `..`, a link, a device, an
-    encrypted member, more files or bytes than `limits` allows, and damage of any kind.
+    Args:
+        archive: The file.
+        folder: An empty folder.
+        limits: What the archive may unpack to.
+        shown: What errors call the archive.
+        leave_out: Gives, for a path in the archive, the reason why it is not wanted, or None.
+
+    Raises:
+        UserError: an absolute path, a `..`, a link, a device, an encrypted member, more files or bytes than `limits`
+            allows, and damage of any kind.
     """
     state = _Unpacking(archive, shown, folder, limits, leave_out)
     with archive.open("rb") as file:
         start = file.read(8)
         file.seek(0)
-        _refuse_other_formats(start, shown)
+        if start.lstrip().startswith(b"<"):
+            raise UserError(f"{shown} is a web page, not an archive; give the address of the file itself")
+        if other := next((name for magic, name in _OTHER_FORMATS.items() if start.startswith(magic)), None):
+            raise UserError(f"{shown} is a {other} archive, which is not read; repack it as zip or tar")
         if start.startswith(b"PK"):
             _unpack_zip(file, state)
         else:
@@ -166,17 +176,9 @@ def unpack(
     return state.left_out
 
 
-def _refuse_other_formats(start: bytes, shown: str) -> None:
-    if start.lstrip().startswith(b"<"):
-        raise UserError(f"{shown} is a web page, no archive; give the address of the file itself")
-    for magic, format_name in _OTHER_FORMATS.items():
-        if start.startswith(magic):
-            raise UserError(f"{shown} is a {format_name} archive, which is not read; repack it as zip or tar")
-
-
 @contextmanager
 def _damage_refused(state: _Unpacking) -> Iterator[None]:
-    """Reading, never writing, stands inside: a full disk is no damage."""
+    """Refuse an archive whose reading fails in the block; nothing is written there: a full disk is not damage."""
     try:
         yield
     except _DAMAGE as error:
@@ -225,7 +227,7 @@ def _unpack_tar(stream: IO[bytes], state: _Unpacking) -> None:
                 tarfile.data_filter(member, str(state.folder))
             except tarfile.FilterError as error:
                 raise state.unsafe(member.name, f"is refused by tarfile ({error})") from error
-            # What is left out is read as well: it lies in the way of the next member, and counts.
+            # What is left out is read as well: it lies before the next member in the stream, and counts.
             _copy(cast("IO[bytes]", archive.extractfile(member)), target, state)
 
 
@@ -241,31 +243,24 @@ def _next_member(archive: tarfile.TarFile, meter: _Meter, state: _Unpacking) -> 
         while rest := stream.read(_CHUNK):
             state.spend(len(rest))
             if rest.strip(b"\0"):
-                raise tarfile.ReadError("there is more behind its end")
+                raise tarfile.ReadError("there is more after its end")
     return None
 
 
 def _copy(content: IO[bytes], target: Path | None, state: _Unpacking) -> None:
-    """Copy in chunks, counted as they come: the size that an archive declares may be a lie."""
-    with content:
-        if target is None:
-            for chunk in _chunks(content, state):
-                state.spend(len(chunk))
-            return
+    """Copy in chunks, counted as they come: the size that an archive declares may be a lie. No target: count only."""
+    if target:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as out:
-            for chunk in _chunks(content, state):
-                state.spend(len(chunk))
+    with content, target.open("xb") if target else nullcontext() as out:
+        while chunk := _read_chunk(content, state):
+            state.spend(len(chunk))
+            if out:
                 out.write(chunk)
 
 
-def _chunks(content: IO[bytes], state: _Unpacking) -> Iterator[bytes]:
-    while True:
-        with _damage_refused(state):
-            chunk = content.read(_CHUNK)
-        if not chunk:
-            return
-        yield chunk
+def _read_chunk(content: IO[bytes], state: _Unpacking) -> bytes:
+    with _damage_refused(state):
+        return content.read(_CHUNK)
 
 
 def _decompressed(file: IO[bytes], start: bytes) -> IO[bytes]:
@@ -280,7 +275,7 @@ def _decompressed(file: IO[bytes], start: bytes) -> IO[bytes]:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a broken or cut-off header for the end of the archive; here it is an error."""
+    """A header that is an error if it is broken or truncated; tarfile takes it for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -289,7 +284,7 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error}; it was cut off or altered") from error
+            raise tarfile.ReadError(f"{error}; it was truncated or altered") from error
 
 
 class _Meter:

@@ -127,13 +127,6 @@ class LatestOutcomes:
                     some.tofile(file)
 
 
-def make_records(keys: Keys, at: npt.NDArray[np.int64], outcome: npt.NDArray[np.uint8]) -> Records:
-    """Return records [n] of keys, microseconds since 1970 and outcomes, [n] each."""
-    records = np.empty(len(keys), RECORD)
-    records["key"], records["at"], records["outcome"] = keys, at, outcome
-    return records
-
-
 def _keys_of_latest(records: Records, worst: int) -> Keys:
     ordered = records[np.lexsort((records["outcome"], records["at"], records["key"]))]
     last = np.append(ordered["key"][1:] != ordered["key"][:-1], True)[: len(ordered)]
@@ -216,9 +209,10 @@ def _read_file(info: FileInfo) -> list[Records]:
 
 
 def _records_of(rows: pa.RecordBatch) -> Records:
-    keys = keys_of(list(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True)))
-    at = rows["classified_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+    records = np.empty(len(rows), RECORD)
+    records["key"] = keys_of(list(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True)))
+    records["at"] = rows["classified_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
     retryable = rows["retryable"].to_numpy(zero_copy_only=False)
     ok = pc.equal(rows["status"], "ok").to_numpy(zero_copy_only=False)
-    outcome = np.where(ok, CLASSIFIED, np.where(retryable, WITHHELD, REJECTED)).astype(np.uint8)
-    return make_records(keys, at, outcome)
+    records["outcome"] = np.where(ok, CLASSIFIED, np.where(retryable, WITHHELD, REJECTED))
+    return records

@@ -27,19 +27,18 @@ from btray.bulk.archive import Selection, list_archive
 from btray.bulk.config import ArchiveConfig
 from btray.bulk.listing import Listing, NewObjects
 from btray.bulk.pipeline import process_parts
-from btray.bulk.progress import Progress, duration
+from btray.bulk.progress import duration
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import Run
 from btray.bulk.worker import PartProcessor
 from btray.core import logs, metrics
 from btray.core.cluster import connected
+from btray.core.console import ProgressLine
 from btray.core.errors import Failed, ThresholdExceeded, UserError
 from btray.data.key_set import Keys, KeySet
 from btray.storage import FileInfo, StorageError, lease
 
 _log = logging.getLogger(__name__)
-
-_PART_OBJECTS = 512
 
 
 class ArchiveJob(ABC):
@@ -164,15 +163,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
         logs.bind(run_id=run.run_id)
         if resumed:
             _log.info("resuming run %s, which was interrupted", run.run_id)
-        listing = Listing(
-            run,
-            listed,
-            lambda: _completed(job, scratch),
-            limit=config.limit,
-            part_objects=_PART_OBJECTS,
-            patience=config.patience,
-            check=check,
-        )
+        listing = Listing(run, config, listed, lambda: _completed(job, scratch), check)
         listing.start()
         try:
             listing.begun.wait()
@@ -209,8 +200,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
 def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
     config = job.config
-    line = Progress(totals, listing)
-    with connected(dashboard=False), metrics.lasting():
+    with connected(dashboard=False), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(
@@ -223,5 +213,4 @@ def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, c
                 if tally is not None:
                     progress.report_part(job.name, run.run_id, tally)
             progress.report_progress(job.name, run.run_id, totals, queue=listing.objects - totals.objects)
-            line.show()
-        line.end()
+            line.update(progress.progress_line(totals, listing))

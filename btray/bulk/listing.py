@@ -8,6 +8,7 @@ from itertools import islice
 
 from btray import storage
 from btray.bulk import worklist
+from btray.bulk.config import ArchiveConfig
 from btray.bulk.runs import Run
 from btray.bulk.worklist import WorklistWriter
 from btray.data.key_set import KeySet, keys_of
@@ -50,13 +51,10 @@ class Listing(threading.Thread):
     def __init__(
         self,
         run: Run,
+        config: ArchiveConfig,
         listed: Iterator[FileInfo],
         completed: Callable[[], KeySet],
-        *,
-        limit: int | None,
-        part_objects: int,
-        patience: float,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None],
     ) -> None:
         super().__init__(name="listing", daemon=True)
         self.begun = threading.Event()
@@ -66,16 +64,14 @@ class Listing(threading.Thread):
         self.objects = 0
         self.unchanged = 0
         self._worklist = run.worklist
+        self._config = config
         self._listed = listed
         self._completed = completed
-        self._limit = limit
-        self._part_objects = part_objects
-        self._patience = patience
         self._check = check
 
     def run(self) -> None:
         """Write the worklist; called by the thread."""
-        with storage.retry_timeout(self._patience):
+        with storage.retry_timeout(self._config.patience):
             try:
                 self._write()
             except BaseException as error:  # it is raised again by the thread that waits for the rows
@@ -96,12 +92,12 @@ class Listing(threading.Thread):
             if known is not None:
                 known.add(keys_of(list(zip(shard["uri"].to_pylist(), shard["etag"].to_pylist(), strict=True))))
         if known is not None:
-            writer = WorklistWriter(self._worklist, self._part_objects, len(shards), check=self._check)
+            writer = WorklistWriter(self._worklist, len(shards), check=self._check)
             self._seal(NewObjects(known), writer)
         self.complete = True
 
     def _seal(self, new: NewObjects, writer: WorklistWriter) -> None:
-        before, limit = self.objects, self._limit
+        before, limit = self.objects, self._config.limit
         objects = islice(new.among(self._listed), None if limit is None else max(0, limit - before))
         try:
             while chunk := list(islice(objects, _AT_A_TIME)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,39 +10,16 @@ from btray.bulk.report import PartTally, RunReport, Totals
 from btray.core import metrics
 from btray.model.drift import RUNS_BEFORE
 
-_EVERY = 0.5  # seconds between two updates of the progress line
 
-
-class Progress:
-    """One line on the terminal, overwritten as the run proceeds; nothing if stderr is not a terminal."""
-
-    def __init__(self, totals: Totals[Any], listing: Listing) -> None:
-        self._totals = totals
-        self._listing = listing
-        self._shown = 0.0
-        self._quiet = not sys.stderr.isatty()
-
-    def show(self) -> None:
-        """Show the counts, twice a second at most."""
-        now = time.monotonic()
-        if not self._quiet and now - self._shown > _EVERY:
-            self._shown = now
-            print(f"\r{self._line()}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Leave the last line standing."""
-        if not self._quiet:
-            print(f"\r{self._line()}\x1b[K", file=sys.stderr, flush=True)
-
-    def _line(self) -> str:
-        totals, listing = self._totals, self._listing
-        more = "" if listing.complete else " or more"
-        left = listing.objects - totals.objects
-        remaining = f", {duration(left / totals.rate)} left" if totals.rate and listing.complete else ""
-        return (
-            f"{totals.objects} of {listing.objects}{more}, {totals.rate:.0f} images/s, "
-            f"{totals.rejected.total()} rejected{remaining}"
-        )
+def progress_line(totals: Totals[Any], listing: Listing) -> str:
+    """Return how a run stands, in one line: counts, rate and, once all is listed, the time left."""
+    more = "" if listing.complete else " or more"
+    left = listing.objects - totals.objects
+    remaining = f", {duration(left / totals.rate)} left" if totals.rate and listing.complete else ""
+    return (
+        f"{totals.objects} of {listing.objects}{more}, {totals.rate:.0f} images/s, "
+        f"{totals.rejected.total()} rejected{remaining}"
+    )
 
 
 def duration(seconds: float) -> str:

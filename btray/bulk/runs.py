@@ -146,7 +146,7 @@ def _close_unwritten_parts(run: Run, schema: pa.Schema) -> None:
     written = set(storage.list_names(storage.join(run.output, run.parts), missing_ok=True))
     with ThreadPoolExecutor(_CLOSERS) as pool:
         for shard in shards:
-            uris = [run.part_uri(part) for part in worklist.part_ids(shard)]
+            uris = [run.part_uri(part) for part in worklist.part_ids(shard, worklist.read_shard(shard))]
             missing = [uri for uri in uris if storage.name(uri) not in written]
             list(pool.map(lambda uri: write_part(uri, [], schema, PartTally()), missing))
 

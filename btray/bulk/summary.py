@@ -142,9 +142,26 @@ def _sheet(report: RunReport, classifier: Classifier) -> list[dict[str, str]]:
 
 def _figures(profiles: Mapping[str, Profile]) -> list[tuple[str, str]]:
     """Return each figure, a PNG as data URI, with its caption."""
-    figures = [(draw_labels(profiles), "Share of each label"), (draw_confidence(profiles), "Calibrated confidence")]
-    if sum(profiles[_THIS_RUN].ood_score):
-        figures.append((draw_ood_scores(profiles), "Out-of-distribution score, about 1 for training images"))
+    confidence = {name: profile.confidence for name, profile in profiles.items()}
+    figures = [
+        (draw_labels(profiles), "Share of each label"),
+        (
+            draw_histogram(
+                "Confidence", "of the most probable label, calibrated", confidence, CONFIDENCE_EDGES, "confidence"
+            ),
+            "Calibrated confidence",
+        ),
+    ]
+    scores = {name: profile.ood_score for name, profile in profiles.items() if sum(profile.ood_score)}
+    if _THIS_RUN in scores:
+        edges = (*OOD_EDGES[:-1], OOD_EDGES[-2] + OOD_EDGES[1] - OOD_EDGES[0])  # the open bin as wide as the others
+        subtitle = "about 1 for training images; the last bin is open"
+        figures.append(
+            (
+                draw_histogram("Out-of-distribution score", subtitle, scores, edges, "score"),
+                "Out-of-distribution score, about 1 for training images",
+            )
+        )
     compared = ", ".join(f"{name} ({profile.frames:,})" for name, profile in profiles.items())
     return [(data_uri(picture), f"{title}. Frames: {compared}.") for picture, title in figures]
 
@@ -169,35 +186,21 @@ def draw_labels(profiles: Mapping[str, Profile]) -> Figure:
 
 
 @png
-def draw_confidence(profiles: Mapping[str, Profile]) -> Figure:
-    """Draw the share of the frames by calibrated confidence."""
-    figure, body = canvas((6.6, 4.3), "Confidence", "of the most probable label, calibrated")
-    counts = {name: profile.confidence for name, profile in profiles.items()}
-    _draw_steps(body, counts, CONFIDENCE_EDGES, "confidence")
-    return figure
-
-
-@png
-def draw_ood_scores(profiles: Mapping[str, Profile]) -> Figure:
-    """Draw the share of the frames by out-of-distribution score, of the profiles that have one."""
-    figure, body = canvas((6.6, 4.3), "Out-of-distribution score", "about 1 for training images; the last bin is open")
-    counts = {name: profile.ood_score for name, profile in profiles.items() if sum(profile.ood_score)}
-    edges = (*OOD_EDGES[:-1], OOD_EDGES[-2] + OOD_EDGES[1] - OOD_EDGES[0])  # the open bin as wide as the others
-    _draw_steps(body, counts, edges, "score")
-    return figure
-
-
-def _draw_steps(body: SubFigure, counts: Mapping[str, Sequence[int]], edges: Sequence[float], label: str) -> None:
-    """Draw histograms as shares; the first is filled. `counts` are those between `edges`, by title."""
+def draw_histogram(
+    title: str, subtitle: str, counts: Mapping[str, Sequence[int]], edges: Sequence[float], label: str
+) -> Figure:
+    """Draw histograms as shares, the first one filled; `counts` are those between `edges`, by what is compared."""
+    figure, body = canvas((6.6, 4.3), title, subtitle)
     axes = body.subplots()
-    for number, (title, values) in enumerate(counts.items()):
+    for number, (name, values) in enumerate(counts.items()):
         shares = np.asarray(values, float) / max(1, sum(values))
         style: dict[str, Any] = {"fill": True, "alpha": 0.35} if number == 0 else {"linewidth": 2}
-        axes.stairs(shares, edges, color=_COLOURS[number], label=title, **style)
+        axes.stairs(shares, edges, color=_COLOURS[number], label=name, **style)
     axes.set(xlim=(0, edges[-1]), xlabel=label, ylabel="share of the frames")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _add_legend(body)
+    return figure
 
 
 def _add_legend(body: SubFigure) -> None:

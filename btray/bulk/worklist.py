@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
 )
 """Columns of a shard. `part` counts from 0 within the shard, `place` is where the bytes are if that is not `uri`."""
 PART_BYTES = 256 << 20
+PART_OBJECTS = 512
 # Objects. The first shards are small, so that the first rows do not wait for the listing.
 _FIRST_SHARD = 1024
 _LARGEST_SHARD = 32_768
@@ -41,17 +42,14 @@ _CLOSED = "closed"
 
 
 class WorklistWriter:
-    """Seals objects into shards, from number `first` on, cut into parts of at most `part_objects`.
+    """Seals objects into shards, from number `first` on, cut into parts.
 
     `check` is called before each write; it raises if the run no longer belongs to this process. Raises UserError if
     another process has sealed a shard.
     """
 
-    def __init__(
-        self, folder: str, part_objects: int, first: int = 0, *, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, folder: str, first: int = 0, *, check: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
-        self.part_objects = part_objects
         self.shards = first
         self._check = check
         self._waiting: list[FileInfo] = []
@@ -74,7 +72,7 @@ class WorklistWriter:
 
     def _seal(self, *, last: bool) -> None:
         columns = {name: [getattr(info, name) for info in self._waiting] for name in SCHEMA.names[1:]}
-        parts = cut_into_parts(self._waiting, self.part_objects, taper=last)
+        parts = cut_into_parts(self._waiting, taper=last)
         body = io.BytesIO()
         pa.parquet.write_table(pa.table({"part": parts, **columns}, schema=SCHEMA), body, compression="zstd")
         self._check()
@@ -86,18 +84,19 @@ class WorklistWriter:
         self._waiting = []
 
 
-def cut_into_parts(objects: Sequence[FileInfo], limit: int, *, taper: bool) -> list[int]:
-    """Return the part of each object: many parts, so that a small archive keeps all workers busy, none above `limit`.
+def cut_into_parts(objects: Sequence[FileInfo], *, taper: bool) -> list[int]:
+    """Return the part of each object: many parts, so that a small archive keeps all workers busy.
 
-    With `taper` each part is an eighth of what is left: the last ones are small, so that no worker idles long while
-    another ends (guided self-scheduling, Polychronopoulos & Kuck, IEEE Trans. Comput. 1987).
+    None has more than PART_OBJECTS or PART_BYTES, which its worker holds as rows. With `taper` each part is an eighth
+    of what is left: the last ones are small, so that no worker idles long while another ends (guided self-scheduling,
+    Polychronopoulos & Kuck, IEEE Trans. Comput. 1987).
     """
     parts: list[int] = []
     part = count = size = most = 0
     for number, info in enumerate(objects):
         if count in (0, most) or size + info.size > PART_BYTES:
             left = len(objects) - number * taper
-            most = min(limit, max(_LEAST_PART, -(-left // 8)))
+            most = min(PART_OBJECTS, max(_LEAST_PART, -(-left // 8)))
             part, count, size = part + (count > 0), 0, 0
         parts.append(part)
         count, size = count + 1, size + info.size
@@ -143,9 +142,10 @@ def read_shard(uri: str) -> pa.Table:
     return pa.parquet.read_table(pa.BufferReader(data)) if data else SCHEMA.empty_table()
 
 
-def part_ids(shard_uri: str) -> list[str]:
-    """Return the ids of the parts of a sealed shard."""
-    return _part_ids(int(storage.name(shard_uri).partition(".")[0]), read_shard(shard_uri))
+def part_ids(uri: str, shard: pa.Table) -> list[str]:
+    """Return the ids of the parts of a shard."""
+    count = int(pc.max(shard["part"]).as_py()) + 1 if len(shard) else 0
+    return [f"{storage.name(uri).removesuffix(_SUFFIX)}-{part:03d}" for part in range(count)]
 
 
 def read_parts(folder: str, over: Callable[[], bool] = lambda: False) -> Iterator[pa.Table]:
@@ -155,9 +155,9 @@ def read_parts(folder: str, over: Callable[[], bool] = lambda: False) -> Iterato
     """
     number = 0
     while True:
-        shard = None
+        uri, shard = _shard_uri(folder, number), None
         with storage.suppress_missing():
-            shard = read_shard(_shard_uri(folder, number))
+            shard = read_shard(uri)
         if shard is None:
             if _ends_at(folder, number) or over():
                 return
@@ -165,18 +165,13 @@ def read_parts(folder: str, over: Callable[[], bool] = lambda: False) -> Iterato
             continue
         if not len(shard):
             return
-        for part, part_id in enumerate(_part_ids(number, shard)):
+        for part, part_id in enumerate(part_ids(uri, shard)):
             rows = shard.filter(pc.equal(shard["part"], part))
             lists = {
                 name: pa.array([rows[name].to_pylist()], pa.list_(SCHEMA.field(name).type)) for name in SCHEMA.names[1:]
             }
             yield pa.table({"part": [part_id], **lists})
         number += 1
-
-
-def _part_ids(number: int, shard: pa.Table) -> list[str]:
-    count = int(pc.max(shard["part"]).as_py()) + 1 if len(shard) else 0
-    return [f"{number:05d}-{part:03d}" for part in range(count)]
 
 
 def _ends_at(folder: str, number: int) -> bool:

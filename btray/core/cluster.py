@@ -1,23 +1,31 @@
-"""Where Ray runs: the cluster that is there, or one of the job's own that ends with it."""
+"""The connection to Ray: to a running cluster, or to one of the job's own that ends with it."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any
 
 import ray
 import ray.data
-from ray._private import ray_constants, ray_logging, services
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.util.annotations import RayDeprecationWarning
 
-from btray.core import logs
-from btray.core.config import set_environment
+from btray.core import console, logs
 from btray.core.errors import Stopped, UserError
+from btray.core.ray_private import (
+    QUIET_LOGGERS,
+    cluster_address,
+    core_lines_in_log,
+    forward_worker_lines,
+    on_loopback,
+    started_ray_here,
+)
+
+__all__ = ["connected", "cpus", "gpus", "on_loopback", "own_device", "quieten_ray", "require_gpus", "started_ray_here"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,85 +36,63 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
 
     A connection or local cluster made here ends with the block; only this machine reaches the latter. Without
     `dashboard` a local cluster has no state API either, which Ray Train asks, and saves a tenth of a core. Raises
-    UserError where RAY_ADDRESS does not answer, and Stopped on SIGTERM.
+    UserError if RAY_ADDRESS does not answer, and Stopped on SIGTERM.
     """
     if ray.is_initialized():
         yield
         return
-    _quieten()
-    if logs.is_json():
-        _pass_lines_on_as_they_are()
+    quieten_ray()
     try:
-        alone = services.canonicalize_bootstrap_address(None) is None  # type: ignore[arg-type]
-        with on_loopback() if alone else nullcontext():
+        address = cluster_address()
+        with nullcontext() if address else on_loopback():
             ray.init(
-                address="local" if alone else None,
-                logging_level=logging.WARNING,
-                log_to_driver=True,
-                configure_logging=not logs.is_json(),
+                address=None if address else "local",
+                configure_logging=False,
                 include_dashboard=None if dashboard else False,
             )
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from error
     try:
+        forward_worker_lines(console.show_worker_lines)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
-        yield
+        with nullcontext() if logs.is_verbose() else core_lines_in_log():
+            yield
     finally:
         ray.shutdown()
 
 
-@contextmanager
-def on_loopback() -> Iterator[None]:
-    """For the block, a Ray that is started in it listens on 127.0.0.1 alone, not on all interfaces.
-
-    Ray does so by itself on macOS and Windows, where this constant of its own is False. Where `ray job submit` started
-    this process, its runtime environment is the cluster's: the new Ray has no such package, and would look for it.
-    """
-    set_environment({RAY_JOB_CONFIG_JSON_ENV_VAR: None})
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+def quieten_ray() -> None:
+    """Leave what Ray says about itself in its log files, so that a run's output is the job's; --verbose shows it."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
+    logs.take_over("ray", "ray.data")
+    if not logs.is_verbose():
+        for name in QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # Ray switches these on when it is imported, so a filter of `launch`, which is set earlier, has no effect.
+        warnings.filterwarnings("ignore", category=RayDeprecationWarning)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped("stopped by SIGTERM, in order")
 
 
-def _quieten() -> None:
-    """Leave Ray Data's own progress and logs in its log files; the job prints its own lines."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-
-
-def _pass_lines_on_as_they_are() -> None:
-    """Without `(RayTrainWorker pid=...)` before them and ` [repeated 2x across cluster]` behind, which are no JSON.
-
-    Ray's own switches, RAY_DISABLE_WORKER_LOG_PREFIX and RAY_DEDUP_LOGS, are read when it is imported: too early.
-    """
-    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
-    ray_logging.RAY_DEDUP_LOGS = False
-
-
 def cpus() -> float:
-    """CPUs of the whole cluster."""
+    """Return the CPUs of the whole cluster."""
     return float(ray.cluster_resources().get("CPU", 1.0))
 
 
 def gpus() -> int:
-    """GPUs of the whole cluster."""
+    """Return the GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def own_device() -> str | None:
-    """Where a worker runs a network: on the GPU that Ray gave it, else on the CPU. None outside of Ray: where it can.
+    """Return the torch device of this worker: cuda if Ray gave it a GPU, else cpu; None outside of Ray: any.
 
-    Ray hides no GPU from those that asked for none, so what torch finds does not tell.
+    Ray hides no GPU from those that requested none, so what torch finds does not tell.
     """
     if not ray.is_initialized():
         return None
@@ -114,19 +100,13 @@ def own_device() -> str | None:
 
 
 def require_gpus() -> int:
-    """GPUs that --use-gpu finds now; 0, with a warning, where the cluster may yet start nodes that have some.
+    """Return the GPUs for --use-gpu; 0, with a warning, if the cluster may yet start nodes that have some.
 
-    Raises UserError where this process started its Ray itself: no GPU will ever come there, and waiting has no end.
+    Raises UserError if this process started its Ray itself: no GPU will ever come there, and waiting has no end.
     """
-    found = gpus()
-    if found == 0 and started_ray_here():
-        raise UserError("--use-gpu: this machine has no GPU; leave it out, or connect to a cluster (RAY_ADDRESS)")
-    if found == 0:
+    count = gpus()
+    if count == 0:
+        if started_ray_here():
+            raise UserError("--use-gpu: this machine has no GPU; leave it out, or connect to a cluster (RAY_ADDRESS)")
         _log.warning("--use-gpu: the cluster has no GPU yet; the job waits until its autoscaler has started one")
-    return found
-
-
-def started_ray_here() -> bool:
-    """Whether this process started the Ray that it uses, rather than joined one: such a Ray never grows."""
-    node: Any = ray._private.worker._global_node
-    return node is not None and bool(node.is_head())
+    return count

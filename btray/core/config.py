@@ -1,7 +1,7 @@
-"""How a job's config is filled: `--config file.yaml`, then the environment (`BTRAY_*`), then flags; the last one wins.
+"""The loader of every job's config: `--config file.yaml`, then the environment (`BTRAY_*`), then flags; the last wins.
 
-What there is to set stands in the `config.py` of each package. This module and `btray.launch` alone read
-`sys.argv` and the environment.
+The settings are in the `config.py` of each package. Only this module and `btray.launch` read `sys.argv` and the
+environment.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from pydantic_settings import (
     CliPositionalArg,
     CliSettingsSource,
     EnvSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
+    YamlConfigSettingsSource,
 )
 
 from btray.core.errors import UserError
@@ -30,9 +32,9 @@ from btray.core.logs import LogFormat
 
 ENV_PREFIX = "BTRAY_"
 _NESTING = "__"
-_LAYERS = (
-    "--config FILE reads the same settings from a YAML file; environment variables (--epochs is BTRAY_EPOCHS, "
-    "--network.dropout is BTRAY_NETWORK__DROPOUT) win over the file, and flags over both."
+_ENVIRONMENT = (
+    "Environment variables (--epochs is BTRAY_EPOCHS, --network.dropout is BTRAY_NETWORK__DROPOUT) win over the file, "
+    "and flags over both."
 )
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -65,6 +67,8 @@ class JobConfig(BaseSettings):
 
     log_format: LogFormat = Field(default="text", exclude=True)  # no part of what a result was made with
     """Lines of the log: text for people, or json with time, level, run_id and message for a log store."""
+    verbose: bool = Field(default=False, exclude=True)
+    """Print what Ray and its workers print as well."""
 
     @classmethod
     def settings_customise_sources(
@@ -75,7 +79,7 @@ class JobConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keywords only: a config made in Python does not depend on the environment it is made in."""
+        """Take keywords only: a config made in Python does not depend on the environment it is made in."""
         return (init_settings,)
 
     @classmethod
@@ -84,38 +88,56 @@ class JobConfig(BaseSettings):
     ) -> Self:
         """Fill the config from file, environment and flags.
 
-        `others` are the settings of other jobs: they may be exported for those, and are none of this job's business.
+        Args:
+            arguments: The command line without the program; default: that of this process.
+            prog: How `--help` names the program.
+            others: Settings of other jobs. They may be exported for those and are ignored here.
 
         Raises `UserError` with one line for an unknown key, a value out of range or an unreadable file. `--help`
         prints and exits with 0.
         """
-        arguments = list(sys.argv[1:] if arguments is None else arguments)
-        config_file, flags = _take_config_flag(arguments)
+        parser = OneLineParser(prog=prog or Path(sys.argv[0]).name, description=cls.__doc__, epilog=_ENVIRONMENT)
+        parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; it may be nested")
         _refuse_unknown_environment({*cls.model_fields, *others})
+        file_names: dict[str, list[str]] = {}
+        config_file = None
+
+        def parse(parser: argparse.ArgumentParser, flags: list[str], _: Any = None) -> argparse.Namespace:
+            nonlocal config_file
+            # Flags may stand between files, but after `--` nothing is a flag; argparse does one or the other.
+            parsed = (parser.parse_args if "--" in flags else parser.parse_intermixed_args)(flags)
+            values = vars(parsed)
+            config_file = values.pop("config")
+            # Positional values are file names: pydantic-settings would split them at commas and unquote them.
+            for name, field in cls.model_fields.items():
+                if _POSITIONAL in field.metadata:
+                    file_names[name] = values.pop(name)
+            return parsed
+
         try:
-            layers = {
-                "--config": _read_yaml(config_file) if config_file else {},
-                "environment": EnvSettingsSource(cls)(),
-                "flags": _parse_flags(cls, flags, prog or Path(sys.argv[0]).name),
-            }
-            merged: dict[str, Any] = {}
-            for layer in layers.values():
-                merged = _merge(merged, layer)
-            return cls(**merged)
+            flags: CliSettingsSource[Any] = CliSettingsSource(
+                cls,
+                cli_parse_args=sys.argv[1:] if arguments is None else arguments,
+                root_parser=parser,
+                parse_args_method=parse,
+            )
+            # The first one wins.
+            sources = (InitSettingsSource(cls, file_names), flags, EnvSettingsSource(cls), _read(cls, config_file))
+            return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings, which mypy overlooks
         except ValidationError as error:
             raise UserError(_explain(error)) from error
         except SettingsError as error:
             raise UserError(f"{str(error).removeprefix('error parsing CLI: ')} (see --help)") from error
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML that `--config` reads again."""
+        """Return the resolved config as YAML that `--config` reads again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def set_environment(variables: Mapping[str, str | None]) -> None:
-    """Set environment variables for the processes that are started from now on, where nothing else can tell them.
+    """Set environment variables for the processes that this one starts, if there is no other way to tell them.
 
-    None takes one away.
+    None unsets a variable.
     """
     for name, value in variables.items():
         if value is None:
@@ -131,67 +153,38 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _parse_flags(cls: type[JobConfig], flags: list[str], prog: str) -> dict[str, Any]:
-    """Positional values are file names and kept as they are: pydantic-settings would split them at commas."""
-    literal: dict[str, Any] = {}
+class _ConfigFile(YamlConfigSettingsSource):
+    """The file of --config."""
 
-    def parse(parser: argparse.ArgumentParser, flags: list[str], namespace: argparse.Namespace | None = None) -> Any:
-        # Flags may stand between files, but behind `--` nothing is a flag; argparse does one or the other.
-        parse_args = parser.parse_args if "--" in flags else parser.parse_intermixed_args
-        parsed = parse_args(flags, namespace)
-        for name, field in cls.model_fields.items():
-            if _POSITIONAL in field.metadata:
-                literal[name] = vars(parsed).pop(name)
-        return parsed
-
-    parser = OneLineParser(prog=prog, description=cls.__doc__, epilog=_LAYERS)
-    source: CliSettingsSource[Any] = CliSettingsSource(
-        cls, cli_parse_args=flags, root_parser=parser, parse_args_method=parse
-    )
-    return source() | literal
+    def _read_file(self, file_path: Any) -> dict[str, Any]:
+        content = super()._read_file(file_path)
+        if not isinstance(content, dict):
+            raise UserError(f"--config {file_path}: expected 'key: value' lines, found a {type(content).__name__}")
+        _refuse_odd_keys(content, f"--config {file_path}")
+        return content
 
 
-def _take_config_flag(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Split `--config FILE` or `--config=FILE` off: it names a layer below the flags, so it is read before them."""
-    rest: list[str] = []
-    config_file = None
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--config":
-            config_file = next(remaining, None)
-            if config_file is None:
-                raise UserError("--config needs the name of a YAML file")
-        elif argument.startswith("--config="):
-            config_file = argument.removeprefix("--config=")
-        else:
-            rest.append(argument)
-    return config_file, rest
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read(cls: type[JobConfig], path: str | None) -> _ConfigFile:
+    """Read the file of --config, if there is one. Raises UserError if it cannot be read or is not YAML."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if path is not None:
+            Path(path).read_bytes()  # pydantic-settings passes over a file that it cannot find
+        return _ConfigFile(cls, path)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(content).__name__}")
-    _refuse_odd_keys(content, path)
-    return content
 
 
-def _refuse_odd_keys(content: dict[Any, Any], path: str) -> None:
+def _refuse_odd_keys(content: dict[Any, Any], where: str) -> None:
     for key, value in content.items():
         if not isinstance(key, str):
             raise UserError(
-                f"--config {path}: the key {key!r} is no name of a setting (YAML reads no and on as false and true); "
+                f"{where}: the key {key!r} is not the name of a setting (YAML reads no and on as false and true); "
                 "see --help"
             )
         if isinstance(value, dict):
-            _refuse_odd_keys(value, path)
+            _refuse_odd_keys(value, where)
 
 
 def _refuse_unknown_environment(known: Collection[str]) -> None:
@@ -199,14 +192,6 @@ def _refuse_unknown_environment(known: Collection[str]) -> None:
         name = key.removeprefix(ENV_PREFIX).split(_NESTING)[0].lower()
         if key.startswith(ENV_PREFIX) and name not in known:
             raise UserError(f"environment variable {key} names no setting of any job; unset it (see --help)")
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _explain(error: ValidationError) -> str:

@@ -1,23 +1,33 @@
-"""What a job may end with besides success; `btray.core.config.run_job` turns each into its exit code."""
+"""What a job may end with besides success; `btray.launch` turns each into its exit code."""
 
 from __future__ import annotations
 
-
-class UserError(Exception):
-    """Wrong use or unusable input: one line that names the value and the remedy; the job exits with 2."""
+from typing import ClassVar
 
 
 class Failed(Exception):
-    """The job could not go on for a reason that is no mistake and may pass, a store that is away, say: one line; the
-    job exits with 1, so that who watches over it starts it again."""
+    """The job could not continue for a reason that is not a mistake and may pass, such as a store that is away.
+
+    One line; exit code 1, so that whatever supervises the job starts it again.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+
+class UserError(Exception):
+    """Wrong use or unusable input: one line that names the value and the remedy; exit code 2."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ThresholdExceeded(Exception):
-    """The job did its work and a threshold that the user set was crossed; the job exits with 3."""
+    """The job did its work and crossed a threshold that the user set; exit code 3."""
+
+    exit_code: ClassVar[int] = 3
 
 
 class Stopped(BaseException):
-    """The job was asked to end (SIGTERM) and did so in order; the job exits with 143.
+    """The job was asked to end (SIGTERM) and did so in order; exit code 143.
 
-    No Exception, as KeyboardInterrupt is none: whoever catches errors on the way must not take it for one.
+    Not an Exception, as KeyboardInterrupt is not one: code that catches errors on the way must let it pass.
     """

@@ -1,4 +1,4 @@
-"""How a job logs: lines for people, or one JSON object a line, each with the job and the run that it belongs to."""
+"""How a job logs: lines for people, or one JSON object per line that names the job and the run it belongs to."""
 
 from __future__ import annotations
 
@@ -10,57 +10,103 @@ from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
 
-_NOISY = ("aiobotocore", "botocore", "fsspec", "s3fs", "urllib3", "matplotlib", "fontTools")
-_bound: dict[str, str] = {}
+# A worker puts one of these before each line of btray's own, so that the driver can tell them from what Ray and the
+# libraries write to the same stream: control characters that no text holds and that do not end a line.
+LINE, PROGRESS = "\x02", "\x1f"
+
 _PLAIN = logging.LogRecord("", 0, "", 0, "", None, None).__dict__.keys() | {"message", "asctime", "taskName"}
 
 
-def begin(style: LogFormat = "text") -> None:
-    """Log to stderr from INFO on; again with another style replaces the first."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in _NOISY:
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    if style == "json":
-        for handler in logging.root.handlers:
-            handler.setFormatter(_Json())
-        ray = logging.getLogger("ray")  # has a handler of its own as soon as it is imported
-        ray.handlers.clear()
-        ray.propagate = True
+class _Stderr(logging.Handler):
+    """Writes to whatever `sys.stderr` is at the moment: a live progress line redirects it."""
 
+    style: LogFormat = "text"
+    verbose = False
+    in_worker = False
+    bound: dict[str, str]
 
-def is_json() -> bool:
-    """Whether this process logs JSON."""
-    return any(isinstance(handler.formatter, _Json) for handler in logging.root.handlers)
+    def __init__(self) -> None:
+        super().__init__()
+        self.bound = {}
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Pass btray's lines from INFO on, and those of libraries from WARNING on unless all are wanted."""
+        least = logging.INFO if self.verbose or record.name.startswith("btray") else logging.WARNING
+        # Ray Data marks with `hide` what is for its own log file alone.
+        return record.levelno >= least and (self.verbose or not getattr(record, "hide", False))
 
-def begin_in_worker(style: LogFormat, **names: str) -> None:
-    """The same in a process that Ray started; its own way of logging stays where lines are for people."""
-    if style == "json":
-        for handler in [*logging.root.handlers]:
-            if isinstance(handler, logging.StreamHandler):  # Ray's, which heeds no formatter
-                logging.root.removeHandler(handler)
-        logging.root.addHandler(logging.StreamHandler(sys.stderr))
-        begin(style)
-        bind(**names)
-
-
-def bind(**names: str) -> None:
-    """Put `names` (job, run_id, ...) into every JSON line of this process from now on."""
-    _bound.update(names)
-
-
-class _Json(logging.Formatter):
-    """time (UTC), level, logger, message, what is bound, and whatever `extra` the call gave; never arguments."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, which in a worker is marked for the driver."""
+        try:
+            line = self._as_json(record) if self.style == "json" else self.format(record)
+            mark = ""
+            if self.in_worker:
+                mark = PROGRESS if self.style == "text" and hasattr(record, "_progress") else LINE
+            print(mark + line.replace("\n", "\n" + mark), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line for people: `_progress`, if the call gave one, else the message."""
+        return getattr(record, "_progress", None) or super().format(record)
+
+    def _as_json(self, record: logging.LogRecord) -> str:
+        """Return time (UTC), level, logger, message, what is bound and the call's `extra`; never the arguments."""
         content: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **_bound,
+            **self.bound,
             **{name: value for name, value in record.__dict__.items() if name not in _PLAIN and name[0] != "_"},
         }
         if record.exc_info:
-            content["exception"] = self.formatException(record.exc_info)
+            content["exception"] = logging.Formatter().formatException(record.exc_info)
         return json.dumps(content, ensure_ascii=False, default=str)
+
+
+_handler = _Stderr()
+
+
+def begin(style: LogFormat = "text", *, verbose: bool = False) -> None:
+    """Log to stderr; called again with other arguments, replace the first. `verbose` adds INFO lines of libraries."""
+    _handler.style, _handler.verbose = style, verbose
+    logging.root.addHandler(_handler)
+    logging.getLogger("btray").setLevel(logging.INFO)
+    if verbose:
+        logging.root.setLevel(logging.INFO)
+
+
+def begin_in_worker(style: LogFormat, **names: str) -> None:
+    """Log from a process that Ray started: the driver prints these lines and, unless --verbose, no others."""
+    for handler in [*logging.root.handlers]:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            logging.root.removeHandler(handler)  # Ray Train's: each line would come twice
+    _handler.in_worker = True
+    begin(style)
+    bind(**names)
+
+
+def take_over(*loggers: str) -> None:
+    """Route what these loggers print on their own to this handler; the files they write stay."""
+    for name in loggers:
+        logger = logging.getLogger(name)
+        for handler in [*logger.handlers]:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                logger.removeHandler(handler)
+        logger.propagate = True
+
+
+def is_json() -> bool:
+    """Return whether this process logs JSON."""
+    return _handler.style == "json"
+
+
+def is_verbose() -> bool:
+    """Return whether what Ray prints is wanted too."""
+    return _handler.verbose
+
+
+def bind(**names: str) -> None:
+    """Put `names` (job, run_id, ...) into every JSON line of this process from now on."""
+    _handler.bound.update(names)

@@ -145,9 +145,9 @@ def open_for_arrow(uri: str) -> Any:
 
 
 def csv_batches(
-    file: Any, columns: Sequence[str], wanted: Sequence[str], *, header: bool = True
+    file: Any, columns: Sequence[str], included: Sequence[str], *, header: bool = True
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the `wanted` columns of a CSV file, all values as text; without a header `columns` are its names.
+    """Yield the `included` columns of a CSV file, all values as text; without a header `columns` are its names.
 
     As text, since a patient 007 is not patient 7, and a label "NA" is not an absent label.
     """
@@ -156,6 +156,6 @@ def csv_batches(
         read_options=pa.csv.ReadOptions(block_size=_BLOCK, column_names=None if header else list(columns)),
         parse_options=pa.csv.ParseOptions(newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(columns, pa.string()), include_columns=list(wanted)
+            column_types=dict.fromkeys(columns, pa.string()), include_columns=list(included)
         ),
     )

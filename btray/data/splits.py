@@ -1,6 +1,6 @@
 """Group-aware, stratified splits: what belongs together never lies on both sides; and what leaks between given ones.
 
-Rows belong together that share a patient_id, that are known to show the same picture (`duplicate_of`), or, where no
+Rows belong together that share a patient_id, that are known to show the same picture (`duplicate_of`), or, if no
 patient is known, whose files are neighbours: slices of one patient usually carry neighbouring numbers, so each run of
 numbered files (one folder, one name but for the number) is cut into contiguous blocks. A picture's twins elsewhere come
 along to the block of the first of them; the twins' neighbours do not, else chains of twins would weld whole classes

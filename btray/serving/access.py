@@ -86,10 +86,9 @@ class KeyRing:
                 self._digests = _digests_in(self.uri)
             except UserError as error:
                 # A store that is down for a minute must not lock everyone out.
-                unavailable = isinstance(error.__cause__, StorageError) and error.__cause__.retryable
-                if not unavailable:
+                if not storage.is_retryable(error):
                     self._digests = []
-                _log.warning("API keys: %s; %s", error, "the old ones hold" if unavailable else "no key is accepted")
+                _log.warning("API keys: %s; %s", error, "the old ones hold" if self._digests else "no key is accepted")
 
     def accepts(self, key: str) -> bool:
         """Return whether `key` is one of them, in the same time for a wrong key as for a right one."""

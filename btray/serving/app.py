@@ -22,7 +22,7 @@ from btray.serving.gate import CLIENT_CLOSED, Gate
 from btray.serving.metrics import exported_pages, merged
 from btray.serving.oip import protocol_routes
 from btray.serving.oip_codec import InferBody
-from btray.serving.problems import Problem, ProblemAnswer, problem_responses
+from btray.serving.problems import Problem, ProblemAnswer, first_error, problem_responses
 from btray.serving.service import Service
 from btray.serving.uploads import ClassifyRequest
 
@@ -31,6 +31,7 @@ _PAGE: Final = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+_ERRORS: Final = (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception)
 _HTTP_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -42,8 +43,8 @@ def build_app(service: Service) -> Gate:
         description=openapi.DESCRIPTION,
         docs_url=None,  # FastAPI's own page for it loads scripts from elsewhere
         redoc_url=None,
+        exception_handlers=dict.fromkeys(_ERRORS, _answer_error),
     )
-    _add_errors(app)
     for path, (name, kind) in _PAGE.items():
         content = resources.files("btray").joinpath("serving/static", name).read_bytes()
         app.add_api_route(path, partial(_send, content, kind), methods=["GET", "HEAD"], include_in_schema=False)
@@ -85,29 +86,18 @@ def _health_routes(service: Service) -> APIRouter:
     return routes
 
 
-def _add_errors(app: FastAPI) -> None:
-    """Have `app` answer every error with a problem."""
-
-    @app.exception_handler(Problem)
-    async def problem(_: Request, error: Problem) -> Response:
-        return error.response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        problem = Problem(error.status_code, _HTTP_CODES.get(error.status_code, "bad_request"), str(error.detail))
-        problem.headers |= dict(error.headers or {})
-        return problem.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return Problem(422, "invalid", f"{where}: {first['msg']}"[:500]).response()
-
-    @app.exception_handler(ClientDisconnect)
-    async def client_closed(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=CLIENT_CLOSED)  # for the metrics: nobody is there to read it
-
-    @app.exception_handler(Exception)
-    async def failure(_: Request, __: Exception) -> Response:
-        return Problem(500, "internal", "the service failed; its log says why").response()
+async def _answer_error(_: Request, error: Exception) -> Response:
+    """Answer every error with a problem."""
+    match error:
+        case ClientDisconnect():
+            return Response(status_code=CLIENT_CLOSED)  # for the metrics: nobody is there to read it
+        case Problem():
+            return error.response()
+        case HTTPException():
+            problem = Problem(error.status_code, _HTTP_CODES.get(error.status_code, "bad_request"), str(error.detail))
+            problem.headers |= dict(error.headers or {})
+            return problem.response()
+        case RequestValidationError():
+            return Problem(422, "invalid", first_error(error)).response()
+        case _:
+            return Problem(500, "internal", "the service failed; its log says why").response()

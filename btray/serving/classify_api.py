@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -90,23 +90,6 @@ class ModelsAnswer(_Answer):
     switch: SwitchReport | None
 
 
-_ID: Final = "6c8ff0849668f68db3cba254da5c0b42"
-_EXAMPLE: Final = {
-    "model_id": _ID,
-    "notice": NOTICE,
-    "results": [
-        {
-            "index": 0, "name": "scan.jpg", "frame": 0, "status": "ok", "model_id": _ID, "label": "glioma",
-            "confidence": 0.91,
-            "probabilities": {"glioma": 0.91, "metastasis": 0.06, "meningioma": 0.02, "pituitary": 0.01},
-            "abstained": False, "label_set": [], "out_of_distribution": False, "ood_score": 1.1,
-        },
-        {
-            "index": 1, "name": "notes.txt", "frame": 0, "status": "rejected", "model_id": _ID,
-            "error_code": "not_an_image", "error": "no known image: it begins with 48 65 6c 6c 6f",
-        },
-    ],
-}  # fmt: skip
 _DESCRIPTION: Final = (
     "A request with one image that cannot be used is answered with an error whose code is that of the image: "
     + ", ".join(f"{code} ({status})" for code, status in REJECTION_STATUS.items())
@@ -131,7 +114,7 @@ def classify_routes(service: Service) -> APIRouter:
         description=_DESCRIPTION,
         response_model=ClassifyAnswer,
         responses={
-            200: {"content": {"application/json": {"example": _EXAMPLE}}},
+            200: {"content": {"application/json": {"example": _example()}}},
             **problem_responses(400, 408, 413, 415, 422),
         },
         openapi_extra=_BODY,
@@ -192,6 +175,18 @@ def _image_answer(prediction: Prediction, upload: Upload, top_k: int | None) -> 
         ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
         fields["probabilities"] = dict(ranked[:top_k])
     return ImageAnswer(index=prediction.index, name=upload.name, **fields)
+
+
+def _example() -> dict[str, Any]:
+    """Return an answer for OpenAPI: of a scan, and of a file that is not an image."""
+    model_id, shares = "6c8ff0849668f68db3cba254da5c0b42", {"glioma": 0.91, "metastasis": 0.06, "meningioma": 0.03}
+    good = Prediction(index=0, label="glioma", confidence=0.91, probabilities=shares, ood_score=1.1, model_id=model_id)
+    error = "no known image: it begins with 48 65 6c 6c 6f"
+    bad = Prediction(index=1, status="rejected", error_code="not_an_image", error=error, model_id=model_id)
+    named = ((good, "scan.jpg"), (bad, "notes.txt"))
+    results = [_image_answer(prediction, Upload(data=b"", name=name), None) for prediction, name in named]
+    answer = ClassifyAnswer(model_id=model_id, notice=NOTICE, results=results)
+    return answer.model_dump(mode="json", exclude_unset=True)
 
 
 async def _explain(

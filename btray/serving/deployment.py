@@ -24,9 +24,10 @@ from btray.core.errors import UserError
 from btray.serving.app import build_app
 from btray.serving.config import ApplicationConfig, ServiceConfig, is_loopback
 from btray.serving.gate import Gate
-from btray.serving.models import is_retryable
+from btray.serving.problems import first_error
 from btray.serving.ray_serve_private import haproxy_host
 from btray.serving.service import Service
+from btray.storage import is_retryable
 
 Config = TypeVar("Config", bound=ComponentConfig)
 
@@ -43,6 +44,7 @@ class Replica:
     """One process with its models."""
 
     def __init__(self) -> None:
+        """Start without a model; Serve calls `reconfigure` next."""
         keep_freed_memory()
         host = haproxy_host()
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.
@@ -126,5 +128,4 @@ def _validated(kind: type[Config], values: Any) -> Config:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc'])) or kind.__name__}: {first['msg']}") from error
+        raise UserError(first_error(error)) from error

@@ -46,6 +46,7 @@ class Gate:
     """ASGI middleware around the routes of `service`, whose access and limits may change between two requests."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
+        """Guard `app`, which answers for `service`."""
         self.app = app
         self.service = service
         self.metrics = service.metrics
@@ -59,86 +60,79 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send)
-        started = time.perf_counter()
+        status, started = 0, time.perf_counter()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
         try:
             await self._admit(scope, receive, answer)
-        except Problem as problem:
-            await _respond(problem, scope, receive, answer)
-        except Exception:
-            _log.exception("a request to %s failed", route_of(scope))
-            await _respond(Problem(500, "internal", "the service failed; its log says why"), scope, receive, answer)
+        except Exception as error:
+            problem = error if isinstance(error, Problem) else None
+            if problem is None:
+                _log.exception("a request to %s failed", route_of(scope))
+                problem = Problem(500, "internal", "the service failed; its log says why")
+            if not status:  # else the answer is on its way already
+                await problem.response()(scope, receive, answer)
         finally:
-            self.metrics.request(route_of(scope), answer.status or CLIENT_CLOSED, time.perf_counter() - started)
+            self.metrics.request(route_of(scope), status or CLIENT_CLOSED, time.perf_counter() - started)
 
-    async def _admit(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, answer: Send) -> None:
+        """Pass a request on if its caller may ask and, for a POST, if there is a place for it."""
         if scope["path"] not in OPEN_PATHS:
             await self.service.access.check(scope)
         if scope["method"] != "POST":
             await self.app(scope, receive, answer)
             return
         limits = self.service.limits
-        _check_length(scope, limits.max_body)
+        for length in Headers(scope=scope).getlist("content-length"):
+            if len(length) > 18 or not length.isdecimal() or int(length) > limits.max_body:
+                raise _too_large(limits.max_body)
         self._require_place(limits)
         if self.reading >= limits.max_reading:
             raise Problem(503, "busy", f"{self.reading} requests are being read already", retry_after=1)
-        slot = _Slot(self, limits, receive)
+        # A request is read, then in work, each in a place of its own: a slow upload keeps nobody from working.
+        reading, working = True, False
+        self.reading += 1
+
+        async def receive_counted() -> Message:
+            nonlocal reading, working
+            message = await receive()
+            if reading and message["type"] == "http.request" and not message.get("more_body"):
+                reading = False
+                self.reading -= 1
+                self._require_place(limits)
+                working = True
+                self._count_work(1)
+            return message
+
         try:
-            await self.app(scope, slot.receive, answer)
+            await self.app(scope, receive_counted, answer)
         finally:
-            slot.leave()
+            self.reading -= reading
+            if working:
+                self._count_work(-1)
 
     def _require_place(self, limits: LimitsConfig) -> None:
         if self.working >= limits.max_requests:
             raise Problem(503, "busy", f"{self.working} requests are in work already", retry_after=1)
 
-    def begin_work(self, limits: LimitsConfig) -> None:
-        """Count one more request in work. Raises Problem if there are as many as may be."""
-        self._require_place(limits)
-        self.working += 1
+    def _count_work(self, change: int) -> None:
+        self.working += change
         self.metrics.in_work(self.working)
-
-    def end_work(self) -> None:
-        """Count one request less in work."""
-        self.working -= 1
-        self.metrics.in_work(self.working)
-
-
-class _Slot:
-    """The place of one request at a gate: first it is read, then in work. A slow upload keeps nobody from working."""
-
-    def __init__(self, gate: Gate, limits: LimitsConfig, receive: Receive) -> None:
-        self.gate = gate
-        self.limits = limits
-        self.wrapped = receive
-        self.reading, self.working = True, False
-        gate.reading += 1
-
-    async def receive(self) -> Message:
-        """Return the next message. Raises Problem if the body is complete and all places in work are taken."""
-        message = await self.wrapped()
-        if self.reading and message["type"] == "http.request" and not message.get("more_body"):
-            self._end_reading()
-            self.gate.begin_work(self.limits)
-            self.working = True
-        return message
-
-    def leave(self) -> None:
-        """Free the place: the request is answered, or its client is gone."""
-        if self.reading:
-            self._end_reading()
-        if self.working:
-            self.gate.end_work()
-
-    def _end_reading(self) -> None:
-        self.reading = False
-        self.gate.reading -= 1
 
 
 class HeaderGuard:
     """ASGI middleware before Ray Serve's own code, which fails with a 500 if a header that it reads is not UTF-8."""
 
     def __init__(self, app: ASGIApp) -> None:
+        """Guard `app`."""
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,33 +170,6 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
 def route_of(scope: Scope) -> str:
     """Return the route's own path, which has no text of the caller and so makes few metrics; else `other`."""
     return str(getattr(scope.get("route"), "path", "other"))
-
-
-class _Answer:
-    """`send` with the security headers; remembers the status."""
-
-    def __init__(self, send: Send) -> None:
-        self.send = send
-        self.status = 0
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            for name, value in _SECURITY_HEADERS.items():
-                headers.setdefault(name, value)
-        await self.send(message)
-
-
-async def _respond(problem: Problem, scope: Scope, receive: Receive, answer: _Answer) -> None:
-    if not answer.status:  # else the answer is on its way already
-        await problem.response()(scope, receive, answer)
-
-
-def _check_length(scope: Scope, largest: int) -> None:
-    for length in Headers(scope=scope).getlist("content-length"):
-        if len(length) > 18 or not length.isdecimal() or int(length) > largest:
-            raise _too_large(largest)
 
 
 def _too_large(largest: int) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from btray import storage
 from btray.core.cluster import own_device
@@ -29,7 +30,8 @@ from btray.serving.batching import Batcher
 from btray.serving.config import LimitsConfig, ServiceConfig
 from btray.serving.metrics import Metrics
 from btray.serving.problems import Problem
-from btray.storage import StorageError
+from btray.storage import StorageError, is_retryable
+from btray.storage.retry import backoff_delays
 
 _log = logging.getLogger(__name__)
 
@@ -47,24 +49,23 @@ DecodedImage = list[Frame] | Rejection
 
 
 class Accuracy(BaseModel):
-    """An accuracy as the bundle's metrics.json has it."""
+    """An accuracy, read from metrics.json or a part of it."""
 
-    value: float | None
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    value: float | None = Field(validation_alias="accuracy")
     """None if it was measured on no image."""
-    ci95: list[float] | None
+    ci95: list[float] | None = Field(None, validation_alias="accuracy_ci95")
     """Its 95 % interval."""
-    images: int | None
+    images: int | None = Field(None, validation_alias="n")
     """The number of images that it was measured on."""
 
     @classmethod
     def of(cls, metrics: Any) -> Self | None:
         """Return the accuracy of `metrics`; None if there is none."""
-        if not isinstance(metrics, dict) or "accuracy" not in metrics:
-            return None
-        images = metrics.get("n")
-        value = metrics["accuracy"] if images != 0 else None
         with suppress(ValidationError):  # metrics.json is not part of what a bundle's digests cover
-            return cls(value=value, ci95=metrics.get("accuracy_ci95"), images=images)
+            accuracy = cls.model_validate(metrics)
+            return accuracy if accuracy.images != 0 else accuracy.model_copy(update={"value": None})
         return None
 
 
@@ -221,6 +222,7 @@ class ServedModels:
     """Loads what a config names, in threads, and switches to it once it is ready."""
 
     def __init__(self, executor: Executor, metrics: Metrics) -> None:
+        """Start without a model; forward passes run on `executor` and are counted in `metrics`."""
         self.executor = executor
         self.metrics = metrics
         self.split: TrafficSplit | None = None
@@ -239,10 +241,7 @@ class ServedModels:
         """
         self._latest += 1
         if self.split is None:
-            apply, split = await asyncio.to_thread(self._load, config, prepare)
-            apply()
-            self.split = split
-            self._report(self._latest, "done", config.model)
+            self._take_over(self._latest, *await asyncio.to_thread(self._load, config, prepare))
             return
         self._pending = self._latest, config, prepare
         self._changed.set()
@@ -261,19 +260,20 @@ class ServedModels:
             (number, config, prepare), self._pending = self._pending, None
             self._changed.clear()
             try:
-                apply, split = await self._load_patiently(number, config, prepare)
+                self._take_over(number, *await self._load_patiently(number, config, prepare))
             except Exception as error:
                 self._report_refusal(number, config.model, error)
-            else:
-                apply()
-                self.split = split
-                self._report(number, "done", config.model)
+
+    def _take_over(self, number: int, apply: Callable[[], None], split: TrafficSplit) -> None:
+        apply()
+        self.split = split
+        self._report(number, "done", split.config.model)
 
     async def _load_patiently(
         self, number: int, config: ServiceConfig, prepare: Prepare
     ) -> tuple[Callable[[], None], TrafficSplit]:
         """`_load`, again while a store is unavailable and no other config comes: Serve will not ask for it twice."""
-        pause = _FIRST_PAUSE
+        pauses = backoff_delays(math.inf, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
         while True:
             try:
                 return await asyncio.to_thread(self._load, config, prepare)
@@ -282,10 +282,9 @@ class ServedModels:
                     raise
                 self._report(number, "loading", config.model, f"{error}; it is tried again")
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), pause)
+                    await asyncio.wait_for(self._changed.wait(), next(pauses))
                 if number != self._latest:
                     raise
-            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _report_refusal(self, number: int, model: str, error: Exception) -> None:
         if not isinstance(error, UserError):
@@ -322,11 +321,6 @@ class ServedModels:
         )
         facts = ModelFacts.of(bundle)
         return ServedModel(classifier, _source(classifier, config.limits), batcher, facts, settings)
-
-
-def is_retryable(error: Exception) -> bool:
-    """Return whether the cause of an error is a store that is unavailable."""
-    return isinstance(error.__cause__, StorageError) and error.__cause__.retryable
 
 
 def _source(classifier: Classifier, limits: LimitsConfig) -> FrameSource:

@@ -17,14 +17,7 @@ from btray.data.frames import Rejection
 from btray.model.prediction import Prediction, output_arrays, output_specs
 from btray.serving.gate import read_body
 from btray.serving.models import DecodedImage, ServedModel
-from btray.serving.oip_codec import (
-    LENGTH_HEADER,
-    InferAnswer,
-    InferBody,
-    InferRequest,
-    format_answer,
-    parse_request,
-)
+from btray.serving.oip_codec import LENGTH_HEADER, InferAnswer, InferBody, InferRequest, format_answer, parse_request
 from btray.serving.openapi import BINARY, EXAMPLE_PNG, request_body, version
 from btray.serving.problems import Problem, problem_responses
 from btray.serving.service import Service
@@ -70,7 +63,7 @@ _INFER: Final[dict[str, Any]] = {
             "description": f"{', '.join(name for name, *_ in output_specs([]))}, one row per image.",
             "content": {"application/octet-stream": {"schema": BINARY}},
         },
-        **problem_responses(400, 401, 403, 404, 408, 413, 415, 422, 503),
+        **problem_responses(400, 408, 413, 415, 422),
     },
     "openapi_extra": request_body(
         InferBody,
@@ -78,19 +71,14 @@ _INFER: Final[dict[str, Any]] = {
         **{"application/octet-stream": BINARY},
     ),
 }
-_METADATA: Final[dict[str, Any]] = {
-    "summary": "Open Inference Protocol: a model's inputs and outputs",
-    "responses": problem_responses(401, 403, 404, 503),
-}
-_READY: Final[dict[str, Any]] = {
-    "summary": "Open Inference Protocol: whether a model is ready",
-    "responses": problem_responses(401, 403, 404, 503),
-}
+_METADATA: Final = "Open Inference Protocol: a model's inputs and outputs"
+_READY: Final = "Open Inference Protocol: whether a model is ready"
 
 
 def protocol_routes(service: Service) -> APIRouter:
     """Return the routes of the protocol."""
     routes = APIRouter()
+    models = APIRouter(prefix="/v2/models/{name}", responses=problem_responses(401, 403, 404, 503))
 
     @routes.get("/v2", summary="Open Inference Protocol: the server", responses=problem_responses(401, 403))
     async def server() -> ServerMetadata:
@@ -105,19 +93,19 @@ def protocol_routes(service: Service) -> APIRouter:
         service.split()
         return {"ready": True}
 
-    @routes.get("/v2/models/{name}", **_METADATA)
-    @routes.get("/v2/models/{name}/versions/{version}", **_METADATA)
+    @models.get("", summary=_METADATA)
+    @models.get("/versions/{version}", summary=_METADATA)
     async def metadata(name: str, version: str | None = None) -> ModelMetadata:
         return _metadata(service, name, _model(service, name, version))
 
-    @routes.get("/v2/models/{name}/ready", **_READY)
-    @routes.get("/v2/models/{name}/versions/{version}/ready", **_READY)
+    @models.get("/ready", summary=_READY)
+    @models.get("/versions/{version}/ready", summary=_READY)
     async def model_ready(name: str, version: str | None = None) -> dict[str, str | bool]:
         _model(service, name, version)
         return {"name": name, "ready": True}
 
-    @routes.post("/v2/models/{name}/infer", **_INFER)
-    @routes.post("/v2/models/{name}/versions/{version}/infer", **_INFER)
+    @models.post("/infer", **_INFER)
+    @models.post("/versions/{version}/infer", **_INFER)
     async def infer(request: Request, name: str, version: str | None = None) -> Response:
         model = _model(service, name, version)
         body = await read_body(request, service.limits)
@@ -132,6 +120,7 @@ def protocol_routes(service: Service) -> APIRouter:
 
         return await service.in_time(answer())
 
+    routes.include_router(models)
     return routes
 
 

@@ -18,16 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from btray.serving.problems import Problem
+from btray.serving.problems import Problem, first_error
 
 Array = npt.NDArray[Any]
 Datatype = Literal["BYTES", "UINT8", "FP32"]
 
-_TYPES: Final[dict[str, np.dtype[Any]]] = {
-    "UINT8": np.dtype("u1"),
-    "FP32": np.dtype("<f4"),
-    "BOOL": np.dtype("?"),
-}
+_TYPES: Final[dict[str, np.dtype[Any]]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
+_DATATYPES: Final = {"U": "BYTES", "f": "FP32", "b": "BOOL"}
+"""The protocol's name of a kind of NumPy array."""
 _MAX_RANK: Final = 3  # images, height, width
 LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 
@@ -35,26 +33,12 @@ LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 # ---- the JSON of a request
 
 
-class InputParameters(BaseModel):
-    """The extensions of an input tensor."""
+class Parameters(BaseModel):
+    """The extensions of a request, an input or an output."""
 
     binary_data_size: Annotated[int, Field(strict=True)] | None = None
-
-
-class InputTensor(BaseModel):
-    """An input tensor: its elements are `data`, or follow the JSON."""
-
-    name: Literal["image", "pixels"]
-    datatype: Datatype
-    shape: list[Annotated[int, Field(strict=True, ge=1, lt=2**31)]] = Field(min_length=1, max_length=_MAX_RANK)
-    parameters: InputParameters = InputParameters()
-    data: list[Any] | None = None
-
-
-class OutputParameters(BaseModel):
-    """The extensions of an output that is asked for."""
-
     binary_data: bool | None = None
+    binary_data_output: bool = False
     classification: Any = None
 
     @field_validator("classification")
@@ -63,24 +47,28 @@ class OutputParameters(BaseModel):
         raise ValueError("the classification extension is not offered: take label and probabilities")
 
 
+class InputTensor(BaseModel):
+    """An input tensor: its elements are `data`, or follow the JSON."""
+
+    name: Literal["image", "pixels"]
+    datatype: Datatype
+    shape: list[Annotated[int, Field(strict=True, ge=1, lt=2**31)]] = Field(min_length=1, max_length=_MAX_RANK)
+    parameters: Parameters = Parameters()
+    data: list[Any] | None = None
+
+
 class OutputRequest(BaseModel):
     """An output that is asked for."""
 
     name: str
-    parameters: OutputParameters = OutputParameters()
-
-
-class InferParameters(BaseModel):
-    """The extensions of a request."""
-
-    binary_data_output: bool = False
+    parameters: Parameters = Parameters()
 
 
 class InferBody(BaseModel):
     """A request: one input, image or pixels, and the outputs that are asked for; none: all."""
 
     id: str | None = None
-    parameters: InferParameters = InferParameters()
+    parameters: Parameters = Parameters()
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: list[OutputRequest] = []
 
@@ -144,11 +132,9 @@ def parse_request(body: bytes, header_length: str | None, *, max_json: int, max_
     try:
         content = InferBody.model_validate_json(head)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        # Without a place it is not JSON, or not an object.
-        code = "bad_request" if first["loc"] else "bad_body"
-        raise Problem(400, code, f"{where[:80]}: {first['msg'][:200]}") from error
+        # An error of the whole body: it is not JSON, or not an object.
+        code = "bad_request" if error.errors()[0]["loc"] else "bad_body"
+        raise Problem(400, code, first_error(error)) from error
     return InferRequest(content, _elements(content.inputs[0], tail, max_images))
 
 
@@ -164,7 +150,7 @@ def format_answer(answer: InferAnswer, outputs: Mapping[str, Array], request: In
         if name not in outputs:
             raise Problem(400, "bad_request", f"there is no output {name[:80]!r}; there are {', '.join(outputs)}")
         values = outputs[name]
-        tensor = OutputTensor(name=name, datatype=datatype_of(values), shape=list(values.shape))
+        tensor = OutputTensor(name=name, datatype=_DATATYPES[values.dtype.kind], shape=list(values.shape))
         if binary if in_binary is None else in_binary:
             raw = _pack(values) if tensor.datatype == "BYTES" else values.astype(_TYPES[tensor.datatype]).tobytes()
             tail.append(raw)
@@ -174,11 +160,6 @@ def format_answer(answer: InferAnswer, outputs: Mapping[str, Array], request: In
         tensors.append(tensor)
     head = answer.model_copy(update={"outputs": tensors}).model_dump_json(exclude_none=True).encode()
     return head + b"".join(tail), len(head) if tail else None
-
-
-def datatype_of(values: Array) -> str:
-    """Return the protocol's name of an array's type."""
-    return {"U": "BYTES", "f": "FP32", "b": "BOOL"}[values.dtype.kind]
 
 
 # ---- tensors

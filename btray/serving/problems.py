@@ -9,7 +9,8 @@ import json
 from http import HTTPStatus
 from typing import Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
 PROBLEM_TYPE: Final = "application/problem+json"
@@ -63,6 +64,7 @@ class Problem(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, code: str, detail: str, *, retry_after: int | None = None) -> None:
+        """Describe the error; `retry_after` is in seconds."""
         super().__init__(status, code, detail)
         self.status = status
         self.code = code
@@ -89,6 +91,12 @@ class Problem(Exception):
         )
         # Not pydantic's own JSON, which fails if the detail quotes half a surrogate pair of the caller's.
         return Response(json.dumps(answer.model_dump()), self.status, self.headers, PROBLEM_TYPE)
+
+
+def first_error(error: ValidationError | RequestValidationError) -> str:
+    """Return where the first wrong value is and what is wrong with it, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))[:80] or 'body'}: {first['msg'].removeprefix('Value error, ')[:300]}"
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -69,10 +69,7 @@ class Service:
         return function() if size < _SMALL else await self.decoding(function)
 
     async def classify(
-        self,
-        model: ServedModel,
-        images: Sequence[bytes],
-        prepare: Callable[[list[DecodedImage]], list[DecodedImage]],
+        self, model: ServedModel, images: Sequence[bytes], prepare: Callable[[list[DecodedImage]], list[DecodedImage]]
     ) -> tuple[list[DecodedImage], list[Prediction]]:
         """Decode and classify encoded images. Raises Problem if they have more pages than one request may have.
 

@@ -5,30 +5,23 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from btray.serving.problems import Problem
+from btray.serving.problems import Problem, first_error
 
 _MAX_NAME = 255
 _CHUNK = 256 * 1024
 """Bytes of a multipart body that are parsed at once; other requests come between."""
 
 
-@dataclass(frozen=True)
-class Upload:
-    """One image as it came, and the name that the caller gave it, shortened if it is long."""
-
-    data: bytes = field(repr=False)  # an image belongs into no log
-    name: str | None = field(default=None, repr=False)
-
-
 def _decode_base64(value: Any) -> bytes:
+    if isinstance(value, bytes):  # a part of a form, or a whole body
+        return value
     if not isinstance(value, str):
         raise ValueError("expected text in base64")
     return base64.b64decode(value, validate=True)  # pydantic's own Base64Bytes skips what is not base64
@@ -38,27 +31,28 @@ Base64 = Annotated[bytes, BeforeValidator(_decode_base64), WithJsonSchema({"type
 """Bytes, in JSON as strict base64."""
 
 
-class EncodedImage(BaseModel):
-    """One image in JSON."""
+class Upload(BaseModel):
+    """One image as it came, and the name that the caller gave it, shortened if it is long."""
 
     model_config = ConfigDict(extra="forbid")
 
-    data: Base64
-    name: str | None = None
+    # What a caller sends belongs in no log.
+    data: Base64 = Field(repr=False)
+    name: Annotated[str | None, AfterValidator(lambda name: name and name[:_MAX_NAME])] = Field(
+        default=None, repr=False
+    )
+
+
+def _as_object(image: Any) -> Any:
+    return image if isinstance(image, dict) else {"data": image}
 
 
 class ClassifyRequest(BaseModel):
     """Images in JSON: each an object, or base64 alone."""
 
-    images: Annotated[
-        list[
-            Annotated[
-                Annotated[Base64, Tag("base64")] | Annotated[EncodedImage, Tag("object")],
-                Discriminator(lambda image: "object" if isinstance(image, dict) else "base64"),
-            ]
-        ],
-        Field(json_schema_extra={"minItems": 1}),
-    ]
+    images: list[Annotated[Upload, BeforeValidator(_as_object, json_schema_input_type=Base64 | Upload)]] = Field(
+        json_schema_extra={"minItems": 1}
+    )
 
 
 async def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> list[Upload]:
@@ -72,7 +66,7 @@ async def images_in(content_type: str, body: bytes, *, most: int, max_json: int)
     elif kind == b"application/json":
         uploads = _from_json(body, most, max_json)
     elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
-        uploads = [Upload(body)]
+        uploads = [Upload(data=body)]
     else:
         raise Problem(
             415,
@@ -96,20 +90,14 @@ def _from_json(body: bytes, most: int, largest: int) -> list[Upload]:
     try:
         images = ClassifyRequest.model_validate_json(body).images
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors()[0]
         if first["type"] == "json_invalid":
             raise Problem(400, "bad_body", f"the body is not valid JSON: {first['ctx']['error']}") from error
-        where, expected = (
-            ".".join(map(str, first["loc"])) or "body",
-            '{"images": [{"data": BASE64, "name": TEXT}, ...]}',
-        )
-        raise Problem(422, "invalid", f"{where[:80]}: {first['msg'][:200]}; expected {expected}") from error
+        expected = '{"images": [{"data": BASE64, "name": TEXT}, ...]}'
+        raise Problem(422, "invalid", f"{first_error(error)}; expected {expected}") from error
     if len(images) > most:
         raise _too_many(most)
-    return [
-        Upload(image) if isinstance(image, bytes) else Upload(image.data, image.name and image.name[:_MAX_NAME])
-        for image in images
-    ]
+    return images
 
 
 class _FormInMemory(MultiPartParser):
@@ -148,8 +136,8 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
     for _, part in form.multi_items():
         if isinstance(part, UploadFile):
             name = (part.filename or "").encode("latin-1").decode("utf-8", "replace")
-            uploads.append(Upload(part.file.read(), name[:_MAX_NAME]))
+            uploads.append(Upload(data=part.file.read(), name=name))
             part.file.close()  # a body's bytes are held once less
         else:
-            uploads.append(Upload(part.encode("latin-1")))
+            uploads.append(Upload(data=part.encode("latin-1")))
     return uploads

@@ -1,6 +1,6 @@
 """Files and objects, local or s3://: named, listed, read with retry, written whole."""
 
-from btray.storage.errors import StorageError, storage_errors_for, suppress_missing, user_error
+from btray.storage.errors import StorageError, is_retryable, storage_errors_for, suppress_missing, user_error
 from btray.storage.file_info import FileInfo
 from btray.storage.files import (
     arrow_filesystem,
@@ -41,6 +41,7 @@ __all__ = [
     "is_file",
     "is_folder",
     "is_remote",
+    "is_retryable",
     "join",
     "list_files",
     "list_names",

@@ -115,6 +115,11 @@ def user_error(error: StorageError) -> UserError:
     return UserError(f"{error.uri}: {remedy}" + (f" ({error.detail})." if error.detail else "."))
 
 
+def is_retryable(error: Exception) -> bool:
+    """Return whether the cause of `error`, of `user_error`, is a store that may be back at another try."""
+    return isinstance(error.__cause__, StorageError) and error.__cause__.retryable
+
+
 @contextmanager
 def storage_errors_for(uri: str) -> Iterator[None]:
     """Turn what the OS, s3fs and botocore raise within into a StorageError for `uri`."""

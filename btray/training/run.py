@@ -11,6 +11,7 @@ from ray.train.torch import TorchTrainer
 
 from btray import storage
 from btray.core.cluster import cpus
+from btray.core.console import ProgressLine
 from btray.core.errors import Stopped, UserError
 from btray.model.bundle import require_free
 from btray.training.checkpoints import Checkpoint, StateDict
@@ -121,7 +122,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
         # Frames in memory are not split: every worker holds all of them.
         dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
-    with stoppable(plan.run_uri) as stop_requested:
+    with stoppable(plan.run_uri) as stop_requested, ProgressLine("starting the workers"):
         result = trainer.fit()
         if stop_requested():
             raise Stopped(f"run {plan.run_uri} was stopped after writing a checkpoint; the same command resumes it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -34,12 +33,8 @@ class Tracker:
     def epoch_ended(self, history: Sequence[EpochRecord]) -> None:
         """Report the last record of `history`, the records of all epochs so far."""
         record = history[-1]
-        if self.config.log_format == "json":
-            _log.info("epoch ended", extra={**asdict(record), "epochs": self.config.epochs})
-        else:
-            # Not print(): Ray Train sends what workers print to its log as well, and the line would come twice.
-            sys.stdout.write(progress_line(history, self.config.epochs) + "\n")
-            sys.stdout.flush()
+        shown = {"epochs": self.config.epochs, "_progress": progress_line(history, self.config.epochs)}
+        _log.info("epoch ended", extra={**asdict(record), **shown})
         metrics.record(
             {
                 "btray_train_epoch": record.epoch,

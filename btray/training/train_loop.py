@@ -35,20 +35,12 @@ _log = logging.getLogger(__name__)
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Run a training in a worker of Ray Train; `settings` holds the `plan` and the `threads` that torch may use."""
-    _quieten_reports()
     plan: Plan = settings["plan"]
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
     # Ray limits OMP_NUM_THREADS to the CPUs that a worker reserves, which are fewer than its share of the machine.
     torch.set_num_threads(settings["threads"])
     with lasting():
         Trainer(plan).run()
-
-
-def _quieten_reports() -> None:
-    """Ray Train logs every report of every worker under its file's name, which no LoggingConfig reaches."""
-    for name in logging.root.manager.loggerDict:
-        if "ray/train/" in name:
-            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Trainer:

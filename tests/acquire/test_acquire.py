@@ -362,7 +362,7 @@ def test_a_hostile_archive_writes_nothing_outside(tmp_path: Path) -> None:
         ("http://", "names no server"),
         ("gs://bucket/x", "gs://"),
         ("nowhere.zip", "nothing is there"),
-        ("", "no path"),
+        ("", "not a path"),
     ],
 )
 def test_a_source_that_cannot_be_is_one_line(tmp_path: Path, source: str, match: str) -> None:

@@ -42,7 +42,7 @@ def test_a_cut_connection_is_taken_up_and_no_byte_is_sent_twice(server: FileServ
 
 def test_the_next_run_takes_up_what_the_last_one_left(server: FileServer, tmp_path: Path) -> None:
     server.plan = [Misbehaviour(cut_after=300_000), Misbehaviour(status=503)]
-    with pytest.raises(UserError, match="go on from the 300000 bytes"):
+    with pytest.raises(UserError, match="continue from the 300000 bytes"):
         download(server.url(), tmp_path, retries=GIVE_UP)
     assert download(server.url(), tmp_path, sha256=SHA).read_bytes() == CONTENT
     assert server.requests[-1].sent == 100_000

@@ -252,7 +252,7 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
     output = tmp_path / "out"
     for changes, said in (
         ({"input": str(tmp_path / "nowhere")}, "nowhere"),
-        ({"model": str(tmp_path)}, "no model bundle"),
+        ({"model": str(tmp_path)}, "not a model bundle"),
         ({"model_id": "0" * 32}, "0" * 32),
     ):
         with pytest.raises(UserError, match=re.escape(said)) as caught:

@@ -118,9 +118,9 @@ def test_the_latest_outcome_counts_whatever_the_order_and_is_found_on_disk_too(
     names = [(f"s3://b/{number}", "e") for number in range(200)]
     seen = LatestOutcomes(tmp_path)
     chance = np.random.default_rng(3)
-    records = completed.make_records(
-        keys_of(names * 5), np.repeat(np.arange(5), 200), chance.integers(0, 3, 1000).astype(np.uint8)
-    )
+    records = np.empty(1000, completed.RECORD)
+    records["key"], records["at"] = keys_of(names * 5), np.repeat(np.arange(5), 200)
+    records["outcome"] = chance.integers(0, 3, 1000)
     for some in np.array_split(chance.permutation(records), 40):
         seen.add(some)
     for worst in (completed.CLASSIFIED, completed.REJECTED):

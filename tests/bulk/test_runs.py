@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 
 from btray import results, storage
-from btray.bulk import driver, runs, table, worklist
+from btray.bulk import runs, table, worklist
 from btray.bulk.pipeline import WorklistSource
 from btray.bulk.report import PartTally
 from btray.bulk.runs import write_part
-from btray.bulk.worklist import WorklistWriter
+from btray.bulk.worklist import PART_OBJECTS, WorklistWriter
 from btray.core.errors import Failed, UserError
 from btray.storage import FileInfo
 from tests.helpers.classify_helpers import run_report
 from tests.helpers.table_helpers import row
-
-PART_OBJECTS = driver._PART_OBJECTS
 
 
 def begin(place: str, model: str, request: dict[str, Any]) -> tuple[runs.Run, bool]:
@@ -34,13 +32,13 @@ def objects(count: int, size: int = 7) -> list[FileInfo]:
 
 
 def part_sizes(listed: list[FileInfo], *, taper: bool) -> list[int]:
-    parts = worklist.cut_into_parts(listed, PART_OBJECTS, taper=taper)
+    parts = worklist.cut_into_parts(listed, taper=taper)
     assert sorted(set(parts)) == list(range(parts[-1] + 1))
     return np.bincount(parts).tolist()
 
 
 def test_a_worklist_gives_its_parts_in_order_and_ends(place: str) -> None:
-    writer = WorklistWriter(place, PART_OBJECTS)
+    writer = WorklistWriter(place)
     listed = objects(5000)
     for start in range(0, 5000, 700):
         writer.add(listed[start : start + 700])
@@ -72,7 +70,7 @@ def test_parts_are_many_and_the_last_ones_of_an_archive_small() -> None:
 def test_a_run_is_resumed_by_the_same_request_and_abandoned_by_another(place: str) -> None:
     first, resumed = begin(place, "m", {"input": "a"})
     assert not resumed
-    WorklistWriter(first.worklist, PART_OBJECTS).end(complete=False)
+    WorklistWriter(first.worklist).end(complete=False)
     assert begin(place, "m", {"input": "a"}) == (first, True)
     assert not begin(place, "other model", {"input": "a"})[1]
     second, resumed = begin(place, "m", {"input": "b"})
@@ -86,9 +84,17 @@ def test_a_run_is_resumed_by_the_same_request_and_abandoned_by_another(place: st
     assert not begin(place, "m", {"input": "b"})[1]
 
 
+def test_a_run_that_an_older_version_abandoned_has_ended_and_is_no_run_to_compare_with(place: str) -> None:
+    run, _ = begin(place, "m", {"input": "a"})
+    storage.write_json(storage.join(run.folder, runs.RUN), {"state": "given up", "request": {"input": "a"}})
+    assert runs.has_ended(run.folder)
+    assert list(runs.reports(place, "m")) == []
+    assert begin(place, "m", {"input": "a"})[0] != run
+
+
 def test_a_worker_that_outlives_an_abandoned_run_adds_no_row(place: str) -> None:
     run, _ = begin(place, "1e10", {"input": "a"})
-    writer = WorklistWriter(run.worklist, PART_OBJECTS)
+    writer = WorklistWriter(run.worklist)
     writer.add(objects(1024))
     names = [part["part"][0].as_py() for part in islice(worklist.read_parts(run.worklist), 8)]
     assert write_part(run.part_uri(names[3]), [row("in time")], table.SCHEMA, PartTally(objects=1))
@@ -98,20 +104,21 @@ def test_a_worker_that_outlives_an_abandoned_run_adds_no_row(place: str) -> None
 
 
 def test_of_two_drivers_that_list_for_one_run_one_seals_a_shard_and_the_other_learns_of_it(place: str) -> None:
-    first, second = WorklistWriter(place, PART_OBJECTS), WorklistWriter(place, 7)
+    first, second = WorklistWriter(place), WorklistWriter(place)
     first.add(objects(1024))
     with pytest.raises(UserError, match=r"00000\.segment was sealed by another run") as caught:
-        second.add(objects(1024))
+        second.add(objects(1024, size=8))
     assert "\n" not in str(caught.value)
-    assert len(worklist.part_ids(worklist.sealed_shards(place)[0][0])) == 8
-    WorklistWriter(place, PART_OBJECTS).add(objects(1024))  # the same, say by a put whose answer was lost
+    (shard,), _ = worklist.sealed_shards(place)
+    assert worklist.read_shard(shard)["size"].to_pylist() == [7] * 1024
+    WorklistWriter(place).add(objects(1024))  # the same, say by a put whose answer was lost
 
 
 def test_a_driver_that_lost_its_lease_writes_nothing_into_the_worklist(place: str) -> None:
     def lost() -> None:
         raise UserError("another run has taken over")
 
-    writer = WorklistWriter(place, PART_OBJECTS, check=lost)
+    writer = WorklistWriter(place, check=lost)
     for write_on in (lambda: writer.add(objects(1024)), lambda: writer.end(complete=False)):
         with pytest.raises(UserError, match="taken over"):
             write_on()
@@ -120,7 +127,7 @@ def test_a_driver_that_lost_its_lease_writes_nothing_into_the_worklist(place: st
 
 def test_a_shard_that_comes_after_its_run_was_abandoned_is_never_read(place: str) -> None:
     run, _ = begin(place, "m", {"input": "a"})
-    late = WorklistWriter(run.worklist, PART_OBJECTS)
+    late = WorklistWriter(run.worklist)
     late.add(objects(1024))
     reading = worklist.read_parts(run.worklist)
     next(reading)
@@ -134,7 +141,7 @@ def test_a_run_that_was_being_abandoned_when_its_driver_was_killed_is_not_resume
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = begin(place, "m", {"input": "a"})
-    WorklistWriter(run.worklist, PART_OBJECTS).add(objects(1024))
+    WorklistWriter(run.worklist).add(objects(1024))
     with monkeypatch.context() as patch:
         patch.setattr("btray.bulk.runs.finish", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -151,7 +158,7 @@ def killed(*arguments: Any) -> None:
 
 def test_no_file_of_a_run_looks_like_one_of_the_table(tmp_path: Path) -> None:
     run, _ = begin(str(tmp_path), "m", {"input": "a"})
-    WorklistWriter(run.worklist, PART_OBJECTS).add(objects(1024))
+    WorklistWriter(run.worklist).add(objects(1024))
     runs.note_attempt(run, "00000-000", "s3://b/0")
     assert list(tmp_path.rglob("*.segment"))
     assert not list(tmp_path.rglob("*.parquet")), "DuckDB and Polars do not skip folders that begin with _"
@@ -161,7 +168,7 @@ def test_what_a_run_left_that_was_killed_in_its_last_moment_is_removed_by_the_ne
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = begin(place, "m", {"input": "a"})
-    WorklistWriter(run.worklist, PART_OBJECTS).add(objects(1024))
+    WorklistWriter(run.worklist).add(objects(1024))
     write_part(run.part_uri("00000-000"), [row("a")], table.SCHEMA, PartTally())
     if not storage.is_remote(place):  # two workers, and a driver before its first word
         half_written = [run.part_uri("x").replace("part-", ".") + ".tmp", f"{run.folder}-0/.1.tmp"]

@@ -124,7 +124,7 @@ def test_a_wrong_flag_is_named_in_one_line(arguments: list[str], named: str) -> 
         ("no: 3", "False"),
         ("1: 3", "1"),
         ("network: {on: 3}", "True"),
-        ("network: {1: 3}", "config.yaml: the key 1 is no name"),
+        ("network: {1: 3}", "config.yaml: the key 1 is not the name"),
     ],
 )
 def test_a_wrong_key_in_the_file_is_named_in_one_line(tmp_path: Path, text: str, named: str) -> None:

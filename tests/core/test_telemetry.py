@@ -255,7 +255,7 @@ def test_a_pushgateway_that_is_away_for_a_moment_is_asked_again_and_one_that_sta
         assert "took no numbers: 503" in caplog.text
     metrics.leave(gateway.url, "pack", "x 3\n")
     assert "does not answer" in caplog.text
-    with pytest.raises(UserError, match="is no URL"):
+    with pytest.raises(UserError, match="is not the URL"):
         metrics.leave("http://[bad", "pack", "x 4\n")
 
 

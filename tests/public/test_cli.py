@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
+import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -245,12 +248,75 @@ def test_settings_come_from_the_environment_too(
 def test_help_and_version(btray: Callable[..., Ended]) -> None:
     ended = btray("--help")
     assert ended.code == 0
-    assert "predict" in "\n".join(ended.out)
+    for name, (config, _) in cli.commands().items():
+        (line,) = [line for line in ended.out if line.split()[:1] == [name]]
+        assert (config.__doc__ or "").startswith(line.split(maxsplit=1)[1])
     ended = btray("predict", "--help")
     assert ended.code == 0
     for flag in ("usage: btray predict", "--model", "--model-id", "--json", "FILES", "Exit code"):
         assert flag in "\n".join(ended.out)
-    assert btray("--version") == Ended(0, [f"btray {importlib.metadata.version('btray')}"], "")
+    installed = [f"{name} {importlib.metadata.version(name)}" for name in ("btray", "ray", "torch")]
+    assert btray("--version") == Ended(0, [*installed, f"python {platform.python_version()}"], "")
+
+
+@pytest.mark.parametrize("name", [name for name in cli.commands() if name not in ("predict", "key")])
+def test_every_job_is_a_command_with_the_same_flags_and_the_same_code(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))
+    config, command = cli.commands()[name]
+    assert config in script.values()
+    source = (ROOT / "jobs" / f"{name}.py").read_text()
+    (function,) = re.findall(r"    return (\w+)\(config", source)
+    (module,) = re.findall(rf"    from (btray\S+) import {function}\b", source)
+    if name == "serve":
+        assert (module, function) == ("btray.serving.job", "run_service")
+        return
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{module}.{function}", lambda config: called.append(config) or "made")
+        assert command("the config") == "made"
+    assert called == ["the config"]
+
+
+def test_a_job_that_is_run_as_a_command_ends_and_prints_as_its_script_does(
+    btray: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btray.evaluation.job.evaluate", lambda config: f"report of {config.model}")
+    needed = ["--model", "m", "--data", "d", "--out", "o"]
+    assert btray("evaluate", *needed) == Ended(0, ["report of m"], "")
+    (tmp_path / "x.yaml").write_text("batch_size: 0")
+    for wrong in (["--modle", "x"], ["--config", tmp_path / "x.yaml"]):
+        ended = btray("evaluate", *needed, *wrong)
+        assert (ended.code, ended.out, ended.err.count("\n")) == (2, [], 1)
+    assert "usage: btray evaluate " in "\n".join(btray("evaluate", "--help").out)
+
+
+def test_serve_reads_its_own_command_line_again_on_a_reload(
+    btray: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("model: first")
+
+    def run_service(config: Any, reload: Callable[[], Any]) -> str:
+        file.write_text("model: second")
+        return f"{config.model} {config.port}, then {reload().model} {reload().port}"
+
+    monkeypatch.setattr("btray.serving.job.run_service", run_service)
+    assert btray("serve", "--config", file, "--port", "8001").out == ["first 8001, then second 8001"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["serve", "--help"]])
+def test_help_and_version_cost_no_heavy_import(arguments: list[str]) -> None:
+    code = (
+        "import sys, btray.cli\n"
+        f"sys.argv = ['btray', *{arguments!r}]\n"
+        "try:\n"
+        "    btray.cli.main()\n"
+        "except SystemExit as ended:\n"
+        "    heavy = {'torch', 'ray', 'numpy', 'matplotlib', 'sklearn', 'pyarrow', 's3fs', 'rich'} & set(sys.modules)\n"
+        "    print(ended.code, sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_a_bundle_that_was_tampered_with_is_refused(btray: Callable[..., Ended], scan: Path, tmp_path: Path) -> None:

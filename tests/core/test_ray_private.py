@@ -1,0 +1,102 @@
+"""Each private name of Ray that btray uses is where it was and works; an upgrade that moves one fails here."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from ray._private import ray_constants, services
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.runtime_env import constants
+
+from btray.core import ray_private
+from tests.helpers.forked_jobs import ROOT
+
+_PRIVATE = re.compile(r"ray\._private|ray\._raylet|ray\.\w+(?:\.\w+)*\._(?!_)|from ray[\w.]* import _(?!_)")
+
+
+def test_private_names_of_ray_stand_in_one_module_for_ray_and_one_for_serve() -> None:
+    found = {str(path.relative_to(ROOT / "btray")) for path in (ROOT / "btray").rglob("*.py")
+             if _PRIVATE.search(path.read_text())}  # fmt: skip
+    assert "core/ray_private.py" in found
+    assert {path for path in found if not path.startswith("serving/")} == {"core/ray_private.py"}
+
+
+def test_an_address_is_found_in_the_environment_and_none_where_a_local_ray_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
+    assert ray_private.cluster_address() == "10.1.2.3:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert ray_private.cluster_address() is None
+
+
+def test_in_the_block_this_machine_is_loopback_and_the_submitted_package_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert constants.RAY_JOB_CONFIG_JSON_ENV_VAR == ray_private.JOB_CONFIG_VARIABLE
+    monkeypatch.setenv(ray_private.JOB_CONFIG_VARIABLE, "{}")
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with ray_private.on_loopback():
+        assert services.get_node_ip_address() == "127.0.0.1"
+        assert ray_private.JOB_CONFIG_VARIABLE not in os.environ
+    assert before == ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_the_loggers_that_are_silenced_are_those_that_warn() -> None:
+    for name in ray_private.QUIET_LOGGERS:
+        assert importlib.import_module(name).logger is logging.getLogger(name)
+
+
+def test_worker_lines_reach_the_given_function_alone() -> None:
+    before = list(global_worker_stdstream_dispatcher.handlers)
+    batches: list[object] = []
+    try:
+        global_worker_stdstream_dispatcher.add_handler("ray_print_logs", print)
+        ray_private.forward_worker_lines(batches.append)
+        ray_private.forward_worker_lines(batches.append)
+        global_worker_stdstream_dispatcher.emit("a batch")
+        assert batches == ["a batch"]
+        assert "ray_print_logs" in Path(ray._private.worker.__file__).read_text(), "the name under which Ray prints"
+    finally:
+        global_worker_stdstream_dispatcher.handlers = before
+
+
+_CORE = """
+import os, sys
+from types import SimpleNamespace
+import ray
+from btray.core.ray_private import core_lines_in_log
+folder = sys.argv[1]
+ray._private.worker._global_node = SimpleNamespace(get_logs_dir_path=lambda: folder)
+with core_lines_in_log():
+    os.write(2, b"of the core\\n")
+    print("of Python", file=sys.stderr)
+os.write(2, b"afterwards\\n")
+ray._private.worker._global_node = None
+"""
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_the_core_prints_lands_in_the_log_folder_and_what_python_prints_does_not(
+    tmp_path: Path, writable: bool
+) -> None:
+    folder = tmp_path if writable else tmp_path / "absent"
+    done = subprocess.run([sys.executable, "-c", _CORE, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept = [path.read_text() for path in tmp_path.iterdir()]
+    assert kept == (["of the core\n"] if writable else [])
+    assert done.stderr == ("" if writable else "of the core\n") + "of Python\nafterwards\n"
+
+
+@pytest.mark.cluster
+def test_this_process_started_its_ray_and_ray_keeps_a_folder_of_logs(ray_session: None) -> None:
+    assert ray_private.started_ray_here()
+    assert Path(ray._private.worker._global_node.get_logs_dir_path()).is_dir()

@@ -38,8 +38,8 @@ def near_pairs(prints: Fingerprints, *, within: float) -> tuple[Pairs, npt.NDArr
     Returns their positions int64 [p, 2], each pair once, the smaller first, and their distances [p]. In crowds of more
     than some dozen only pairs that hold the crowd together are given. Blank images have no pair.
     """
-    found = [_candidates(prints[:, view], seed=view) for view in range(VIEWS)]
-    pairs = np.unique(np.concatenate(found), axis=0) if len(prints) > 1 else np.zeros((0, 2), np.int64)
+    candidates = [_candidates(prints[:, view], seed=view) for view in range(VIEWS)]
+    pairs = np.unique(np.concatenate(candidates), axis=0) if len(prints) > 1 else np.zeros((0, 2), np.int64)
     apart = [np.zeros(0, np.float32)]
     for start in range(0, len(pairs), _CHUNK):
         part = pairs[start : start + _CHUNK]
@@ -117,16 +117,16 @@ def _candidates(prints: npt.NDArray[np.float16], *, seed: int) -> Pairs:
     weight = np.sqrt(frequencies()) / _SPREAD
     used = np.flatnonzero(prints.any(1))
     points = prints[used].astype(np.float32) * weight.astype(np.float32)
-    found = [np.zeros((0, 2), np.int64)]
+    pairs = [np.zeros((0, 2), np.int64)]
     for _ in range(_BANDS):
         directions = random.normal(size=(LENGTH, _PROJECTIONS)).astype(np.float32)
         places = points @ directions
         cells = np.floor(places / _CELL + random.random(_PROJECTIONS, np.float32)).astype(np.int64)
         keys = (cells * random.integers(1, 2**62, _PROJECTIONS)).sum(1)
-        found.append(_pairs_in_buckets(keys, places[:, 0]))
-        if len(found) > 8:  # the same pairs come again in every band
-            found = [np.unique(np.concatenate(found), axis=0)]
-    return used[np.concatenate(found)]
+        pairs.append(_pairs_in_buckets(keys, places[:, 0]))
+        if len(pairs) > 8:  # the same pairs come again in every band
+            pairs = [np.unique(np.concatenate(pairs), axis=0)]
+    return used[np.concatenate(pairs)]
 
 
 def _pairs_in_buckets(keys: Numbers, place: npt.NDArray[np.float32]) -> Pairs:

@@ -16,7 +16,7 @@ from btray import storage
 from btray.core.errors import UserError
 from btray.storage import FileInfo
 
-_BLOCK = 4 << 20  # bytes
+_BLOCK = 4 << 20  # bytes; a row must fit into one, so that newlines in quoted values are found
 
 
 def named_in_manifest(manifest: str) -> Iterator[FileInfo]:
@@ -110,6 +110,7 @@ def _values(manifest: str, columns: Sequence[str], required: Sequence[str]) -> I
         spec = ",".join(required) + "".join(f"[,{name}]" for name in columns if name not in required)
         raise UserError(f"{manifest} has no column {' and '.join(missing)} (it has {known}); the columns are {spec}.")
     present = [by_name[name] for name in columns if name in by_name]
+    # opened anew: the reader of the header has read ahead
     with open_for_arrow(manifest) as file:
         parquet = None if _is_csv(manifest) else pa.parquet.ParquetFile(file)
         for batch in parquet.iter_batches(columns=present) if parquet else csv_batches(file, present, present):
@@ -145,9 +146,9 @@ def open_for_arrow(uri: str) -> Any:
 
 
 def csv_batches(
-    file: Any, columns: Sequence[str], wanted: Sequence[str], *, header: bool = True
+    file: Any, columns: Sequence[str], included: Sequence[str], *, header: bool = True
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the `wanted` columns of a CSV file, all values as text; without a header `columns` are its names.
+    """Yield the `included` columns of a CSV file, all values as text; without a header `columns` are its names.
 
     As text, since a patient 007 is not patient 7, and a label "NA" is not an absent label.
     """
@@ -156,6 +157,6 @@ def csv_batches(
         read_options=pa.csv.ReadOptions(block_size=_BLOCK, column_names=None if header else list(columns)),
         parse_options=pa.csv.ParseOptions(newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(columns, pa.string()), include_columns=list(wanted)
+            column_types=dict.fromkeys(columns, pa.string()), include_columns=list(included)
         ),
     )

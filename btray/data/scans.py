@@ -26,9 +26,9 @@ from btray.data.file_signatures import Format, describe_foreign, recognise_forma
 Array = np.ndarray[Any, np.dtype[Any]]
 
 REJECTION_CODES: Final[dict[str, str]] = {
-    "empty": "The object has no bytes: the upload was cut off; write it again.",
+    "empty": "The object has no bytes: the upload was interrupted; write it again.",
     "not_an_image": "The bytes are not an image (text, an error page, an archive): leave it out of the worklist.",
-    "truncated": "The image ends too early: the upload or download was cut off; copy it again from its source.",
+    "truncated": "The image ends too early: the upload or download was interrupted; copy it again from its source.",
     "bomb": "Decoding would take too much memory or time: inspect it, then split it or raise max_pixels if it is real.",
     "too_large": "The object has more bytes than max_bytes: split it or raise the limit.",
     "too_small": "The image is smaller than min_side: an icon or a placeholder; leave it out.",
@@ -67,7 +67,7 @@ class ScanLimits:
 
 @dataclass(frozen=True)
 class Scan:
-    """A decoded scan. Identifiers are None where the format has none."""
+    """A decoded scan. Identifiers are None if the format has none."""
 
     frames: list[Array]
     """Gray frames [height, width], uint8 or uint16 in native byte order, C-contiguous, writable."""
@@ -87,11 +87,11 @@ class FileFacts:
     height: int
     """In pixels, as stored: of the first page, before an EXIF orientation is applied."""
     colours: Array | None
-    """A small copy in colour, uint8 [height, width, 3]; None where pixels have no colour."""
+    """A small copy in colour, uint8 [height, width, 3]; None if pixels have no colour."""
 
 
 _DEFAULT_LIMITS = ScanLimits()
-_COLOUR_SIDE = 64  # of the small copy in colour, in pixels, at least where the file has as many
+_COLOUR_SIDE = 64  # of the small copy in colour, in pixels, if the file has as many
 _COLOURLESS = ("1", "L", "LA", "I", "F")
 
 # Built by class, not by Image.open: no other decoder can ever see the bytes, and Image.open's warning about large
@@ -192,7 +192,7 @@ def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLi
     elif kind == "PNG":
         # Pillow's load checks neither the checksums of the pixels nor that the file ends; verify() spends its object.
         if _PNG_END not in data:
-            raise ScanRejected("truncated", f"a PNG cut off after {len(data)} bytes: no end chunk")
+            raise ScanRejected("truncated", f"a PNG truncated after {len(data)} bytes: no end chunk")
         PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()
     return [_frame(data, image)]
 
@@ -214,7 +214,7 @@ def _pages(data: bytes, image: TiffImagePlugin.TiffImageFile, limits: ScanLimits
 
 
 def _check_directories(data: bytes) -> int:
-    """Count a TIFF's pages. Raises `ScanRejected` if their list is cut off or endless, which Pillow passes over."""
+    """Count a TIFF's pages. Raises `ScanRejected` if their list is truncated or endless, which Pillow ignores."""
     order, big = "<" if data.startswith(b"II") else ">", b"+" in data[:4]
     count_format, entry, inline, word = ("Q", 20, 8, "Q") if big else ("H", 12, 4, "I")
     seen: set[int] = set()
@@ -227,6 +227,7 @@ def _check_directories(data: bytes) -> int:
             first = offset + struct.calcsize(count_format)
             (offset,) = struct.unpack_from(order + word, data, first + count * entry)
             entries += count
+            # directories that overlap have more entries than the file has room for
             if len(seen) > _MAX_PAGES or entries * entry > len(data):
                 raise ScanRejected("bomb", f"a TIFF of more than {_MAX_PAGES} pages or of overlapping directories")
             for at in range(first, first + count * entry, entry):
@@ -234,11 +235,11 @@ def _check_directories(data: bytes) -> int:
                 size = length * _TIFF_TYPE_SIZES.get(kind, 0)
                 if tag <= _LAST_PIXEL_TAG and size > inline and value + size > len(data):
                     raise ScanRejected(
-                        "truncated", f"a TIFF cut off after {len(data)} bytes: tag {tag} lies after that"
+                        "truncated", f"a TIFF truncated after {len(data)} bytes: tag {tag} lies after that"
                     )
     except (struct.error, OverflowError) as error:
         raise ScanRejected(
-            "truncated", f"a TIFF cut off after {len(data)} bytes: a directory lies after that"
+            "truncated", f"a TIFF truncated after {len(data)} bytes: a directory lies after that"
         ) from error
     return len(seen)
 
@@ -247,7 +248,7 @@ def _check_strips(tags: TiffImagePlugin.ImageFileDirectory_v2, end: int) -> None
     for offsets, lengths in ((273, 279), (324, 325)):  # strips, tiles
         for offset, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False):
             if offset + length > end:
-                raise ScanRejected("truncated", f"a TIFF cut off after {end} bytes: pixels lie after that")
+                raise ScanRejected("truncated", f"a TIFF truncated after {end} bytes: pixels lie after that")
 
 
 def _check_size(image: Image.Image, limits: ScanLimits, pixels_before: int = 0) -> int:
@@ -268,6 +269,7 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     image.load()
     with contextlib.suppress(Exception):
         image.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
+    # A JPEG or PNG may say that it is to be turned: the network must see the head upright, as people do.
     if deep is None:
         ImageOps.exif_transpose(image, in_place=True)
         return _gray(image)
@@ -371,7 +373,7 @@ def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or _BOMB_TEXT.search(text):
         return ScanRejected("bomb", f"{kind}: {text}")
     if "truncated" in text.lower() or _is_cut(data, kind):
-        return ScanRejected("truncated", f"a {kind} cut off after {len(data)} bytes: {text}")
+        return ScanRejected("truncated", f"a {kind} truncated after {len(data)} bytes: {text}")
     if _UNSUPPORTED_TEXT.search(text):
         return ScanRejected("unsupported", f"a {kind} of a kind that is not read: {text}")
     return ScanRejected("decode_failed", f"a damaged {kind}: {text}")

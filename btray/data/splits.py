@@ -1,6 +1,6 @@
 """Group-aware, stratified splits: what belongs together never lies on both sides; and what leaks between given ones.
 
-Rows belong together that share a patient_id, that are known to show the same picture (`duplicate_of`), or, where no
+Rows belong together that share a patient_id, that are known to show the same picture (`duplicate_of`), or, if no
 patient is known, whose files are neighbours: slices of one patient usually carry neighbouring numbers, so each run of
 numbered files (one folder, one name but for the number) is cut into contiguous blocks. A picture's twins elsewhere come
 along to the block of the first of them; the twins' neighbours do not, else chains of twins would weld whole classes
@@ -238,7 +238,7 @@ class _Choice:
         """Hold out a group of each class, rare ones first: the first that fits, or the one that overshoots least."""
         for index in np.argsort(self._spare, kind="stable"):
             candidates = self._allowed(self._shuffled[self._counts[self._shuffled, index] > 0])
-            if self._reached[index] or not len(candidates):
+            if self._reached[index] or not len(candidates):  # a group held out for another class had this one too
                 continue
             fitting = candidates[self._fits(candidates)]
             best = [0] if len(fitting) else [self._distance(candidates).argmin()]
@@ -258,7 +258,7 @@ class _Choice:
         """Hold out more while that comes nearer to the target than falling short of it."""
         while len(candidates := self._allowed(self._shuffled)):
             distances = self._distance(candidates)
-            if distances.min() >= self._distance(None) - 1e-12:
+            if distances.min() >= self._distance(None) - 1e-12:  # rounding must not count as an improvement
                 return
             self._take(candidates[[distances.argmin()]])
 

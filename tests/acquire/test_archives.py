@@ -248,7 +248,7 @@ def test_a_second_tar_behind_the_first_is_not_lost(tmp_path: Path) -> None:
     one = make_tar(tmp_path / "1.tar", [("1.png", b"1")])
     two = make_tar(tmp_path / "2.tar", [("2.png", b"2")])
     one.write_bytes(one.read_bytes() + two.read_bytes())
-    with pytest.raises(UserError, match="more behind its end"):
+    with pytest.raises(UserError, match="more after its end"):
         run(one)
 
 

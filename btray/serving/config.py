@@ -74,7 +74,7 @@ class ServiceConfig(ComponentConfig):
     abstain_below: Probability | None = None
     """Confidence below which the model abstains; default: each bundle's own."""
     keys: str | None = None
-    """File of API keys (see `btray key`), local or s3://; default: none, and only this machine is answered."""
+    """File of API keys (see `btray key`), local or s3://; without one only this machine is answered."""
     insecure: bool = False
     """Answer every machine without a key."""
     engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
@@ -82,7 +82,7 @@ class ServiceConfig(ComponentConfig):
     max_batch: Positive = 16
     """Most frames of one forward pass; they are those that wait while the one before it runs."""
     decoders: Positive = 2
-    """Images decoded at a time."""
+    """Images that a replica decodes at a time."""
     limits: LimitsConfig = LimitsConfig()
     """What callers may ask of one replica."""
 
@@ -120,42 +120,20 @@ class ApplicationConfig(ReplicasConfig):
     """Model bundle, where nothing else is to be set; None: it stands in the deployment's user_config."""
 
 
-class ServeConfig(JobConfig):
+class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds of model_config, which pydantic merges
     """Serve a bundle on this machine over HTTP: a page for people, /v1/classify, the Open Inference Protocol, metrics.
 
     On a cluster: serve deploy serve.yaml.
     """
 
-    model: str
-    """Model bundle."""
-    model_id: str | None = None
-    """Refuse the bundle unless this is its model_id."""
-    canary: CanaryConfig | None = None
-    """A second bundle that answers a share of the requests."""
     host: str = "127.0.0.1"
     """Address to listen on; another than loopback needs --keys, or --insecure."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
-    name: Name = "btray"
-    """Name of the model in the Open Inference Protocol."""
-    keys: str | None = None
-    """File of API keys (see `btray key`), local or s3://; without one only this machine is answered."""
-    insecure: bool = False
-    """Answer every machine without a key."""
-    abstain_below: Probability | None = None
-    """Confidence below which the model abstains; default: each bundle's own."""
     replicas: ReplicasConfig = ReplicasConfig()
     """How many processes answer."""
     proxy: Literal["haproxy", "ray"] = "haproxy"
     """What stands before the replicas: HAProxy, kept to this machine (fast), or Ray Serve's own proxy."""
-    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
-    """How the network is run; auto: a frozen graph on a CPU, eager elsewhere. onnx needs the extra onnx."""
-    max_batch: Positive = 16
-    """Most frames of one forward pass; they are those that wait while the one before it runs."""
-    decoders: Positive = 2
-    """Images that a replica decodes at a time."""
-    limits: LimitsConfig = LimitsConfig()
-    """What callers may ask of one replica."""
 
     @model_validator(mode="after")
     def _not_open_by_mistake(self) -> Self:
@@ -167,13 +145,12 @@ class ServeConfig(JobConfig):
 
     @property
     def service(self) -> ServiceConfig:
-        """What the replicas are given."""
-        shared = ServiceConfig.model_fields.keys() & type(self).model_fields.keys()
-        return ServiceConfig(**{name: getattr(self, name) for name in shared})
+        """Return what the replicas are given, and `serve.yaml` has as `user_config`."""
+        return ServiceConfig(**{name: getattr(self, name) for name in ServiceConfig.model_fields})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or the name localhost, is this machine alone."""
+    """Return whether an address, or the name localhost, is this machine alone."""
     if host == "localhost":
         return True
     try:

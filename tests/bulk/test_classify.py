@@ -357,7 +357,7 @@ def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
     assert set(report["seconds_by_stage"]) == {"read", "decode", "predict", "explain", "write"}
 
     rows = [row for row in plain_rows(output).to_pylist() if row["status"] == "ok"]
-    assert Profile.from_json(report["profile"]) == Profile.of(rows)
+    assert Profile.model_validate(report["profile"]) == Profile.of(rows)
     least = sorted(row["confidence"] for row in rows)[:24]
     assert [scan["confidence"] for scan in report["least_certain"]] == pytest.approx(least)
 

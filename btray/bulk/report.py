@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from btray.model.drift import Profile
+from btray.model.drift import Drift, Profile
 from btray.storage import FileInfo
 
 FORMAT_VERSION = 1
@@ -122,7 +122,7 @@ class RunReport(BaseModel):
     resumed: bool
     config: dict[str, Any]
     model_id: str | None = None
-    drift: dict[str, dict[str, Any]] | None = None
+    drift: dict[str, Drift] | None = None
     summary_failed: str | None = None
     not_concluded: str | None = None
     format_version: int = FORMAT_VERSION
@@ -231,7 +231,7 @@ class ClassifyTotals(Totals[ClassifyTally]):
         counts = super().add(part, tally)
         if counts is not None:
             self.labels.update(counts.labels)
-            self.profile.add(counts.profile)
+            self.profile += counts.profile
             self.least_certain = least_certain([*self.least_certain, *counts.least_certain], self._count)
         return counts
 

@@ -44,6 +44,7 @@ class Replica:
     """One process with its models."""
 
     def __init__(self) -> None:
+        """Start without a model; Serve calls `reconfigure` next."""
         keep_freed_memory()
         host = haproxy_host()
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.

@@ -222,6 +222,7 @@ class ServedModels:
     """Loads what a config names, in threads, and switches to it once it is ready."""
 
     def __init__(self, executor: Executor, metrics: Metrics) -> None:
+        """Start without a model; forward passes run on `executor` and are counted in `metrics`."""
         self.executor = executor
         self.metrics = metrics
         self.split: TrafficSplit | None = None

@@ -64,6 +64,7 @@ class Problem(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, code: str, detail: str, *, retry_after: int | None = None) -> None:
+        """Describe the error; `retry_after` is in seconds."""
         super().__init__(status, code, detail)
         self.status = status
         self.code = code

@@ -169,7 +169,7 @@ def test_a_gpu_is_asked_for_where_it_is_wanted_and_refused_where_there_is_none(
     monkeypatch.setattr(scoring, "cpus", lambda: 8.0)
     for gpus, blocks, use_gpu, actors in ((2, 9, True, 2), (4, 3, True, 3), (0, 9, True, 1), (2, 9, False, 8)):
         monkeypatch.setattr(scoring, "gpus", lambda found=gpus: found)
-        wanted = scoring.scorers(blocks, use_gpu=use_gpu)
+        wanted = scoring.actor_options(blocks, use_gpu=use_gpu)
         assert (wanted["num_gpus"], wanted["compute"].max_size) == (1 if use_gpu else None, actors)
         assert wanted["num_cpus"] < 1
 

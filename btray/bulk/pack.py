@@ -43,7 +43,7 @@ class PackJob(ArchiveJob):
     schema = packs.SCHEMA
 
     def __init__(self, config: PackConfig) -> None:
-        """Examine input and output. Raises UserError if the input is a pack, or the output is one of another archive."""
+        """Examine input and output. Raises UserError if the input is a pack, or the output one of another archive."""
         super().__init__(config, group="pack")
         self.source = storage.resolve(config.input)
         is_file = storage.is_file(self.source)

@@ -65,7 +65,7 @@ def _parse(uri: str) -> re.Match[str] | None:
     return _MEMBER.fullmatch(uri) if ".parquet#" in uri else None  # the pattern alone is slow on most other names
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # the one that is read and the one before it, of which threads may still read members
 def _load_shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table | str:
     """Return its rows, or what is wrong with it: that is cached too, or each of its members would read it again."""
     body, columns = read_whole(uri), ["data", "error_code", "error"]

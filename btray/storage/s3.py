@@ -81,7 +81,7 @@ def client() -> _Client:
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,
             "max_pool_connections": 64,
-            "retries": {"mode": "standard", "total_max_attempts": 1},
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # of botocore: `_call_s3` repeats requests
         },
     )
 
@@ -128,7 +128,7 @@ def _body_store(bucket: str) -> S3Store | None:
             "read_timeout": f"{_READ_SECONDS}s",
             "timeout": "10min",
         },
-        retry_config={"max_retries": 0},
+        retry_config={"max_retries": 0},  # what fails goes through s3fs, by the one retry policy
     )
 
 

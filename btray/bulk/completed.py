@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +140,8 @@ def _keys_of_latest(records: Records, worst: int) -> Keys:
 def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
     """Yield the records of a run's table `files`, and write them into key files below its own `folder` on the way."""
     held: list[Records] = []
-    key_files = count = 0
-
-    def counted() -> Iterator[FileInfo]:
-        nonlocal count
-        for info in files:
-            count += 1
-            yield info
+    key_files = 0
+    numbers = count()
 
     def write() -> None:
         nonlocal held, key_files
@@ -155,7 +150,7 @@ def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records
         storage.write_bytes(_key_file(folder, key_files), body.getvalue())
         held, key_files = [], key_files + 1
 
-    for records in _read(counted()):
+    for records in _read(info for info, _ in zip(files, numbers, strict=False)):
         yield records
         held.append(records)
         if sum(map(len, held)) >= _FILE_RECORDS:
@@ -163,7 +158,8 @@ def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records
     if held:
         write()
     # last: key files without their index do not count
-    storage.write_json(storage.join(folder, _INDEX), {"format": _FORMAT, "files": count, "key_files": key_files})
+    index = {"format": _FORMAT, "files": next(numbers), "key_files": key_files}
+    storage.write_json(storage.join(folder, _INDEX), index)
 
 
 def _read_index(folder: str) -> dict[str, Any] | None:

@@ -105,7 +105,6 @@ class PartActor:
         self.run = run
         self.processor = make_processor(run, cpus)
         self._patience = patience
-        self._sees_output = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the property is public, but Ray's own code behind it is deprecated
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
@@ -114,9 +113,7 @@ class PartActor:
         """Turn parts as `worklist.read_parts` gives them into columns part, tally (JSON)."""
         tallies = []
         with storage.retry_timeout(self._patience):
-            if not self._sees_output:
-                runs.require_visible(self.run)
-                self._sees_output = True
+            runs.require_visible(self.run)
             for part in batch.to_pylist():
                 objects = objects_of(part)
                 if self._died_before:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from btray import storage
 from btray.core.cluster import own_device
@@ -48,7 +48,7 @@ DecodedImage = list[Frame] | Rejection
 """The frames of one image, or why there are none."""
 
 
-class Accuracy(Answer, frozen=True):
+class Accuracy(Answer):
     """An accuracy, read from metrics.json or a part of it."""
 
     value: float | None = Field(validation_alias="accuracy")
@@ -67,8 +67,10 @@ class Accuracy(Answer, frozen=True):
         return None
 
 
-class ModelFacts(Answer, frozen=True):
+class ModelFacts(Answer):
     """A bundle, as `GET /v1/models` describes it."""
+
+    model_config = ConfigDict(frozen=True)
 
     model_id: str
     classes: list[str]
@@ -108,8 +110,10 @@ class ModelFacts(Answer, frozen=True):
         )
 
 
-class SwitchReport(Answer, frozen=True):
+class SwitchReport(Answer):
     """The outcome of the latest switch to another config."""
+
+    model_config = ConfigDict(frozen=True)
 
     state: Literal["loading", "refused", "done"]
     detail: str = ""

@@ -1,14 +1,14 @@
 """Deterministic phantom MRI slices of five classes: the data of the demo and of many tests, which need no download.
 
 A phantom is a cartoon of a slice, not a simulation of one: what a network learns on it says that the machinery works
-and nothing about patients. The class shows in place, size, number, texture and rim of the lesions alone; pose,
+and nothing about patients. The class shows only in place, size, number, texture and rim of the lesions; pose,
 sequence, contrast, bias field, noise, distractors, frame size and file encoding are drawn independently of it.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -34,9 +34,9 @@ Rng = np.random.Generator
 
 
 def phantom(label: str, seed: int, *, size: int | tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
-    """One slice, uint8 [height, width]; the same arguments give the same bytes.
+    """Return one slice, uint8 [height, width]; the same arguments give the same bytes.
 
-    `size` is the edge, or (height, width), in pixels, at least 16; by default the seed chooses between 180 and 512.
+    `size` is the edge, or (height, width), in pixels, at least 16; default: the seed chooses between 180 and 512.
     The same seed draws the same head for every label, with another lesion. Raises `ValueError` for an unknown label.
     """
     if label not in CLASSES:
@@ -46,7 +46,8 @@ def phantom(label: str, seed: int, *, size: int | tuple[int, int] | None = None)
     drawn_size = _frame_size(of_frame)
     height, width = drawn_size if size is None else (size, size) if isinstance(size, int) else size
     head = _draw_head(of_head, height, width)
-    _draw_lesion(head, label, of_lesion)
+    if label in _LESIONS:  # no_tumor has none
+        _LESIONS[label](head, of_lesion)
     frame = _scan(head, of_scanner, height, width)
     return _decorate(frame, of_frame)
 
@@ -56,7 +57,7 @@ def write_data_set(uri: str, *, per_class: Mapping[str, int] | int, seed: int) -
 
     `per_class` is the number of images of each class: by split folder (`{"Training": 300, "Testing": 80}`), or one
     number for Training, and a quarter of it for Testing. The same seed gives the same files. Raises `UserError` for
-    another split, `storage.StorageError` where the files cannot be written.
+    another split, `storage.StorageError` if the files cannot be written.
     """
     counts = {"Training": per_class, "Testing": max(1, per_class // 4)} if isinstance(per_class, int) else per_class
     unknown = set(counts) - set(SPLITS)
@@ -65,21 +66,23 @@ def write_data_set(uri: str, *, per_class: Mapping[str, int] | int, seed: int) -
 
     def write(item: tuple[int, int, int]) -> None:
         split, label, index = item
-        data = encoded_phantom(CLASSES[label], _image_seed(seed, *item))
+        image_seed = np.random.SeedSequence([seed, *item]).generate_state(1, np.uint64)[0]
+        data = encoded_phantom(CLASSES[label], int(image_seed))
         storage.write_bytes(storage.join(uri, SPLITS[split], CLASSES[label], f"{index:05d}.jpg"), data)
 
-    def items() -> Iterator[tuple[int, int, int]]:
-        for split, name in enumerate(SPLITS):
-            for label in range(len(CLASSES)):
-                yield from ((split, label, index) for index in range(counts.get(name, 0)))
-
+    items = (
+        (split, label, index)
+        for split, name in enumerate(SPLITS)
+        for label in range(len(CLASSES))
+        for index in range(counts.get(name, 0))
+    )
     with ThreadPoolExecutor(WRITERS) as pool:
-        for _ in pool.map(write, items()):
+        for _ in pool.map(write, items):  # raises what a writer raised
             pass
 
 
 def encoded_phantom(label: str, seed: int) -> bytes:
-    """One slice as JPEG of a varying quality, one in four as RGB with gray content, as public data sets hold them."""
+    """Return a slice as JPEG of varying quality, one in four as RGB with gray content, as in public data sets."""
     rng = np.random.default_rng([seed, 4])
     image = Image.fromarray(phantom(label, seed))
     if rng.random() < 0.25:
@@ -87,10 +90,6 @@ def encoded_phantom(label: str, seed: int) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=int(rng.integers(55, 96)))
     return stream.getvalue()
-
-
-def _image_seed(seed: int, *position: int) -> int:
-    return int(np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0])
 
 
 def _frame_size(rng: Rng) -> tuple[int, int]:
@@ -144,26 +143,26 @@ class Head:
     contrast: float  # of lesions, as a share of what `tissue` says
 
     def paint(self, mask: Field, brightness: float, strength: float = 1.0) -> None:
-        """Blend `brightness` in where `mask`, 0 to 1, says."""
+        """Blend `brightness` in, by `mask` (0 to 1) times `strength`."""
         self.canvas += strength * mask * (np.float32(brightness) - self.canvas)
 
     def distance(self, x: float, y: float) -> Field:
-        """Distance of each pixel from a point, in head coordinates."""
+        """Return the distance of each pixel from a point, in head coordinates."""
         return _length(self.x - np.float32(x), self.y - np.float32(y))
 
 
 def _length(x: Field, y: Field) -> Field:
-    """`np.hypot` guards against overflow and takes five times as long."""
+    """Return sqrt(x^2 + y^2); `np.hypot` guards against overflow and takes five times as long."""
     return np.sqrt(x * x + y * y)
 
 
 def _edge(value: Field, limit: float, softness: float) -> Field:
-    """1 where `value` is below `limit`, 0 above, with a linear ramp as wide as `softness`."""
+    """Return 1 where `value` is below `limit`, 0 above, with a linear ramp as wide as `softness`."""
     return np.clip((np.float32(limit) - value) / np.float32(softness) + np.float32(0.5), 0, 1)
 
 
 def _smooth_noise(rng: Rng, shape: tuple[int, ...], cells: int) -> Field:
-    """Gaussian noise of about unit variance with features of 1/`cells` of the grid."""
+    """Return Gaussian noise of about unit variance with features of 1/`cells` of the grid."""
     grid = rng.standard_normal((cells, cells), dtype=np.float32)
     return _resized(grid, shape[0], shape[1]) * np.float32(1.3)
 
@@ -202,13 +201,13 @@ def _draw_head(rng: Rng, height: int, width: int) -> Head:
 
 
 def _vary(tissue: Tissue, rng: Rng) -> Tissue:
-    """No two scanners weigh tissues alike."""
+    """Return the tissue with other brightnesses: no two scanners weigh tissues alike."""
     values = [getattr(tissue, field.name) for field in fields(tissue)]
     return Tissue(*np.clip(np.array(values) + rng.normal(0, 0.04, len(values)), 0.02, 1.0).tolist())
 
 
 def _head_coordinates(rng: Rng, rows: int, columns: int) -> tuple[Field, Field]:
-    """Coordinates of the grid in a head that is turned, shifted, scaled and stretched."""
+    """Return the grid's coordinates in a head that is turned, shifted, scaled and stretched."""
     down, right = np.mgrid[0:rows, 0:columns].astype(np.float32)
     half = min(rows, columns) / 2
     right = (right - columns / 2) / half - rng.uniform(-0.12, 0.12)
@@ -250,7 +249,7 @@ def _draw_ventricles(head: Head, rng: Rng) -> None:
 
 
 def _draw_distractors(head: Head, rng: Rng) -> None:
-    """What every class has and no lesion is: gland, vessels, sinus, eyes, white-matter spots, cysts."""
+    """Draw what every class has and no lesion is: gland, vessels, sinus, eyes, white-matter spots, cysts."""
     tissue = head.tissue
     head.paint(_edge(head.distance(rng.normal(0, 0.02), rng.normal(0.42, 0.03)), 0.045, 0.03), tissue.solid, 0.5)
     for _ in range(rng.integers(2, 8)):
@@ -273,24 +272,13 @@ def _draw_distractors(head: Head, rng: Rng) -> None:
 
 
 def _place(rng: Rng, reach: float) -> tuple[float, float]:
-    """A point drawn evenly from a disc around the centre of the head."""
+    """Draw a point evenly from a disc around the centre of the head."""
     turn, away = rng.uniform(0, 2 * np.pi), reach * np.sqrt(rng.uniform())
     return float(away * np.cos(turn)), float(away * np.sin(turn))
 
 
-def _draw_lesion(head: Head, label: str, rng: Rng) -> None:
-    if label == "glioma":
-        _draw_glioma(head, rng)
-    elif label == "meningioma":
-        _draw_meningioma(head, rng)
-    elif label == "pituitary":
-        _draw_adenoma(head, rng)
-    elif label == "metastasis":
-        _draw_metastases(head, rng)
-
-
 def _draw_glioma(head: Head, rng: Rng) -> None:
-    """One large, irregular, infiltrating mass: ragged ring, necrotic centre, wide edema."""
+    """Draw one large, irregular, infiltrating mass: ragged ring, necrotic centre, wide edema."""
     x, y = _place(rng, 0.5)
     size = rng.uniform(0.20, 0.40)
     shape = head.canvas.shape
@@ -303,7 +291,7 @@ def _draw_glioma(head: Head, rng: Rng) -> None:
 
 
 def _draw_meningioma(head: Head, rng: Rng) -> None:
-    """One round, homogeneous mass that sits with a broad base on the dura."""
+    """Draw one round, homogeneous mass that sits with a broad base on the dura."""
     size, turn = rng.uniform(0.14, 0.30), rng.uniform(0, 2 * np.pi)
     away = head.brain_edge - rng.uniform(0.55, 0.85) * size
     mass = head.distance(away * np.cos(turn), away * np.sin(turn)) / np.float32(size)
@@ -314,7 +302,7 @@ def _draw_meningioma(head: Head, rng: Rng) -> None:
 
 
 def _draw_adenoma(head: Head, rng: Rng) -> None:
-    """One small mass in the midline at the sella, some with a waist where they grow upwards."""
+    """Draw one small mass in the midline at the sella, some with a waist where they grow upwards."""
     x, y = rng.normal(0, 0.025), rng.normal(0.42, 0.035)
     size = rng.uniform(0.10, 0.17)
     mass = _length((head.x - np.float32(x)) / np.float32(rng.uniform(0.85, 1.2)), head.y - np.float32(y))
@@ -324,15 +312,15 @@ def _draw_adenoma(head: Head, rng: Rng) -> None:
 
 
 def _draw_metastases(head: Head, rng: Rng) -> None:
-    """Several small round lesions with a thin even ring, scattered, none in another."""
+    """Draw several small round lesions with a thin even ring, scattered, none in another."""
     placed: list[tuple[float, float, float]] = []
-    wanted = rng.integers(3, 8)
-    for _ in range(40):
+    count = rng.integers(3, 8)
+    for _ in range(40):  # attempts: the last ones may find no room
         x, y = _place(rng, 0.68)
         size = rng.uniform(0.07, 0.12)
         if all(np.hypot(x - a, y - b) > 1.3 * (size + c) for a, b, c in placed):
             placed.append((x, y, size))
-        if len(placed) == wanted:
+        if len(placed) == count:
             break
     for x, y, size in placed:
         spot = head.distance(x, y)
@@ -341,8 +329,16 @@ def _draw_metastases(head: Head, rng: Rng) -> None:
         head.paint(_edge(spot, size * rng.uniform(0.45, 0.6), 0.02), head.tissue.necrosis, 0.9)
 
 
+_LESIONS = {
+    "glioma": _draw_glioma,
+    "meningioma": _draw_meningioma,
+    "pituitary": _draw_adenoma,
+    "metastasis": _draw_metastases,
+}
+
+
 def _scan(head: Head, rng: Rng, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """What coil, resolution, noise, gray curve and window of a scanner make of the slice."""
+    """Return the slice as coil, resolution, noise, gray curve and window of a scanner show it."""
     rows, columns = head.canvas.shape
     bias = 1 + np.float32(rng.uniform(0, 0.3)) * np.clip(_smooth_noise(rng, (rows, columns), 3), -2, 2)
     signal = np.clip(head.canvas, 0, 1.2) * np.clip(bias, 0.3, 1.8)
@@ -361,7 +357,7 @@ def _scan(head: Head, rng: Rng, height: int, width: int) -> npt.NDArray[np.uint8
 
 
 def _decorate(frame: npt.NDArray[np.uint8], rng: Rng) -> npt.NDArray[np.uint8]:
-    """A white border on some frames, burned-in text on some."""
+    """Put a white border on some frames, burned-in text on some."""
     height, width = frame.shape
     if rng.random() < 0.06:
         thick = max(1, round(min(height, width) * rng.uniform(0.005, 0.03)))

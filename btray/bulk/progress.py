@@ -105,8 +105,9 @@ def prometheus_text(job: str, report: RunReport, ended: float) -> str:
     gauge("reject_ratio", {"": report.rejected / report.objects if report.objects else 0.0})
     if job == "classify":
         gauge("feed_ratio", {"": _feed_ratio(report.seconds_by_stage)})
-        before = (report.drift or {}).get(RUNS_BEFORE, {})
-        gauge(
-            "drift_psi", {"label": before.get("labels"), **{of: before.get(of) for of in ("confidence", "ood_score")}}
-        )
+        if before := (report.drift or {}).get(RUNS_BEFORE):
+            index = {"label": before.labels, "confidence": before.confidence, "ood_score": before.ood_score}
+        else:
+            index = {}
+        gauge("drift_psi", index)
     return generate_latest(registry).decode()

@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from btray.model.drift import Profile
+from btray.model.drift import Drift, Profile
 from btray.storage import FileInfo
 
 FORMAT_VERSION = 1
@@ -122,7 +122,7 @@ class RunReport(BaseModel):
     resumed: bool
     config: dict[str, Any]
     model_id: str | None = None
-    drift: dict[str, dict[str, Any]] | None = None
+    drift: dict[str, Drift] | None = None
     summary_failed: str | None = None
     not_concluded: str | None = None
     format_version: int = FORMAT_VERSION
@@ -157,6 +157,7 @@ class Totals(Generic[Tally]):
     """Counts of the parts that are done; each part counts once, however often it is reported."""
 
     def __init__(self, tally_type: type[Tally]) -> None:
+        """Start the clock; the tallies to come are of the class `tally_type`."""
         self.objects = 0
         self.frames = 0
         self.bytes = 0
@@ -217,9 +218,10 @@ class Totals(Generic[Tally]):
 
 
 class ClassifyTotals(Totals[ClassifyTally]):
-    """Counts of a classification: those of every job, and labels, profile and the `count` least certain frames."""
+    """Counts of a classification: those of every job, and labels, profile and the least certain frames."""
 
     def __init__(self, *, count: int = 0) -> None:
+        """Start the clock; keep `count` of the least certain frames."""
         super().__init__(ClassifyTally)
         self._count = count
         self.labels: Counter[str] = Counter()
@@ -231,7 +233,7 @@ class ClassifyTotals(Totals[ClassifyTally]):
         counts = super().add(part, tally)
         if counts is not None:
             self.labels.update(counts.labels)
-            self.profile.add(counts.profile)
+            self.profile += counts.profile
             self.least_certain = least_certain([*self.least_certain, *counts.least_certain], self._count)
         return counts
 

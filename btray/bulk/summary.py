@@ -5,7 +5,6 @@ It imports matplotlib, which nothing needs before the run has ended.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -22,7 +21,7 @@ from btray.bulk.report import RunReport
 from btray.bulk.runs import Run
 from btray.model.bundle import Bundle, read_file
 from btray.model.classifier import Classifier
-from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, REFERENCE, RUNS_BEFORE, Profile, drift
+from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, REFERENCE, RUNS_BEFORE, Drift, Profile, drift
 from btray.reports.page import NO_DIAGNOSIS, Section, data_uri, render_page
 from btray.reports.plot_style import BLUE, INK, VERMILLION, canvas, png
 
@@ -33,17 +32,17 @@ _MEASURES = {"labels": "label mix", "confidence": "confidence", "ood_score": "ou
 _COLOURS = (BLUE, INK, VERMILLION)
 
 
-def compare(run: Run, report: RunReport, bundle: Bundle) -> tuple[dict[str, Profile], dict[str, dict[str, Any]]]:
+def compare(run: Run, report: RunReport, bundle: Bundle) -> tuple[dict[str, Profile], dict[str, Drift]]:
     """Compare the answers of a run with those on the validation images and with those of the runs before.
 
     Returns the profiles, this run's first, and the drift against each of the others, by their names.
     """
     profiles = {_THIS_RUN: report.profile}
     if (reference := read_file(bundle, REFERENCE)) is not None:
-        profiles["validation images"] = Profile.from_json(json.loads(reference))
+        profiles["validation images"] = Profile.model_validate_json(reference)
     before = Profile()
     for earlier in islice(runs.reports(run.output, run.group), _RUNS_COMPARED):
-        before.add(earlier.profile)
+        before += earlier.profile
     if before.frames:
         profiles[RUNS_BEFORE] = before
     others = {name: profile for name, profile in profiles.items() if name != _THIS_RUN and report.profile.frames}
@@ -87,10 +86,10 @@ def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], 
 def _notes(report: RunReport) -> list[str]:
     notes = []
     for name, against in (report.drift or {}).items():
-        changed = [title for measure, title in _MEASURES.items() if (against[measure] or 0) > LARGE]
+        changed = [title for measure, title in _MEASURES.items() if (getattr(against, measure) or 0) > LARGE]
         if changed:
             notes.append(
-                f"Against the {name} ({against['frames']:,} frames) there is a large change (PSI above {LARGE}) of: "
+                f"Against the {name} ({against.frames:,} frames) there is a large change (PSI above {LARGE}) of: "
                 f"{', '.join(changed)}."
             )
     return notes
@@ -103,19 +102,19 @@ def _sections(report: RunReport) -> list[Section]:
     if report.drift:
         columns = report.drift.values()
         rows = [
-            (title, *("-" if against[measure] is None else f"{against[measure]:.3f}" for against in columns))
+            (title, *("-" if (index := getattr(against, measure)) is None else f"{index:.3f}" for against in columns))
             for measure, title in _MEASURES.items()
         ]
         rows += [
-            (f"of the label mix: {label}", *(f"{against['by_label'].get(label, 0):.3f}" for against in columns))
-            for label in sorted({label for against in columns for label in against["by_label"]})
+            (f"of the label mix: {label}", *(f"{against.by_label.get(label, 0):.3f}" for against in columns))
+            for label in sorted({label for against in columns for label in against.by_label})
         ]
         sections.append(
             Section(
                 title="Drift",
                 text="Population stability index of this run against what it is compared with: up to 0.1 no change, "
                 f"above {LARGE} a large one. Few frames give large values by chance.",
-                columns=("", *(f"{name} ({against['frames']:,} frames)" for name, against in report.drift.items())),
+                columns=("", *(f"{name} ({against.frames:,} frames)" for name, against in report.drift.items())),
                 rows=rows,
                 numbers=True,
             )

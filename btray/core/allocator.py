@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _KEPT = 512 << 20
 _LARGEST = 1 << 30
 
@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees (up to 512 MiB at a time) instead of giving it back to the system.
 
     glibc maps large arrays anew each time and gives back what a thread frees; every page of the next image or layer
-    then costs a fault, together up to a fifth of a forward pass. Does nothing where the C library is another one.
+    then costs a fault, together up to a fifth of a forward pass. Does nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

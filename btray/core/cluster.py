@@ -1,4 +1,4 @@
-"""Where Ray runs: the cluster that is there, or one of the job's own that ends with it."""
+"""The connection to Ray: to a running cluster, or to one of the job's own that ends with it."""
 
 from __future__ import annotations
 
@@ -80,19 +80,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def cpus() -> float:
-    """CPUs of the whole cluster."""
+    """Return the CPUs of the whole cluster."""
     return float(ray.cluster_resources().get("CPU", 1.0))
 
 
 def gpus() -> int:
-    """GPUs of the whole cluster."""
+    """Return the GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def own_device() -> str | None:
-    """Where a worker runs a network: on the GPU that Ray gave it, else on the CPU. None outside of Ray: where it can.
+    """Return the torch device of this worker: cuda if Ray gave it a GPU, else cpu; None outside of Ray: any.
 
-    Ray hides no GPU from those that asked for none, so what torch finds does not tell.
+    Ray hides no GPU from those that requested none, so what torch finds does not tell.
     """
     if not ray.is_initialized():
         return None
@@ -100,13 +100,13 @@ def own_device() -> str | None:
 
 
 def require_gpus() -> int:
-    """GPUs that --use-gpu finds now; 0, with a warning, where the cluster may yet start nodes that have some.
+    """Return the GPUs for --use-gpu; 0, with a warning, if the cluster may yet start nodes that have some.
 
-    Raises UserError where this process started its Ray itself: no GPU will ever come there, and waiting has no end.
+    Raises UserError if this process started its Ray itself: no GPU will ever come there, and waiting has no end.
     """
-    found = gpus()
-    if found == 0 and started_ray_here():
-        raise UserError("--use-gpu: this machine has no GPU; leave it out, or connect to a cluster (RAY_ADDRESS)")
-    if found == 0:
+    count = gpus()
+    if count == 0:
+        if started_ray_here():
+            raise UserError("--use-gpu: this machine has no GPU; leave it out, or connect to a cluster (RAY_ADDRESS)")
         _log.warning("--use-gpu: the cluster has no GPU yet; the job waits until its autoscaler has started one")
-    return found
+    return count

@@ -1,7 +1,7 @@
-"""How a job's config is filled: `--config file.yaml`, then the environment (`BTRAY_*`), then flags; the last one wins.
+"""The loader of every job's config: `--config file.yaml`, then the environment (`BTRAY_*`), then flags; the last wins.
 
-What there is to set stands in the `config.py` of each package. This module and `btray.launch` alone read
-`sys.argv` and the environment.
+The settings are in the `config.py` of each package. Only this module and `btray.launch` read `sys.argv` and the
+environment.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class JobConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keywords only: a config made in Python does not depend on the environment it is made in."""
+        """Take keywords only: a config made in Python does not depend on the environment it is made in."""
         return (init_settings,)
 
     @classmethod
@@ -130,14 +130,14 @@ class JobConfig(BaseSettings):
             raise UserError(f"{str(error).removeprefix('error parsing CLI: ')} (see --help)") from error
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML that `--config` reads again."""
+        """Return the resolved config as YAML that `--config` reads again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def set_environment(variables: Mapping[str, str | None]) -> None:
-    """Set environment variables for the processes that are started from now on, where nothing else can tell them.
+    """Set environment variables for the processes that this one starts, if there is no other way to tell them.
 
-    None takes one away.
+    None unsets a variable.
     """
     for name, value in variables.items():
         if value is None:
@@ -150,6 +150,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors of one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `message` as a UserError."""
         raise UserError(f"{message} (see --help)")
 
 

@@ -1,8 +1,8 @@
-"""What an operator watches: numbers of training and classification, by names that stay, for Prometheus.
+"""Metrics of training and archive jobs for Prometheus; their names are a contract.
 
-While a job runs, its numbers go through Ray's metrics (`ray.util.metrics`): the agent of each node exports them with
-the prefix `ray_`, which deploy/prometheus/prometheus.yml takes off again. A job that ends is not there to be asked, so
-the classify job also leaves its last numbers for those who ask later (`leave`). The service's `btray_serve_*` are made
+While a job runs, they go through Ray's metrics (`ray.util.metrics`): the agent of each node exports them with
+the prefix `ray_`, which deploy/prometheus/prometheus.yml takes off again. A job that has ended
+cannot be scraped, so archive jobs also leave their last numbers (`leave`). The service's `btray_serve_*` are made
 by the service itself. docs/operations.md says what each one means.
 """
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 Kind = Literal["counter", "gauge"]
 
-# How often a Pushgateway that is away is asked again, with half a minute of pauses.
+# Retries of a Pushgateway that is away: half a minute of pauses in all.
 _PUSHES = 5
 _BACKOFF = 1.0
 _AWAY = (429, 500, 502, 503, 504)
@@ -37,7 +37,7 @@ _OF_ARCHIVE: dict[str, tuple[Kind, str, tuple[str, ...]]] = {
     "bytes": ("counter", "Bytes of the objects.", _RUN),
     "rejected": ("counter", "Objects and frames rejected, by code.", (*_RUN, "code")),
     "stage_seconds": ("counter", "Seconds of the actors by stage.", (*_RUN, "stage")),
-    "images_per_second": ("gauge", "Objects a second since the first part.", _RUN),
+    "images_per_second": ("gauge", "Objects per second since the first part.", _RUN),
     "queue": ("gauge", "Objects listed and not yet done.", _RUN),
     "reject_ratio": ("gauge", "Share of the run's objects that were rejected.", _RUN),
     "last_objects": ("gauge", "Objects of the last run.", ()),
@@ -49,7 +49,7 @@ METRICS: Mapping[str, tuple[Kind, str, tuple[str, ...]]] = {
     "btray_train_loss": ("gauge", "Mean training loss of the last epoch.", _RUN),
     "btray_train_val_loss": ("gauge", "Validation loss of the last epoch.", _RUN),
     "btray_train_val_macro_f1": ("gauge", "Validation macro-F1 of the last epoch.", _RUN),
-    "btray_train_images_per_second": ("gauge", "Images a second of the last epoch, all workers.", _RUN),
+    "btray_train_images_per_second": ("gauge", "Images per second of the last epoch, all workers.", _RUN),
     "btray_train_feed_ratio": ("gauge", "Share of the last epoch in which the device did not wait for images.", _RUN),
     "btray_train_rejected": ("counter", "Scans that gave no frame while training.", _RUN),
     **{f"btray_{job}_{name}": what for job in ("classify", "pack") for name, what in _OF_ARCHIVE.items()},
@@ -59,7 +59,7 @@ METRICS: Mapping[str, tuple[Kind, str, tuple[str, ...]]] = {
 """Name (counters are exported with `_total` behind it) -> kind, meaning, labels. Names and labels are a contract."""
 
 EVERY = 1.0
-"""Seconds between two times that a gauge is set; Ray forgets it after twice its report interval: 20 s as it comes, and
+"""Seconds between two settings of a gauge. Ray forgets it after twice its report interval, which is 20 s by default and
 2 s at least."""
 
 _lock = threading.Lock()
@@ -75,7 +75,7 @@ def _metric(name: str) -> Any:
 def record(values: Mapping[str, float | None], **labels: str) -> None:
     """Add to counters and set gauges by name, all with the same labels; None and NaN are left out.
 
-    Without a connection to Ray nothing happens.
+    Does nothing without a connection to Ray.
     """
     if not ray.is_initialized():
         return
@@ -93,7 +93,7 @@ def record(values: Mapping[str, float | None], **labels: str) -> None:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """For the block, gauges that this process sets keep their last values, however long nothing sets them again.
+    """For the block, keep exporting the last values of the gauges that this process sets.
 
     Ray exports a gauge for some seconds after it was set, and alerts wait for minutes.
     """
@@ -123,8 +123,8 @@ def lasting() -> Iterator[None]:
 def leave(target: str, job: str, lines: str) -> None:
     """Leave a job's numbers for later: in a file of node-exporter's textfile collector, or at a Pushgateway's URL.
 
-    Raises UserError where neither takes them. A Pushgateway that stays away is an error in the log alone: the run has
-    ended in order, and would not be run again for its numbers.
+    Raises UserError if neither takes them. A Pushgateway that stays away is only an error in the log: the run has ended
+    in order and would not be run again for its numbers.
     """
     if target.startswith(("http://", "https://")):
         _push(target, job, lines)
@@ -160,13 +160,13 @@ def _push(url: str, job: str, lines: str) -> None:
                 headers={"Content-Type": "text/plain; version=0.0.4"},
                 timeout=10,
             )
-        except ValueError as error:  # requests' word for what is no URL
-            raise UserError(f"--metrics-to {url} is no URL of a Pushgateway: {error}") from error
+        except ValueError as error:  # how requests refuses what is not a URL
+            raise UserError(f"--metrics-to {url} is not the URL of a Pushgateway: {error}") from error
         except requests.RequestException as error:
             _log.error("--metrics-to %s does not answer, and the run's numbers are not left there: %s", url, error)
             return
-    said = f"--metrics-to {url} took no numbers: {answer.status_code} {answer.reason}"
+    message = f"--metrics-to {url} took no numbers: {answer.status_code} {answer.reason}"
     if answer.status_code in _AWAY:
-        _log.error("%s", said)
+        _log.error("%s", message)
     elif not answer.ok:
-        raise UserError(f"{said}; is it a Pushgateway?")
+        raise UserError(f"{message}; is it a Pushgateway?")

@@ -1,3 +1,3 @@
-"""What every user is told: `NOTICE`."""
+"""The sentence that every user of a result reads."""
 
 NOTICE = "This supports a reader; it is no diagnosis."

@@ -28,9 +28,10 @@ class Batcher(Generic[Work, Result]):
         weight: Callable[[Work], int],
         watch: Callable[[int, int], None],
     ) -> None:
-        """`weight` is how much of `largest` a piece of work takes; one that takes more goes alone.
+        """Run batches of at most `largest`, of which `weight` says how much a piece of work takes.
 
-        `watch` is told the weight of each batch and of what goes on waiting.
+        One that takes more than `largest` runs alone. `watch` is called with the weight of each batch and of what
+        continues to wait.
         """
         self.run = run
         self.executor = executor
@@ -42,18 +43,18 @@ class Batcher(Generic[Work, Result]):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
+        """Return whether nothing runs and nothing waits."""
         return self._running is None and not self._waiting
 
     async def alone(self, function: Callable[[], Answer]) -> Answer:
-        """What `function` gives on the thread, as a batch of one. Only for a batcher that is idle."""
+        """Run `function` on the thread, as a batch of one. Only for a batcher that is idle."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.watch(1, 0)
         self._run(lambda: [function()], [future])
         return await future
 
     async def submit(self, work: Work) -> Result:
-        """What `run` gives for `work`. Whoever is cancelled while waiting takes the work along."""
+        """Return the result of `run` for `work`; a caller that is cancelled while it waits takes the work along."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((work, future))
         self._start()
@@ -70,7 +71,7 @@ class Batcher(Generic[Work, Result]):
         self._run(lambda: self.run(works), [future for _, future in batch])
 
     def _run(self, function: Callable[[], Sequence[Answer]], futures: list[asyncio.Future[Answer]]) -> None:
-        """Run `function` on the thread, one result for each of `futures`."""
+        """Run `function` on the thread; it returns one result for each of `futures`."""
         self._running = asyncio.get_running_loop().run_in_executor(self.executor, function)
         self._running.add_done_callback(lambda done: self._finish(done, futures))
 

@@ -44,12 +44,14 @@ class Replica:
     """One process with its models."""
 
     def __init__(self) -> None:
+        """Start without a model; Serve calls `reconfigure` next."""
         keep_freed_memory()
         host = haproxy_host()
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.
         self.service = Service(sees_callers=host is None or is_loopback(host))
 
     def __serve_build_asgi_app__(self) -> Gate:
+        """Return the app that this replica answers with; `serve.ingress()` without an app calls it."""
         return build_app(self.service)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ class Gate:
     """ASGI middleware around the routes of `service`, whose access and limits may change between two requests."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
+        """Guard `app`, which answers for `service`."""
         self.app = app
         self.service = service
         self.metrics = service.metrics
@@ -131,6 +132,7 @@ class HeaderGuard:
     """ASGI middleware before Ray Serve's own code, which fails with a 500 if a header that it reads is not UTF-8."""
 
     def __init__(self, app: ASGIApp) -> None:
+        """Guard `app`."""
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

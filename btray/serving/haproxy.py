@@ -1,11 +1,12 @@
-"""Stands before HAProxy's binary and mends what Ray Serve configures; then becomes HAProxy.
+"""Started in place of HAProxy's binary: mends the configuration that Ray Serve wrote, then becomes HAProxy.
 
 Ray 2.60 has HAProxy's metrics and statistics listen on all interfaces, makes its admin socket writable for everyone,
 turns its own 502, 503 and 504 into 500, does not tell replicas who asks, and lets everything through to them at once.
-Ray starts this file's `wrapper` in place of the binary (RAY_SERVE_HAPROXY_BINARY_PATH); it mends the configuration that
-Ray wrote and starts nothing where it cannot.
+Ray starts this file's `wrapper` in place of the binary (RAY_SERVE_HAPROXY_BINARY_PATH); if the configuration is not
+what it expects, nothing is started.
 
-Run by a bare Python: only the standard library is imported here.
+It runs in a bare Python (-I -S), without the site's packages, so that HAProxy starts at once: only the standard library
+is imported here.
 """
 
 from __future__ import annotations
@@ -20,35 +21,38 @@ from http import HTTPStatus
 from pathlib import Path
 
 QUEUE_SECONDS = 1
-"""Longest that a request waits for a place at a replica."""
+"""Seconds that a request waits at most for a place at a replica."""
 
 _MENDED = "# Mended by btray.serving.haproxy.\n"
-# HAProxy's own answers are pages of HTML: status -> the code that programs are told, and what people are.
+# Instead of HAProxy's own answers, which are pages of HTML: status -> code for programs, detail for people.
 _ANSWERS: dict[int, tuple[str, str]] = {
-    400: ("bad_request", "this is no HTTP that is understood here"),
+    400: ("bad_request", "this is not valid HTTP"),
     408: ("timeout", "the request did not arrive in time"),
     500: ("internal", "the proxy failed"),
-    502: ("internal", "the replica that was asked is gone: try again"),
+    502: ("internal", "the replica that had the request is gone: try again"),
     503: ("busy", "the replicas have as many requests as they take"),
     504: ("timeout", "the replica did not answer in time"),
 }
 _Rule = tuple[str, str, str]
+"""Patterns of a section and of a whole line in it, and what the line is replaced by."""
 
 
 def mended(configuration: str, host: str, places: int) -> str:
-    """The configuration, kept to this machine but for the service itself, which listens on `host`.
+    """Return `configuration` with everything on loopback but the service itself, which listens on `host`.
 
-    A replica is given `places` requests at a time, and as many wait for all of them together; the next ones are refused
-    here, which costs the replicas nothing. Raises ValueError where the configuration is not what Ray 2.60 writes.
+    A replica gets `places` requests at a time, and as many wait for all replicas together; the next ones are refused
+    here, which costs the replicas nothing. Raises ValueError if the configuration is not what Ray 2.60 writes.
     """
     if configuration.startswith(_MENDED):
         return configuration
     section, lines = "", [_MENDED]
-    required, optional = _required(host), _optional(places)
+    required = _required(host)
+    rules = [*required, *_optional(places)]
     used: set[_Rule] = set()
     for line in configuration.splitlines(keepends=True):
         section = " ".join(line.split()) if re.match(r"\w", line) else section
-        rule = next((rule for rule in (*required, *optional) if _fits(rule, section, line)), None)
+        fits = (rule for rule in rules if re.match(rule[0], section) and re.fullmatch(rule[1], line.rstrip("\n")))
+        rule = next(fits, None)
         if rule:
             used.add(rule)
             lines.append(re.sub(rule[1], rule[2], line))
@@ -61,12 +65,8 @@ def mended(configuration: str, host: str, places: int) -> str:
     return "".join(lines)
 
 
-def _fits(rule: _Rule, section: str, line: str) -> bool:
-    return re.match(rule[0], section) is not None and re.fullmatch(rule[1], line.rstrip("\n")) is not None
-
-
 def _required(host: str) -> list[_Rule]:
-    """Section, whole line, and what stands there instead; without one of them HAProxy is not started."""
+    """Return the rules that keep HAProxy from being open; without a line for each it is not started."""
     service = f"[{host.strip('[]')}]" if ":" in host else host
     return [
         ("global$", r"(\s*stats socket \S+) mode 666( .*)", r"\1 mode 600\2"),
@@ -82,23 +82,24 @@ def _required(host: str) -> list[_Rule]:
 
 
 def _optional(places: int) -> list[_Rule]:
+    """Return the rules that keep a service well under load, and its errors readable."""
     answers = "".join(rf"\n\1http-error status {status} {_answer(status)}" for status in _ANSWERS)
-    away = _problem(503, "not_ready", "the service starts, or ends")
+    away = _problem(503, "not_ready", "the service is starting or ending")
     refused = f"http-request return status 503 {_answer(503)} if METH_POST {{ queue ge {places} }}"
     return [
-        # Who asked for what goes to no log of the machine; the socket for metrics is another one.
+        # Who asked for what goes to no log of the machine; Ray's metrics come by another socket.
         ("global$", r"\s*log \S+ local0 info", ""),
         ("defaults$", r"\s*errorfile 50[234] .*", ""),
         ("defaults$", r"(\s*)mode http", rf"\1mode http\n\1timeout queue {QUEUE_SECONDS}s{answers}"),
         # A client that sends its headers or its body drop by drop holds a connection for as long, not for an hour.
         ("defaults$", r"(\s*)timeout client 3600s", r"\1timeout client 75s\n\1timeout http-request 20s"),
-        # The service has every path: it is missing where it is not there yet, or no longer.
+        # The service has every path: one is missing only before it has started or after it has ended.
         (
             "backend default_backend$",
             r"(\s*)http-request return status 404 .*",
             rf"\1http-request return status 503 {away}",
         ),
-        # Health and metrics pass by what waits.
+        # Health and metrics overtake the requests that wait.
         (
             "backend http-",
             r"(\s*)# Servers in this backend",
@@ -109,12 +110,12 @@ def _optional(places: int) -> list[_Rule]:
 
 
 def _answer(status: int) -> str:
-    """HAProxy's own answer of a status."""
+    """Return what HAProxy answers with a status of its own."""
     return _problem(status, *_ANSWERS[status])
 
 
 def _problem(status: int, code: str, detail: str) -> str:
-    """problem+json, in HAProxy's words."""
+    """Return problem+json as HAProxy's configuration has it."""
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "code": code}
     text = json.dumps({**content, "detail": detail, "error": detail})
     wait = " hdr Retry-After 1" if status in (502, 503, 504) else ""
@@ -122,7 +123,7 @@ def _problem(status: int, code: str, detail: str) -> str:
 
 
 def wrapper(folder: Path, binary: str, host: str, places: int) -> Path:
-    """Write the executable that Ray is to start in place of `binary` into `folder`, and return it."""
+    """Write the executable that Ray starts in place of `binary` into `folder`, and return its path."""
     path = folder / "haproxy"
     program = "from runpy import run_path; from sys import argv; run_path(argv[1])['main'](*argv[2:5], argv[5:])"
     guard = os.path.abspath(__file__)
@@ -133,10 +134,10 @@ def wrapper(folder: Path, binary: str, host: str, places: int) -> Path:
 
 
 def main(binary: str, host: str, places: str, arguments: list[str]) -> None:
-    """Mend the configuration file that `arguments` name, then become `binary`."""
+    """Mend the configuration file that `arguments` name, and become `binary`: Ray watches the process it started."""
     os.umask(0o077)
     for flag, value in itertools.pairwise(arguments):
         if flag == "-f":
             file = Path(value)
             file.write_text(mended(file.read_text(encoding="utf-8"), host, int(places)), encoding="utf-8")
-    os.execv(binary, [binary, *arguments])  # noqa: S606 - no shell; Ray asks after the process that it started
+    os.execv(binary, [binary, *arguments])  # noqa: S606 - no shell

@@ -1,7 +1,7 @@
-"""What monitoring sees: counted in each replica by Ray's own metrics, gathered from all nodes at `/metrics`.
+"""The service's numbers for monitoring: counted in each replica by Ray's metrics, gathered at `/metrics`.
 
-Ray's agents take the numbers over every ten seconds and export them as `ray_btray_serve_*` with everything else that
-Ray measures; `/metrics` gives those of the service alone, of all replicas, as `btray_serve_*`.
+Ray's agents collect the numbers every ten seconds and export them as `ray_btray_serve_*` with everything else that Ray
+measures; `/metrics` has those of the service alone, of all replicas, as `btray_serve_*`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ _EXPORTED = "ray_" + PREFIX
 _SECONDS = [0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _FRAMES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
 _TIMEOUT = 5.0
+"""Seconds that a node's agent has to answer."""
 _LARGEST_PAGE = 64 << 20
+"""Bytes read of an agent's page: it has all that Ray measures on the node."""
 
 
 class Metrics:
     """The numbers of one replica."""
 
     def __init__(self) -> None:
+        """Register the metrics with Ray; without a running Ray they count nothing."""
         from ray.serve.metrics import Counter, Gauge, Histogram  # Serve is not loaded for --help
 
         def counter(name: str, description: str, *tags: str) -> Counter:
@@ -45,21 +48,21 @@ class Metrics:
         self._rejects = counter("rejects", "Images that could not be used, by code.", "code")
 
     def request(self, route: str, code: int, seconds: float) -> None:
-        """A request to `route` was answered with `code` after `seconds`."""
+        """Count a request to `route` that was answered with `code` after `seconds`."""
         self._requests.inc(tags={"route": route, "code": str(code)})
         self._latency.observe(seconds, tags={"route": route})
 
     def in_work(self, requests: int) -> None:
-        """So many requests are in work."""
+        """Set how many requests are in work."""
         self._in_work.set(requests)
 
     def batch(self, frames: int, waiting: int) -> None:
-        """A forward pass of so many frames begins, and so many go on waiting."""
+        """Count a forward pass of so many frames that begins, while so many continue to wait."""
         self._batch.observe(max(1, frames))
         self._queue.set(waiting)
 
     def predictions(self, predictions: Iterable[Prediction]) -> None:
-        """These were answered."""
+        """Count the predictions of an answer."""
         for prediction in predictions:
             if prediction.status != "ok":
                 self._rejects.inc(tags={"code": str(prediction.error_code)})
@@ -72,7 +75,7 @@ class Metrics:
 
 
 def exported_pages() -> list[str]:
-    """What the metrics agent of each node of the cluster exports. Raises OSError where none answers."""
+    """Return what the metrics agent of each node of the cluster exports. Raises OSError if none answers."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort")]
@@ -80,7 +83,7 @@ def exported_pages() -> list[str]:
     for node in nodes:
         address = ipaddress.ip_address(node["NodeManagerAddress"])
         host = f"[{address}]" if address.version == 6 else str(address)
-        url = f"http://{host}:{node['MetricsExportPort']}/metrics"  # of Ray's own, never a caller's
+        url = f"http://{host}:{node['MetricsExportPort']}/metrics"  # Ray names it, never a caller
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
                 pages.append(answer.read(_LARGEST_PAGE).decode("utf-8", "replace"))
@@ -92,7 +95,7 @@ def exported_pages() -> list[str]:
 
 
 def merged(pages: Sequence[str]) -> str:
-    """The service's own metrics of several Prometheus pages as one: each family once, under its own name."""
+    """Return the service's own metrics of several Prometheus pages as one page, each family once."""
     families: dict[str, list[str]] = {}
     for page in pages:
         family, heading = "", ""

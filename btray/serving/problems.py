@@ -41,10 +41,14 @@ _MEANINGS: Final = {
 }
 
 
-class ProblemAnswer(BaseModel):
-    """An error (RFC 9457)."""
+class Answer(BaseModel):
+    """An answer in JSON; the strings below its fields describe them in OpenAPI."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ProblemAnswer(Answer):
+    """An error (RFC 9457)."""
 
     type: str = "about:blank"
     """Always about:blank."""
@@ -64,6 +68,7 @@ class Problem(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, code: str, detail: str, *, retry_after: int | None = None) -> None:
+        """Describe the error; `retry_after` is in seconds."""
         super().__init__(status, code, detail)
         self.status = status
         self.code = code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -178,6 +177,6 @@ def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, t
         HISTORY: as_lines(final.result.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),
         # Later answers are compared with those to images that the network had not learnt from.
-        REFERENCE: json.dumps(profile_of(calibrated.bundle(), validation).to_json()).encode(),
+        REFERENCE: profile_of(calibrated.bundle(), validation).model_dump_json().encode(),
     }
     return Assessment(assessment.metrics, files)

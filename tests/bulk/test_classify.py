@@ -252,7 +252,7 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
     output = tmp_path / "out"
     for changes, said in (
         ({"input": str(tmp_path / "nowhere")}, "nowhere"),
-        ({"model": str(tmp_path)}, "no model bundle"),
+        ({"model": str(tmp_path)}, "not a model bundle"),
         ({"model_id": "0" * 32}, "0" * 32),
     ):
         with pytest.raises(UserError, match=re.escape(said)) as caught:
@@ -357,7 +357,7 @@ def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
     assert set(report["seconds_by_stage"]) == {"read", "decode", "predict", "explain", "write"}
 
     rows = [row for row in plain_rows(output).to_pylist() if row["status"] == "ok"]
-    assert Profile.from_json(report["profile"]) == Profile.of(rows)
+    assert Profile.model_validate(report["profile"]) == Profile.of(rows)
     least = sorted(row["confidence"] for row in rows)[:24]
     assert [scan["confidence"] for scan in report["least_certain"]] == pytest.approx(least)
 

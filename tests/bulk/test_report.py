@@ -19,6 +19,7 @@ from btray.bulk.report import (
     Totals,
     least_certain,
 )
+from btray.model.drift import Drift
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import run_report
 
@@ -48,7 +49,8 @@ def test_the_keys_of_run_json_are_those_of_the_docs_and_none_is_lost() -> None:
 
 
 def test_a_report_is_read_as_it_was_written_and_cannot_be_changed() -> None:
-    report = run_report(objects=3, least_certain=[frame("a", 0.4, "p", 2)], drift={"runs before": {"frames": 9}})
+    drift = Drift(frames=9, labels=0.1, by_label={"glioma": 0.1}, confidence=0.2, ood_score=None)
+    report = run_report(objects=3, least_certain=[frame("a", 0.4, "p", 2)], drift={"runs before": drift})
     assert RunReport.model_validate(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
     assert AbandonedRun(request={"input": "a"}).to_json() == {
         "state": "abandoned",

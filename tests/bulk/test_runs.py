@@ -84,6 +84,14 @@ def test_a_run_is_resumed_by_the_same_request_and_abandoned_by_another(place: st
     assert not begin(place, "m", {"input": "b"})[1]
 
 
+def test_a_run_that_an_older_version_abandoned_has_ended_and_is_no_run_to_compare_with(place: str) -> None:
+    run, _ = begin(place, "m", {"input": "a"})
+    storage.write_json(storage.join(run.folder, runs.RUN), {"state": "given up", "request": {"input": "a"}})
+    assert runs.has_ended(run.folder)
+    assert list(runs.reports(place, "m")) == []
+    assert begin(place, "m", {"input": "a"})[0] != run
+
+
 def test_a_worker_that_outlives_an_abandoned_run_adds_no_row(place: str) -> None:
     run, _ = begin(place, "1e10", {"input": "a"})
     writer = WorklistWriter(run.worklist)

@@ -24,6 +24,7 @@ from btray import phantoms
 from btray.bulk import progress
 from btray.core import metrics
 from btray.core.errors import UserError
+from btray.model.drift import Drift
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import run_report
 from tests.helpers.debian import install
@@ -43,7 +44,7 @@ OF_SERVICE = {
 REPORT = run_report(
     objects=200, rejected=4, rejected_by_code={"truncated": 3, "empty": 1}, images_per_second=41.5,
     seconds_by_stage={"read": 1.0, "decode": 3.0, "predict": 5.0, "write": 1.0},
-    drift={"runs before": {"frames": 900, "labels": 0.02, "by_label": {}, "confidence": 0.3, "ood_score": 0.1}},
+    drift={"runs before": Drift(frames=900, labels=0.02, by_label={}, confidence=0.3, ood_score=0.1)},
 )  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def test_a_pushgateway_that_is_away_for_a_moment_is_asked_again_and_one_that_sta
         assert "took no numbers: 503" in caplog.text
     metrics.leave(gateway.url, "pack", "x 3\n")
     assert "does not answer" in caplog.text
-    with pytest.raises(UserError, match="is no URL"):
+    with pytest.raises(UserError, match="is not the URL"):
         metrics.leave("http://[bad", "pack", "x 4\n")
 
 

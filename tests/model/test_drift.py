@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -47,16 +46,18 @@ def test_profiles_of_parts_add_up_to_the_profile_of_the_whole_and_survive_json()
     summed = Profile()
     for start in range(0, 500, 64):
         part = Profile.of(whole[start : start + 64])
-        summed.add(Profile.from_json(json.loads(json.dumps(part.to_json()))))
+        summed += Profile.model_validate_json(part.model_dump_json())
     assert summed == Profile.of(whole)
     assert summed.frames == sum(summed.confidence) == sum(summed.ood_score) == 500
 
 
 def test_another_sample_of_the_same_is_no_drift_and_falling_confidence_is() -> None:
     before = Profile.of(rows(1, 4000))
-    assert max(drift(before, Profile.of(rows(2, 4000)))[name] for name in ("labels", "confidence", "ood_score")) < 0.02
+    same = drift(before, Profile.of(rows(2, 4000)))
+    assert same.ood_score is not None
+    assert max(same.labels, same.confidence, same.ood_score) < 0.02
     found = drift(before, Profile.of(rows(3, 4000, shift=0.3)))
-    assert found["confidence"] > LARGE > found["labels"]
+    assert found.confidence > LARGE > found.labels
 
 
 def test_values_at_and_beyond_the_edges_are_counted() -> None:

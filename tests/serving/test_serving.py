@@ -112,7 +112,7 @@ def test_a_switch_under_load_costs_no_request_and_a_bad_bundle_changes_nothing(s
         until(lambda: load.answers[-1][1] == wanted)
         until(lambda: all(model_id == wanted for _, model_id in load.answers[-30:]))
         served.deploy(model=str(tmp_path / "nothing"))
-        until(lambda: "no model bundle" in served.models()["switch"]["detail"])
+        until(lambda: "not a model bundle" in served.models()["switch"]["detail"])
         seen = len(load.answers)
         until(lambda: len(load.answers) > seen + 30)
         assert {model_id for _, model_id in load.answers[seen:]} == {wanted}
@@ -139,7 +139,7 @@ def test_a_replica_that_starts_while_the_config_is_bad_serves_what_the_others_do
 ) -> None:
     until(lambda: len(replicas()) == 2)
     served.deploy(model=str(tmp_path / "nothing"))
-    until(lambda: "no model bundle" in served.models()["switch"]["detail"])
+    until(lambda: "not a model bundle" in served.models()["switch"]["detail"])
     with under_load(served) as load:
         for old in replicas():  # so that in the end those that came must do alone
             os.kill(old, signal.SIGKILL)
@@ -148,7 +148,7 @@ def test_a_replica_that_starts_while_the_config_is_bad_serves_what_the_others_do
             served.wait()
     assert load.lost == 0
     assert {model_id for _, model_id in load.answers} == {Classifier.load(model).model_id}
-    assert "no model bundle" in served.models()["switch"]["detail"]
+    assert "not a model bundle" in served.models()["switch"]["detail"]
     served.deploy()
     served.wait()
 
@@ -224,9 +224,9 @@ def test_wrong_use_is_told_before_anything_starts(tmp_path: Path) -> None:
     model = bundle_at(tmp_path, "model")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for flags, said in (
-            ({"model": str(tmp_path / "nothing")}, "no model bundle"),
+            ({"model": str(tmp_path / "nothing")}, "not a model bundle"),
             ({"model": model, "model_id": "0" * 32}, "not the pinned"),
-            ({"model": model, "canary": {"model": str(tmp_path / "other")}}, "no model bundle"),
+            ({"model": model, "canary": {"model": str(tmp_path / "other")}}, "not a model bundle"),
             ({"model": model, "keys": str(tmp_path / "no keys")}, "no keys"),
             ({"model": model, "port": taken.getsockname()[1]}, "cannot listen"),
         ):

@@ -63,7 +63,7 @@ def test_a_bad_bundle_leaves_the_old_one_serving_and_says_why(model: str, tmp_pa
         before = service.served()
         for config, why in (
             ({"model": broken}, "model.safetensors was changed"),
-            ({"model": str(tmp_path / "nothing")}, "no model bundle"),
+            ({"model": str(tmp_path / "nothing")}, "not a model bundle"),
             ({"model": model, "model_id": "0" * 32}, "not the pinned"),
             ({"model": model, "canary": {"model": broken, "share": 0.5}}, "model.safetensors was changed"),
             ({"model": model, "keys": str(tmp_path / "no keys")}, "no keys"),
@@ -128,7 +128,7 @@ def test_a_bundle_whose_store_is_away_is_tried_again_until_it_is_there_or_anothe
 
         backoff_delays()
         service.configure(model=str(tmp_path / "nothing"))
-        assert "no model bundle" in service.switched()["detail"]
+        assert "not a model bundle" in service.switched()["detail"]
         assert service.served() == [Classifier.load(other).model_id]
         away[third] = 10**6
         service.configure(model=third)

@@ -7,6 +7,7 @@ or device it lands on, and a run that is resumed or spread over more workers see
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,12 @@ _WAVES = 4  # cosine waves along each edge that make up a bias field
 _MASK = 0xFFFFFFFF
 
 
+@dataclass(frozen=True)
 class Augmenter:
     """Augments uint8 frames on the device they lie on; `epoch` and sample keys choose the random numbers."""
 
-    def __init__(self, config: AugmentConfig, seed: int) -> None:
-        self.config = config
-        self.seed = seed
+    config: AugmentConfig
+    seed: int
 
     def __call__(self, frames: Tensor, samples: Tensor, epoch: int) -> Tensor:
         """Augment `frames` (uint8 [n, size, size]); `samples` (int64 [n]) are their numbers in the data set.
@@ -112,11 +113,9 @@ def keyed_uniform(keys: Tensor, count: int) -> Tensor:
 
 def _keyed_normal(keys: Tensor, shape: torch.Size) -> Tensor:
     """Draw standard normal numbers of `shape`, from pairs of uniform ones (Box & Muller 1958)."""
-    pixels = shape[-1] * shape[-2]
-    half = (pixels + 1) // 2
-    uniform = keyed_uniform(keys, 2 * half)
-    radius = torch.sqrt(-2.0 * torch.log(1.0 - uniform[:, :half]))
-    angle = 2.0 * math.pi * uniform[:, half:]
+    pixels = shape[1:].numel()
+    first, second = keyed_uniform(keys, pixels + pixels % 2).chunk(2, 1)
+    radius, angle = torch.sqrt(-2.0 * torch.log(1.0 - first)), 2.0 * math.pi * second
     normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], 1)
     return normal[:, :pixels].reshape(shape)
 

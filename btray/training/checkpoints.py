@@ -1,9 +1,7 @@
-"""Checkpoints of a run: their content, and how workers read and write them."""
+"""The checkpoint of a run: its content, and the file that holds it."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -47,23 +45,3 @@ class Checkpoint:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder, STATE), map_location="cpu", weights_only=True)
         return cls(**state | {"history": [EpochRecord(**record) for record in state["history"]]})
-
-
-def report(metrics: Mapping[str, Any], content: Checkpoint | None, name: str, *, wait: bool = False) -> None:
-    """Report to Ray Train, from all workers; rank 0 gives the content of the checkpoint that is kept as `name`.
-
-    The upload runs while training continues, unless `wait`.
-    """
-    checkpoint = None
-    if content is not None:
-        folder = tempfile.mkdtemp(prefix="btray-checkpoint-")  # deleted by Ray after the upload
-        content.save(folder)
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-    upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
-    ray.train.report(
-        dict(metrics),
-        checkpoint,
-        checkpoint_dir_name=name,
-        checkpoint_upload_mode=upload,
-        delete_local_checkpoint_after_upload=True,
-    )

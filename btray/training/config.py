@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.data.config import PreprocessConfig
 from btray.model.config import BACKBONES, NetworkConfig
 
-T = TypeVar("T")
+LOGARITHMIC = ("learning_rate", "weight_decay")
+"""Settings of a search that are drawn evenly on a logarithmic scale."""
+BOUNDED = ("dropout", "label_smoothing", *LOGARITHMIC)
+"""Settings of a search of which the bounds are given; of the others, the choices."""
 
 
 class AugmentConfig(ComponentConfig):
@@ -175,60 +178,46 @@ class TrainConfig(JobConfig):
         return self.storage or self.out.rstrip("/") + "/_run"
 
 
-def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
-    if not values:
-        raise ValueError("give at least one value")
-    return tuple(dict.fromkeys(values))
-
-
-def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= bounds[0] <= bounds[1]:
-        raise ValueError("give LOW,HIGH with 0 <= LOW <= HIGH")
-    return bounds
-
-
-def _below_one(bounds: tuple[float, float]) -> tuple[float, float]:
-    if bounds[1] >= 1:
-        raise ValueError("the bounds must end below 1")
-    return bounds
-
-
-def _above_zero(bounds: tuple[float, float]) -> tuple[float, float]:
-    if bounds[0] <= 0:
-        raise ValueError("the bounds must begin above 0: the scale is logarithmic")
-    return bounds
-
-
-Choices = Annotated[tuple[T, ...], AfterValidator(_distinct)]
-Shares = Annotated[tuple[float, float], AfterValidator(_in_order), AfterValidator(_below_one)]
-Logarithmic = Annotated[tuple[float, float], AfterValidator(_in_order), AfterValidator(_above_zero)]
-
-
 class SpaceConfig(ComponentConfig):
     """What differs between trials. A setting with one choice, or with equal bounds, is fixed."""
 
-    architecture: Choices[Literal["cnn", *BACKBONES]] = ("cnn",)  # type: ignore[valid-type]
+    architecture: tuple[Literal["cnn", *BACKBONES], ...] = ("cnn",)  # type: ignore[valid-type]
     """Choices of --network.architecture; a backbone ignores the five settings of the family below."""
-    width: Choices[Annotated[float, Field(gt=0, le=8)]] = (0.5, 0.75, 1.0, 1.5)
+    width: tuple[Annotated[float, Field(gt=0, le=8)], ...] = (0.5, 0.75, 1.0, 1.5)
     """Choices of a factor on --network.stem-width and --network.widths; the result is rounded to eights."""
-    depth: Choices[Annotated[int, Field(ge=0, le=8)]] = (0, 1)
+    depth: tuple[Annotated[int, Field(ge=0, le=8)], ...] = (0, 1)
     """Choices of blocks added to every stage of --network.depths."""
-    kernel: Choices[Literal[3, 5, 7]] = (3, 5)
+    kernel: tuple[Literal[3, 5, 7], ...] = (3, 5)
     """Choices of --network.kernel."""
-    squeeze_excite: Choices[Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.25)
+    squeeze_excite: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25)
     """Choices of --network.squeeze-excite."""
-    pooling: Choices[Literal["average", "max", "average_max"]] = ("average", "average_max")
+    pooling: tuple[Literal["average", "max", "average_max"], ...] = ("average", "average_max")
     """Choices of --network.pooling."""
-    dropout: Shares = (0.1, 0.5)
+    dropout: tuple[float, float] = (0.1, 0.5)
     """Bounds of --network.dropout, LOW,HIGH."""
-    learning_rate: Logarithmic = (5e-4, 1e-2)
+    learning_rate: tuple[float, float] = (5e-4, 1e-2)
     """Bounds of --optimiser.learning-rate, drawn evenly on a logarithmic scale."""
-    weight_decay: Logarithmic = (5e-3, 0.2)
+    weight_decay: tuple[float, float] = (5e-3, 0.2)
     """Bounds of --optimiser.weight-decay, drawn evenly on a logarithmic scale."""
-    label_smoothing: Shares = (0.0, 0.2)
+    label_smoothing: tuple[float, float] = (0.0, 0.2)
     """Bounds of --optimiser.label-smoothing."""
-    mixup: Choices[Annotated[float, Field(ge=0, le=4)]] = (0.0, 0.2)
+    mixup: tuple[Annotated[float, Field(ge=0, le=4)], ...] = (0.0, 0.2)
     """Choices of --optimiser.mixup."""
+
+    @field_validator("*")
+    @classmethod
+    def _searchable(cls, values: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        if info.field_name not in BOUNDED:
+            if not values:
+                raise ValueError("give at least one value")
+            return tuple(dict.fromkeys(values))
+        if not 0 <= values[0] <= values[1]:
+            raise ValueError("give LOW,HIGH with 0 <= LOW <= HIGH")
+        if info.field_name in LOGARITHMIC and values[0] == 0:
+            raise ValueError("the bounds must begin above 0: the scale is logarithmic")
+        if info.field_name not in LOGARITHMIC and values[1] >= 1:
+            raise ValueError("the bounds must end below 1")
+        return values
 
 
 class TuneConfig(TrainConfig):
@@ -261,9 +250,8 @@ class TuneConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _weights_fit_one_network(self) -> Self:
-        space = self.space
-        varied = [key for key in ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling")
-                  if len(getattr(space, key)) > 1]  # fmt: skip
+        shape = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling")
+        varied = [name for name in shape if len(getattr(self.space, name)) > 1]
         if self.init_from and varied:
             raise ValueError(
                 f"--init-from fits one network, and --space.{varied[0].replace('_', '-')} varies it: give one value"

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection
 from btray.data.scans import Scan
-from btray.training.plan import Indices, Plan
+from btray.training.plan import Plan
 
 _log = logging.getLogger(__name__)
 
@@ -94,16 +95,13 @@ def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]
 
 
 def decode_block(batch: Arrays, source: FrameSource) -> Iterator[Arrays]:
-    """Yield blocks of some _BLOCK_ROWS frames as they are decoded: scans of many frames do not fill the memory."""
-    rows: list[tuple[Any, ...]] = []
-    scans = source.scans([str(uri) for uri in batch["uri"]])
-    for row, label, scan in zip(batch["row"], batch["label"], scans, strict=True):
-        rows += _frames(source, int(row), int(label), scan)
-        if len(rows) >= _BLOCK_ROWS:
-            yield _as_columns(rows)
-            rows = []
-    if rows:
-        yield _as_columns(rows)
+    """Yield blocks of up to _BLOCK_ROWS frames as they are decoded: scans of many frames do not fill the memory."""
+    scans = source.scans(batch["uri"].tolist())
+    frames = chain.from_iterable(map(partial(_frames, source), batch["row"].tolist(), batch["label"].tolist(), scans))
+    while rows := list(islice(frames, _BLOCK_ROWS)):
+        columns = dict(zip([*_SURVEYED, "frame"], zip(*rows, strict=True), strict=True))
+        # Fingerprints as objects: numpy's own bytes lose the zeros at their end.
+        yield {name: np.array(values, object if name == "fingerprint" else None) for name, values in columns.items()}
 
 
 def _frames(source: FrameSource, row: int, label: int, scan: Scan | Rejection) -> Iterator[tuple[Any, ...]]:
@@ -120,12 +118,6 @@ def _frames(source: FrameSource, row: int, label: int, scan: Scan | Rejection) -
     for number, frame in enumerate(frames):
         digest = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
         yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, code, message, frame
-
-
-def _as_columns(rows: list[tuple[Any, ...]]) -> Arrays:
-    columns = dict(zip([*_SURVEYED, "frame"], zip(*rows, strict=True), strict=True))
-    # Fingerprints as objects: numpy's own bytes lose the zeros at their end.
-    return {name: np.array(values, object if name == "fingerprint" else None) for name, values in columns.items()}
 
 
 class StreamSplit(ray.train.DataConfig):
@@ -172,20 +164,17 @@ class MemoryFeed:
 
     def train(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's batches of one epoch, shuffled by seed and epoch alone."""
-        order = self.plan.epoch_order(epoch)
-        for step in range(self.plan.steps_per_epoch):
-            whole = order[step * self.plan.batch_size : (step + 1) * self.plan.batch_size]
-            yield self._batch(whole[self.rank :: self.workers], whole)
+        used = self.plan.steps_per_epoch * self.plan.batch_size
+        for whole in torch.from_numpy(self.plan.epoch_order(epoch))[:used].split(self.plan.batch_size):
+            yield self._batch(whole[self.rank :: self.workers], self.labels[whole])
 
     def validation(self) -> Iterator[Batch]:
         """Yield this worker's share of the held-out samples."""
-        share = self.plan.validation[self.rank :: self.workers]
+        share = torch.tensor(self.plan.validation[self.rank :: self.workers])
         for start in range(0, len(share), self.plan.config.batch_size):
             yield self._batch(share[start : start + self.plan.config.batch_size])
 
-    def _batch(self, positions: Indices, whole: Indices | None = None) -> Batch:
-        chosen = torch.tensor(positions)
-        whole_labels = None if whole is None else self.labels[torch.tensor(whole)]
+    def _batch(self, chosen: Tensor, whole_labels: Tensor | None = None) -> Batch:
         return Batch(self.frames[chosen], self.labels[chosen], self.samples[chosen], whole_labels)
 
 

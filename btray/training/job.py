@@ -47,7 +47,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     require_destinations(config)
     source = read_source(config)
     with connected():
-        data = prepare(config, source)
+        data = prepare(source)
         claim_run(data, RUN_MAY_CHANGE)
         trained = TrainedModel(data, fit(data))
         calibrated, validation = _calibrate(trained)
@@ -77,9 +77,7 @@ class TrainedModel:
             classes=plan.classes,
             network=plan.config.network,
             preprocess=plan.config.preprocess,
-            temperature=self.limits.temperature,
-            thresholds=self.limits.thresholds,
-            ood=self.limits.ood,
+            **vars(self.limits),
             training=plan.config.model_dump(mode="json"),
             data=TrainedOn(
                 uri=plan.config.data,

@@ -105,8 +105,7 @@ def weighted_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
     In float32 whatever the logits are: bf16 has eight bits of mantissa.
     """
-    cross_entropy = -(targets * F.log_softmax(logits.float(), 1)).sum(1)
-    return (cross_entropy * weights).sum()
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 
 def make_average(network: nn.Module, decay: float) -> AveragedModel:

@@ -94,10 +94,8 @@ class InterruptionWatch:
                 status[0] = storage.exists(self._mark)
         stop, interval = self._collectives.sum(status).tolist()
         self._steps, self._interval, self._looked = 0, int(interval), now
-        info = ray.train.get_preemption_info()
-        reclaimed = set(info.preempted_node_ids) if info is not None else set()
-        fresh = reclaimed - self._reclaimed
-        self._reclaimed |= reclaimed
+        info, known = ray.train.get_preemption_info(), len(self._reclaimed)
+        self._reclaimed.update(info.preempted_node_ids if info is not None else ())
         if stop:
             return "stop"
-        return "reclaimed" if fresh else None
+        return "reclaimed" if len(self._reclaimed) > known else None

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,17 +43,18 @@ _STREAMING_CPUS = 0.5
 class Source:
     """The labelled images of a run before any of them is read, and the weights to start from."""
 
+    config: TrainConfig
     table: pa.Table
     """Every row of the source; rows are named by their position here."""
     classes: tuple[str, ...]
     """Labels of the training images, in the order of the network's outputs."""
     initial_weights: dict[str, Tensor] | None = None
 
-    def numbered(self, rows: Indices) -> pa.Table:
-        """Return the table that `decode_rows` takes: the position, URI and label number of the given rows."""
-        number = {label: index for index, label in enumerate(self.classes)}
-        labels = [number[label] for label in self.table["label"].take(rows).to_pylist()]
-        return pa.table({"row": rows, "uri": self.table["uri"].take(rows), "label": np.array(labels, np.int64)})
+    def decode(self, rows: Indices, **options: Any) -> ray.data.Dataset:
+        """Decode the given rows, by their position and with their labels' numbers, as `feeds.decode_rows` says."""
+        labels = pc.index_in(self.table["label"].take(rows), pa.array(self.classes)).cast(pa.int64())
+        numbered = pa.table({"row": rows, "uri": self.table["uri"].take(rows), "label": labels})
+        return decode_rows(numbered, FrameSource(self.config.preprocess), **options)
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,7 @@ class TrainingData:
         rows = {"train": np.array(list(scans))}
         if len(plan.validation):
             rows["validation"] = plan.rows(plan.validation)
-        source = FrameSource(plan.config.preprocess)
-        return {
-            name: decode_rows(self.source.numbered(chosen), source, num_cpus=_STREAMING_CPUS)
-            for name, chosen in rows.items()
-        }
+        return {name: self.source.decode(chosen, num_cpus=_STREAMING_CPUS) for name, chosen in rows.items()}
 
 
 def in_splits(table: pa.Table, *splits: str) -> npt.NDArray[np.bool_]:
@@ -126,25 +124,24 @@ def read_source(config: TrainConfig) -> Source:
         )
     require_known_labels(table["label"].to_pylist(), classes, config.data)
     weights = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
-    return Source(table, classes, weights)
+    return Source(config, table, classes, weights)
 
 
-def prepare(config: TrainConfig, source: Source) -> TrainingData:
+def prepare(source: Source) -> TrainingData:
     """Decode the training images once, see which are readable, and choose which are held out. Needs Ray.
 
     Raises:
         UserError: the config does not suit the cluster or the data.
         ThresholdExceeded: more images than `max_rejected` are unreadable, or images leak with `on_leak` "fail".
     """
+    config, table, run_uri = source.config, source.table, run_folder(source.config)
     _check_workers(config, config.batch_size)
-    table, run_uri = source.table, run_folder(config)
     rows = np.flatnonzero(~in_splits(table, "test"))
     most = int(config.cache_gb * 1e9 / config.preprocess.size**2)  # a frame has a byte per pixel
     too_many = len(rows) > most
     _check_streaming(config, too_many)
     _log.info("reading %d images of %d classes from %s", len(rows), len(source.classes), config.data)
-    decoded = decode_rows(source.numbered(rows), FrameSource(config.preprocess), kept=not too_many)
-    frames, surveyed = survey(decoded, keep=0 if too_many else most)
+    frames, surveyed = survey(source.decode(rows, kept=not too_many), keep=0 if too_many else most)
     _check_streaming(config, frames is None)  # again: a scan may have many frames
     rejected = rejections_in(surveyed)
     report_rejections(rejected, table)
@@ -152,8 +149,8 @@ def prepare(config: TrainConfig, source: Source) -> TrainingData:
         storage.write_bytes(storage.join(run_uri, REJECTED), rejections_csv(rejected, table))
     enforce_max_rejected(rejected, len(rows), config.max_rejected)
     # Twins are found before images are held out: both of them go to the same side.
-    leak, used, twins = _resolve_leak(config, source, surveyed.filter(pc.equal(surveyed["code"], "")))
-    validation = _choose_validation(config, table, used, twins)
+    leak, used, twins = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))
+    validation = _choose_validation(source, used, twins)
     plan = Plan(
         config=config,
         classes=source.classes,
@@ -169,7 +166,7 @@ def prepare(config: TrainConfig, source: Source) -> TrainingData:
     return TrainingData(source, frames, rejected, used, leak, plan)
 
 
-def _resolve_leak(config: TrainConfig, source: Source, readable: pa.Table) -> tuple[Leak, pa.Table, Indices]:
+def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table, Indices]:
     """Compare the pixels of the splits and act on --on-leak.
 
     Returns the leak, the rows of the survey that are used, and for each a number that files of the same image share.
@@ -177,24 +174,21 @@ def _resolve_leak(config: TrainConfig, source: Source, readable: pa.Table) -> tu
     test = np.flatnonzero(in_splits(source.table, "test"))
     surveyed = readable.slice(0, 0)
     if len(test):
-        _, surveyed = survey(decode_rows(source.numbered(test), FrameSource(config.preprocess)))
+        _, surveyed = survey(source.decode(test))
     everything = pa.concat_tables([readable, surveyed.filter(pc.equal(surveyed["code"], ""))])
     groups = group_by_fingerprint(unpack(everything["fingerprint"].to_pylist()))
     rows = everything["sample"].to_numpy() // FRAMES_PER_SCAN
     leak = find_leak(np.array(source.table["split"].take(rows).to_pylist(), object), groups)
-    report_leak(leak, config.on_leak, config.data)
-    used = np.arange(len(readable))
-    if config.on_leak == "drop":
-        used = used[~leak.learnt[: len(readable)]]
+    report_leak(leak, source.config.on_leak, source.config.data)
+    used = np.flatnonzero(~leak.learnt[: len(readable)] | (source.config.on_leak != "drop"))
     return leak, readable.take(used), groups[used]
 
 
-def _choose_validation(config: TrainConfig, table: pa.Table, used: pa.Table, twins: Indices) -> npt.NDArray[np.bool_]:
+def _choose_validation(source: Source, used: pa.Table, twins: Indices) -> npt.NDArray[np.bool_]:
     """Choose which samples are held out: the val split if there is one, else whole groups of the training images."""
-    rows, first, of_sample = np.unique(
-        used["sample"].to_numpy() // FRAMES_PER_SCAN, return_index=True, return_inverse=True
-    )
-    chosen = table.take(rows)
+    row_of_sample = used["sample"].to_numpy() // FRAMES_PER_SCAN
+    rows, first, of_sample = np.unique(row_of_sample, return_index=True, return_inverse=True)
+    chosen, config = source.table.take(rows), source.config
     held_out = np.array(chosen["split"].to_pylist(), object) == "val"
     if not held_out.any():
         held_out = hold_out(chosen, fraction=config.validation, seed=config.seed, duplicate_of=twins[first])

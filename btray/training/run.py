@@ -69,9 +69,9 @@ def claim_run(data: TrainingData, may_change: Set[str]) -> None:
     uri = storage.join(plan.run_uri, RUN)
     if storage.exists(uri):
         before, now = flatten(storage.read_json(uri)), flatten(identity)
-        different = next((name for name in before | now if before.get(name) != now.get(name)), "")
-        different = different.removeprefix("config.")
+        different = next((name for name in before | now if before.get(name) != now.get(name)), None)
         if different:
+            different = different.removeprefix("config.")
             raise UserError(
                 f"run {config.name!r} in {storage.resolve(config.storage_uri)} was started with another "
                 f"{different}; give another --name to start a new run, or the same {different} to resume this one"

@@ -28,9 +28,9 @@ class Tracker:
     """Reports the epochs of a run, from rank 0. Files are written whole, so that object storage serves like a disk."""
 
     def __init__(self, run_uri: str, config: TrainConfig) -> None:
-        self.run_uri = run_uri
-        self.config = config
-        self._mlflow = _MlflowRun(config, run_uri) if config.mlflow else None
+        self.run_uri, self.config = run_uri, config
+        self._mlflow = require_mlflow().MlflowClient(tracking_uri=config.mlflow) if config.mlflow else None
+        self._mlflow_run = _open_mlflow_run(self._mlflow, config, run_uri) if config.mlflow else ""
 
     def epoch_ended(self, history: Sequence[EpochRecord]) -> None:
         """Report the last record of `history`, the records of all epochs so far."""
@@ -42,26 +42,24 @@ class Tracker:
         # All epochs again: object storage cannot append, and one that was trained twice stands once.
         storage.write_text(storage.join(self.run_uri, HISTORY), as_lines(history))
         numbers = {key: value for key, value in asdict(record).items() if key != "epoch" and value is not None}
-        self._write_events(numbers, record.epoch)
-        if self._mlflow:
-            self._mlflow.log(numbers, record.epoch)
-
-    def _write_events(self, numbers: Mapping[str, float], epoch: int) -> None:
-        """Write one TensorBoard file per epoch; that of an epoch trained again after a failure is replaced.
-
-        The writer is closed before the file is stored: its flush() leaves events in its queue.
-        """
+        # One TensorBoard file per epoch: that of an epoch trained again after a failure is replaced.
+        events = storage.join(self.run_uri, "tensorboard", f"events.out.tfevents.{record.epoch:06d}")
         with tempfile.TemporaryDirectory(prefix="btray-events-") as folder:
-            with SummaryWriter(folder) as writer:
+            with SummaryWriter(
+                folder
+            ) as writer:  # closed before the file is stored: flush() leaves events in its queue
                 for key, value in numbers.items():
-                    writer.add_scalar(key, value, epoch)
+                    writer.add_scalar(key, value, record.epoch)
             (path,) = Path(folder).iterdir()
-            storage.upload_file(path, storage.join(self.run_uri, "tensorboard", f"events.out.tfevents.{epoch:06d}"))
+            storage.upload_file(path, events)
+        if self._mlflow:
+            for key, value in numbers.items():
+                self._mlflow.log_metric(self._mlflow_run, key, value, step=record.epoch)
 
     def close(self) -> None:
         """End the run in MLflow."""
         if self._mlflow:
-            self._mlflow.end()
+            self._mlflow.set_terminated(self._mlflow_run)
 
 
 def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
@@ -99,31 +97,22 @@ def _minutes(seconds: float) -> str:
     return "{}:{:02d}".format(*divmod(int(seconds), 60))
 
 
-class _MlflowRun:
-    """A run of MLflow, which a resumed run here continues there."""
-
-    def __init__(self, config: TrainConfig, run_uri: str) -> None:
-        self._client = require_mlflow().MlflowClient(tracking_uri=config.mlflow)
-        experiment = self._client.get_experiment_by_name("btray")
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment("btray")
-        uri = storage.join(run_uri, _MLFLOW)
-        self._run_id = storage.read_text(uri) if storage.exists(uri) else ""
-        # It may be another server than before, or the run was deleted there: searching finds none then.
-        if self._run_id and self._client.search_runs([experiment_id], f"attributes.run_id = '{self._run_id}'"):
-            self._client.update_run(self._run_id, status="RUNNING")
-            return
-        self._run_id = self._client.create_run(experiment_id, run_name=config.name).info.run_id
-        storage.write_text(uri, self._run_id)
-        # Only now: the config of a resumed run may differ, and MLflow refuses to change a parameter.
-        for key, value in flatten(config.model_dump(mode="json")).items():
-            self._client.log_param(self._run_id, key, value)
-
-    def log(self, numbers: Mapping[str, float], epoch: int) -> None:
-        for key, value in numbers.items():
-            self._client.log_metric(self._run_id, key, value, step=epoch)
-
-    def end(self) -> None:
-        self._client.set_terminated(self._run_id)
+def _open_mlflow_run(client: Any, config: TrainConfig, run_uri: str) -> str:
+    """Create a run of MLflow, or continue the one of a run that is resumed here; returns its id there."""
+    experiment = client.get_experiment_by_name("btray")
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment("btray")
+    uri = storage.join(run_uri, _MLFLOW)
+    run_id = storage.read_text(uri) if storage.exists(uri) else ""
+    # It may be another server than before, or the run was deleted there: searching finds none then.
+    if run_id and client.search_runs([experiment_id], f"attributes.run_id = '{run_id}'"):
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    run_id = str(client.create_run(experiment_id, run_name=config.name).info.run_id)
+    storage.write_text(uri, run_id)
+    # Only now: the config of a resumed run may differ, and MLflow refuses to change a parameter.
+    for key, value in flatten(config.model_dump(mode="json")).items():
+        client.log_param(run_id, key, value)
+    return run_id
 
 
 def require_mlflow() -> Any:

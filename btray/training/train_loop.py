@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from btray.data.preprocess import to_tensor
 from btray.model.network import Network, build_network, load_matching
 from btray.training import optimizer
 from btray.training.augment import Augmenter
-from btray.training.checkpoints import Checkpoint, report
+from btray.training.checkpoints import Checkpoint
 from btray.training.collectives import Collectives
 from btray.training.feeds import Batch, MemoryFeed, StreamFeed
 from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
@@ -47,21 +49,20 @@ class Trainer:
     """One worker of a training; its state is the same on all workers but for their share of the data."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.config = plan, plan.config
+        self.plan, self.config, settings = plan, plan.config, plan.config.optimiser
         self.device = ray.train.torch.get_device()
         self.collectives = Collectives(self.device)
         self.augmenter = Augmenter(self.config.augment, self.config.seed)
-        self.class_weights = optimizer.class_weights(plan.class_counts(), self.config.optimiser).to(self.device)
+        self.class_weights = optimizer.class_weights(plan.class_counts(), settings).to(self.device)
         torch.manual_seed(self.config.seed)  # every worker begins with the same weights
         network = build_network(self.config.network, len(plan.classes))
         if plan.initial_weights:
             load_matching(network, plan.initial_weights)
         # Convolutions of oneDNN and cuDNN work in this layout, and would convert every layer's input to it.
         self.network: Network = network.to(self.device).to(memory_format=torch.channels_last)
-        fine_tune = plan.initial_weights is not None
-        self.optimiser = optimizer.make_optimiser(self.network, self.config.optimiser, fine_tune=fine_tune)
-        decay = self.config.optimiser.ema
-        self.average = optimizer.make_average(self.network, decay) if decay else None
+        self.fine_tune = plan.initial_weights is not None
+        self.optimiser = optimizer.make_optimiser(self.network, settings, fine_tune=self.fine_tune)
+        self.average = optimizer.make_average(self.network, settings.ema) if settings.ema else None
         self.history: list[EpochRecord] = []
         self.steps = 0  # of the epoch that is running
         self.totals = torch.zeros(3, dtype=torch.float64)  # of those steps: loss, weight, images
@@ -81,8 +82,6 @@ class Trainer:
         tracker = Tracker(self.plan.run_uri, self.config) if self.collectives.rank == 0 else None
         while len(self.history) < self.config.epochs and not (self.stopping or self._is_over()):
             epoch, started = len(self.history), time.perf_counter()
-            # Before the first step: a head of random weights would push large gradients through pretrained layers.
-            self._freeze(self.plan.initial_weights is not None and epoch < self.config.optimiser.freeze_epochs)
             trained = self._train_epoch(epoch)
             if trained is None:
                 break
@@ -92,7 +91,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             record = EpochRecord(epoch=epoch + 1, **trained, **validated, rejected=rejected, seconds=seconds)
             self.history.append(record)
-            report(asdict(record), self._checkpoint(), f"epoch_{record.epoch:05d}")
+            self._report(asdict(record), f"epoch_{record.epoch:05d}")
             if tracker:
                 tracker.epoch_ended(self.history)
         if tracker:  # not if an error ended the run: a resumed one continues it in MLflow
@@ -100,19 +99,26 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> dict[str, Any] | None:
         """Train the rest of an epoch (from 0) and return its fields of EpochRecord; None if the run was interrupted."""
-        self._seed(epoch)
+        # Dropout draws from torch's generator: a resumed run shall draw as an undisturbed one does. In the middle of
+        # an epoch that is not possible, but the draws then differ from those at its beginning.
+        seed = (self.config.seed * 1_000_003 + epoch) * 4096 + self.collectives.rank
+        torch.manual_seed(hash((seed, self.steps)) % 2**63 if self.steps else seed)
         self.network.train()
-        if self.frozen:  # train() has just put its batch norms into training mode
-            optimizer.freeze_body(self.network, True)
+        # After train(), which puts all batch norms into training mode, and before the first step: a head of random
+        # weights would push large gradients through pretrained layers.
+        frozen = self.fine_tune and epoch < self.config.optimiser.freeze_epochs
+        optimizer.freeze_body(self.network, frozen)
+        if frozen != self.frozen:  # DDP fixes early which gradients it reduces: wrap again
+            self.frozen = frozen
+            self.parallel = ray.train.torch.prepare_model(self.network, move_to_device=False)
         resumed = self.totals.clone()
         started = time.perf_counter()
         rate, self.waited = 0.0, 0.0
         batches = self.feed.train(epoch)
         if self.plan.streaming:  # shares of a stream may differ in length; those of frames in memory do not
             batches = self.collectives.in_step(batches)
-        for index, batch in enumerate(self._timed(batches)):
-            if index < self.steps:  # taken before the run was interrupted
-                continue
+        # All but the steps that were taken before the run was interrupted.
+        for index, batch in islice(enumerate(self._timed(batches)), self.steps, None):
             step = epoch * self.plan.steps_per_epoch + index
             rate = optimizer.learning_rate(step, self.config.epochs * self.plan.steps_per_epoch, self.config.optimiser)
             optimizer.set_learning_rate(self.optimiser, rate)
@@ -140,14 +146,6 @@ class Trainer:
             yield batch
             started = time.perf_counter()
 
-    def _seed(self, epoch: int) -> None:
-        """Seed dropout, which draws from torch's generator, so that a resumed run draws as an undisturbed one does.
-
-        In the middle of an epoch that is not possible, but the draws then differ from those at its beginning.
-        """
-        seed = (self.config.seed * 1_000_003 + epoch) * 4096 + self.collectives.rank
-        torch.manual_seed(hash((seed, self.steps)) % 2**63 if self.steps else seed)
-
     def _interrupted(self, epoch: int) -> bool:
         """Look for a notice after a step, write a checkpoint if there is one, and return whether the epoch ends here.
 
@@ -161,9 +159,8 @@ class Trainer:
             # The sums over all workers are kept by rank 0 alone, so that they count once however many resume.
             self.totals = self.collectives.sum(self.totals) * (self.collectives.rank == 0)
             # Waiting for the upload: afterwards the machine may go.
-            name = f"epoch_{epoch:05d}_step_{self.steps:07d}"
             metrics = {"epoch": epoch, "step": self.steps, "score": INTERRUPTED}
-            report(metrics, self._checkpoint(), name, wait=True)
+            self._report(metrics, f"epoch_{epoch:05d}_step_{self.steps:07d}", wait=True)
             if self.collectives.rank == 0:
                 _log.warning("%s: wrote a checkpoint of epoch %d, step %d", notice, epoch + 1, self.steps)
         return self.stopping
@@ -172,8 +169,7 @@ class Trainer:
         """Take one optimiser step and return this worker's sums of loss, weight and images, float64 [3]."""
         config = self.config.optimiser
         frames, labels = self._to_device(batch.frames), self._to_device(batch.labels)
-        augment = self.config.augment.enabled
-        images = self.augmenter(frames, batch.samples, epoch) if augment else to_tensor(frames)
+        images = self.augmenter(frames, batch.samples, epoch) if self.config.augment.enabled else to_tensor(frames)
         targets = optimizer.soft_targets(labels, len(self.plan.classes), config)
         weights = self.class_weights[labels]
         if config.mixup:
@@ -229,18 +225,31 @@ class Trainer:
             logits: Tensor = network(images.contiguous(memory_format=torch.channels_last))
         return logits
 
-    def _checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint that rank 0 writes; None on the other workers."""
-        if self.collectives.rank != 0:
-            return None
-        return Checkpoint(
-            network=self.network.state_dict(),
-            optimiser=self.optimiser.state_dict(),
-            average=self.average.state_dict() if self.average is not None else None,
-            evaluated=self.evaluated.state_dict(),
-            history=self.history,
-            steps=self.steps,
-            totals=self.totals,
+    def _report(self, metrics: dict[str, Any], name: str, *, wait: bool = False) -> None:
+        """Report to Ray Train, from all workers; rank 0 writes the checkpoint that is kept as `name`.
+
+        The upload runs while training continues, unless `wait`.
+        """
+        checkpoint = None
+        if self.collectives.rank == 0:
+            folder = tempfile.mkdtemp(prefix="btray-checkpoint-")  # deleted by Ray after the upload
+            Checkpoint(
+                network=self.network.state_dict(),
+                optimiser=self.optimiser.state_dict(),
+                average=self.average.state_dict() if self.average is not None else None,
+                evaluated=self.evaluated.state_dict(),
+                history=self.history,
+                steps=self.steps,
+                totals=self.totals,
+            ).save(folder)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
+        ray.train.report(
+            metrics,
+            checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=upload,
+            delete_local_checkpoint_after_upload=True,
         )
 
     def _resume(self) -> None:
@@ -266,13 +275,6 @@ class Trainer:
             _log.warning("training diverged in epoch %d: it ends here, and the best epoch is kept", latest.epoch)
             return True
         return 0 < self.config.patience <= latest.epoch - best_record(self.history).epoch
-
-    def _freeze(self, frozen: bool) -> None:
-        """Freeze or unfreeze the body, and wrap the network again: DDP fixes early which gradients it reduces."""
-        if frozen != self.frozen:
-            self.frozen = frozen
-            optimizer.freeze_body(self.network, frozen)
-            self.parallel = ray.train.torch.prepare_model(self.network, move_to_device=False)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """Copy to the worker's device; from pinned memory the copy overlaps with work on the GPU."""

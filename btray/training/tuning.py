@@ -20,9 +20,10 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from btray import storage
 from btray.core.cluster import connected, cpus, gpus, started_ray_here
 from btray.core.errors import UserError
+from btray.model.config import NetworkConfig
 from btray.model.network import build_network, count_flops, count_parameters
 from btray.storage import StorageError
-from btray.training.config import SpaceConfig, TrainConfig, TuneConfig
+from btray.training.config import BOUNDED, LOGARITHMIC, OptimiserConfig, SpaceConfig, TrainConfig, TuneConfig
 from btray.training.history import best_record, read_history
 from btray.training.job import train
 from btray.training.plan import run_folder
@@ -41,8 +42,6 @@ _DRIVER_CPUS = 0.01
 # Least CPUs of a worker: as many workers fit as there are CPUs, with the drivers beside them.
 _WORKER_CPUS = 0.9
 _TRIALS = "trials"
-_CHOICES = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling", "mixup")
-_LOGARITHMIC = ("learning_rate", "weight_decay")
 # Unlike in a single run, epochs, workers and patience are fixed: trials that differ in them cannot be compared.
 _SEARCH_MAY_CHANGE = RUN_MAY_CHANGE - {"epochs", "num_workers", "patience"} | {"concurrent"}
 
@@ -56,11 +55,15 @@ def tune(config: TuneConfig) -> str:
         UserError: the input is unusable.
         ThresholdExceeded: more than `max_rejected` of the images cannot be read.
     """
-    config = config.model_copy(update={"search": _search_kind(config)})
+    installed = importlib.util.find_spec("optuna") is not None
+    if config.search == "optuna" and not installed:
+        raise UserError("--search optuna needs the extra: pip install 'btray[tune]'; or give --search random")
+    config = config.model_copy(update={"search": config.search or ("optuna" if installed else "random")})
+    _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if config.search == "optuna" else "random")
     require_destinations(config)
     source = read_source(config)
     with connected():
-        data = prepare(config, source)
+        data = prepare(source)
         claim_run(data, _SEARCH_MAY_CHANGE)
         folder = data.plan.run_uri
         trials = _search(config, data)
@@ -80,15 +83,6 @@ def tune(config: TuneConfig) -> str:
         return train(trial_config(config, best.settings, best.trial), files=files)
 
 
-def _search_kind(config: TuneConfig) -> str:
-    installed = importlib.util.find_spec("optuna") is not None
-    if config.search == "optuna" and not installed:
-        raise UserError("--search optuna needs the extra: pip install 'btray[tune]'; or give --search random")
-    kind = config.search or ("optuna" if installed else "random")
-    _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if kind == "optuna" else "random")
-    return kind
-
-
 # ---- the space
 
 
@@ -103,10 +97,10 @@ def domains(space: SpaceConfig) -> Settings:
     for name, values in space:
         if len(set(values)) == 1:
             domains[name] = values[0]
-        elif name in _CHOICES:
-            domains[name] = ray.tune.choice(list(values))
+        elif name in BOUNDED:
+            domains[name] = (ray.tune.loguniform if name in LOGARITHMIC else ray.tune.uniform)(*values)
         else:
-            domains[name] = (ray.tune.loguniform if name in _LOGARITHMIC else ray.tune.uniform)(*values)
+            domains[name] = ray.tune.choice(list(values))
     return domains
 
 
@@ -114,7 +108,7 @@ def default_point(config: TuneConfig) -> Settings | None:
     """Return the config as it is given, as a point of the space; None if it lies outside."""
     given = dict(config.network) | dict(config.optimiser) | {"width": 1.0, "depth": 0}
     for name, values in config.space:
-        if not (given[name] in values if name in _CHOICES else values[0] <= given[name] <= values[1]):
+        if not (values[0] <= given[name] <= values[1] if name in BOUNDED else given[name] in values):
             return None
     return {name: given[name] for name in SpaceConfig.model_fields}
 
@@ -122,12 +116,12 @@ def default_point(config: TuneConfig) -> Settings | None:
 def trial_config(config: TuneConfig, point: Settings, trial: str) -> TrainConfig:
     """Return the config of the training that a trial is."""
     base = config.network
-    network = {name: point[name] for name in ("architecture", "kernel", "squeeze_excite", "pooling", "dropout")} | {
+    network = {name: value for name, value in point.items() if name in NetworkConfig.model_fields} | {
         "stem_width": _eights(base.stem_width, point["width"]),
         "widths": tuple(_eights(width, point["width"]) for width in base.widths),
         "depths": tuple(depth + point["depth"] for depth in base.depths),
     }
-    optimiser = {name: point[name] for name in ("learning_rate", "weight_decay", "label_smoothing", "mixup")}
+    optimiser = {name: value for name, value in point.items() if name in OptimiserConfig.model_fields}
     return TrainConfig(
         **{name: getattr(config, name) for name in TrainConfig.model_fields}
         | {

@@ -135,7 +135,7 @@ def train_and_collect(settings: dict[str, Any]) -> None:
 
 def prepared(config: TrainConfig) -> TrainingData:
     """What `config` works on, as `btray.training.job.train` prepares it."""
-    return prepare(config, read_source(config))
+    return prepare(read_source(config))
 
 
 def training_workers(root: int) -> list[int]:

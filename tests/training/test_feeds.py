@@ -149,7 +149,7 @@ def test_no_frame_has_the_sample_number_of_another_scan(tmp_path: Path, monkeypa
 def test_blocks_hold_few_frames_however_many_a_scan_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "_BLOCK_ROWS", 6)
     blocks = decoded(tmp_path, [5, 5, 1, 5, 5])
-    assert [len(block["frame"]) for block in blocks] == [10, 6, 5]
+    assert [len(block["frame"]) for block in blocks] == [6, 6, 6, 3]
     assert np.concatenate([block["label"] for block in blocks]).tolist() == [0] * 5 + [1] * 5 + [2] + [3] * 5 + [4] * 5
 
 

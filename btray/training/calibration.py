@@ -10,9 +10,7 @@ import numpy as np
 from btray.evaluation.metrics import fit_temperature
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, threshold_for_accuracy
-from btray.model.bundle import Bundle
-from btray.model.classifier import Classifier, interpret
-from btray.model.drift import Profile
+from btray.model.classifier import Classifier
 from btray.model.manifest import Thresholds
 from btray.model.ood import FLAGGED, Distribution, Features
 from btray.training.config import TrainConfig
@@ -67,8 +65,3 @@ def calibrate(config: TrainConfig, validation: Scores, labels: Indices, referenc
         conformal_error=error,
     )
     return Limits(temperature, thresholds, ood)
-
-
-def profile_of(bundle: Bundle, scores: Scores) -> Profile:
-    """Summarise a bundle's answers to scored frames: later answers are compared with this."""
-    return Profile.of(map(vars, interpret(scores.answers, bundle.manifest, bundle.ood)))

@@ -19,12 +19,13 @@ from btray.evaluation.assessment import Assessment, assess
 from btray.evaluation.report import model_card, summary
 from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import FINGERPRINTS, Bundle, make_bundle, pack_fingerprints, save_bundle
-from btray.model.drift import REFERENCE
+from btray.model.classifier import interpret
+from btray.model.drift import REFERENCE, Profile
 from btray.model.manifest import TrainedOn
 from btray.model.ood import REFERENCE_IMAGES, Distribution
-from btray.training.calibration import Limits, calibrate, profile_of
+from btray.training.calibration import Limits, calibrate
 from btray.training.config import TrainConfig
-from btray.training.history import HISTORY, as_lines
+from btray.training.history import HISTORY, as_lines, best_record
 from btray.training.plan import Indices
 from btray.training.prepare import TrainingData, in_splits, prepare, read_source
 from btray.training.run import RUN_MAY_CHANGE, TrainResult, claim_run, fit, require_destinations
@@ -88,7 +89,7 @@ class TrainedModel:
                 on_leak=plan.config.on_leak,
                 # The config may say otherwise: the run may have been longer before, or have ended by --patience.
                 epochs=len(self.result.history),
-                best_epoch=self.result.best_epoch,
+                best_epoch=best_record(self.result.history).epoch,
                 refit_epochs=self.result.refit_epochs,
                 patient_ids=data.source.table["patient_id"].null_count < len(data.source.table),
             ),
@@ -169,12 +170,14 @@ def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, t
         measured_on = f"the validation images of {plan.config.data}"
         measured = replace(bundle, ood=calibrated.limits.ood)
         assessment = assess(measured, table, validation, measured_on=measured_on, history=history, notes=[note])
+    reference = calibrated.bundle()
+    answers = map(vars, interpret(validation.answers, reference.manifest, reference.ood))
     files = assessment.files | {
         "MODEL_CARD.md": model_card(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": plan.config.to_yaml().encode(),
         HISTORY: as_lines(final.result.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),
         # Later answers are compared with those to images that the network had not learnt from.
-        REFERENCE: profile_of(calibrated.bundle(), validation).model_dump_json().encode(),
+        REFERENCE: Profile.of(answers).model_dump_json().encode(),
     }
     return Assessment(assessment.metrics, files)

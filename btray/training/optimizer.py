@@ -31,10 +31,8 @@ def make_optimiser(network: Network, config: OptimiserConfig, *, fine_tune: bool
     for index, part in enumerate([*network.parts, network.head]):
         distance = _DECAY_STEPS * (last - index) / max(last, 1) + 1 if index <= last else 0
         share = config.layer_decay**distance if fine_tune else 1.0
-        parameters = list(part.parameters())
-        for decays in (True, False):
-            chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
-            weight_decay = config.weight_decay if decays else 0.0
+        for decays, weight_decay in ((True, config.weight_decay), (False, 0.0)):
+            chosen = [parameter for parameter in part.parameters() if (parameter.ndim > 1) == decays]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": weight_decay, "share": share})
     return torch.optim.AdamW(groups, lr=config.learning_rate)

@@ -17,7 +17,7 @@ from btray.model.bundle import require_free
 from btray.training.checkpoints import Checkpoint, StateDict
 from btray.training.config import TrainConfig
 from btray.training.feeds import TRAINING_CPUS, StreamSplit
-from btray.training.history import DIVERGED, EpochRecord, best_record
+from btray.training.history import DIVERGED, EpochRecord
 from btray.training.preemption import stoppable
 from btray.training.prepare import TrainingData, worker_range
 from btray.training.tracking import flatten, require_mlflow, summary_line
@@ -39,11 +39,6 @@ class TrainResult:
     history: list[EpochRecord]
     refit_epochs: int = 0
     """Epochs in which the network then learnt from all images."""
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch whose network it is, or was before the refit."""
-        return best_record(self.history).epoch
 
 
 def require_destinations(config: TrainConfig) -> None:

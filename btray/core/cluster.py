@@ -25,25 +25,30 @@ from btray.core.ray_private import (
     started_ray_here,
 )
 
-__all__ = ["connected", "cpus", "gpus", "on_loopback", "own_device", "quieten_ray", "require_gpus", "started_ray_here"]
+__all__ = ["connected", "cpus", "gpus", "own_device", "require_gpus", "started_ray_here"]
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def connected(*, dashboard: bool = True) -> Iterator[None]:
+def connected(*, dashboard: bool = True, join: bool = True) -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
-    A connection or local cluster made here ends with the block; only this machine reaches the latter. Without
-    `dashboard` a local cluster has no state API either, which Ray Train asks, and saves a tenth of a core. Raises
-    UserError if RAY_ADDRESS does not answer, and Stopped on SIGTERM.
+    A connection or local cluster made here ends with the block; only this machine reaches the latter.
+
+    Args:
+        dashboard: Whether a local cluster has one, and with it the state API, which Ray Train needs. It takes a tenth
+            of a core.
+        join: Whether to use a running cluster; if not, the Ray is always this process's own.
+
+    Raises UserError if RAY_ADDRESS does not answer, and Stopped on SIGTERM.
     """
     if ray.is_initialized():
         yield
         return
-    quieten_ray()
+    _quieten_ray()
     try:
-        address = cluster_address()
+        address = cluster_address() if join else None
         with nullcontext() if address else on_loopback():
             ray.init(
                 address=None if address else "local",
@@ -62,12 +67,12 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
         ray.shutdown()
 
 
-def quieten_ray() -> None:
+def _quieten_ray() -> None:
     """Leave what Ray says about itself in its log files, so that a run's output is the job's; --verbose shows it."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
-    logs.take_over("ray", "ray.data")
+    logs.take_over("ray", "ray.data", "ray.serve")
     if not logs.is_verbose():
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)

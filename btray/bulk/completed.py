@@ -52,6 +52,7 @@ class CompletedIndex:
     """The outcomes of the objects that one model has classified, below the root `output` of a table."""
 
     def __init__(self, output: str, model_id: str) -> None:
+        """Read nothing yet."""
         self._output = output
         self._model_id = model_id
         self._table = storage.join(output, f"model_id={model_id}")
@@ -91,6 +92,7 @@ class LatestOutcomes:
     """The latest outcome of each key. Many records are kept in `folder`, in piles by the first byte of their keys."""
 
     def __init__(self, folder: Path) -> None:
+        """Use `folder`, which is empty, once the records are too many for the memory."""
         self._folder = folder
         self._held: list[Records] = []
         self._count = 0

@@ -33,6 +33,7 @@ class Prefetcher:
     """Reads batches of at most `least` or 64 objects, whichever is more, and 64 MiB; `threads` objects at a time."""
 
     def __init__(self, *, threads: int, patience: float, max_bytes: int, least: int = 1) -> None:
+        """Start the thread that reads ahead."""
         self._threads = threads
         self._patience = patience
         self._max_bytes = max_bytes
@@ -100,7 +101,10 @@ class PartProcessor(Protocol):
 class PartActor:
     """The actor: has its processor turn the objects of one part after another into rows, and writes a file of each."""
 
-    def __init__(self, make_processor: Callable[[Run, int], PartProcessor], run: Run, patience: float, cpus: int):
+    def __init__(
+        self, make_processor: Callable[[Run, int], PartProcessor], run: Run, patience: float, cpus: int
+    ) -> None:
+        """Make the processor for `run`; called by Ray, also when it starts a dead actor again."""
         keep_freed_memory()  # of images and of whole parts
         self.run = run
         self.processor = make_processor(run, cpus)

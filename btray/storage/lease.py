@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -35,8 +35,7 @@ EXPIRY = 20.0
 """Seconds without one after which the holder counts as dead."""
 
 
-@contextmanager
-def hold(output: str) -> Iterator[Callable[[], None]]:
+def hold(output: str) -> AbstractContextManager[Callable[[], None]]:
     """Hold the lease of `output` for the block; gives a check that raises UserError once another run has taken it.
 
     Waits up to EXPIRY for the lease of a holder that was killed.
@@ -46,8 +45,7 @@ def hold(output: str) -> Iterator[Callable[[], None]]:
         StorageError: the store fails.
     """
     uri = storage.join(output, NAME)
-    with _hold_in_store(uri) if storage.is_remote(output) else _hold_locally(uri) as check:
-        yield check
+    return _hold_in_store(uri) if storage.is_remote(output) else _hold_locally(uri)
 
 
 @dataclass(frozen=True)

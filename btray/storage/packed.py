@@ -14,7 +14,7 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet
 
-from btray.storage.errors import FAILURES, StorageError, check_size
+from btray.storage.errors import FAILURES, StorageError, check_file
 
 _MEMBER = re.compile(r"(?P<shard>.+\.parquet)#(?P<row>\d+)/(?P<path>.+)", re.DOTALL)
 _LOADING = threading.Lock()
@@ -57,7 +57,7 @@ def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) ->
     if (code := shard["error_code"][row].as_py()) is not None:
         raise StorageError(code, uri, shard["error"][row].as_py() or "when it was packed")
     data = shard["data"][row].as_buffer()
-    check_size(uri, len(data), max_bytes)
+    check_file(uri, len(data), max_bytes)
     return bytes(data)
 
 

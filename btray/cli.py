@@ -181,6 +181,6 @@ def _marks(prediction: Prediction, classes: Sequence[str]) -> Iterator[str]:
 
 
 def _shown_name(prediction: Prediction) -> str:
-    """The file, on one line, with the number of the frame from the second one on."""
+    """Return the file, on one line, with the number of the frame from the second one on."""
     name = " ".join(str(prediction.uri).splitlines())
     return f"{name} frame {prediction.frame}" if prediction.frame else name

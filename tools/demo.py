@@ -36,18 +36,7 @@ BUCKET = "btray-demo"
 PER_CLASS = {"Training": 240, "Testing": 60}
 SEED = 1
 # Sized for five minutes in all on two cores; phantoms need neither the job's default resolution nor its epochs.
-PHANTOM_FLAGS = (
-    "--epochs",
-    "11",
-    "--batch-size",
-    "32",
-    "--num-workers",
-    "2",
-    "--preprocess.size",
-    "112",
-    "--refit-epochs",
-    "0",
-)
+PHANTOM_FLAGS = ("--epochs=11", "--batch-size=32", "--num-workers=2", "--preprocess.size=112", "--refit-epochs=0")
 GRACE_SECONDS = 30.0
 
 console = Console(highlight=False)

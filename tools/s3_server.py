@@ -44,7 +44,7 @@ class S3ServerError(RuntimeError):
 class S3Server:
     """One SeaweedFS process whose data, configuration and log (`weed.log`) live in `folder`.
 
-    As a context manager it starts on entry and stops on exit. `start` after `stop` or `kill` serves the same data at
+    As a context manager it starts on entry and stops on exit. `start` after `kill` serves the same data at
     the same endpoint with the same keys. The server dies with the process that started it, however that ends.
     """
 
@@ -106,16 +106,12 @@ class S3Server:
             self.kill()
         raise S3ServerError(f"SeaweedFS did not start; the end of {self._log}:\n{self._log_end()}")
 
-    def stop(self) -> None:
-        """Stop the server; do nothing if it is not running.
-
-        This kills it: on SIGTERM SeaweedFS waits 15 s for streams that it holds open itself, and acknowledged writes
-        survive a SIGKILL.
-        """
-        self.kill()
-
     def kill(self) -> None:
-        """Kill the server, like a crash; its data remain. Do nothing if it is not running."""
+        """End the server as a crash would (SIGKILL); the data stay. No error if it is not running.
+
+        There is no gentler end: told to end in order, SeaweedFS waits 15 s for streams that it holds open itself, and
+        what it has acknowledged survives a SIGKILL.
+        """
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -143,7 +139,7 @@ class S3Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.stop()
+        self.kill()
 
     @property
     def _log(self) -> Path:

@@ -25,7 +25,7 @@ from btray.core.errors import UserError
 from btray.storage.retry import backoff_delays
 
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # bytes; small, since what a broken connection had in a chunk is lost
 _TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of the body
 _RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _BROKEN = (
@@ -83,8 +83,10 @@ def download(url: str, folder: Path, *, sha256: str | None = None, retries: Retr
     """
     folder.mkdir(parents=True, exist_ok=True)
     basename = re.sub(r"[^A-Za-z0-9._-]+", "-", unquote(urlsplit(url).path.rsplit("/", 1)[-1]))[-80:]
+    # the digest of the address too: several sources may call their files data.zip
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{basename or 'file'}"
     with _locked(path, url):
+        # what is whole and has the wanted digest needs no server at all
         if sha256 and path.exists():
             if digest(path) == sha256:
                 return path
@@ -186,7 +188,7 @@ class _Fetch:
         self._finish()
 
     def _headers(self, have: int) -> dict[str, str]:
-        # The bytes are wanted as they are stored: a compressed body has no lengths to resume by.
+        # The bytes as they are stored: a body compressed on its way has no lengths to resume by.
         headers = {"Accept-Encoding": "identity"}
         if have:
             headers |= {"Range": f"bytes={have}-", "If-Range": str(self._version.validator)}
@@ -231,6 +233,7 @@ class _Fetch:
         return int(content_range[1]) == have and content_range[2] in {"*", str(self._version.size)}
 
     def _finish(self) -> None:
+        # before the rename: after a power cut the final name must not stand for a file that the disk has in part
         with self._part.open("ab") as file:
             os.fsync(file.fileno())
         self._part.replace(self._path)
@@ -252,6 +255,7 @@ class _Fetch:
 
 @contextmanager
 def _locked(path: Path, url: str) -> Iterator[None]:
+    # the kernel frees this lock when its process ends, however it ends
     with path.with_name(path.name + ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,7 +29,7 @@ from btray.storage import StorageError, user_error
 MANIFEST_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "label", "split", "patient_id", "source")])
 
 _log = logging.getLogger(__name__)
-_THREADS = 16
+_THREADS = 16  # copying waits for stores, not for the CPU
 _BATCH = 512  # files between two steps of the progress bar
 _LISTED = 200  # files left out that dataset.json names, for each source; all are counted
 _NO_SPLIT = "unsplit"
@@ -158,7 +158,7 @@ def _copy(contents: Contents, target: str, name: str) -> list[int | StorageError
         except StorageError as error:
             if error.retryable:
                 raise
-            return error
+            return error  # a broken file of the source costs itself alone
         storage.write_bytes(storage.join(target, file.path), data)
         return len(data)
 
@@ -198,6 +198,7 @@ def _write(acquired: Sequence[tuple[SourceRecord, list[Row]]], out: str) -> str:
         sources=sources,
     )
     storage.write_json(storage.join(out, "dataset.json"), asdict(record))
+    # the manifest comes last: where there is one, all that it names is there
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), file)
     manifest = storage.join(out, record.manifest)

@@ -93,6 +93,7 @@ def parse_sources(config: AcquireConfig, out: str) -> list[Source]:
             raise UserError(
                 f"--sha256 {sha256}: {given} is not an archive, so there is nothing to compare; give - for it"
             )
+        # a second run would take its own output for input
         overlap = f"{uri}/".startswith(f"{out}/") or f"{out}/".startswith(f"{uri}/")
         if overlap and kind in {"folder", "manifest"}:
             raise UserError(f"--source {given} and --out {out} overlap; write the data set elsewhere")
@@ -162,7 +163,7 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
             sha256 = digest(archive)
             if source.sha256 not in {None, sha256}:
                 raise UserError(f"{source.shown} has the SHA-256 {sha256}, expected {source.sha256}")
-            below = Path(folder) / "content"
+            below = Path(folder) / "content"  # apart from the archive itself, which a listing would find
             below.mkdir()
             left_out = unpack(archive, below, limits=limits, shown=source.shown, leave_out=reason_to_leave_out)
             contents = _read_tree(str(below), source.shown)
@@ -277,6 +278,7 @@ def class_root(names: Iterable[str], shown: str) -> str:
         for depth, child in enumerate(folders):
             children.setdefault("/".join(folders[:depth]), set()).add(child)
     known = sorted(folder for folder, below in children.items() if any(map(_is_split_or_class, below)))
+    # a tree in a tree, Training/glioma say, is one tree: only the topmost folders count
     tops = [folder for folder in known if not any(folder != top and _is_below(folder, top) for top in known)]
     if len(tops) > 1:
         several = ", ".join(repr(top) for top in tops[:3])

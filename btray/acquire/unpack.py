@@ -192,12 +192,12 @@ def _unpack_zip(file: IO[bytes], state: _Unpacking) -> None:
     with archive:
         for member in archive.infolist():
             state.count_member()
-            kind = stat.S_IFMT(member.external_attr >> 16)
+            kind = stat.S_IFMT(member.external_attr >> 16)  # the Unix mode; 0 if the archive was made elsewhere
             if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
                 raise state.unsafe(member.filename, "is a link, a device or another special file")
             if member.is_dir() or member.filename.endswith("\\"):
                 continue
-            if member.flag_bits & 1:
+            if member.flag_bits & 1:  # encrypted
                 raise UserError(
                     f"{state.shown}: member {member.filename!r} is encrypted; unpack it and give the folder"
                 )
@@ -209,6 +209,7 @@ def _unpack_zip(file: IO[bytes], state: _Unpacking) -> None:
 
 
 def _unpack_tar(stream: IO[bytes], state: _Unpacking) -> None:
+    # As a stream ("r|"): a tar has no index, and seeking in a compressed one would decompress it again and again.
     meter = _Meter(stream)
     meter.limit = _HEADER_BYTES
     with _damage_refused(state):
@@ -223,10 +224,6 @@ def _unpack_tar(stream: IO[bytes], state: _Unpacking) -> None:
             if not member.isreg():
                 raise state.unsafe(member.name, "is a link, a device or another special file")
             target = state.target(member.name)
-            try:
-                tarfile.data_filter(member, str(state.folder))
-            except tarfile.FilterError as error:
-                raise state.unsafe(member.name, f"is refused by tarfile ({error})") from error
             # What is left out is read as well: it lies before the next member in the stream, and counts.
             _copy(cast("IO[bytes]", archive.extractfile(member)), target, state)
 
@@ -240,6 +237,7 @@ def _next_member(archive: tarfile.TarFile, meter: _Meter, state: _Unpacking) -> 
         if member:
             return member
         stream = cast("IO[bytes]", archive.fileobj)
+        # what follows the end mark is read too: a truncated or concatenated archive must not pass for the whole one
         while rest := stream.read(_CHUNK):
             state.spend(len(rest))
             if rest.strip(b"\0"):

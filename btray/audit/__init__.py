@@ -1,1 +1,1 @@
-"""The audit job: what makes figures untrue is looked for."""
+"""Audit of a labelled data set: duplicates, leakage between splits, label conflicts, images that are not MRI slices."""

@@ -20,7 +20,7 @@ class AuditConfig(JobConfig):
     data: str
     """Labelled data, as for training; one class is enough."""
     out: str
-    """Where the audit is written; local or s3://."""
+    """Folder for the audit; local or s3://."""
     fail_on: str = ""
     """Findings that end the job with exit code 3 once all is written, separated by commas: leak (an image of the val \
     or test split has a twin in an earlier split), conflict (one image, several labels), patient (in several splits), \

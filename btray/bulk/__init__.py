@@ -1,1 +1,1 @@
-"""The classify and pack jobs: archives are worked through every night."""
+"""The classify and pack jobs: whole archives, part by part, on Ray Data."""

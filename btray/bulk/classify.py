@@ -44,6 +44,7 @@ class ClassifyJob(ArchiveJob):
     schema = table.SCHEMA
 
     def __init__(self, config: ClassifyConfig) -> None:
+        """Load the bundle. Raises UserError if there is none, or if it does not know a label of `explain_labels`."""
         self.bundle = load_bundle(config.model, model_id=config.model_id)
         classes = self.bundle.manifest.classes
         for label in config.explain_labels:

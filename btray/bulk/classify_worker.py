@@ -58,6 +58,7 @@ class PartClassifier:
     tally_type = ClassifyTally
 
     def __init__(self, config: ClassifyConfig, model_id: str, run: Run, cpus: int) -> None:
+        """Load the bundle `config.model`, which must be `model_id`; decode `cpus` scans at a time."""
         logs.begin_in_worker(config.log_format, job="classify", run_id=run.run_id)
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class CompletedIndex:
     """The outcomes of the objects that one model has classified, below the root `output` of a table."""
 
     def __init__(self, output: str, model_id: str) -> None:
+        """Read nothing yet."""
         self._output = output
         self._model_id = model_id
         self._table = storage.join(output, f"model_id={model_id}")
@@ -91,6 +92,7 @@ class LatestOutcomes:
     """The latest outcome of each key. Many records are kept in `folder`, in piles by the first byte of their keys."""
 
     def __init__(self, folder: Path) -> None:
+        """Use `folder`, which is empty, once the records are too many for the memory."""
         self._folder = folder
         self._held: list[Records] = []
         self._count = 0
@@ -140,13 +142,8 @@ def _keys_of_latest(records: Records, worst: int) -> Keys:
 def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
     """Yield the records of a run's table `files`, and write them into key files below its own `folder` on the way."""
     held: list[Records] = []
-    key_files = count = 0
-
-    def counted() -> Iterator[FileInfo]:
-        nonlocal count
-        for info in files:
-            count += 1
-            yield info
+    key_files = 0
+    numbers = count()
 
     def write() -> None:
         nonlocal held, key_files
@@ -155,7 +152,7 @@ def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records
         storage.write_bytes(_key_file(folder, key_files), body.getvalue())
         held, key_files = [], key_files + 1
 
-    for records in _read(counted()):
+    for records in _read(info for info, _ in zip(files, numbers, strict=False)):
         yield records
         held.append(records)
         if sum(map(len, held)) >= _FILE_RECORDS:
@@ -163,7 +160,8 @@ def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records
     if held:
         write()
     # last: key files without their index do not count
-    storage.write_json(storage.join(folder, _INDEX), {"format": _FORMAT, "files": count, "key_files": key_files})
+    index = {"format": _FORMAT, "files": next(numbers), "key_files": key_files}
+    storage.write_json(storage.join(folder, _INDEX), index)
 
 
 def _read_index(folder: str) -> dict[str, Any] | None:

@@ -52,10 +52,10 @@ class ArchiveJob(ABC):
     """GPU of each actor."""
 
     def __init__(self, config: ArchiveConfig, *, group: str) -> None:
+        """Resolve the output. `group` is that of its runs: see `runs.Run`."""
         self.config = config
         self.output = storage.resolve(config.output)
         self.group = group
-        """Of its runs: see `runs.Run`."""
 
     def choices(self) -> dict[str, Any]:
         """Return what the worklist follows from besides the selection; an unfinished run with others is abandoned."""

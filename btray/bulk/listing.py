@@ -23,6 +23,7 @@ class NewObjects:
     """Filters listed objects for those that are not completed and come for the first time, and counts the others."""
 
     def __init__(self, completed: KeySet) -> None:
+        """Add the keys of new objects to `completed`, so that each comes once."""
         self.completed = completed
         self.unchanged = 0
 
@@ -56,6 +57,7 @@ class Listing(threading.Thread):
         completed: Callable[[], KeySet],
         check: Callable[[], None],
     ) -> None:
+        """Take what is `listed`; `completed` is called in the thread, since it may read a large table."""
         super().__init__(name="listing", daemon=True)
         self.begun = threading.Event()
         self.cancelled = threading.Event()

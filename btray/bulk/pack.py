@@ -43,6 +43,7 @@ class PackJob(ArchiveJob):
     schema = packs.SCHEMA
 
     def __init__(self, config: PackConfig) -> None:
+        """Examine input and output. Raises UserError if the input is a pack, or the output one of another archive."""
         super().__init__(config, group="pack")
         self.source = storage.resolve(config.input)
         is_file = storage.is_file(self.source)
@@ -92,6 +93,7 @@ class PartPacker:
     tally = staticmethod(PartTally.of)
 
     def __init__(self, root: str, threads: int, patience: float, run: Run, cpus: int) -> None:
+        """Read `threads` objects at a time; paths in the shard start from `root`."""
         self.reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
         self._below = root.rstrip("/") + "/"
 

@@ -33,6 +33,7 @@ class WorklistSource(ray.data.Datasource):
     """One read task that follows the worklist while it is written."""
 
     def __init__(self, run: Run, patience: float) -> None:
+        """Follow the worklist of `run`; wait `patience` seconds for a store that does not answer."""
         super().__init__()
         self.run = run
         self.patience = patience

@@ -157,6 +157,7 @@ class Totals(Generic[Tally]):
     """Counts of the parts that are done; each part counts once, however often it is reported."""
 
     def __init__(self, tally_type: type[Tally]) -> None:
+        """Start the clock; the tallies to come are of the class `tally_type`."""
         self.objects = 0
         self.frames = 0
         self.bytes = 0
@@ -217,9 +218,10 @@ class Totals(Generic[Tally]):
 
 
 class ClassifyTotals(Totals[ClassifyTally]):
-    """Counts of a classification: those of every job, and labels, profile and the `count` least certain frames."""
+    """Counts of a classification: those of every job, and labels, profile and the least certain frames."""
 
     def __init__(self, *, count: int = 0) -> None:
+        """Start the clock; keep `count` of the least certain frames."""
         super().__init__(ClassifyTally)
         self._count = count
         self.labels: Counter[str] = Counter()

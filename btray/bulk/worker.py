@@ -33,6 +33,7 @@ class Prefetcher:
     """Reads batches of at most `least` or 64 objects, whichever is more, and 64 MiB; `threads` objects at a time."""
 
     def __init__(self, *, threads: int, patience: float, max_bytes: int, least: int = 1) -> None:
+        """Start the thread that reads ahead."""
         self._threads = threads
         self._patience = patience
         self._max_bytes = max_bytes
@@ -100,12 +101,14 @@ class PartProcessor(Protocol):
 class PartActor:
     """The actor: has its processor turn the objects of one part after another into rows, and writes a file of each."""
 
-    def __init__(self, make_processor: Callable[[Run, int], PartProcessor], run: Run, patience: float, cpus: int):
+    def __init__(
+        self, make_processor: Callable[[Run, int], PartProcessor], run: Run, patience: float, cpus: int
+    ) -> None:
+        """Make the processor for `run`; called by Ray, also when it starts a dead actor again."""
         keep_freed_memory()  # of images and of whole parts
         self.run = run
         self.processor = make_processor(run, cpus)
         self._patience = patience
-        self._sees_output = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the property is public, but Ray's own code behind it is deprecated
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
@@ -114,9 +117,7 @@ class PartActor:
         """Turn parts as `worklist.read_parts` gives them into columns part, tally (JSON)."""
         tallies = []
         with storage.retry_timeout(self._patience):
-            if not self._sees_output:
-                runs.require_visible(self.run)
-                self._sees_output = True
+            runs.require_visible(self.run)
             for part in batch.to_pylist():
                 objects = objects_of(part)
                 if self._died_before:

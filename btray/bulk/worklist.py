@@ -49,6 +49,7 @@ class WorklistWriter:
     """
 
     def __init__(self, folder: str, first: int = 0, *, check: Callable[[], None] = lambda: None) -> None:
+        """Continue after the `first` shards that are sealed already."""
         self.folder = folder
         self.shards = first
         self._check = check

@@ -150,6 +150,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors of one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `message` as a UserError."""
         raise UserError(f"{message} (see --help)")
 
 

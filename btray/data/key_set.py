@@ -36,6 +36,7 @@ class KeySet:
         """Add keys; some may be in it."""
         if len(keys):
             self._runs.append(np.sort(keys))
+        # merged as in a log-structured tree: each key is merged, and so written, log(n) times
         while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
             shorter, longer = sorted((self._runs.pop(), self._runs.pop()), key=len)
             self._runs.append(self._merged(longer, shorter))
@@ -52,7 +53,7 @@ class KeySet:
 
     def _merged(self, longer: Keys, shorter: Keys) -> Keys:
         if len(longer) + len(shorter) < _IN_MEMORY:
-            return np.sort(np.concatenate([longer, shorter]), kind="stable")
+            return np.sort(np.concatenate([longer, shorter]), kind="stable")  # stable: linear on two sorted runs
         path = self._folder / f"{self._written:06d}.keys"
         self._written += 1
         with path.open("wb") as file:

@@ -153,6 +153,7 @@ def _manifest_table(manifest: str, folder: str, members: dict[str, str]) -> pa.T
                 f"{manifest}, row {number}: split {split!r} is unknown; write train, val or test, or leave it empty."
             )
         facts = (canonical_label(str(label)), known_split, (patient or "").strip() or None)
+        # a row given twice counts once; two rows that differ are a mistake that nobody but the user can mend
         first, known = rows.setdefault(str(uri), (number, facts))
         if known != facts:
             raise UserError(

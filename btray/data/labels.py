@@ -9,6 +9,7 @@ from btray.core.errors import UserError
 
 CANONICAL = ("glioma", "meningioma", "pituitary", "metastasis", "no_tumor")
 
+# without "tumor", case, spaces and punctuation, see `canonical_label`
 _ALIASES = {
     "glioma": ("glioma", "gliomas"),
     "meningioma": ("meningioma", "meningiomas"),

@@ -16,7 +16,7 @@ from btray import storage
 from btray.core.errors import UserError
 from btray.storage import FileInfo
 
-_BLOCK = 4 << 20  # bytes
+_BLOCK = 4 << 20  # bytes; a row must fit into one, so that newlines in quoted values are found
 
 
 def named_in_manifest(manifest: str) -> Iterator[FileInfo]:
@@ -110,6 +110,7 @@ def _values(manifest: str, columns: Sequence[str], required: Sequence[str]) -> I
         spec = ",".join(required) + "".join(f"[,{name}]" for name in columns if name not in required)
         raise UserError(f"{manifest} has no column {' and '.join(missing)} (it has {known}); the columns are {spec}.")
     present = [by_name[name] for name in columns if name in by_name]
+    # opened anew: the reader of the header has read ahead
     with open_for_arrow(manifest) as file:
         parquet = None if _is_csv(manifest) else pa.parquet.ParquetFile(file)
         for batch in parquet.iter_batches(columns=present) if parquet else csv_batches(file, present, present):

@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 """Bytes and identifiers of an object; `data` is null if it could not be read. The small columns come after it, so
 that they are one read together with the footer."""
 SHARDS = "shards"
-_AT_A_TIME = 16  # shards
+_AT_A_TIME = 16  # shards whose footers are read at once
 _LISTED = ["uri", "path", "etag", "size", "error_code", "retryable"]
 
 
@@ -86,7 +86,7 @@ def list_pack(uri: str) -> Iterator[FileInfo]:
         for shard, rows in _shards(uri):
             keys = keys_of([(row["uri"], "") for row in rows])
             newest = ~listed.contains(keys)
-            listed.add(keys[newest])
+            listed.add(keys[newest])  # on disk: a pack may hold 10^8 objects
             for number in np.flatnonzero(newest).tolist():
                 row = rows[number]
                 yield FileInfo(row["uri"], row["size"], row["etag"], 0.0, member_uri(shard, number, row["path"]))

@@ -227,6 +227,7 @@ def _check_directories(data: bytes) -> int:
             first = offset + struct.calcsize(count_format)
             (offset,) = struct.unpack_from(order + word, data, first + count * entry)
             entries += count
+            # directories that overlap have more entries than the file has room for
             if len(seen) > _MAX_PAGES or entries * entry > len(data):
                 raise ScanRejected("bomb", f"a TIFF of more than {_MAX_PAGES} pages or of overlapping directories")
             for at in range(first, first + count * entry, entry):
@@ -268,6 +269,7 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     image.load()
     with contextlib.suppress(Exception):
         image.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
+    # A JPEG or PNG may say that it is to be turned: the network must see the head upright, as people do.
     if deep is None:
         ImageOps.exif_transpose(image, in_place=True)
         return _gray(image)

@@ -238,7 +238,7 @@ class _Choice:
         """Hold out a group of each class, rare ones first: the first that fits, or the one that overshoots least."""
         for index in np.argsort(self._spare, kind="stable"):
             candidates = self._allowed(self._shuffled[self._counts[self._shuffled, index] > 0])
-            if self._reached[index] or not len(candidates):
+            if self._reached[index] or not len(candidates):  # a group held out for another class had this one too
                 continue
             fitting = candidates[self._fits(candidates)]
             best = [0] if len(fitting) else [self._distance(candidates).argmin()]
@@ -258,7 +258,7 @@ class _Choice:
         """Hold out more while that comes nearer to the target than falling short of it."""
         while len(candidates := self._allowed(self._shuffled)):
             distances = self._distance(candidates)
-            if distances.min() >= self._distance(None) - 1e-12:
+            if distances.min() >= self._distance(None) - 1e-12:  # rounding must not count as an improvement
                 return
             self._take(candidates[[distances.argmin()]])
 

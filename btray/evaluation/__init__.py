@@ -1,1 +1,1 @@
-"""The evaluate job: metrics, plots and the report."""
+"""Evaluation of a model on labelled images: metrics, plots, report and model card."""

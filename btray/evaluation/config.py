@@ -11,9 +11,9 @@ class EvaluateConfig(JobConfig):
     model: str
     """Model bundle."""
     data: str
-    """Labelled data, as for training; its test split where it has one, else all of it. One class is enough."""
+    """Labelled data, as for training; its test split if it has one, else all of it. One class is enough."""
     out: str
-    """Where the report is written; local or s3://."""
+    """Folder for the report; local or s3://."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
     abstain_below: Probability | None = None
@@ -21,6 +21,6 @@ class EvaluateConfig(JobConfig):
     max_rejected: Probability = 0.05
     """Share of unreadable images above which the job ends with exit code 3."""
     batch_size: Positive | None = None
-    """Images a forward pass; default: 16 on a CPU, 64 on a GPU."""
+    """Images per forward pass; default: 16 on a CPU, 64 on a GPU."""
     use_gpu: bool = False
-    """One actor a GPU."""
+    """Run one actor per GPU."""

@@ -25,9 +25,9 @@ def confusion_matrix(confusion: ConfusionMatrix) -> Figure:
     names, matrix = confusion.labels, np.asarray(confusion.matrix)
     size, support = len(names), matrix.sum(axis=1)
     share = matrix / np.maximum(support, 1)[:, None]
-    # The root lifts the small shares: errors are what one looks for, and few of them are frequent.
+    # The square root lifts small shares: errors are what one looks for, and few of them are frequent.
     depth = np.where(np.eye(size, dtype=bool), share, np.sqrt(share))
-    cell = float(np.interp(size, (2, 5, 12), (1.15, 0.95, 0.66)))
+    cell = float(np.interp(size, (2, 5, 12), (1.15, 0.95, 0.66)))  # inches; room for the numbers at any size
     figure, body = canvas(
         (max(5.2, 2.2 + cell * size), 1.6 + cell * size),
         "Confusion matrix",
@@ -41,6 +41,7 @@ def confusion_matrix(confusion: ConfusionMatrix) -> Figure:
         text: dict[str, Any] = {
             "ha": "center",
             "va": "center",
+            # White is readable on the darker cells alone.
             "color": "white" if depth[row, column] > 0.62 else INK if count else PALE,
         }
         axes.text(column, row - 0.09 / cell, f"{count}", fontsize=font, fontweight="bold", **text)
@@ -60,7 +61,7 @@ def confusion_matrix(confusion: ConfusionMatrix) -> Figure:
     axes.set_xticks(np.arange(-0.5, size), minor=True)
     axes.set_yticks(np.arange(-0.5, size), minor=True)
     axes.grid(visible=False, which="major")
-    axes.grid(which="minor", color="white", linewidth=2)
+    axes.grid(which="minor", color="white", linewidth=2)  # between the cells; the major grid would cross the numbers
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     return figure
@@ -92,7 +93,7 @@ def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[
     axes.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if all(area is None or area > 0.9 for area in areas):
+    if all(area is None or area > 0.9 for area in areas):  # else a curve would pass below the inset
         _magnify_corner(axes)
     body.legend(
         handles,
@@ -123,11 +124,11 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure
     diagonal = np.array([0.0, 1.0])
     top.fill_between(diagonal, diagonal, color=VERMILLION, alpha=0.07, linewidth=0)
     top.fill_between(diagonal, diagonal, 1, color=BLUE, alpha=0.06, linewidth=0)
-    top.text(0.97, 0.04, "too sure", ha="right", color=VERMILLION, fontweight="bold")
-    top.text(0.03, 0.96, "not sure enough", va="top", color=BLUE, fontweight="bold")
+    top.text(0.97, 0.04, "overconfident", ha="right", color=VERMILLION, fontweight="bold")
+    top.text(0.03, 0.96, "underconfident", va="top", color=BLUE, fontweight="bold")
     bounds = [wilson_interval(int(k), int(n)) for k, n in zip(table.correct[used], table.count[used], strict=True)]
-    top.plot(confidence, accuracy, "o-", color=INK, linewidth=1.2, label="accuracy of a bin", zorder=3)
-    top.vlines(confidence, *np.array(bounds).T, color=PALE, linewidth=1.4, label="its 95 % interval (Wilson)")
+    top.plot(confidence, accuracy, "o-", color=INK, linewidth=1.2, label="accuracy per bin", zorder=3)
+    top.vlines(confidence, *np.array(bounds).T, color=PALE, linewidth=1.4, label="95 % interval (Wilson)")
     top.plot(diagonal, diagonal, color=MUTED, linewidth=1, linestyle=":", label="perfect calibration")
     top.set(xlim=(0, 1), ylim=(-0.015, 1.015), ylabel="accuracy")
     top.yaxis.set_major_formatter(PercentFormatter(1))
@@ -274,13 +275,14 @@ def error_grid(
 
 
 def _percent(count: int, total: int) -> str:
+    """Return a share as text; what is not zero never reads 0 %."""
     if not total:
         return "–"
     return "<1%" if 0 < count < 0.005 * total else f"{count / total:.0%}"
 
 
 def _magnify_corner(axes: Axes) -> None:
-    """Show the corner where good curves crowd again, in the empty half below the diagonal."""
+    """Show the upper left corner, in which good curves crowd, again in the empty half below the diagonal."""
     inset = axes.inset_axes((0.42, 0.08, 0.54, 0.54), xlim=(-0.002, 0.2), ylim=(0.8, 1.002))
     for line in axes.get_lines():
         inset.plot(*line.get_data(), color=line.get_color(), linestyle=line.get_linestyle(), linewidth=1.6)
@@ -293,6 +295,7 @@ def _magnify_corner(axes: Axes) -> None:
 
 
 def _mark_best(f1: Axes, others: Sequence[Axes], epochs: Sequence[int], values: np.ndarray, best: int) -> None:
+    """Mark the epoch at position `best` in all axes, and its value in `f1`."""
     for axes in (f1, *others):
         axes.axvline(epochs[best], color=INK, linewidth=1, linestyle=":")
     f1.plot(epochs[best], values[best], "o", color=VERMILLION, markersize=7, markeredgecolor="white")
@@ -318,7 +321,8 @@ def _elide(text: str, most: int) -> str:
 
 
 def _wrap(name: str, width: int) -> str:
-    """Break a class name into at most two lines of `width`, at its underscores where it has any."""
+    """Break a class name into at most two lines of `width`, at its underscores or hyphens if it has any."""
+    # Zero-width spaces mark where a name may break; textwrap knows only ordinary ones.
     marked = _elide(name, 2 * width - 4).replace("_", "_\u200b").replace("-", "-\u200b")
     pieces = marked.split("\u200b")
     if len(marked.replace("\u200b", "")) <= width:

@@ -1,4 +1,4 @@
-"""Run a bundle over many stored scans with Ray Data and bring back what it said, in order; metrics are made of that."""
+"""Scoring: run a bundle over many stored scans with Ray Data and return its answers in the order of the input."""
 
 from __future__ import annotations
 
@@ -17,14 +17,25 @@ from btray.data.frames import Rejection
 from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier, NetworkOutput
 
-_BLOCK_ROWS = 128
-
-Arrays = dict[str, npt.NDArray[Any]]
+_BLOCK_ROWS = 128  # some seconds' work for an actor: few enough that all actors end at about the same time
+_FLOATS = pa.list_(pa.float32())
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("frame", pa.int64()),
+        ("fingerprint", pa.binary()),
+        ("code", pa.string()),
+        ("message", pa.string()),
+        ("logits", _FLOATS),
+        ("features", _FLOATS),
+    ]
+)
+"""What actors return: one line per frame, or one with a code and null logits per rejected scan."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the network said of n frames, and which inputs gave none; both in the order of the input rows."""
+    """The network's answers to n frames, and the inputs that gave none; both in the order of the input rows."""
 
     row: npt.NDArray[np.int64]
     """Row of the table that each frame belongs to, [n]."""
@@ -36,12 +47,9 @@ class Scores:
     """Columns row, code, message."""
 
     def of_rows(self, rows: npt.NDArray[np.int64]) -> Scores:
-        """The part that belongs to `rows` of the table; their numbers stay as they are."""
+        """Return the part that belongs to `rows` of the table; their numbers stay as they are."""
         rejected = self.rejected.filter(np.isin(self.rejected["row"].to_numpy(), rows))
-        return self.where(np.isin(self.row, rows), rejected)
-
-    def where(self, chosen: npt.NDArray[np.bool_], rejected: pa.Table) -> Scores:
-        """The frames of a mask [n], with other rejections."""
+        chosen = np.isin(self.row, rows)
         answers = NetworkOutput(self.answers.logits[chosen], self.answers.features[chosen])
         return Scores(self.row[chosen], answers, self.fingerprints[chosen], rejected)
 
@@ -54,22 +62,28 @@ def score(
     batch_size: int | None = None,
     use_gpu: bool = False,
 ) -> Scores:
-    """Classify every scan of `uris`, which stand in `rows` of some table; each gives an entry a frame or a rejection.
+    """Classify stored scans; each gives an entry per frame or a rejection. Needs a connection to Ray.
 
-    Needs a connection to Ray. Actors read, decode and predict in one go, each on a GPU of its own with `use_gpu`.
+    Args:
+        bundle: the model.
+        rows: numbers of the scans in some table, [n], by which the answers name them.
+        uris: of the scans, [n].
+        batch_size: images per forward pass; default: 16 on a CPU, 64 on a GPU.
+        use_gpu: run one actor per GPU; else one per CPU.
     """
-    if len(rows) == 0:
-        return _no_scores()
-    wanted = pa.table({"row": rows, "uri": uris})
-    blocks = [wanted.slice(start, _BLOCK_ROWS) for start in range(0, len(wanted), _BLOCK_ROWS)]
-    scored = ray.data.from_arrow(blocks).map_batches(
-        _Scorer,
-        fn_constructor_args=(bundle, batch_size),
-        batch_size=_BLOCK_ROWS,  # a block; None, which would do, Ray refuses to actors with GPUs
-        **scorers(len(blocks), use_gpu=use_gpu),
-    )
-    table = pa.concat_tables(scored.iter_batches(batch_size=None, batch_format="pyarrow"))
-    table = table.sort_by([("row", "ascending"), ("frame", "ascending")])
+    table = _SCHEMA.empty_table()
+    if len(rows):
+        scans = pa.table({"row": rows, "uri": uris})
+        blocks = [scans.slice(start, _BLOCK_ROWS) for start in range(0, len(scans), _BLOCK_ROWS)]
+        scored = ray.data.from_arrow(blocks).map_batches(
+            _Scorer,
+            fn_constructor_args=(bundle, batch_size),
+            # As large as a block, so that none is cut. None would say the same, but Ray refuses it for actors on GPUs.
+            batch_size=_BLOCK_ROWS,
+            **actor_options(len(blocks), use_gpu=use_gpu),
+        )
+        table = pa.concat_tables(scored.iter_batches(batch_size=None, batch_format="pyarrow"))
+        table = table.sort_by([("row", "ascending"), ("frame", "ascending")])
     answered = table.filter(pc.equal(table["code"], ""))
     return Scores(
         row=answered["row"].to_numpy(),
@@ -79,55 +93,45 @@ def score(
     )
 
 
-def scorers(blocks: int, *, use_gpu: bool) -> dict[str, Any]:
-    """What the actors are, as `map_batches` takes it: no more than GPUs or CPUs, or blocks to score.
-
-    They take less than a CPU each, so that they never starve what feeds them.
-    """
+def actor_options(blocks: int, *, use_gpu: bool) -> dict[str, Any]:
+    """Return the arguments of `map_batches` that describe its actors: at most one per GPU or CPU, and per block."""
     actors = max(1, min(gpus() if use_gpu else int(cpus()), blocks))
     return {
+        # Less than a CPU each, so that the tasks that feed them find some CPU left.
         "num_cpus": min(0.9, 0.9 * cpus() / actors),
         "num_gpus": 1 if use_gpu else None,
         "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
     }
 
 
-def _no_scores() -> Scores:
-    nothing = np.zeros((0, 0), np.float32)
-    rejected = pa.table({"row": pa.array([], pa.int64()), "code": pa.array([], pa.string()), "message": []})
-    return Scores(np.zeros(0, np.int64), NetworkOutput(nothing, nothing), unpack([]), rejected)
-
-
 def _matrix(lists: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """Lists of equal length as [n, length]; [0, 0] where there is none."""
-    values = np.array(lists.combine_chunks().flatten(), np.float32)  # a copy: torch wants to own what it reads
+    """Return lists of equal length as [n, length]; [0, 0] if there is none."""
+    values = np.array(lists.combine_chunks().flatten(), np.float32)  # a copy: torch needs memory that it may write
     return values.reshape(len(lists), -1) if len(lists) else np.zeros((0, 0), np.float32)
 
 
 class _Scorer:
-    """One actor: a classifier on its device."""
+    """An actor that reads, decodes and classifies: a classifier on its own device."""
 
     def __init__(self, bundle: Bundle, batch_size: int | None) -> None:
         self.classifier = Classifier(bundle, device=own_device(), batch_size=batch_size)
 
-    def __call__(self, batch: Arrays) -> pa.Table:
+    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
         source = self.classifier.source
-        entries: list[tuple[int, int, bytes, str, str]] = []
-        frames = []
-        for row, scan in zip(batch["row"], source.scans(batch["uri"].tolist()), strict=True):
+        records: list[dict[str, Any]] = []
+        frames: list[npt.NDArray[np.uint8]] = []
+        for row, scan in zip(batch["row"].tolist(), source.scans(batch["uri"].tolist()), strict=True):
             if isinstance(scan, Rejection):
-                entries.append((int(row), 0, b"", scan.code, scan.message))
+                records.append({"row": row, "frame": 0, "code": scan.code, "message": scan.message})
                 continue
-            fingerprint = fingerprint_of(scan.frames)
-            entries += [(int(row), number, fingerprint, "", "") for number in range(len(scan.frames))]
+            entry = {"row": row, "fingerprint": fingerprint_of(scan.frames), "code": "", "message": ""}
+            records += [entry | {"frame": number} for number in range(len(scan.frames))]
             frames += source.frames_of(scan)
-        columns = zip(*entries, strict=True)
-        named = dict(zip(("row", "frame", "fingerprint", "code", "message"), map(list, columns), strict=True))
-        answers = (
-            self.classifier.answer(np.stack(frames)) if frames else NetworkOutput(*[np.zeros((0, 0), np.float32)] * 2)
-        )
-        for name, values in (("logits", answers.logits), ("features", answers.features)):
-            said = iter(values.tolist())
-            rows = [next(said) if code == "" else None for code in named["code"]]
-            named[name] = pa.array(rows, pa.list_(pa.float32()))
-        return pa.table(named)
+        if frames:
+            output = self.classifier.answer(np.stack(frames))
+            answered = [record for record in records if not record["code"]]
+            for record, logits, features in zip(
+                answered, output.logits.tolist(), output.features.tolist(), strict=True
+            ):
+                record.update(logits=logits, features=features)
+        return pa.Table.from_pylist(records, schema=_SCHEMA)

@@ -1,1 +1,1 @@
-"""What every HTML page and plot shares."""
+"""Parts that every HTML page and plot shares: the base template, macros, palette and style."""

@@ -9,10 +9,13 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from btray.core.notice import NOTICE
+
 NO_DIAGNOSIS = (
-    "This model supports a reader; it is no diagnosis. It sees single slices, knows only the classes listed here, and "
-    "was not assessed as a medical device. A qualified person decides, with the whole study and the patient at hand."
+    f"{NOTICE} The model sees single slices, knows only the classes listed here, and was not assessed as a medical "
+    "device. A qualified person decides, with the whole study and the patient at hand."
 )
+"""The notice of every page about a model."""
 
 
 @dataclass(frozen=True, kw_only=True)

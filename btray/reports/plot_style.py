@@ -1,4 +1,4 @@
-"""The visual language that all figures share: palette, type, heading. Nothing here needs more than matplotlib."""
+"""The style that all figures share: palette, type, heading. Nothing here needs more than matplotlib."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ STYLE: dict[RcKeyType, Any] = {
     "legend.fontsize": 9.5,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "savefig.dpi": 200,  # twice the 100 that figure sizes are thought in
+    "savefig.dpi": 200,  # twice the 100 dpi at which figure sizes and fonts are chosen: sharp on dense screens
 }
 
 P = ParamSpec("P")
 
 
 def png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
-    """Let a function that draws a figure return it as PNG bytes, drawn in the style above."""
+    """Make a function that draws a figure return it as PNG bytes, drawn in `STYLE`."""
 
     @wraps(draw)
     def render(*args: P.args, **kwargs: P.kwargs) -> bytes:
@@ -65,7 +65,7 @@ def png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
 
 
 def canvas(size: tuple[float, float], title: str, subtitle: str) -> tuple[Figure, SubFigure]:
-    """Return a figure of `size` inches with its heading, and the part below the heading to draw in."""
+    """Return a figure of `size` (width, height; inches) with its heading, and the part below it to draw in."""
     heading = 0.62
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=(heading, size[1] - heading))

@@ -43,16 +43,15 @@ class Upload(BaseModel):
     )
 
 
-def _as_object(image: Any) -> Any:
-    return image if isinstance(image, dict) else {"data": image}
+_as_object = BeforeValidator(
+    lambda image: image if isinstance(image, dict) else {"data": image}, json_schema_input_type=Base64 | Upload
+)
 
 
 class ClassifyRequest(BaseModel):
     """Images in JSON: each an object, or base64 alone."""
 
-    images: list[Annotated[Upload, BeforeValidator(_as_object, json_schema_input_type=Base64 | Upload)]] = Field(
-        json_schema_extra={"minItems": 1}
-    )
+    images: list[Annotated[Upload, _as_object]] = Field(json_schema_extra={"minItems": 1})
 
 
 async def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> list[Upload]:
@@ -68,12 +67,9 @@ async def images_in(content_type: str, body: bytes, *, most: int, max_json: int)
     elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
         uploads = [Upload(data=body)]
     else:
-        raise Problem(
-            415,
-            "unsupported_media_type",
-            f"content type {content_type[:80]!r} is not supported; send multipart/form-data, application/json, or an "
-            "image as image/* or application/octet-stream",
-        )
+        others = "send multipart/form-data, application/json, or an image as image/* or application/octet-stream"
+        detail = f"content type {content_type[:80]!r} is not supported; {others}"
+        raise Problem(415, "unsupported_media_type", detail)
     if not uploads:
         raise Problem(400, "bad_body", "there is no image in the request")
     return uploads

@@ -157,14 +157,13 @@ def code_of_response(s3_code: str, status: int = 0) -> str:
     return next((code for code, kind in KINDS.items() if {s3_code, str(status)} & {*kind.responses}), default)
 
 
-def check_size(uri: str, size: int, max_bytes: int | None) -> None:
-    """Raise StorageError too_large if `size` is above `max_bytes`; None: no limit."""
+def check_file(uri: str, size: int, max_bytes: int | None, etag: str = "", expected_etag: str = "") -> None:
+    """Raise StorageError if a file is not what the caller asked for.
+
+    That is changed if `etag` is not the `expected_etag` (empty: any is fine), or too_large if `size` is above
+    `max_bytes` (None: no limit).
+    """
+    if expected_etag and etag != expected_etag:
+        raise StorageError("changed", uri, f"its etag is {etag or 'missing'}, it was listed with {expected_etag}")
     if max_bytes is not None and size > max_bytes:
         raise StorageError("too_large", uri, f"{size} bytes, more than {max_bytes}")
-
-
-def check_version(uri: str, size: int, etag: str, *, max_bytes: int | None, expected: str) -> None:
-    """Raise StorageError too_large, or changed if `etag` is not the `expected` one; empty: any is."""
-    if expected and etag != expected:
-        raise StorageError("changed", uri, f"its etag is {etag or 'missing'}, it was listed with {expected}")
-    check_size(uri, size, max_bytes)

@@ -169,7 +169,7 @@ def require_writable(folder: str, flag: str) -> None:
         (s3 if is_remote(folder) else local_files).require_writable(folder)
     except StorageError as error:
         if error.retryable:
-            raise
+            raise  # a store that is down is not wrong use: the job exits with 1, not with 2
         raise UserError(f"{flag} {user_error(StorageError(error.code, folder, error.detail))}") from error
 
 

@@ -16,10 +16,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 from btray import storage
 from btray.core.errors import UserError
@@ -35,8 +35,7 @@ EXPIRY = 20.0
 """Seconds without one after which the holder counts as dead."""
 
 
-@contextmanager
-def hold(output: str) -> Iterator[Callable[[], None]]:
+def hold(output: str) -> AbstractContextManager[Callable[[], None]]:
     """Hold the lease of `output` for the block; gives a check that raises UserError once another run has taken it.
 
     Waits up to EXPIRY for the lease of a holder that was killed.
@@ -46,28 +45,46 @@ def hold(output: str) -> Iterator[Callable[[], None]]:
         StorageError: the store fails.
     """
     uri = storage.join(output, NAME)
-    with _hold_in_store(uri) if storage.is_remote(output) else _hold_locally(uri) as check:
-        yield check
+    return _hold_in_store(uri) if storage.is_remote(output) else _hold_locally(uri)
 
 
-def _refusal(uri: str, holder: dict[str, Any]) -> UserError:
-    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('since', '?')}"
-    return UserError(
-        f"{uri.removesuffix('/' + NAME)} is being written by another run ({who}); wait for its end, or stop it"
-    )
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lease, by what it wrote there."""
 
+    host: str = "?"
+    pid: int | str = "?"
+    since: str = "?"
+    token: str = ""
+    """Unlike host and process id it is never used again."""
+    beat: int = 0
+    """Grows with each sign of life, so that the object's entity tag changes."""
+    released: bool = False
+    """Whether the lease was given back."""
 
-def _this_process() -> dict[str, Any]:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "token": uuid.uuid4().hex}
+    @classmethod
+    def this_process(cls) -> Holder:
+        """Describe this process."""
+        return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"), uuid.uuid4().hex)
 
+    @classmethod
+    def parse(cls, text: str | bytes) -> Holder:
+        """Read what a holder wrote."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return cls()  # a local holder has the lock already and is just writing
 
-def _parse(text: str | bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError:  # its holder is just writing it
-        return {}
-    return content if isinstance(content, dict) else {}
+    def to_json(self) -> str:
+        """Return the content of the lease."""
+        return json.dumps(asdict(self))
+
+    def refusal(self, uri: str) -> UserError:
+        """Return the error for another run that wants the lease at `uri`."""
+        return UserError(
+            f"{uri.removesuffix('/' + NAME)} is being written by another run (process {self.pid} on {self.host} since "
+            f"{self.since}); wait for its end, or stop it"
+        )
 
 
 @contextmanager
@@ -81,9 +98,9 @@ def _hold_locally(path: str) -> Iterator[Callable[[], None]]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise _refusal(path, _parse(file.read())) from None
+                raise Holder.parse(file.read()).refusal(path) from None
             file.truncate(0)
-            json.dump(_this_process(), file)
+            file.write(Holder.this_process().to_json())
             file.flush()
         yield lambda: None
 
@@ -105,11 +122,11 @@ def _hold_in_store(uri: str) -> Iterator[Callable[[], None]]:
 class _Lease:
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.content = _this_process()
+        self.holder = Holder.this_process()
         self.etag = ""
         self.lost = False
         self.renewed = time.monotonic()
-        self._renewing = threading.Lock()
+        self._renewing = threading.Lock()  # two renewals at once would each spoil the other's condition
         self.ended = threading.Event()
 
     def take(self) -> None:
@@ -121,14 +138,15 @@ class _Lease:
                 if self._write(None):
                     return
                 continue
-            content, etag, age = lease
+            holder, etag, age = lease
             if etag != first_seen:
-                if first_seen and not content.get("released"):
-                    raise _refusal(self.uri, content)  # it was written while this run watched
+                if first_seen and not holder.released:
+                    raise holder.refusal(self.uri)  # it was written while this run watched
                 first_seen, since = etag, time.monotonic()
-                if not content.get("released") and age <= EXPIRY:
+                if not holder.released and age <= EXPIRY:
                     _log.info("waiting up to %.0f s for the lease of another run", EXPIRY - age)
-            free = content.get("released") or age > EXPIRY or time.monotonic() - since > EXPIRY
+            # watched as well, since the clock of a store, or of a proxy before it, may stand still
+            free = holder.released or age > EXPIRY or time.monotonic() - since > EXPIRY
             if free and self._write(etag):
                 return
             time.sleep(HEARTBEAT / 8)
@@ -165,21 +183,21 @@ class _Lease:
 
     def _write(self, etag: str | None, *, released: bool = False) -> bool:
         """Return whether the lease is now ours: it was written, or was by a request whose response got lost."""
-        self.content |= {"beat": self.content.get("beat", 0) + 1, "released": released}
-        written = s3.put_if(self.uri, json.dumps(self.content).encode(), etag)
+        self.holder = replace(self.holder, beat=self.holder.beat + 1, released=released)
+        written = s3.put_if(self.uri, self.holder.to_json().encode(), etag)
         if written is None:
             lease = self._look()
-            if lease is None or lease[0].get("token") != self.content["token"]:
+            if lease is None or lease[0].token != self.holder.token:
                 return False
             written = lease[1]
         self.etag = written
         self.renewed = time.monotonic()
         return True
 
-    def _look(self) -> tuple[dict[str, Any], str, float] | None:
-        """Return content, entity tag and age in seconds, by the store's own clock; None if there is no lease."""
+    def _look(self) -> tuple[Holder, str, float] | None:
+        """Return holder, entity tag and age in seconds, by the store's own clock; None if there is no lease."""
         with storage.suppress_missing():
             data, etag, headers = s3.read_tagged(self.uri)
             now, then = (parsedate_to_datetime(headers[name]) for name in ("date", "last-modified"))
-            return _parse(data), etag, (now - then).total_seconds()
+            return Holder.parse(data), etag, (now - then).total_seconds()
         return None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from btray.storage.errors import StorageError, check_version, storage_errors_for, suppress_missing
+from btray.storage.errors import StorageError, check_file, storage_errors_for, suppress_missing
 from btray.storage.file_info import FileInfo
 from btray.storage.retry import retry
 
@@ -97,7 +97,7 @@ def read(path: str, max_bytes: int | None, etag: str = "") -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            check_version(path, status.st_size, _etag_of(status), max_bytes=max_bytes, expected=etag)
+            check_file(path, status.st_size, max_bytes, _etag_of(status), etag)
             return file.read()
 
     with storage_errors_for(path):

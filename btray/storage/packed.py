@@ -14,7 +14,7 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet
 
-from btray.storage.errors import FAILURES, StorageError, check_size
+from btray.storage.errors import FAILURES, StorageError, check_file
 
 _MEMBER = re.compile(r"(?P<shard>.+\.parquet)#(?P<row>\d+)/(?P<path>.+)", re.DOTALL)
 _LOADING = threading.Lock()
@@ -57,7 +57,7 @@ def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) ->
     if (code := shard["error_code"][row].as_py()) is not None:
         raise StorageError(code, uri, shard["error"][row].as_py() or "when it was packed")
     data = shard["data"][row].as_buffer()
-    check_size(uri, len(data), max_bytes)
+    check_file(uri, len(data), max_bytes)
     return bytes(data)
 
 
@@ -65,7 +65,7 @@ def _parse(uri: str) -> re.Match[str] | None:
     return _MEMBER.fullmatch(uri) if ".parquet#" in uri else None  # the pattern alone is slow on most other names
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # the one that is read and the one before it, of which threads may still read members
 def _load_shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table | str:
     """Return its rows, or what is wrong with it: that is cached too, or each of its members would read it again."""
     body, columns = read_whole(uri), ["data", "error_code", "error"]

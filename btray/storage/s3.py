@@ -24,7 +24,7 @@ from fsspec.asyn import sync_wrapper
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from btray.storage.errors import StorageError, check_version, code_of_response, storage_errors_for, suppress_missing
+from btray.storage.errors import StorageError, check_file, code_of_response, storage_errors_for, suppress_missing
 from btray.storage.file_info import FileInfo
 from btray.storage.retry import retry_async
 
@@ -81,7 +81,7 @@ def client() -> _Client:
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,
             "max_pool_connections": 64,
-            "retries": {"mode": "standard", "total_max_attempts": 1},
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # of botocore: `_call_s3` repeats requests
         },
     )
 
@@ -128,7 +128,7 @@ def _body_store(bucket: str) -> S3Store | None:
             "read_timeout": f"{_READ_SECONDS}s",
             "timeout": "10min",
         },
-        retry_config={"max_retries": 0},
+        retry_config={"max_retries": 0},  # what fails goes through s3fs, by the one retry policy
     )
 
 
@@ -176,17 +176,10 @@ def _pages(uri: str, **arguments: Any) -> Iterator[dict[str, Any]]:
 
 def is_folder(uri: str) -> bool:
     """Return whether `uri` is a bucket or has something below it. Raises StorageError if that cannot be told."""
-    with suppress_missing():
-        require_folder(uri)
-        return True
-    return False
-
-
-def require_folder(uri: str) -> None:
-    """Raise StorageError unless `uri` is a bucket, or a prefix below which an object or marker lies."""
     prefix = prefix_of(uri)
-    if not call(uri, "list_objects_v2", Prefix=prefix, MaxKeys=1).get("Contents") and prefix:
-        raise StorageError("not_found", uri, "no object below this prefix")
+    with suppress_missing():  # there is no such bucket
+        return bool(call(uri, "list_objects_v2", Prefix=prefix, MaxKeys=1).get("Contents")) or not prefix
+    return False
 
 
 def describe(uri: str) -> FileInfo:
@@ -240,8 +233,8 @@ def read(uri: str, max_bytes: int | None, etag: str = "") -> bytes:
     if not key:
         raise StorageError("is_directory", uri, "a bucket")
 
-    def check(size: int, tag: str) -> None:
-        check_version(uri, size, tag, max_bytes=max_bytes, expected=etag)
+    def check(size: int, actual_etag: str) -> None:
+        check_file(uri, size, max_bytes, actual_etag, etag)
 
     try:
         data = fetch_body(bucket, key, check)
@@ -306,10 +299,9 @@ def require_writable(uri: str) -> None:
     """Raise StorageError unless objects can be written below `uri`: an empty one is, and is deleted again."""
     bucket, _ = split(uri)
     try:
-        require_folder(f"s3://{bucket}")  # some stores make a bucket that is written to
+        if not is_folder(f"s3://{bucket}"):  # some stores make a bucket that is written to
+            raise StorageError("not_found", uri, f"there is no bucket {bucket}")
     except StorageError as error:
-        if error.code == "not_found":
-            raise StorageError("not_found", uri, f"there is no bucket {bucket}") from error
         if error.code != "forbidden":  # whoever may write below a prefix may be forbidden to list the bucket
             raise
     key = f"{prefix_of(uri)}_writable"

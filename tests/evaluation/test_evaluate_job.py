@@ -87,19 +87,19 @@ def test_what_is_written_is_the_contract_and_what_the_classifier_says(
     classifier = Classifier.load(model)
     assert metrics["model_id"] == classifier.model_id
     table = read_labelled(str(data))
-    wanted = [row for row in table.to_pylist() if row["split"] == "test"]
-    predictions = classifier.predict([row["uri"] for row in wanted])
-    readable = [(row, said) for row, said in zip(wanted, predictions, strict=True) if said.status == "ok"]
+    listed = [row for row in table.to_pylist() if row["split"] == "test"]
+    predictions = classifier.predict([row["uri"] for row in listed])
+    readable = [(row, answer) for row, answer in zip(listed, predictions, strict=True) if answer.status == "ok"]
     labels = np.array([CANONICAL.index(row["label"]) for row, _ in readable])
     expected = compute_metrics(labels, np.array([list(p.probabilities.values()) for _, p in readable]), CANONICAL)
     for key in ("accuracy", "macro_f1", "auroc_macro"):
         assert metrics[key] == pytest.approx(getattr(expected, key), abs=1e-6), key
     assert metrics["confusion_matrix"] == asdict(expected.confusion_matrix)
 
-    said = rows(str(tmp_path / "out" / "predictions.csv"))
-    assert [row["uri"] for row in said] == [row["uri"] for row, _ in readable]
-    assert [row["predicted"] for row in said] == [prediction.label for _, prediction in readable]
-    assert [float(row["confidence"]) for row in said] == pytest.approx([p.confidence for _, p in readable], abs=1e-5)
+    written = rows(str(tmp_path / "out" / "predictions.csv"))
+    assert [row["uri"] for row in written] == [row["uri"] for row, _ in readable]
+    assert [row["predicted"] for row in written] == [prediction.label for _, prediction in readable]
+    assert [float(row["confidence"]) for row in written] == pytest.approx([p.confidence for _, p in readable], abs=1e-5)
     resolved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert EvaluateConfig(**resolved) == config
     assert f"accuracy {metrics['accuracy']:.3f}" in capsys.readouterr().out
@@ -117,8 +117,8 @@ def test_rejected_files_are_named_and_above_the_limit_the_job_ends_with_3_after_
     assert "2 of 22" in message
     assert "\n" not in message
     assert {path.name for path in out.iterdir()} == PLOTS | PAGES
-    found = {Path(row["uri"]).name: row["error_code"] for row in rows(str(out / "rejected.csv"))}
-    assert found == {"broken.jpg": "not_an_image", "empty, with comma.jpg": "empty"}
+    codes = {Path(row["uri"]).name: row["error_code"] for row in rows(str(out / "rejected.csv"))}
+    assert codes == {"broken.jpg": "not_an_image", "empty, with comma.jpg": "empty"}
     assert strict_json(str(out / "metrics.json"))["n"] == 20
     assert evaluate(settings(model, data, out, max_rejected=2 / 22)) == str(out), "the limit itself is allowed"
 
@@ -169,9 +169,9 @@ def test_a_gpu_is_asked_for_where_it_is_wanted_and_refused_where_there_is_none(
     monkeypatch.setattr(scoring, "cpus", lambda: 8.0)
     for gpus, blocks, use_gpu, actors in ((2, 9, True, 2), (4, 3, True, 3), (0, 9, True, 1), (2, 9, False, 8)):
         monkeypatch.setattr(scoring, "gpus", lambda found=gpus: found)
-        wanted = scoring.scorers(blocks, use_gpu=use_gpu)
-        assert (wanted["num_gpus"], wanted["compute"].max_size) == (1 if use_gpu else None, actors)
-        assert wanted["num_cpus"] < 1
+        options = scoring.actor_options(blocks, use_gpu=use_gpu)
+        assert (options["num_gpus"], options["compute"].max_size) == (1 if use_gpu else None, actors)
+        assert options["num_cpus"] < 1
 
 
 def test_a_label_that_the_model_does_not_know_is_refused_before_anything_is_written(
@@ -243,8 +243,8 @@ def test_a_bundle_without_fingerprints_claims_nothing_about_clean_images(
     assert metrics["clean"] is None
     assert metrics["out_of_distribution"] is None
     assert metrics["conformal"] is None
-    said = rows(str(tmp_path / "out" / "predictions.csv"))
-    answered = [row for row in said if float(row["confidence"]) >= 0.5]
+    written = rows(str(tmp_path / "out" / "predictions.csv"))
+    answered = [row for row in written if float(row["confidence"]) >= 0.5]
     assert metrics["abstention"]["answered"] == len(answered)
     right = sum(row["label"] == row["predicted"] for row in answered)
     assert metrics["abstention"]["accuracy_answered"] == (right / len(answered) if answered else None)

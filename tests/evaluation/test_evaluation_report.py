@@ -6,7 +6,7 @@ import io
 import json
 import re
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ import numpy as np
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from PIL import Image
 from scipy.special import softmax
 
@@ -32,6 +36,7 @@ from btray.evaluation.metrics import (
 from btray.evaluation.report import model_card, render_report
 from btray.model.bundle import Manifest
 from btray.reports.page import NO_DIAGNOSIS
+from btray.reports.plot_style import STYLE
 from btray.training.config import TrainConfig
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.tiny_bundle import random_bundle
@@ -51,6 +56,11 @@ def history(epochs: int) -> list[dict[str, float]]:
         {"epoch": e, "train_loss": 2 / e, "val_loss": 2.2 / e, "val_macro_f1": 1 - 1 / e, "learning_rate": 1e-3 / e}
         for e in range(1, epochs + 1)
     ]
+
+
+def raw(draw: Callable[..., bytes]) -> Callable[..., Figure]:
+    """The function below `plot_style.png`, which gives the figure itself."""
+    return draw.__wrapped__  # type: ignore[attr-defined]
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -109,6 +119,35 @@ def test_figures_survive_one_image_absent_classes_and_hostile_names() -> None:
     size(plots.reliability_diagram(labels, probabilities))
     frames = np.zeros((len(HOSTILE), 32, 32), np.uint8)
     size(plots.error_grid(frames, HOSTILE, HOSTILE, np.ones(len(HOSTILE)), HOSTILE, errors=6, total=6))
+
+
+@pytest.mark.parametrize("classes", [2, 5, 12])
+def test_no_legend_lies_over_a_curve_and_nothing_is_clipped(classes: int) -> None:
+    names = [f"class {index} with a rather long name" for index in range(classes)]
+    labels, probabilities = case(80, classes)
+    frames = np.zeros((6, 32, 32), np.uint8)
+    with mpl.rc_context(STYLE):
+        drawn = {
+            "confusion": raw(plots.confusion_matrix)(compute_metrics(labels, probabilities, names).confusion_matrix),
+            "roc": raw(plots.roc_curves)(labels, probabilities, names),
+            "reliability": raw(plots.reliability_diagram)(labels, probabilities),
+            "risk, early": raw(plots.risk_coverage_curve)(labels, probabilities, 0.95),
+            "risk, late": raw(plots.risk_coverage_curve)(labels, probabilities, 0.4),
+            "learning": raw(plots.learning_curves)(history(9), best_epoch=8, train_images=10, val_images=3),
+            "errors": raw(plots.error_grid)(
+                frames, names[:1] * 6, names[1:2] * 6, [0.9] * 6, ["a file with a rather long name.png"] * 6,
+                errors=6, total=80,
+            ),
+        }  # fmt: skip
+        for name, figure in drawn.items():
+            FigureCanvasAgg(figure).draw()
+            for legend in figure.findobj(Legend):
+                for axes in figure.findobj(Axes):
+                    assert not legend.get_window_extent().overlaps(axes.get_window_extent()), name
+            box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+            assert min(box.x0, box.y0) >= -0.01, name
+            assert box.x1 <= width + 0.01, name
+            assert box.y1 <= height + 0.01, name
 
 
 @pytest.mark.parametrize("shown", [0, 1, 4, 5])

@@ -144,8 +144,7 @@ def training_workers(root: int) -> list[int]:
 
 
 def latest_report(run: Path) -> dict[str, Any]:
-    """The latest report that a run would go on from, {} before the first; what its workers have written is there
-    before."""
+    """The latest report that a run would resume from, {} before the first; its workers' files are there before it."""
     try:
         snapshot = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
     except (OSError, ValueError):  # not there yet, or half written

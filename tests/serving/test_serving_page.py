@@ -215,7 +215,7 @@ def test_a_service_with_keys_asks_for_one(browser: Browser, files: list[Path], t
         status = "document.getElementById('status').textContent"
         assert browser.run("document.activeElement.id") == "key"
         assert browser.run(status) == "This service asks for an API key."
-        for given, said in (("wrong", "The service does not know this key."), (key, "The key is good.")):
+        for given, said in (("wrong", "The service does not know this key."), (key, "The key is accepted.")):
             browser.run("document.getElementById('key').value = ''")
             browser.send("Input.insertText", text=given)
             browser.send(
@@ -229,7 +229,7 @@ def test_a_service_with_keys_asks_for_one(browser: Browser, files: list[Path], t
         revoke_key(str(tmp_path / "keys.txt"), "reader")
         until(lambda: service.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401)
         browser.give_files("#files", files[:1])
-        until(lambda: browser.run(status) == "0 of 1 scan classified. The service wants another key.")
+        until(lambda: browser.run(status) == "0 of 1 scan classified. The service needs another key.")
         assert browser.run("document.activeElement.id") == "key"
 
 

@@ -19,7 +19,7 @@ function say(text) {
   byId("status").textContent = text;
 }
 
-// The field is shown and reached at once, and what is wrong is said aloud: also where a key was given and is not known.
+// The field is shown and focused at once, and what is wrong is announced: also after a key that is not known.
 function askForKey() {
   const field = byId("key");
   byId("key-form").hidden = false;
@@ -35,7 +35,7 @@ class Refused extends Error {
   }
 }
 
-// The answer as JSON; waits where the service is busy, and asks for a key where it wants one.
+// The answer as JSON; waits while the service is busy, and asks for a key if it needs one.
 async function ask(path, options = {}) {
   for (let tries = 1; ; tries++) {
     const headers = key ? { Authorization: "Bearer " + key } : {};
@@ -77,7 +77,7 @@ function showModel(model) {
   );
   parts.append(figures);
   const abstains = model.abstain_below === null ? "never abstains" : "abstains below " + percent(model.abstain_below);
-  const unlike = model.detects_out_of_distribution ? "marks" : "cannot tell";
+  const unlike = model.detects_out_of_distribution ? "recognizes" : "cannot recognize";
   parts.append(element("p", `Knows ${model.classes.join(", ")}; ${abstains}; ${unlike} images unlike those it was ` +
     `trained on. Made ${model.created_at.slice(0, 10)}.`, "how"));
   return parts;
@@ -88,7 +88,7 @@ async function loadModel() {
   try {
     const content = await ask("v1/models");
     section.replaceChildren(element("h2", "The model"), ...content.models.map(showModel));
-    if (!byId("key-form").hidden) say("The key is good.");
+    if (!byId("key-form").hidden) say("The key is accepted.");
     byId("key").removeAttribute("aria-invalid");
     byId("key-form").hidden = true;
   } catch (error) {
@@ -228,7 +228,7 @@ async function classifyAll(files) {
   };
   await Promise.all(Array.from({ length: AT_A_TIME }, work));
   say(`${good} of ${total} ${total === 1 ? "scan" : "scans"} classified.` +
-    (denied ? " The service wants another key." : ""));
+    (denied ? " The service needs another key." : ""));
 }
 
 // ---- the page

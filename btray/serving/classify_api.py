@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import create_model
 from starlette.responses import Response
 
 from btray.core.notice import NOTICE
@@ -20,16 +20,12 @@ from btray.model.prediction import Prediction, answer_model_fields, as_answer
 from btray.serving.gate import read_body
 from btray.serving.models import DecodedImage, ModelFacts, ServedModel, SwitchReport
 from btray.serving.openapi import BINARY, EXAMPLE_PNG, request_body
-from btray.serving.problems import REJECTION_STATUS, Problem, problem_responses
+from btray.serving.problems import REJECTION_STATUS, Answer, Problem, problem_responses
 from btray.serving.service import Service
 from btray.serving.uploads import ClassifyRequest, Upload, images_in
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
-
-
-class Explanation(_Answer):
+class Explanation(Answer):
     """Grad-CAM pictures as PNG in base64; all show the frame that the network sees."""
 
     label: str
@@ -42,7 +38,7 @@ class Explanation(_Answer):
     """The heat map alone, the more transparent the colder it is."""
 
 
-class _ImageAnswer(_Answer):
+class _ImageAnswer(Answer):
     index: int
     """Which image of the request it belongs to, from 0."""
     name: str | None
@@ -59,7 +55,7 @@ ImageAnswer = create_model(
 )
 
 
-class ClassifyAnswer(_Answer):
+class ClassifyAnswer(Answer):
     """The answers for all images of a request."""
 
     model_id: str
@@ -81,7 +77,7 @@ class ModelAnswer(ModelFacts):
     """Share of the requests that it answers."""
 
 
-class ModelsAnswer(_Answer):
+class ModelsAnswer(Answer):
     """What answers, and the outcome of the latest switch to another config."""
 
     notice: str

@@ -1,4 +1,4 @@
-"""What can be set of the service: `ServiceConfig` while it runs (Serve's user_config), `ServeConfig` at its start."""
+"""The settings of the service: `ServiceConfig` while it runs (Serve's user_config), `ServeConfig` at its start."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ class LimitsConfig(ComponentConfig):
     max_requests: Positive = 32
     """Requests in work at a time, from when they are read; the next ones are answered 503 with Retry-After."""
     max_reading: Positive = 64
-    """Requests whose bodies are on their way at a time; they take no place of those in work."""
+    """Requests whose bodies are on their way at a time; they take no place of a request in work."""
     timeout: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """Seconds that reading a body may take, and again that answering may take."""
+    """Seconds that reading a body may take, and as many again for the answer."""
 
     @property
     def max_body(self) -> int:
-        """Bytes."""
+        """Return `max_body_mb` in bytes."""
         return int(self.max_body_mb * 1_000_000)
 
     @property
     def max_json(self) -> int:
-        """Bytes."""
+        """Return `max_json_mb` in bytes."""
         return int(self.max_json_mb * 1_000_000)
 
     @property
     def places(self) -> int:
-        """Requests that HAProxy gives a replica at a time; the next ones wait, or are refused, in HAProxy."""
+        """Return how many requests HAProxy gives a replica at a time; the next ones wait or are refused in HAProxy."""
         return max(64, 2 * self.max_requests)
 
 
 class ServiceConfig(ComponentConfig):
-    """What a running service takes over without a restart: Serve's `user_config`."""
+    """What a running service applies without a restart: Serve's `user_config`."""
 
     model: str
     """Model bundle."""
@@ -93,7 +93,7 @@ class ReplicasConfig(ComponentConfig):
     min_replicas: Positive = 1
     """Replicas that are always there."""
     max_replicas: Positive | None = None
-    """Replicas under load; default: one a CPU of the machine that starts the service."""
+    """Replicas under load; default: one per CPU of the machine that starts the service."""
     upscale_delay: Annotated[float, Field(ge=0)] = 5.0
     """Seconds of load before a replica is added."""
     downscale_delay: Annotated[float, Field(ge=0)] = 120.0
@@ -103,7 +103,7 @@ class ReplicasConfig(ComponentConfig):
 
     @property
     def most(self) -> int:
-        """`max_replicas`, or its default."""
+        """Return `max_replicas`, or its default."""
         return self.max_replicas or max(self.min_replicas, os.cpu_count() or 1)
 
     @model_validator(mode="after")
@@ -114,10 +114,10 @@ class ReplicasConfig(ComponentConfig):
 
 
 class ApplicationConfig(ReplicasConfig):
-    """What the application takes where it is deployed."""
+    """The arguments of the application in a deployment."""
 
     model: str | None = None
-    """Model bundle, where nothing else is to be set; None: it stands in the deployment's user_config."""
+    """Model bundle, if nothing else is to be set; None: it is in the deployment's user_config."""
 
 
 class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds of model_config, which pydantic merges
@@ -133,7 +133,7 @@ class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds 
     replicas: ReplicasConfig = ReplicasConfig()
     """How many processes answer."""
     proxy: Literal["haproxy", "ray"] = "haproxy"
-    """What stands before the replicas: HAProxy, kept to this machine (fast), or Ray Serve's own proxy."""
+    """The proxy before the replicas: HAProxy, restricted to this machine (fast), or Ray Serve's own."""
 
     @model_validator(mode="after")
     def _not_open_by_mistake(self) -> Self:
@@ -163,7 +163,7 @@ class KeyConfig(JobConfig):
     """Make an API key for the service, or revoke one. The key is printed once; the file keeps its digest only."""
 
     file: str
-    """File of API keys, local or s3://; made where it is not there."""
+    """File of API keys, local or s3://; made if it does not exist."""
     name: Name
     """Whom the key is for."""
     revoke: bool = False

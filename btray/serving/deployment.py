@@ -51,6 +51,7 @@ class Replica:
         self.service = Service(sees_callers=host is None or is_loopback(host))
 
     def __serve_build_asgi_app__(self) -> Gate:
+        """Return the app that this replica answers with; `serve.ingress()` without an app calls it."""
         return build_app(self.service)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from btray import storage
 from btray.core.cluster import own_device
@@ -29,7 +29,7 @@ from btray.model.prediction import Prediction
 from btray.serving.batching import Batcher
 from btray.serving.config import LimitsConfig, ServiceConfig
 from btray.serving.metrics import Metrics
-from btray.serving.problems import Problem
+from btray.serving.problems import Answer, Problem
 from btray.storage import StorageError, is_retryable
 from btray.storage.retry import backoff_delays
 
@@ -48,10 +48,8 @@ DecodedImage = list[Frame] | Rejection
 """The frames of one image, or why there are none."""
 
 
-class Accuracy(BaseModel):
+class Accuracy(Answer):
     """An accuracy, read from metrics.json or a part of it."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     value: float | None = Field(validation_alias="accuracy")
     """None if it was measured on no image."""
@@ -69,10 +67,10 @@ class Accuracy(BaseModel):
         return None
 
 
-class ModelFacts(BaseModel):
+class ModelFacts(Answer):
     """A bundle, as `GET /v1/models` describes it."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True)
 
     model_id: str
     classes: list[str]
@@ -112,10 +110,10 @@ class ModelFacts(BaseModel):
         )
 
 
-class SwitchReport(BaseModel):
+class SwitchReport(Answer):
     """The outcome of the latest switch to another config."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
     state: Literal["loading", "refused", "done"]
     detail: str = ""

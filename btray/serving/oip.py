@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
 from starlette.responses import Response
 
 from btray.data.frames import Rejection
@@ -19,11 +18,11 @@ from btray.serving.gate import read_body
 from btray.serving.models import DecodedImage, ServedModel
 from btray.serving.oip_codec import LENGTH_HEADER, InferAnswer, InferBody, InferRequest, format_answer, parse_request
 from btray.serving.openapi import BINARY, EXAMPLE_PNG, request_body, version
-from btray.serving.problems import Problem, problem_responses
+from btray.serving.problems import Answer, Problem, problem_responses
 from btray.serving.service import Service
 
 
-class ServerMetadata(BaseModel):
+class ServerMetadata(Answer):
     """The server."""
 
     name: str
@@ -31,7 +30,7 @@ class ServerMetadata(BaseModel):
     extensions: list[str]
 
 
-class TensorMetadata(BaseModel):
+class TensorMetadata(Answer):
     """An input or an output; -1 in its shape is any number."""
 
     name: str
@@ -39,7 +38,7 @@ class TensorMetadata(BaseModel):
     shape: list[int]
 
 
-class ModelMetadata(BaseModel):
+class ModelMetadata(Answer):
     """A model's inputs and outputs."""
 
     name: str

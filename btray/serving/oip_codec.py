@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from btray.serving.problems import Problem, first_error
 
@@ -88,8 +88,6 @@ class OutputTensor(BaseModel):
 
 class InferAnswer(BaseModel):
     """An answer."""
-
-    model_config = ConfigDict(protected_namespaces=())
 
     model_name: str
     model_version: str

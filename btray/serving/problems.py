@@ -41,10 +41,14 @@ _MEANINGS: Final = {
 }
 
 
-class ProblemAnswer(BaseModel):
-    """An error (RFC 9457)."""
+class Answer(BaseModel):
+    """An answer in JSON; the strings below its fields describe them in OpenAPI."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ProblemAnswer(Answer):
+    """An error (RFC 9457)."""
 
     type: str = "about:blank"
     """Always about:blank."""

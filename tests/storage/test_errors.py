@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 import botocore.exceptions  # type: ignore[import-untyped]
 import pytest
 
 from btray.storage import StorageError, storage_errors_for, suppress_missing
 from btray.storage.errors import KINDS, as_storage_error, code_of_response
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("code", KINDS)
@@ -57,3 +59,11 @@ def test_what_is_missing_is_suppressed_and_nothing_else() -> None:
         raise PermissionError(errno.EACCES, "no")
     with pytest.raises(KeyError), suppress_missing():
         raise KeyError("not storage's")
+
+
+def test_one_module_makes_the_clients_of_object_storage() -> None:
+    client = re.compile(
+        r"^(import|from) (s3fs|obstore|botocore\.session|boto3|aiobotocore)|S3FileSystem\(", re.MULTILINE
+    )
+    found = [path for path in (ROOT / "btray").rglob("*.py") if client.search(path.read_text())]
+    assert found == [ROOT / "btray" / "storage" / "s3.py"]

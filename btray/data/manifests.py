@@ -15,6 +15,7 @@ import pyarrow.parquet
 from btray import storage
 from btray.core.errors import UserError
 from btray.storage import FileInfo
+from btray.storage.packed import is_member
 
 _BLOCK = 4 << 20  # bytes; a row must fit into one, so that newlines in quoted values are found
 
@@ -140,7 +141,9 @@ def _locate(source: str, number: int, folder: str, uri: str) -> str:
 
 
 def open_for_arrow(uri: str) -> Any:
-    """Open a file or object that pyarrow reads pieces of."""
+    """Open a file or object that pyarrow reads pieces of; a member of a packed archive is read whole."""
+    if is_member(uri):
+        return pa.BufferReader(storage.read_bytes(uri))
     filesystem, path = storage.arrow_filesystem(uri)
     return filesystem.open_input_file(path)
 

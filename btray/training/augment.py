@@ -87,7 +87,7 @@ class Augmenter:
         return images
 
     def _degrade(self, images: Tensor, draws: dict[str, Tensor], keys: Tensor) -> Tensor:
-        """Add what scanners do to images: uneven sensitivity of the coil, blur, noise."""
+        """Imitate the flaws of scanners: uneven sensitivity of the coil, blur, noise."""
         config = self.config
         if config.bias_field:
             images = images * (1.0 + config.bias_field * draws["bias_field"] * _smooth_field(images, keys))

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What turns logits and features into probabilities and marks."""
+    """The temperature and thresholds that turn logits and features into probabilities and marks."""
 
     temperature: float = 1.0
     thresholds: Thresholds = field(default_factory=Thresholds)

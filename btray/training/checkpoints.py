@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what one holds, and how workers write one and resume from the latest."""
+"""Checkpoints of a run: their content, and how workers read and write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the data-parallel workers of a run exchange. With one worker nothing is sent, and no process group is needed."""
+"""Collective operations of the workers of a run. A single worker exchanges nothing and needs no process group."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class OptimiserConfig(ComponentConfig):
     mixup: Annotated[float, Field(ge=0, le=4)] = 0.0
     """Parameter of mixup's beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0: none."""
     ema: Share = 0.995
-    """Decay per step of the exponential moving average of the weights, which is what is evaluated; 0: none."""
+    """Decay per step of the moving average of the weights, which is evaluated instead of the weights; 0: none."""
     freeze_epochs: Annotated[int, Field(ge=0)] = 3
     """With --init-from: epochs in which only the last layer learns, whose random start would spoil the others."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7

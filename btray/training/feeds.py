@@ -61,7 +61,7 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
     Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), fingerprint (of the scan, packed), code
     and message (of a rejection, whose frame is black). Nothing runs before the data set is used; each task then takes
     `num_cpus`, or, for frames that are `kept` while workers train, the little that these leave, with as many tasks at
-    a time as there are CPUs. A cluster without a CPU grows by whole ones, so there `num_cpus` holds.
+    a time as there are CPUs. A cluster without a CPU grows by whole CPUs, so there `num_cpus` holds.
     """
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
     tasks = min(len(blocks), int(ray.cluster_resources().get("CPU", 0.0))) if kept else 0
@@ -74,24 +74,19 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
     )
 
 
-def survey(frames: Dataset) -> pa.Table:
-    """Collect decoded rows without their frames: sample, label, digest, fingerprint, code, message; by sample."""
-    batches = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
-    return pa.concat_tables(batches).sort_by("sample")
+def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]:
+    """Collect decoded rows without their frames: sample, label, digest, fingerprint, code, message; by sample.
 
-
-def keep(frames: Dataset, most: int) -> tuple[Dataset | None, pa.Table]:
-    """Keep decoded frames in Ray's object store, None if there are more than `most`; and return their `survey`.
-
-    Frames are counted, not scans, of which some have hundreds; past the limit all are released.
+    Up to `keep` rows stay in Ray's object store with their frames, as the data set that is returned first. Frames are
+    counted, not scans, of which some have hundreds: if there are more than `keep`, all are released and it is None.
     """
     kept: list[Any] = []  # references to blocks
     surveyed, count = [], 0
-    blocks: Iterator[Any] = iter(frames.iter_batches(batch_size=None, batch_format="pyarrow"))
-    for block in blocks:
+    blocks: Any = frames if keep else frames.select_columns(_SURVEYED)
+    for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
         surveyed.append(block.select(_SURVEYED).take(np.arange(len(block))))  # a copy, which does not hold the frames
         count += len(block)
-        if count <= most:
+        if count <= keep:
             kept.append(ray.put(block))
         else:
             kept.clear()
@@ -112,7 +107,7 @@ def decode_block(batch: Arrays, source: FrameSource) -> Iterator[Arrays]:
 
 
 def _frames(source: FrameSource, row: int, label: int, scan: Scan | Rejection) -> Iterator[tuple[Any, ...]]:
-    """Yield what _SURVEYED names of each frame of a scan, and the frame."""
+    """Yield the values of _SURVEYED and the frame itself, for each frame of a scan."""
     if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
         # The sample numbers of its last frames would be those of the next scan.
         reason = f"{len(scan.frames)} frames, more than the {FRAMES_PER_SCAN} that training takes per scan: split it"

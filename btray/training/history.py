@@ -48,7 +48,7 @@ class EpochRecord:
     """F1 averaged over the classes that occur among the validation images."""
     val_accuracy: float | None
     score: float
-    """What ranks epochs: see `score_of`; in a refit the number of epochs before, so that the last one is kept."""
+    """Ranks epochs, see `score_of`; in a refit the number of epochs before, so that the last one is kept."""
     rejected: int
     """Scans that were readable when the run began and could not be read in this epoch."""
     seconds: float

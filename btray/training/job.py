@@ -63,7 +63,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network, the images that it learnt from, and what it knows of its limits."""
+    """A trained network, the images that it learnt from, and its calibrated limits."""
 
     data: TrainingData
     result: TrainResult

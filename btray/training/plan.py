@@ -1,4 +1,4 @@
-"""The plan of a run: what every worker must know, the same for all of them and after every restart."""
+"""The plan of a run: everything that a worker must know, the same for all workers and after every restart."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ Notice = Literal["stop", "reclaimed"]
 
 @contextmanager
 def stoppable(run_uri: str) -> Iterator[Callable[[], bool]]:
-    """For the block, let SIGTERM end the run in `run_uri` with a checkpoint, and a second one the process at once.
+    """Let SIGTERM end the run in `run_uri` with a checkpoint while the block runs, and a second one end the process.
 
     Yields a function that returns whether a stop was requested. Only a process's main thread receives signals: in
     another one nothing is done.
@@ -59,7 +59,7 @@ def stoppable(run_uri: str) -> Iterator[Callable[[], bool]]:
         if requested.is_set():
             sys.exit(128 + number)
         requested.set()
-        # In a thread: what the signal interrupted may hold a lock that writing needs.
+        # In a thread: the code that the signal interrupted may hold a lock that writing needs.
         threading.Thread(target=write_mark, name="stop", daemon=True).start()
 
     before = signal.signal(signal.SIGTERM, request)
@@ -81,7 +81,7 @@ class InterruptionWatch:
         self._reclaimed: set[str] = set()
 
     def after_step(self) -> Notice | None:
-        """Return what has come since the last look, if it is time for one; a reclaimed node is told of once."""
+        """Return the notice that came since the last look, if it is time for one; a reclaimed node is reported once."""
         self._steps += 1
         if self._steps < self._interval:
             return None

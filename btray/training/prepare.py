@@ -28,7 +28,7 @@ from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv
 from btray.data.splits import Leak, find_leak, hold_out, report_leak
 from btray.model.network import build_network
 from btray.training.config import TrainConfig
-from btray.training.feeds import decode_rows, keep, survey
+from btray.training.feeds import decode_rows, survey
 from btray.training.plan import Indices, Plan, run_folder
 from btray.training.pretrained import read_initial_weights
 
@@ -49,7 +49,7 @@ class Source:
     initial_weights: dict[str, Tensor] | None = None
 
     def numbered(self, rows: Indices) -> pa.Table:
-        """Return what `decode_rows` takes: the position, URI and label number of the given rows."""
+        """Return the table that `decode_rows` takes: the position, URI and label number of the given rows."""
         number = {label: index for index, label in enumerate(self.classes)}
         labels = [number[label] for label in self.table["label"].take(rows).to_pylist()]
         return pa.table({"row": rows, "uri": self.table["uri"].take(rows), "label": np.array(labels, np.int64)})
@@ -57,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The labelled images of a run and what was decided about them."""
+    """The labelled images of a run, with all decisions about them."""
 
     source: Source
     frames: ray.data.Dataset | None
@@ -65,15 +65,14 @@ class TrainingData:
     rejected: pa.Table
     """The training and validation images that could not be read: columns row, code, message."""
     used: pa.Table
-    """What `feeds.survey` tells of the samples of the plan, in their order."""
+    """The rows of `feeds.survey` that are the samples of the plan, in their order."""
     leak: Leak
     """Which images the test and val splits have in common with those that are learnt from."""
     plan: Plan
 
     def digest(self) -> str:
-        """Compute the SHA-256 over digest, label and use of every image: what they show counts, not where they lie."""
+        """Compute the SHA-256 over digest, label and use of every image, whatever the files are called."""
         plan, digests = self.plan, self.used["digest"].to_pylist()
-        # Sorted, so that neither the order of the listing nor the names of files count.
         use = np.where(np.isin(np.arange(len(digests)), plan.validation), "validation", "train")
         images = zip(digests, plan.labels, use, strict=True)
         lines = sorted(f"{digest} {plan.classes[label]} {use}" for digest, label, use in images)
@@ -90,7 +89,7 @@ class TrainingData:
         return {part: dict(Counter(values)) for part, values in labels.items() if values or part != "test"}
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
-        """Return what workers read: all decoded frames, or rows in random order that are decoded when needed."""
+        """Return the data sets of the workers: all decoded frames, or rows in random order, decoded on demand."""
         if self.frames is not None:
             return {"frames": self.frames}
         plan = self.plan
@@ -145,7 +144,7 @@ def prepare(config: TrainConfig, source: Source) -> TrainingData:
     _check_streaming(config, too_many)
     _log.info("reading %d images of %d classes from %s", len(rows), len(source.classes), config.data)
     decoded = decode_rows(source.numbered(rows), FrameSource(config.preprocess), kept=not too_many)
-    frames, surveyed = (None, survey(decoded)) if too_many else keep(decoded, most)
+    frames, surveyed = survey(decoded, keep=0 if too_many else most)
     _check_streaming(config, frames is None)  # again: a scan may have many frames
     rejected = rejections_in(surveyed)
     report_rejections(rejected, table)
@@ -173,12 +172,12 @@ def prepare(config: TrainConfig, source: Source) -> TrainingData:
 def _resolve_leak(config: TrainConfig, source: Source, readable: pa.Table) -> tuple[Leak, pa.Table, Indices]:
     """Compare the pixels of the splits and act on --on-leak.
 
-    Returns what leaks, the rows of the survey that are used, and for each a number that images of the same scan share.
+    Returns the leak, the rows of the survey that are used, and for each a number that files of the same image share.
     """
     test = np.flatnonzero(in_splits(source.table, "test"))
     surveyed = readable.slice(0, 0)
     if len(test):
-        surveyed = survey(decode_rows(source.numbered(test), FrameSource(config.preprocess)))
+        _, surveyed = survey(decode_rows(source.numbered(test), FrameSource(config.preprocess)))
     everything = pa.concat_tables([readable, surveyed.filter(pc.equal(surveyed["code"], ""))])
     groups = group_by_fingerprint(unpack(everything["fingerprint"].to_pylist()))
     rows = everything["sample"].to_numpy() // FRAMES_PER_SCAN

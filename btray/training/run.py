@@ -20,11 +20,11 @@ from btray.training.feeds import TRAINING_CPUS, StreamSplit
 from btray.training.history import DIVERGED, EpochRecord, best_record
 from btray.training.preemption import stoppable
 from btray.training.prepare import TrainingData, worker_range
-from btray.training.tracking import flatten, require_mlflow
+from btray.training.tracking import flatten, require_mlflow, summary_line
 from btray.training.train_loop import train_loop
 
 RUN = "run.json"
-# What may differ between two commands that mean the same run: none of it changes an epoch that is already trained.
+# Settings that may differ between two commands for the same run: none changes an epoch that is already trained.
 RUN_MAY_CHANGE = frozenset({
     "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
     "abstain_target", "conformal_error", "refit_epochs",
@@ -58,9 +58,9 @@ def require_destinations(config: TrainConfig) -> None:
 
 
 def claim_run(data: TrainingData, may_change: Set[str]) -> None:
-    """Write down what the run is; if one of its name is there, raise UserError unless it is the same one.
+    """Record the identity of the run; raise UserError if the run of its name in the same storage has another one.
 
-    Files count by where they lie, not by how the way there is written.
+    Paths are compared when resolved: `scans` and `./scans/` are the same.
     """
     plan, config = data.plan, data.plan.config
     settings = config.model_dump(mode="json", exclude=set(may_change))
@@ -84,7 +84,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
     """Run Ray Train, from the run's latest checkpoint if it has one, and bring back the best epoch's network.
 
     Args:
-        data: what to train on; its plan says how.
+        data: the images and the plan of the run.
         within: CPUs that the run may take; default: all of the cluster.
         callbacks: Ray Train's.
 
@@ -100,7 +100,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
     filesystem, path = storage.arrow_filesystem(storage.resolve(config.storage_uri))
     trainer = TorchTrainer(
         train_loop,
-        # A worker reserves fewer CPUs than it computes with: what it leaves is for decoding.
+        # A worker reserves fewer CPUs than it has threads: the rest is for decoding.
         train_loop_config={"plan": plan, "threads": max(1, int(room / most))},
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),  # type: ignore[arg-type]  # elastic
@@ -122,14 +122,15 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
         # Frames in memory are not split: every worker holds all of them.
         dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
     )
-    with stoppable(plan.run_uri) as stop_requested, ProgressLine("starting the workers"):
+    with stoppable(plan.run_uri) as stop_requested, ProgressLine("starting the workers") as line:
         result = trainer.fit()
         if stop_requested():
             raise Stopped(f"run {plan.run_uri} was stopped after writing a checkpoint; the same command resumes it")
-    if result.checkpoint is None or not result.best_checkpoints:
-        raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
-    weights = best_weights(result.best_checkpoints, config.name)
-    return TrainResult(weights, Checkpoint.load(result.checkpoint).history)
+        if result.checkpoint is None or not result.best_checkpoints:
+            raise RuntimeError(f"run {plan.run_uri} ended without a checkpoint")
+        history = Checkpoint.load(result.checkpoint).history
+        line.update(summary_line(history))
+    return TrainResult(best_weights(result.best_checkpoints, config.name), history)
 
 
 def best_weights(checkpoints: Sequence[tuple[ray.train.Checkpoint, dict[str, Any]]], run: str) -> StateDict:

@@ -20,6 +20,8 @@ from btray.training.history import HISTORY, EpochRecord, as_lines, best_record
 _log = logging.getLogger(__name__)
 
 _MLFLOW = "mlflow_run"
+# Fields that Prometheus gets under their own name; core/metrics.py describes them.
+_EXPORTED = ("epoch", "val_loss", "val_macro_f1", "images_per_second", "feed_ratio", "rejected")
 
 
 class Tracker:
@@ -35,18 +37,8 @@ class Tracker:
         record = history[-1]
         shown = {"epochs": self.config.epochs, "_progress": progress_line(history, self.config.epochs)}
         _log.info("epoch ended", extra={**asdict(record), **shown})
-        metrics.record(
-            {
-                "btray_train_epoch": record.epoch,
-                "btray_train_loss": record.train_loss,
-                "btray_train_val_loss": record.val_loss,
-                "btray_train_val_macro_f1": record.val_macro_f1,
-                "btray_train_images_per_second": record.images_per_second,
-                "btray_train_feed_ratio": record.feed_ratio,
-                "btray_train_rejected": record.rejected,
-            },
-            run_id=self.config.name,
-        )
+        exported = {f"btray_train_{name}": getattr(record, name) for name in _EXPORTED}
+        metrics.record(exported | {"btray_train_loss": record.train_loss}, run_id=self.config.name)
         # All epochs again: object storage cannot append, and one that was trained twice stands once.
         storage.write_text(storage.join(self.run_uri, HISTORY), as_lines(history))
         numbers = {key: value for key, value in asdict(record).items() if key != "epoch" and value is not None}
@@ -75,7 +67,7 @@ class Tracker:
 def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
     """Describe the last epoch: losses, macro-F1 and its best if images are held out, images per second, time left."""
     record, recent = history[-1], history[-5:]  # the time left follows the pace of the last few epochs
-    minutes, seconds = divmod(int((epochs - record.epoch) * sum(row.seconds for row in recent) / len(recent)), 60)
+    left = (epochs - record.epoch) * sum(row.seconds for row in recent) / len(recent)
     validation = "on all images"
     if record.val_macro_f1 is not None:
         best = best_record(history)
@@ -85,12 +77,26 @@ def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
         )
     return (
         f"epoch {record.epoch}/{epochs}  loss {_loss_text(record.train_loss)}  {validation}  "
-        f"{record.images_per_second:.0f} images/s  {minutes}:{seconds:02d} left"
+        f"{record.images_per_second:.0f} images/s  {_minutes(left)} left"
     )
+
+
+def summary_line(history: Sequence[EpochRecord]) -> str:
+    """Describe a completed run: epochs, duration, last loss, and the best epoch if images are held out."""
+    last, best = history[-1], best_record(history)
+    duration = _minutes(sum(record.seconds for record in history))
+    kept = "on all images"
+    if best.val_macro_f1 is not None:
+        kept = f"best val macro-F1 {best.val_macro_f1:.3f} in epoch {best.epoch}"
+    return f"trained {last.epoch} epochs in {duration}  loss {_loss_text(last.train_loss)}  {kept}"
 
 
 def _loss_text(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.3f}"
+
+
+def _minutes(seconds: float) -> str:
+    return "{}:{:02d}".format(*divmod(int(seconds), 60))
 
 
 class _MlflowRun:

@@ -143,7 +143,7 @@ class Trainer:
     def _seed(self, epoch: int) -> None:
         """Seed dropout, which draws from torch's generator, so that a resumed run draws as an undisturbed one does.
 
-        In the middle of an epoch that is out of reach, but the draws differ from those of the epoch's beginning.
+        In the middle of an epoch that is not possible, but the draws then differ from those at its beginning.
         """
         seed = (self.config.seed * 1_000_003 + epoch) * 4096 + self.collectives.rank
         torch.manual_seed(hash((seed, self.steps)) % 2**63 if self.steps else seed)
@@ -230,7 +230,7 @@ class Trainer:
         return logits
 
     def _checkpoint(self) -> Checkpoint | None:
-        """Return what rank 0 keeps; None on the other workers."""
+        """Return the checkpoint that rank 0 writes; None on the other workers."""
         if self.collectives.rank != 0:
             return None
         return Checkpoint(
@@ -268,7 +268,7 @@ class Trainer:
         return 0 < self.config.patience <= latest.epoch - best_record(self.history).epoch
 
     def _freeze(self, frozen: bool) -> None:
-        """Freeze the body or not, and wrap the network in DDP again, which fixes what it reduces, if that changes."""
+        """Freeze or unfreeze the body, and wrap the network again: DDP fixes early which gradients it reduces."""
         if frozen != self.frozen:
             self.frozen = frozen
             optimizer.freeze_body(self.network, frozen)

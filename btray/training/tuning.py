@@ -38,12 +38,12 @@ Settings = dict[str, Any]
 
 # The driver of a trial only waits for its workers. Together with them it must fit into the CPUs that there are.
 _DRIVER_CPUS = 0.01
-# Least of a worker: then as many fit as there are CPUs, with drivers beside them.
+# Least CPUs of a worker: as many workers fit as there are CPUs, with the drivers beside them.
 _WORKER_CPUS = 0.9
 _TRIALS = "trials"
 _CHOICES = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling", "mixup")
 _LOGARITHMIC = ("learning_rate", "weight_decay")
-# Unlike a single run, a search compares its trials: what one gets, all must get.
+# Unlike in a single run, epochs, workers and patience are fixed: trials that differ in them cannot be compared.
 _SEARCH_MAY_CHANGE = RUN_MAY_CHANGE - {"epochs", "num_workers", "patience"} | {"concurrent"}
 
 
@@ -148,7 +148,7 @@ def _eights(width: int, factor: float) -> int:
 
 
 def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
-    """Run the trials that are left and return what is known of all."""
+    """Run the remaining trials and return the records of all."""
     concurrent = concurrency(config)
     within = cpus_of_a_trial(config, concurrent) - _DRIVER_CPUS
     trial = ray.tune.with_parameters(_run_trial, config=config, data=data, within=within)
@@ -187,7 +187,7 @@ def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
 
 
 def concurrency(config: TuneConfig) -> int:
-    """Return how many trials run at a time: as many as have a CPU, or a GPU, of its own for each of their workers.
+    """Return how many trials run at a time, so that each of their workers has a CPU, or a GPU, of its own.
 
     A cluster that this job joined may grow to hold as many as are requested (--concurrent).
     """
@@ -203,7 +203,7 @@ def cpus_of_a_trial(config: TuneConfig, concurrent: int) -> float:
 
 
 class EarlyStopping(ASHAScheduler):
-    """ASHA (Li et al. 2020, arXiv:1810.05934) that asks a trial in `trials_uri` to end, where Ray's would kill it.
+    """ASHA (Li et al. 2020, arXiv:1810.05934) that stops a trial in `trials_uri` with a checkpoint; Ray's kills it.
 
     A Ray Train run whose driver is killed keeps its CPUs until an actor of Ray's finds its controller dead. That one
     looks in vain if two Rays run on a machine, or one has no dashboard, and all later trials wait for ever.
@@ -215,7 +215,7 @@ class EarlyStopping(ASHAScheduler):
         self._stopping: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide what becomes of a trial: for Tune it always continues, until it has ended by itself."""
+        """Return CONTINUE to Tune for every trial until it ends by itself, and mark those that ASHA stops."""
         if trial.trial_id not in self._stopping:
             action: str = super().on_trial_result(tune_controller, trial, result)
             if action != TrialScheduler.STOP:
@@ -224,7 +224,7 @@ class EarlyStopping(ASHAScheduler):
         try:  # with every result again: a resumed trial deletes the mark
             storage.write_text(storage.join(self._trials_uri, trial.trial_id, STOP), "")
         except StorageError as error:
-            _log.warning("trial %s cannot be asked to end: %s", trial.trial_id, error)
+            _log.warning("trial %s cannot be stopped: %s", trial.trial_id, error)
         return TrialScheduler.CONTINUE
 
 
@@ -270,7 +270,7 @@ class _Announce(ray.tune.Callback):
 
 
 def _record(config: TuneConfig, result: Any, classes: int) -> TrialRecord:
-    """Return what is known of a trial, from the history that its run keeps; a failed one may have none."""
+    """Return the record of a trial, from the history that its run keeps; a failed one may have none."""
     settings = {name: result.config[name] for name in SpaceConfig.model_fields}
     trained = trial_config(config, settings, storage.name(result.path))
     history = read_history(run_folder(trained))

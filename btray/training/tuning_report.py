@@ -41,9 +41,9 @@ class TrialRecord:
     """A value for each setting of the space."""
 
     def columns(self) -> dict[str, Any]:
-        """Return the cells of the trial's row, by column; those of an epoch are the best one's."""
+        """Return the cells of the trial's row by column; those of EpochRecord are of the best epoch."""
         best = {name: getattr(self.best, name, None) for name in EpochRecord.__dataclass_fields__}
-        cells = best | vars(self) | self.settings  # both have epochs' `seconds`: the trial's count
+        cells = best | vars(self) | self.settings  # `seconds` of the trial, not of its best epoch
         return {name: cells[name] for name in (*_COLUMNS, *self.settings)}
 
     @property

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
-from btray.training import feeds
+from btray.training import feeds, run
 from btray.training.config import OptimiserConfig, TrainConfig
 from btray.training.feeds import MemoryFeed, decode_block
 from btray.training.plan import Plan
@@ -174,7 +174,7 @@ def test_streaming_feeds_every_sample_on_two_cpus(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    monkeypatch.setattr("btray.training.train_loop", train_and_collect)
+    monkeypatch.setattr(run, "train_loop", train_and_collect)
     source = write_tree(
         tmp_path / "data", {"train/glioma": 33, "train/no_tumor": 31, "val/glioma": 9, "val/no_tumor": 8}
     )

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from btray import storage
 from btray.training.config import TrainConfig
 from btray.training.history import HISTORY, EpochRecord
-from btray.training.tracking import Tracker, progress_line, require_mlflow
+from btray.training.tracking import Tracker, progress_line, require_mlflow, summary_line
 
 
 def record(epoch: int, f1: float) -> EpochRecord:
@@ -69,6 +69,13 @@ def test_the_progress_line_of_a_diverged_epoch_says_so_and_names_the_best() -> N
     line = progress_line([*HISTORY_OF_THREE, diverged], epochs=7)
     assert "loss not finite  val loss not finite" in line
     assert "best 0.900 in epoch 2" in line
+
+
+def test_the_summary_line_says_how_long_a_run_took_and_which_epoch_is_the_best() -> None:
+    line = summary_line(HISTORY_OF_THREE)
+    assert line == "trained 3 epochs in 1:30  loss 0.500  best val macro-F1 0.900 in epoch 2"
+    refit = [replace(row, val_loss=None, val_macro_f1=None, val_accuracy=None) for row in HISTORY_OF_THREE]
+    assert summary_line(refit) == "trained 3 epochs in 1:30  loss 0.500  on all images"
 
 
 def test_every_epoch_is_in_the_history_and_in_the_events_as_soon_as_it_has_ended(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from btray.core.errors import Stopped, UserError
 from btray.core.ray_private import (
     QUIET_LOGGERS,
     cluster_address,
-    core_lines_in_log,
     forward_worker_lines,
     on_loopback,
     started_ray_here,
+    without_false_errors,
 )
 
 __all__ = ["connected", "cpus", "gpus", "own_device", "require_gpus", "started_ray_here"]
@@ -61,7 +61,7 @@ def connected(*, dashboard: bool = True, join: bool = True) -> Iterator[None]:
         forward_worker_lines(console.show_worker_lines)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
-        with nullcontext() if logs.is_verbose() else core_lines_in_log():
+        with nullcontext() if logs.is_verbose() else without_false_errors():
             yield
     finally:
         ray.shutdown()

@@ -1,7 +1,7 @@
-"""Where the network looked: Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) over the last feature map.
+"""Explanations: Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) over the last feature map, as pictures.
 
-A heat map shows what spoke for a label, not where a lesion ends: it is as coarse as the feature map, and a confident
-wrong answer has one too. Nothing of the classifier changes, so threads may explain while others predict.
+A heat map shows the evidence for a label, not the border of a lesion: it is as coarse as the feature map, and a
+confident wrong answer has one too. The classifier stays as it is, so threads may explain while others predict.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _COLOURS = np.array(
 
 
 def heat_maps(classifier: Classifier, frames: npt.NDArray[np.uint8], labels: Sequence[str] | None = None) -> Heat:
-    """What speaks for `labels`, one a frame (default: the label that the model gives), in uint8 [n, size, size].
+    """Compute the evidence for `labels`, one per frame (default: the model's answer), in frames uint8 [n, size, size].
 
-    Returns float32 [n, size, size] in 0 to 1: the hottest place of each frame is 1, and a frame in which nothing speaks
-    for its label is 0 all over. Raises ValueError for a label that the model does not know.
+    Returns float32 [n, size, size] in 0 to 1: the hottest place of each frame is 1, and a frame without evidence for
+    its label is 0 everywhere. Raises ValueError for a label that the model does not know.
     """
     if len(frames) == 0:
         return np.zeros(frames.shape, np.float32)
-    wanted = None if labels is None else _outputs(classifier, labels)
-    starts = range(0, len(frames), classifier.batch_size)
-    batches = [slice(start, start + classifier.batch_size) for start in starts]
-    parts = [_heat(classifier, frames[batch], None if wanted is None else wanted[batch]) for batch in batches]
-    return np.concatenate(parts)
-
-
-def _outputs(classifier: Classifier, labels: Sequence[str]) -> Tensor:
-    for label in labels:
+    for label in labels or ():
         if label not in classifier.classes:
             raise ValueError(f"label {label!r} is none of {', '.join(classifier.classes)}")
-    return torch.tensor([classifier.classes.index(label) for label in labels])
+    outputs = None if labels is None else torch.tensor([classifier.classes.index(label) for label in labels])
+    size = classifier.batch_size
+    return np.concatenate(
+        [
+            _heat(classifier, frames[start : start + size], None if outputs is None else outputs[start : start + size])
+            for start in range(0, len(frames), size)
+        ]
+    )
 
 
 @torch.inference_mode(False)
-def _heat(classifier: Classifier, frames: npt.NDArray[np.uint8], wanted: Tensor | None) -> Heat:
+def _heat(classifier: Classifier, frames: npt.NDArray[np.uint8], outputs: Tensor | None) -> Heat:
+    """Compute heat maps of one batch for the network's `outputs` [n]; None: the largest of each frame."""
     network = classifier.network
     images = to_tensor(torch.from_numpy(frames).to(classifier.device)).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -58,10 +58,11 @@ def _heat(classifier: Classifier, frames: npt.NDArray[np.uint8], wanted: Tensor 
     features.requires_grad_()
     with torch.enable_grad():
         logits = network.head(network.embed(features))
-        rows = logits.argmax(1, keepdim=True) if wanted is None else wanted.to(logits.device)[:, None]
-        # grad() leaves nothing in the parameters, as backward() would.
+        rows = logits.argmax(1, keepdim=True) if outputs is None else outputs.to(logits.device)[:, None]
+        # grad() leaves nothing in the parameters, as backward() would: other threads use them.
         (gradient,) = torch.autograd.grad(logits.gather(1, rows).sum(), features)
     with torch.no_grad():
+        # Each channel is weighted by the mean of its gradient; only what speaks for the label counts (eq. 1 and 2).
         coarse = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).clamp(min=0)
         coarse /= coarse.amax((2, 3), keepdim=True).clamp(min=torch.finfo(coarse.dtype).tiny)
         heat = F.interpolate(coarse, frames.shape[1:], mode="bilinear", align_corners=False)[:, 0]
@@ -69,20 +70,20 @@ def _heat(classifier: Classifier, frames: npt.NDArray[np.uint8], wanted: Tensor 
 
 
 def slice_png(frame: Frame) -> bytes:
-    """A frame, uint8 [height, width], as a gray PNG."""
+    """Return a frame, uint8 [height, width], as a gray PNG."""
     return _png(frame)
 
 
 def heat_png(heat: Heat) -> bytes:
-    """A heat map, float [height, width] in 0 to 1, as a coloured PNG that is the more transparent the colder it is."""
+    """Return a heat map, float [height, width] in 0 to 1, as a coloured PNG, the colder the more transparent."""
     alpha = np.rint(255 * heat).astype(np.uint8)
     return _png(np.dstack([_coloured(heat), alpha]))
 
 
 def overlay_png(frame: Frame, heat: Heat, *, strength: float = 0.6) -> bytes:
-    """A frame, uint8 [height, width], below its heat map, float [height, width] in 0 to 1, as a PNG.
+    """Return a frame, uint8 [height, width], under its heat map, float [height, width] in 0 to 1, as a PNG.
 
-    `strength` in 0 to 1 is the opacity of the hottest place; where there is no heat the slice is as it was.
+    `strength` in 0 to 1 is the opacity of the hottest place; without heat the slice stays as it is.
     """
     share = (strength * heat)[..., None]
     mixed = frame[..., None] * (1 - share) + _coloured(heat) * share

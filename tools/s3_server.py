@@ -109,7 +109,7 @@ class S3Server:
     def kill(self) -> None:
         """End the server as a crash would (SIGKILL); the data stay. No error if it is not running.
 
-        There is no gentler end: told to end in order, SeaweedFS waits 15 s for streams that it holds open itself, and
+        There is no gentler way: on SIGTERM SeaweedFS waits 15 s for streams that it holds open itself, and
         what it has acknowledged survives a SIGKILL.
         """
         if self._process is not None:

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from btray import storage
 from btray.core.errors import UserError
 from btray.storage import FileInfo
+from btray.storage.packed import is_member
 
 _BLOCK = 4 << 20  # bytes; a row must fit into one, so that newlines in quoted values are found
 
@@ -63,7 +64,7 @@ def read_manifest(
     Args:
         manifest: URI of the file.
         columns: Names of the columns to read, in any case. The first one holds URIs and is made absolute.
-        required: Those of `columns` that must be there and hold something in each row; all others may be absent.
+        required: The first ones of `columns`, which must be there and hold something in each row; others may be absent.
         folder: What relative URIs start from; by default the manifest's folder.
 
     Raises:
@@ -73,10 +74,10 @@ def read_manifest(
     folder = manifest.rpartition("/")[0] if folder is None else folder
     with _manifest_errors(manifest):
         for number, values in enumerate(_values(manifest, columns, required), start=1):
-            row = dict(zip(columns, values, strict=True))
-            if empty := [name for name in required if not (row[name] or "").strip()]:
-                known = ", ".join(f"{name} {row[name]!r}" for name in required)
-                raise UserError(f"{manifest}, row {number}: {empty[0]} is empty ({known}); fill it or drop the row.")
+            for name, value in zip(required, values, strict=False):
+                if not value or not value.strip():
+                    known = ", ".join(f"{name} {value!r}" for name, value in zip(required, values, strict=False))
+                    raise UserError(f"{manifest}, row {number}: {name} is empty ({known}); fill it or drop the row.")
             yield number, [_locate(manifest, number, folder, str(values[0])), *values[1:]]
 
 
@@ -140,7 +141,9 @@ def _locate(source: str, number: int, folder: str, uri: str) -> str:
 
 
 def open_for_arrow(uri: str) -> Any:
-    """Open a file or object that pyarrow reads pieces of."""
+    """Open a file or object that pyarrow reads pieces of; a member of a packed archive is read whole."""
+    if is_member(uri):
+        return pa.BufferReader(storage.read_bytes(uri))
     filesystem, path = storage.arrow_filesystem(uri)
     return filesystem.open_input_file(path)
 

@@ -1,4 +1,4 @@
-"""When a model had better not answer alone: abstention below a confidence, and conformal sets of labels."""
+"""Answers that a model had better not give alone: abstention below a confidence, and conformal sets of labels."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ Probabilities = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """What abstaining buys (El-Yaniv & Wiener 2010, JMLR 11:1605): a step for each distinct confidence, falling."""
+    """The risk-coverage curve (El-Yaniv & Wiener 2010, JMLR 11:1605): one step per distinct confidence, falling."""
 
     threshold: npt.NDArray[np.float64]
-    """Confidence from which on images are answered, [steps]."""
+    """Images of at least this confidence are answered, [steps]."""
     coverage: npt.NDArray[np.float64]
     """Share of the images that is answered, [steps], rising to 1."""
     accuracy: npt.NDArray[np.float64]
     """Accuracy on these, [steps]."""
     answered: npt.NDArray[np.int64]
-    """How many these are, [steps]."""
+    """Number of these, [steps]."""
 
 
 def risk_coverage(labels: Labels, probabilities: Probabilities) -> RiskCoverage:
-    """The curve of n >= 1 images: `labels` int [n], `probabilities` [n, classes]. Equal confidences are one step."""
+    """Return the curve of n >= 1 images, `labels` int [n] and `probabilities` [n, classes]."""
     confidence = probabilities.max(1)
     order = np.argsort(-confidence, kind="stable")
-    right = np.cumsum((probabilities.argmax(1) == labels)[order])
+    correct = np.cumsum((probabilities.argmax(1) == labels)[order])
     falling = confidence[order]
+    # A threshold cannot part images of equal confidence, so they are one step: the last of them counts.
     last = np.append(np.flatnonzero(np.diff(falling)), len(falling) - 1)
     answered = last + 1
-    return RiskCoverage(falling[last].astype(np.float64), answered / len(labels), right[last] / answered, answered)
+    return RiskCoverage(falling[last].astype(np.float64), answered / len(labels), correct[last] / answered, answered)
 
 
 def threshold_for_accuracy(labels: Labels, probabilities: Probabilities, target: float) -> float:
-    """The confidence below which to abstain so that accuracy on what is answered is at least `target`, 0 to 1.
+    """Return the lowest confidence to answer from so that accuracy on what is answered is at least `target`, 0 to 1.
 
-    Of several the one that answers most; `NEVER` where not even the surest answers are that good. Arguments as for
-    `risk_coverage`; to be chosen on validation images, never on those that are measured.
+    `NEVER` if not even the surest answers are that good. Arguments as for `risk_coverage`; to be chosen on validation
+    images, never on those that are measured.
     """
     curve = risk_coverage(labels, probabilities)
     good = np.flatnonzero(curve.accuracy >= target)
@@ -52,11 +53,11 @@ def threshold_for_accuracy(labels: Labels, probabilities: Probabilities, target:
 
 
 def conformal_threshold(labels: Labels, probabilities: Probabilities, error_rate: float) -> float:
-    """The probability from which a label belongs to an image's set, for sets that miss the true label that seldom.
+    """Return the probability from which a label belongs to an image's set, so that sets seldom miss the true label.
 
     Split conformal prediction (Sadinle et al. 2019, doi:10.1080/01621459.2017.1395341): on images like these n the true
-    label is outside its set with a probability of at most `error_rate`, between 0 and 1. 0, so that every label is
-    in every set, where n is too small for that. Arguments as for `risk_coverage`.
+    label is outside its set with a probability of at most `error_rate`, between 0 and 1. If n is too small for that,
+    return 0, so that every label is in every set. Arguments as for `risk_coverage`.
     """
     true = np.sort(probabilities[np.arange(len(labels)), labels])
     rank = math.floor((len(labels) + 1) * error_rate)
@@ -64,7 +65,7 @@ def conformal_threshold(labels: Labels, probabilities: Probabilities, error_rate
 
 
 def label_sets(probabilities: Probabilities, threshold: float) -> npt.NDArray[np.bool_]:
-    """bool [n, classes]: the labels of each image's set; the most probable one is always in it."""
+    """Return the labels of each image's set, bool [n, classes]; the most probable one is always in it."""
     inside = probabilities >= threshold
     inside[np.arange(len(inside)), probabilities.argmax(1)] = True
     return inside

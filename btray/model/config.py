@@ -43,7 +43,7 @@ class NetworkConfig(ComponentConfig):
     """Dropout before the last layer."""
 
     @model_validator(mode="after")
-    def _one_depth_a_width(self) -> Self:
+    def _one_depth_per_width(self) -> Self:
         if not self.widths or len(self.widths) != len(self.depths):
             raise ValueError(
                 f"network.widths {self.widths} and network.depths {self.depths} must have as many entries, at least one"
@@ -54,7 +54,7 @@ class NetworkConfig(ComponentConfig):
 class PredictConfig(JobConfig):
     """Classify a few scans on this machine and print what the model says; no cluster is needed.
 
-    Exit code 0 where at least one scan was classified; rejected ones are named with a code. 2 where none could be.
+    Exit code 0 if at least one scan was classified; rejected ones are named with a code. 2 if none could be.
     """
 
     model_config = SettingsConfigDict(cli_shortcuts={"json-lines": "json"})
@@ -68,4 +68,4 @@ class PredictConfig(JobConfig):
     abstain_below: Probability | None = None
     """Confidence below which the model abstains; default: the bundle's own."""
     json_lines: bool = False
-    """Print one JSON object a line in place of a table."""
+    """Print one JSON object per line instead of a table."""

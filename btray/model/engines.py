@@ -1,7 +1,7 @@
-"""How a network is run: as it is, as a frozen graph, or by ONNX Runtime. All give the same answers within 1e-5.
+"""Engines: a network run as it is, as a frozen graph, or by ONNX Runtime. All give the same answers within 1e-5.
 
-torch's tracing tools are deprecated for torch.compile, which needs a C++ compiler on every node and half a minute a
-worker; tracing takes a second. So they stay here, behind one function, and are not used where they would be wrong.
+torch's tracing tools are deprecated in favour of torch.compile, which needs a C++ compiler on every node and half a
+minute per worker; tracing takes a second. So they stay, behind one function, and are not used if they would be wrong.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ TOLERANCE = 1e-4
 
 
 def make_engine(name: EngineName, network: Network, *, size: int, device: torch.device) -> Engine:
-    """The network, in evaluation mode on `device`, ready to be run on images of `size`.
+    """Prepare the network, in evaluation mode on `device`, to be run on images of `size` pixels a side.
 
-    `auto` is `frozen` on a CPU and `eager` elsewhere. Raises UserError for `onnx` on another device than a CPU, or
-    where ONNX Runtime is not installed.
+    `auto` is `frozen` on a CPU and `eager` elsewhere. Raises UserError for `onnx` on another device than a CPU, or if
+    ONNX Runtime is not installed.
     """
     if name == "auto":
         name = "frozen" if device.type == "cpu" else "eager"
@@ -56,7 +56,7 @@ def make_engine(name: EngineName, network: Network, *, size: int, device: torch.
 
 
 class _WithSummary(nn.Module):
-    """What is traced."""
+    """The module that is traced: its forward pass gives the features too."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _WithSummary(nn.Module):
 
 
 def _frozen(network: Network, example: Tensor) -> Engine:
-    """One graph with its weights as constants and batch normalisation folded into the convolutions."""
+    """Make one graph with its weights as constants and batch normalisation folded into the convolutions."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = torch.jit.load(io.BytesIO(_traced(network, example)), map_location=example.device)
@@ -81,11 +81,10 @@ _traces: dict[tuple[str, torch.Size, torch.device], bytes] = {}
 
 
 def _traced(network: Network, example: Tensor) -> bytes:
-    """What tracing the network gives, with zeros for weights.
+    """Trace the network with zeros for weights, once per structure and process; return the saved graph.
 
-    torch never gives the memory of a trace back, nor that of what is frozen from one (pytorch #96726). So each
-    structure is traced once in a process, and what is loaded from the result goes as it came: a service may switch
-    models for ever.
+    torch never frees the memory of a trace, nor that of what is frozen from one (pytorch #96726). What is loaded from
+    the saved graph is freed like any module, so that a service may switch models for ever.
     """
     key = (repr(network), example.shape, example.device)  # see Network.extra_repr
     if key not in _traces:

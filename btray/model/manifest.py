@@ -155,11 +155,9 @@ class Manifest(ComponentConfig):
 
     def differing_versions(self) -> str:
         """Return the libraries whose versions differ here from those of the training, as text."""
-        here = library_versions()
+        now = library_versions()
         differing = [
-            f"{name} {self.versions[name]} (here {here[name]})"
-            for name in here
-            if self.versions.get(name, here[name]) != here[name]
+            f"{name} {old} (here {now[name]})" for name, old in self.versions.items() if now.get(name, old) != old
         ]
         return ", ".join(differing) or "all are equal, so the processor may differ"
 

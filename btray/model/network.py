@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 class Network(nn.Module):
     """`parts` run one after the other, then pooling, dropout and a linear layer.
 
-    `aliases` are beginnings of torchvision's names of the tensors -> ours, for a backbone.
+    `aliases` map prefixes of torchvision's tensor names to ours, for a backbone.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Network(nn.Module):
         *,
         aliases: Mapping[str, str] | None = None,
     ) -> None:
+        """`width`: channels of the last feature map."""
         super().__init__()
         self.aliases = dict(aliases or {})
         self.parts = nn.ModuleList(parts)
@@ -46,17 +47,17 @@ class Network(nn.Module):
         self.head = nn.Linear(width * (2 if pooling == "average_max" else 1), classes)
 
     def extra_repr(self) -> str:
-        """What no layer shows: two networks of one repr compute the same, but for their weights."""
+        """Return what no layer shows: two networks of equal repr compute the same, except for their weights."""
         return f"pooling={self.pooling}"
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """The last feature map: [n, 1, size, size] -> [n, width, rows, columns]."""
+        """Compute the last feature map: [n, 1, size, size] -> [n, width, rows, columns]."""
         for part in self.parts:
             images = part(images)
         return images
 
     def embed(self, feature_map: Tensor) -> Tensor:
-        """Pool a feature map to one vector an image: [n, width, rows, columns] -> [n, features]."""
+        """Pool a feature map to one vector per image: [n, width, rows, columns] -> [n, features]."""
         pooled = []
         if self.pooling != "max":
             pooled.append(feature_map.mean((2, 3)))
@@ -65,16 +66,20 @@ class Network(nn.Module):
         return torch.cat(pooled, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, classes] of standardised images [n, 1, size, size]."""
+        """Compute logits [n, classes] of standardised images [n, 1, size, size]."""
         logits: Tensor = self.head(self.dropout(self.embed(self.feature_map(images))))
         return logits
 
     def with_summary(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n, classes], and [n, channels] what the same pass saw: the mean of each channel of the last feature
-        map of every resolution. Coarse and fine maps together tell an image that is no MRI slice."""
+        """Compute logits [n, classes] and, in the same pass, features [n, channels] for the out-of-distribution score.
+
+        The features are the mean of each channel of the last feature map of every resolution: coarse and fine maps
+        together tell an image that is not an MRI slice.
+        """
         means = []
         for part in self.parts:
             previous, images = images, part(images)
+            # the image itself, of one channel, is not a feature map
             if images.shape[2:] != previous.shape[2:] and previous.shape[1] > 1:
                 means.append(previous.mean((2, 3)))
         means.append(images.mean((2, 3)))
@@ -86,6 +91,7 @@ class Block(nn.Module):
     """Two convolutions with an optional squeeze-and-excitation gate and skip connection."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, config: NetworkConfig) -> None:
+        """`stride` is that of the first convolution."""
         super().__init__()
         activation = _ACTIVATIONS[config.activation]
         self.body = nn.Sequential(
@@ -104,7 +110,7 @@ class Block(nn.Module):
         self.activation = activation()
 
     def forward(self, images: Tensor) -> Tensor:
-        """[n, channels_in, h, w] -> [n, channels, h / stride, w / stride]."""
+        """Map [n, channels_in, h, w] to [n, channels, h / stride, w / stride]."""
         out = self.gate(self.body(images))
         if self.skip is not None:
             out = out + self.skip(images)
@@ -116,6 +122,7 @@ class SqueezeExcite(nn.Module):
     """Scale each channel by a gate computed from the mean of all channels (Hu et al. 2018, arXiv:1709.01507)."""
 
     def __init__(self, channels: int, ratio: float) -> None:
+        """`ratio`: width of the hidden layer as a share of `channels`."""
         super().__init__()
         hidden = max(4, round(channels * ratio))
         self.gate = nn.Sequential(
@@ -123,7 +130,7 @@ class SqueezeExcite(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """[n, channels, h, w] -> the same shape."""
+        """Scale [n, channels, h, w]."""
         scaled: Tensor = images * self.gate(images.mean((2, 3), keepdim=True))
         return scaled
 
@@ -140,12 +147,12 @@ def build_network(config: NetworkConfig, classes: int) -> Network:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Number of trainable values."""
+    """Return the number of trainable values."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 def count_flops(network: nn.Module, size: int) -> int:
-    """Floating-point operations of one image's forward pass (a multiply-add counts as two), measured by torch."""
+    """Count floating-point operations of one image's forward pass; a multiply-add counts as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     was_training = network.training
@@ -157,10 +164,10 @@ def count_flops(network: nn.Module, size: int) -> int:
 
 
 def load_matching(network: Network, weights: Mapping[str, Tensor]) -> list[str]:
-    """Copy every tensor of `weights` whose name and shape fit into `network`; returns the names that were copied.
+    """Copy every tensor of `weights` whose name and shape fit into `network`; return the names that were copied.
 
     A first convolution over three colours is summed to one channel, since gray is the same in all three. A backbone
-    takes torchvision's names as well as ours.
+    accepts torchvision's names as well as ours.
     """
     own = network.state_dict()
     fitting = {}
@@ -210,11 +217,12 @@ def _norm(channels: int, config: NetworkConfig) -> nn.Module:
     if config.norm == "batch":
         return nn.BatchNorm2d(channels)
     if config.norm == "group":
-        return nn.GroupNorm(math.gcd(channels, 8), channels)
+        return nn.GroupNorm(math.gcd(channels, 8), channels)  # eight groups, or as many as divide the channels
     return nn.Identity()
 
 
 def _initialise(module: nn.Module) -> None:
+    """Initialise as in He et al. 2015 (arXiv:1502.01852), the head near 0 so that training starts from even answers."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
@@ -225,7 +233,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _backbone(name: str) -> tuple[list[nn.Module], dict[str, str], int]:
-    """The feature extractor of a torchvision model, cut into parts from input to output, their aliases, its width."""
+    """Return the feature extractor of a torchvision model in parts, from input to output, their aliases, its width."""
     import torchvision  # takes two seconds, in every process, and only these networks need it
 
     model = torchvision.models.get_model(name, weights=None)

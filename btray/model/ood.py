@@ -20,9 +20,9 @@ from torch import Tensor
 Features = npt.NDArray[np.float32]
 
 FLAGGED = 0.01
-"""Share of the validation images that lie above the threshold."""
+"""Share of the validation images whose score exceeds the threshold."""
 REFERENCE_IMAGES = 2000
-"""Training images from which the distribution is taken, at most."""
+"""Most training images from which the distribution is estimated."""
 
 # Directions in which the deviation is measured one by one; the rest share their mean. It bounds the bundle's size.
 _DIRECTIONS = 256
@@ -45,22 +45,23 @@ class Distribution:
 
     @classmethod
     def fit(cls, features: Features) -> Self:
-        """The distribution of features [n, features] of n training images, n at least 1."""
+        """Estimate the distribution from features [n, features] of n >= 1 training images."""
         from sklearn.covariance import LedoitWolf  # heavy, and only training needs it
 
         mean, deviation = features.mean(0), np.maximum(features.std(0), _LEAST_DEVIATION)
         covariance = LedoitWolf(assume_centered=True).fit((features - mean) / deviation).covariance_
         variances, directions = np.linalg.eigh(covariance)
+        # Largest first; rounding may leave an eigenvalue below 0.
         variances, directions = variances[::-1].clip(1e-6), directions[:, ::-1][:, :_DIRECTIONS]
         rest = variances[_DIRECTIONS:].mean() if len(variances) > _DIRECTIONS else variances[-1]
         kept = np.append(variances[:_DIRECTIONS], rest)
         fitted = cls(mean, deviation, directions.astype(np.float32), kept.astype(np.float32))
-        # Shrinkage and dead channels make distances smaller: the unit is what these very images have.
+        # Shrinkage and dead channels make distances smaller, so the unit is measured on these very images.
         unit = float((fitted.scores(features).astype(np.float64) ** 2).mean())
         return replace(fitted, variances=fitted.variances * np.float32(unit)) if unit else fitted
 
     def scores(self, features: Features) -> npt.NDArray[np.float32]:
-        """Scores [n] of features [n, features]: 0 at the mean, about 1 for training images, more for unlike ones."""
+        """Return scores [n] of features [n, features]: 0 at the mean, about 1 for training images, more for others."""
         # In double precision: the sum of a few hundred squares must not depend on how a batch is summed.
         standard = (features.astype(np.float64) - self.mean) / self.deviation
         along = standard @ self.directions.astype(np.float64)
@@ -69,10 +70,10 @@ class Distribution:
         return np.sqrt(squares.clip(0) / features.shape[1]).astype(np.float32)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a bundle keeps, by name."""
+        """Return what a bundle keeps, by name."""
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in vars(self).items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `tensors`. Raises KeyError where one is missing."""
+        """Return the distribution of `tensors`. Raises KeyError if one is missing."""
         return cls(*[tensors[name].numpy() for name in ("mean", "deviation", "directions", "variances")])

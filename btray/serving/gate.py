@@ -115,7 +115,8 @@ class Gate:
         try:
             await self.app(scope, receive_counted, answer)
         finally:
-            self.reading -= reading
+            if reading:  # the client went, or was refused, before its body had arrived
+                self.reading -= 1
             if working:
                 self._count_work(-1)
 

@@ -29,7 +29,7 @@ from tests.helpers.digest_scorer import DigestScorer, digests
 from tests.helpers.tiny_bundle import PREPROCESS, random_bundle
 
 CONFIG = PreprocessConfig()
-# What preprocessing by default makes of its test patterns. It may change only together with `bundle.FORMAT_VERSION`:
+# What preprocessing by default makes of its test patterns. It may change only together with `manifest.FORMAT_VERSION`:
 # every bundle that was trained before would be refused.
 GOLDEN_DIGEST = "53781067e29baae5ab3be6e5249613749f9f6579d6494c091236de2250fe8eb3"
 

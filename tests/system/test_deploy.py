@@ -23,8 +23,8 @@ from tests.conftest import ROOT
 from tests.helpers.deploy_helpers import DEPLOY, resources
 from tests.helpers.path_server import PathServer
 
-EXTRAS = ("serve", "tune")
-"""Extras of btray that the jobs and the endpoint on a cluster need."""
+EXTRAS = ("tune",)
+"""Extras of btray that the jobs on a cluster need."""
 
 
 # ---- ray up

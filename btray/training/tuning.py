@@ -11,7 +11,6 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import ray.train
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler

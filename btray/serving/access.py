@@ -117,21 +117,15 @@ class Access:
             if not self.keys.accepts(key.strip()):
                 raise Problem(401, "unauthorized", "no key, or an unknown one: send Authorization: Bearer KEY")
         elif not self.insecure:
-            self._require_local(scope, headers.get("host", ""))
-
-    def _require_local(self, scope: Scope, host: str) -> None:
-        """Raise Problem unless the request comes from this machine and names it.
-
-        The name counts too: a page of another site could have its own name point to 127.0.0.1 (DNS rebinding) and have
-        a browser of this machine ask.
-        """
-        if not self.sees_callers:
-            detail = "this service has no API keys, and the HAProxy before it hides who asks: set keys"
-            raise Problem(403, "forbidden", detail)
-        client = scope.get("client")
-        name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
-        if client is None or not is_loopback(client[0]) or not is_loopback(name):
-            raise Problem(403, "forbidden", "this service has no API keys and answers requests to localhost alone")
+            if not self.sees_callers:
+                detail = "this service has no API keys, and the HAProxy before it hides who asks: set keys"
+                raise Problem(403, "forbidden", detail)
+            # The name that the request was sent to counts too: a page of another site could have its own name point to
+            # 127.0.0.1 (DNS rebinding) and have a browser of this machine ask.
+            client, host = scope.get("client"), headers.get("host", "")
+            name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+            if client is None or not is_loopback(client[0]) or not is_loopback(name):
+                raise Problem(403, "forbidden", "this service has no API keys and answers requests to localhost alone")
 
 
 def _digest(key: str) -> str:

@@ -125,8 +125,7 @@ def classify_routes(service: Service) -> APIRouter:
         content_type = request.headers.get("content-type", "")
 
         async def answer() -> Response:
-            limits = service.limits
-            uploads = await images_in(content_type, body, most=limits.max_images, max_json=limits.max_json)
+            uploads = await images_in(content_type, body, service.limits)
             content = await classify(service, split.choose(), uploads, explain, top_k)
             return Response(content.model_dump_json(exclude_unset=True), media_type="application/json")
 

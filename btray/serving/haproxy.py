@@ -83,7 +83,7 @@ def _optional(places: int) -> list[_Rule]:
     answers = "".join(rf"\n\1http-error status {status} {_problem(status, *why)}" for status, why in _ANSWERS.items())
     away = _problem(503, "not_ready", "the service is starting or ending")
     refused = f"http-request return status 503 {_problem(503, *_ANSWERS[503])} if METH_POST {{ queue ge {places} }}"
-    overtaking = "http-request set-priority-class int(-1) unless METH_POST"  # health and metrics, of those that wait
+    overtaking = "http-request set-priority-class int(-1) unless METH_POST"
     return [
         # Who asked for what goes to no log of the machine; Ray's metrics come by another socket.
         ("global$", r"\s*log \S+ local0 info", ""),
@@ -93,6 +93,7 @@ def _optional(places: int) -> list[_Rule]:
         ("defaults$", r"(\s*)timeout client 3600s", r"\1timeout client 75s\n\1timeout http-request 20s"),
         # The service has every path: one is missing only before it has started or after it has ended.
         ("backend default_backend$", r"(\s*http-request return status) 404 .*", rf"\1 503 {away}"),
+        # Health and metrics overtake the requests that wait.
         ("backend http-", r"(\s*)# Servers in this backend", rf"\1{refused}\n\1{overtaking}"),
         ("backend http-", r"(\s*server \S+ \S+ check(?!.* backup$).*)", rf"\1 maxconn {places}"),
     ]

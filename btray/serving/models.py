@@ -175,9 +175,9 @@ class ServedModel:
 
         def decode_and_predict() -> tuple[list[Frame], list[Prediction]] | None:
             frames = replace(self.source, limits=limits).from_bytes(image)
-            return (
-                None if isinstance(frames, Rejection) else (frames, self.classifier.predict_decoded([frames], [None]))
-            )
+            if isinstance(frames, Rejection):
+                return None
+            return frames, self.classifier.predict_decoded([frames], [None])
 
         return await self.batcher.alone(decode_and_predict)
 

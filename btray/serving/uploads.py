@@ -12,6 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from btray.serving.config import LimitsConfig
 from btray.serving.problems import Problem, first_error
 
 _MAX_NAME = 255
@@ -54,17 +55,17 @@ class ClassifyRequest(BaseModel):
     images: list[Annotated[Upload, _as_object]] = Field(json_schema_extra={"minItems": 1})
 
 
-async def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> list[Upload]:
-    """Return the images of a body in their order, up to `most`; JSON may have `max_json` bytes.
+async def images_in(content_type: str, body: bytes, limits: LimitsConfig) -> list[Upload]:
+    """Return the images of a body in their order, up to `limits.max_images`; JSON may have `limits.max_json` bytes.
 
     Raises Problem if the body is not what its content type says, has no image, or more than it may have.
     """
     kind = parse_options_header(content_type)[0]
     if kind == b"multipart/form-data":
-        uploads = await _from_multipart(content_type, body, most)
+        uploads = await _from_multipart(content_type, body, limits.max_images)
     elif kind == b"application/json":
-        if len(body) > max_json:
-            detail = f"JSON of {len(body)} bytes, above {max_json}: send the images as multipart/form-data"
+        if len(body) > limits.max_json:
+            detail = f"JSON of {len(body)} bytes, above {limits.max_json}: send the images as multipart/form-data"
             raise Problem(413, "too_large", detail)
         uploads = _from_json(body)
     elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
@@ -73,8 +74,8 @@ async def images_in(content_type: str, body: bytes, *, most: int, max_json: int)
         others = "send multipart/form-data, application/json, or an image as image/* or application/octet-stream"
         detail = f"content type {content_type[:80]!r} is not supported; {others}"
         raise Problem(415, "unsupported_media_type", detail)
-    if len(uploads) > most:
-        raise _too_many(most)
+    if len(uploads) > limits.max_images:
+        raise _too_many(limits.max_images)
     if not uploads:
         raise Problem(400, "bad_body", "there is no image in the request")
     return uploads

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from btray.serving.deployment import application
-
-__all__ = ["application"]
+from typing import Any
 
 
 def __getattr__(name: str) -> Any:
     """Import Ray Serve only when the application is used."""
-    if name in __all__:
-        from btray.serving import deployment
+    if name == "application":
+        from btray.serving.deployment import application
 
-        return getattr(deployment, name)
+        return application
     raise AttributeError(f"module 'btray.serving' has no attribute {name!r}")

@@ -10,10 +10,10 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import secrets
-import threading
 import time
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -58,12 +58,13 @@ def revoke_key(file: str, name: str) -> None:
 
 @dataclass
 class KeyRing:
-    """The keys of a file, read again every `REREAD` seconds. Thread-safe."""
+    """The keys of a file, read again every `REREAD` seconds."""
 
     uri: str
     _digests: list[bytes]
     _read_at: float
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    reader: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "keys"))
+    """One thread, for `refresh` alone: it waits for no other work there, and runs once at a time."""
 
     @classmethod
     def of(cls, file: str) -> Self:
@@ -78,17 +79,16 @@ class KeyRing:
 
     def refresh(self) -> None:
         """Read the file again if it is time. A file that is gone or damaged holds no key: everyone is refused."""
-        with self._lock:
-            if not self.stale:
-                return
-            self._read_at = time.monotonic()
-            try:
-                self._digests = _digests_in(self.uri)
-            except UserError as error:
-                # A store that is down for a minute must not lock everyone out.
-                if not storage.is_retryable(error):
-                    self._digests = []
-                _log.warning("API keys: %s; %s", error, "the old ones hold" if self._digests else "no key is accepted")
+        if not self.stale:  # several requests may have asked for it
+            return
+        self._read_at = time.monotonic()
+        try:
+            self._digests = _digests_in(self.uri)
+        except UserError as error:
+            # A store that is down for a minute must not lock everyone out.
+            if not storage.is_retryable(error):
+                self._digests = []
+            _log.warning("API keys: %s; %s", error, "the old ones hold" if self._digests else "no key is accepted")
 
     def accepts(self, key: str) -> bool:
         """Return whether `key` is one of them, in the same time for a wrong key as for a right one."""
@@ -105,35 +105,27 @@ class Access:
     """Answer every machine without a key."""
     sees_callers: bool = True
     """A request's client is the caller, not a proxy that others reach."""
-    reader: Executor | None = None
-    """Keys are read again on a thread of it, where they wait for no other work."""
 
     async def check(self, scope: Scope) -> None:
         """Raise Problem unless the caller may ask."""
         headers = Headers(scope=scope)
         if self.keys is not None:
             if self.keys.stale:
-                await asyncio.get_running_loop().run_in_executor(self.reader, self.keys.refresh)
+                await asyncio.get_running_loop().run_in_executor(self.keys.reader, self.keys.refresh)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             key = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             if not self.keys.accepts(key.strip()):
                 raise Problem(401, "unauthorized", "no key, or an unknown one: send Authorization: Bearer KEY")
         elif not self.insecure:
-            self._require_local(scope, headers.get("host", ""))
-
-    def _require_local(self, scope: Scope, host: str) -> None:
-        """Raise Problem unless the request comes from this machine and names it.
-
-        The name counts too: a page of another site could have its own name point to 127.0.0.1 (DNS rebinding) and have
-        a browser of this machine ask.
-        """
-        if not self.sees_callers:
-            detail = "this service has no API keys, and the HAProxy before it hides who asks: set keys"
-            raise Problem(403, "forbidden", detail)
-        client = scope.get("client")
-        name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
-        if client is None or not is_loopback(client[0]) or not is_loopback(name):
-            raise Problem(403, "forbidden", "this service has no API keys and answers requests to localhost alone")
+            if not self.sees_callers:
+                detail = "this service has no API keys, and the HAProxy before it hides who asks: set keys"
+                raise Problem(403, "forbidden", detail)
+            # The name that the request was sent to counts too: a page of another site could have its own name point to
+            # 127.0.0.1 (DNS rebinding) and have a browser of this machine ask.
+            client, host = scope.get("client"), headers.get("host", "")
+            name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+            if client is None or not is_loopback(client[0]) or not is_loopback(name):
+                raise Problem(403, "forbidden", "this service has no API keys and answers requests to localhost alone")
 
 
 def _digest(key: str) -> str:
@@ -155,11 +147,10 @@ def _read_file(uri: str, *, missing_ok: bool = False) -> list[tuple[str, str]]:
     entries = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split("#")[0].split()
-        if not words:
-            continue
-        if len(words) != 2 or len(words[1]) != 64 or not set(words[1]) <= set("0123456789abcdef"):
+        if words and (len(words) != 2 or not re.fullmatch("[0-9a-f]{64}", words[1])):
             raise UserError(f"{uri}, line {number}: expected a name and a SHA-256; btray key writes such lines")
-        entries.append((words[0], words[1]))
+        if words:
+            entries.append((words[0], words[1]))
     return entries
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from importlib import resources
 from typing import Final
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -22,7 +22,7 @@ from btray.serving.gate import CLIENT_CLOSED, Gate
 from btray.serving.metrics import exported_pages, merged
 from btray.serving.oip import protocol_routes
 from btray.serving.oip_codec import InferBody
-from btray.serving.problems import Problem, ProblemAnswer, first_error, problem_responses
+from btray.serving.problems import Problem, ProblemAnswer, problem_of, problem_responses
 from btray.serving.service import Service
 from btray.serving.uploads import ClassifyRequest
 
@@ -32,7 +32,6 @@ _PAGE: Final = {
     "/page.js": ("page.js", "text/javascript"),
 }
 _ERRORS: Final = (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception)
-_HTTP_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
 
 
 def build_app(service: Service) -> Gate:
@@ -48,29 +47,17 @@ def build_app(service: Service) -> Gate:
     for path, (name, kind) in _PAGE.items():
         content = resources.files("btray").joinpath("serving/static", name).read_bytes()
         app.add_api_route(path, partial(_send, content, kind), methods=["GET", "HEAD"], include_in_schema=False)
-    for routes in (_health_routes(service), classify_routes(service), protocol_routes(service)):
-        app.include_router(routes)
-    openapi.define(app, ProblemAnswer, ClassifyRequest, InferBody)
-    return Gate(app, service)
 
-
-async def _send(content: bytes, kind: str) -> Response:
-    return Response(content, media_type=kind)
-
-
-def _health_routes(service: Service) -> APIRouter:
-    routes = APIRouter()
-
-    @routes.get("/healthz", summary="Whether the process is alive")
+    @app.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @routes.get("/readyz", summary="Whether a model is there to answer", responses=problem_responses(503))
+    @app.get("/readyz", summary="Whether a model is there to answer", responses=problem_responses(503))
     async def readyz() -> dict[str, str]:
         service.split()
         return {"status": "ready"}
 
-    @routes.get(
+    @app.get(
         "/metrics",
         summary="The service's numbers for Prometheus, of all replicas",
         response_class=PlainTextResponse,
@@ -83,21 +70,18 @@ def _health_routes(service: Service) -> APIRouter:
             raise Problem(503, "not_ready", "Ray's metrics agents do not answer", retry_after=10) from error
         return Response(merged(pages), media_type="text/plain; version=0.0.4")
 
-    return routes
+    app.include_router(classify_routes(service))
+    app.include_router(protocol_routes(service))
+    openapi.define(app, ProblemAnswer, ClassifyRequest, InferBody)
+    return Gate(app, service)
+
+
+async def _send(content: bytes, kind: str) -> Response:
+    return Response(content, media_type=kind)
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
     """Answer every error with a problem."""
-    match error:
-        case ClientDisconnect():
-            return Response(status_code=CLIENT_CLOSED)  # for the metrics: nobody is there to read it
-        case Problem():
-            return error.response()
-        case HTTPException():
-            problem = Problem(error.status_code, _HTTP_CODES.get(error.status_code, "bad_request"), str(error.detail))
-            problem.headers |= dict(error.headers or {})
-            return problem.response()
-        case RequestValidationError():
-            return Problem(422, "invalid", first_error(error)).response()
-        case _:
-            return Problem(500, "internal", "the service failed; its log says why").response()
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED)  # for the metrics: nobody is there to read it
+    return problem_of(error).response()

@@ -61,42 +61,37 @@ class Batcher(Generic[Work, Result]):
         return await future
 
     def _start(self) -> None:
+        """Run what waits, up to the largest batch, unless one runs."""
         if self._running is not None:
             return
-        batch, size = self._next()
-        if not batch:
-            return
-        self.watch(size, sum(self.weight(work) for work, _ in self._waiting))
-        works = [work for work, _ in batch]
-        self._run(lambda: self.run(works), [future for _, future in batch])
+        works: list[Work] = []
+        futures: list[asyncio.Future[Result]] = []
+        size = 0
+        while self._waiting and (not works or size + self.weight(self._waiting[0][0]) <= self.largest):
+            work, future = self._waiting.popleft()
+            if not future.done():  # else its caller is gone
+                works.append(work)
+                futures.append(future)
+                size += self.weight(work)
+        if works:
+            self.watch(size, sum(self.weight(work) for work, _ in self._waiting))
+            self._run(lambda: self.run(works), futures)
 
     def _run(self, function: Callable[[], Sequence[Answer]], futures: list[asyncio.Future[Answer]]) -> None:
         """Run `function` on the thread; it returns one result for each of `futures`."""
+
+        def finish(done: asyncio.Future[Sequence[Answer]]) -> None:
+            self._running = None
+            for place, future in enumerate(futures):
+                if future.done():  # its caller is gone
+                    continue
+                if done.cancelled():
+                    future.cancel()
+                elif error := done.exception():
+                    future.set_exception(error)
+                else:
+                    future.set_result(done.result()[place])
+            self._start()
+
         self._running = asyncio.get_running_loop().run_in_executor(self.executor, function)
-        self._running.add_done_callback(lambda done: self._finish(done, futures))
-
-    def _next(self) -> tuple[list[tuple[Work, asyncio.Future[Result]]], int]:
-        batch: list[tuple[Work, asyncio.Future[Result]]] = []
-        size = 0
-        while self._waiting:
-            work, future = self._waiting[0]
-            if batch and size + self.weight(work) > self.largest:
-                break
-            self._waiting.popleft()
-            if not future.done():
-                batch.append((work, future))
-                size += self.weight(work)
-        return batch, size
-
-    def _finish(self, done: asyncio.Future[Sequence[Answer]], futures: list[asyncio.Future[Answer]]) -> None:
-        self._running = None
-        for place, future in enumerate(futures):
-            if future.done():  # its caller is gone
-                continue
-            if done.cancelled():
-                future.cancel()
-            elif error := done.exception():
-                future.set_exception(error)
-            else:
-                future.set_result(done.result()[place])
-        self._start()
+        self._running.add_done_callback(finish)

@@ -125,8 +125,7 @@ def classify_routes(service: Service) -> APIRouter:
         content_type = request.headers.get("content-type", "")
 
         async def answer() -> Response:
-            limits = service.limits
-            uploads = await images_in(content_type, body, most=limits.max_images, max_json=limits.max_json)
+            uploads = await images_in(content_type, body, service.limits)
             content = await classify(service, split.choose(), uploads, explain, top_k)
             return Response(content.model_dump_json(exclude_unset=True), media_type="application/json")
 
@@ -160,8 +159,14 @@ async def classify(
     if len(images) == 1 and isinstance(images[0], Rejection):
         raise Problem.of_rejection(images[0].code, images[0].message)
     results = [_image_answer(prediction, uploads[prediction.index], top_k) for prediction in predictions]
-    if explain:
-        await _explain(service, model, images, predictions, results)
+    answers = [pair for pair in zip(predictions, results, strict=True) if explain and pair[0].label]
+    if answers:
+        labels = [str(prediction.label) for prediction, _ in answers]
+        frames = [images[prediction.index][prediction.frame] for prediction, _ in answers]  # type: ignore[index]
+        heats = await model.explain(frames, labels)
+        drawing = [service.decoding(_explanation, *drawn) for drawn in zip(labels, frames, heats, strict=True)]
+        for (_, result), explanation in zip(answers, await asyncio.gather(*drawing), strict=True):
+            result.explanation = explanation
     return ClassifyAnswer(model_id=model.model_id, notice=NOTICE, results=results)
 
 
@@ -185,36 +190,8 @@ def _example() -> dict[str, Any]:
     return answer.model_dump(mode="json", exclude_unset=True)
 
 
-async def _explain(
-    service: Service,
-    model: ServedModel,
-    images: Sequence[DecodedImage],
-    predictions: Sequence[Prediction],
-    results: Sequence[_ImageAnswer],
-) -> None:
-    """Add the pictures to the results that are answers."""
-    answers = [
-        (prediction, result) for prediction, result in zip(predictions, results, strict=True) if prediction.label
-    ]
-    if not answers:
-        return
-    labels = [str(prediction.label) for prediction, _ in answers]
-    frames = [images[prediction.index][prediction.frame] for prediction, _ in answers]  # type: ignore[index]
-    heats = await model.explain(frames, labels)
-    drawing = [service.decoding(_explanation, *drawn) for drawn in zip(labels, frames, heats, strict=True)]
-    for (_, result), explanation in zip(answers, await asyncio.gather(*drawing), strict=True):
-        result.explanation = explanation
-
-
 def _explanation(label: str, frame: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> Explanation:
     """Draw the frame, its heat and one over the other."""
-
-    def encoded(picture: bytes) -> str:
-        return base64.b64encode(picture).decode("ascii")
-
-    return Explanation(
-        label=label,
-        overlay_png=encoded(overlay_png(frame, heat)),
-        slice_png=encoded(slice_png(frame)),
-        heat_png=encoded(heat_png(heat)),
-    )
+    pictures = (overlay_png(frame, heat), slice_png(frame), heat_png(heat))
+    overlay, plain, heat_map = (base64.b64encode(picture).decode("ascii") for picture in pictures)
+    return Explanation(label=label, overlay_png=overlay, slice_png=plain, heat_png=heat_map)

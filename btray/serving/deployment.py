@@ -57,7 +57,7 @@ class Replica:
         return build_app(self.service)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve `user_config`, or continue with what is served if that is not possible; see `Service.configure`.
+        """Serve `user_config`, or continue with what is served if that is not possible; see `ServedModels.configure`.
 
         A replica that starts then takes over what the others serve: else one bad bundle would keep a service from
         growing under load, and from replacing replicas that die. Raises the error of the config if there are no others.
@@ -65,23 +65,19 @@ class Replica:
         config = None
         try:
             config = _validated(ServiceConfig, user_config)
-            await self.service.configure(config)
+            await self.service.models.configure(config)
         except Exception as error:
             if self.service.models.split is None:
                 if is_retryable(error):
                     raise  # Serve starts a replica again, and the store may have come back by then
-                await self._serve_as_others(config, error)
+                good = await _served_by_others()
+                if good is None or good == config:
+                    raise
+                try:
+                    await self.service.models.configure(good)
+                except Exception as another:
+                    raise error from another
             self.service.models.refuse(str(user_config.get("model")), error)
-
-    async def _serve_as_others(self, config: ServiceConfig | None, error: Exception) -> None:
-        """Serve what another replica serves. Raises `error`, of `config`, if there is none or it serves the same."""
-        good = await _served_by_others()
-        if good is None or good == config:
-            raise error
-        try:
-            await self.service.configure(good)
-        except Exception as another:
-            raise error from another
 
     async def serving(self) -> ServiceConfig | None:
         """Return the config that is served, for a replica that starts."""

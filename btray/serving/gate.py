@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btray.serving.config import LimitsConfig
-from btray.serving.problems import Problem
+from btray.serving.problems import Problem, problem_of
 from btray.serving.service import Service
 
 _log = logging.getLogger(__name__)
@@ -74,12 +74,10 @@ class Gate:
         try:
             await self._admit(scope, receive, answer)
         except Exception as error:
-            problem = error if isinstance(error, Problem) else None
-            if problem is None:
+            if not isinstance(error, Problem):
                 _log.exception("a request to %s failed", route_of(scope))
-                problem = Problem(500, "internal", "the service failed; its log says why")
             if not status:  # else the answer is on its way already
-                await problem.response()(scope, receive, answer)
+                await problem_of(error).response()(scope, receive, answer)
         finally:
             self.metrics.request(route_of(scope), status or CLIENT_CLOSED, time.perf_counter() - started)
 

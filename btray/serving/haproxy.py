@@ -68,24 +68,22 @@ def mended(configuration: str, host: str, places: int) -> str:
 def _required(host: str) -> list[_Rule]:
     """Return the rules that keep HAProxy from being open; without a line for each it is not started."""
     service = f"[{host.strip('[]')}]" if ":" in host else host
+    caller = "http-request set-header X-Forwarded-For %[src]"
     return [
         ("global$", r"(\s*stats socket \S+) mode 666( .*)", r"\1 mode 600\2"),
         ("frontend prometheus$", r"(\s*)bind :(\d+)", r"\1bind 127.0.0.1:\2"),
         ("listen stats$", r"(\s*)bind \*:(\d+)", r"\1bind 127.0.0.1:\2"),
         # Replicas listen on loopback alone and take the caller's address from HAProxy, never from the caller.
-        (
-            "frontend http_frontend$",
-            r"(\s*)bind \S+:(\d+)",
-            rf"\1bind {service}:\2\n\1http-request set-header X-Forwarded-For %[src]",
-        ),
+        ("frontend http_frontend$", r"(\s*)bind \S+:(\d+)", rf"\1bind {service}:\2\n\1{caller}"),
     ]
 
 
 def _optional(places: int) -> list[_Rule]:
     """Return the rules that keep a service well under load, and its errors readable."""
-    answers = "".join(rf"\n\1http-error status {status} {_answer(status)}" for status in _ANSWERS)
+    answers = "".join(rf"\n\1http-error status {status} {_problem(status, *why)}" for status, why in _ANSWERS.items())
     away = _problem(503, "not_ready", "the service is starting or ending")
-    refused = f"http-request return status 503 {_answer(503)} if METH_POST {{ queue ge {places} }}"
+    refused = f"http-request return status 503 {_problem(503, *_ANSWERS[503])} if METH_POST {{ queue ge {places} }}"
+    overtaking = "http-request set-priority-class int(-1) unless METH_POST"
     return [
         # Who asked for what goes to no log of the machine; Ray's metrics come by another socket.
         ("global$", r"\s*log \S+ local0 info", ""),
@@ -94,24 +92,11 @@ def _optional(places: int) -> list[_Rule]:
         # A client that sends its headers or its body drop by drop holds a connection for as long, not for an hour.
         ("defaults$", r"(\s*)timeout client 3600s", r"\1timeout client 75s\n\1timeout http-request 20s"),
         # The service has every path: one is missing only before it has started or after it has ended.
-        (
-            "backend default_backend$",
-            r"(\s*)http-request return status 404 .*",
-            rf"\1http-request return status 503 {away}",
-        ),
+        ("backend default_backend$", r"(\s*http-request return status) 404 .*", rf"\1 503 {away}"),
         # Health and metrics overtake the requests that wait.
-        (
-            "backend http-",
-            r"(\s*)# Servers in this backend",
-            rf"\1{refused}\n\1http-request set-priority-class int(-1) unless METH_POST",
-        ),
+        ("backend http-", r"(\s*)# Servers in this backend", rf"\1{refused}\n\1{overtaking}"),
         ("backend http-", r"(\s*server \S+ \S+ check(?!.* backup$).*)", rf"\1 maxconn {places}"),
     ]
-
-
-def _answer(status: int) -> str:
-    """Return what HAProxy answers with a status of its own."""
-    return _problem(status, *_ANSWERS[status])
 
 
 def _problem(status: int, code: str, detail: str) -> str:

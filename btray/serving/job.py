@@ -124,11 +124,8 @@ def _verified(config: ServeConfig) -> ServiceConfig:
     load the same model even if the bundle is replaced meanwhile, and a replaced bundle is a new config at a reload.
     """
     service = config.service.model_dump()
-    entries = [(service, config.model, config.model_id)]
-    if config.canary:
-        entries.append((service["canary"], config.canary.model, config.canary.model_id))
-    for entry, uri, model_id in entries:
-        bundle = load_bundle(uri, model_id=model_id)
+    for entry in filter(None, (service, service["canary"])):
+        bundle = load_bundle(entry["model"], model_id=entry["model_id"])
         entry |= {"model": bundle.uri, "model_id": bundle.manifest.model_id}
     if config.keys is not None:
         service["keys"] = KeyRing.of(config.keys).uri

@@ -33,12 +33,8 @@ class Metrics:
             return Counter(PREFIX + name, description=description, tag_keys=tags)  # type: ignore[arg-type]
 
         self._requests = counter("requests", "Requests by route and status.", "route", "code")
-        self._latency = Histogram(
-            PREFIX + "latency_seconds",
-            description="Seconds from the first byte of a request to the last one of its answer.",
-            boundaries=_SECONDS,
-            tag_keys=("route",),
-        )
+        latency = "Seconds from the first byte of a request to the last one of its answer."
+        self._latency = Histogram(PREFIX + "latency_seconds", latency, _SECONDS, tag_keys=("route",))
         self._batch = Histogram(PREFIX + "batch_size", description="Frames in a forward pass.", boundaries=_FRAMES)
         self._queue = Gauge(PREFIX + "queue", description="Frames that wait for a forward pass.")
         self._in_work = Gauge(PREFIX + "requests_in_work", description="Requests in work.")

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -26,8 +27,9 @@ from btray.explain import Heat, heat_maps
 from btray.model.bundle import Bundle, load_bundle
 from btray.model.classifier import Classifier
 from btray.model.prediction import Prediction
+from btray.serving.access import KeyRing
 from btray.serving.batching import Batcher
-from btray.serving.config import LimitsConfig, ServiceConfig
+from btray.serving.config import ServiceConfig
 from btray.serving.metrics import Metrics
 from btray.serving.problems import Answer, Problem
 from btray.storage import StorageError, is_retryable
@@ -41,8 +43,6 @@ _SMALL = ScanLimits(max_bytes=2**18, max_pixels=2**20)
 # Seconds between attempts at a bundle whose store is unavailable.
 _FIRST_PAUSE = 2.0
 _LONGEST_PAUSE = 60.0
-
-Prepare = Callable[[], Callable[[], None]]
 
 DecodedImage = list[Frame] | Rejection
 """The frames of one image, or why there are none."""
@@ -143,8 +143,14 @@ class ServedModel:
         More frames than a batch holds are split, and each part waits for its turn again: others come between, and a
         request that is cancelled takes what is left of it along.
         """
+        # Image, frame within it, and that frame alone, or the reason why there is none.
+        numbered: list[tuple[int, int, DecodedImage]] = []
+        for index, image in enumerate(images):
+            single: list[DecodedImage] = [image] if isinstance(image, Rejection) else [[frame] for frame in image]
+            numbered += [(index, number, piece) for number, piece in enumerate(single)]
         predictions = []
-        for part in _parts(images, self.batcher.largest):
+        for start in range(0, len(numbered), self.batcher.largest):
+            part = numbered[start : start + self.batcher.largest]
             pieces = [piece for _, _, piece in part]
             if all(isinstance(piece, Rejection) for piece in pieces):  # which need no turn
                 answers = self.classifier.predict_decoded(pieces, [None] * len(pieces))
@@ -165,14 +171,15 @@ class ServedModel:
         """
         if len(image) > _SMALL.max_bytes or not self.batcher.idle or count_pages(image) > 1:
             return None
-        return await self.batcher.alone(partial(self._decode_and_predict, image))
-
-    def _decode_and_predict(self, image: bytes) -> tuple[list[Frame], list[Prediction]] | None:
         limits = replace(_SMALL, max_pixels=min(_SMALL.max_pixels, self.source.limits.max_pixels))
-        frames = replace(self.source, limits=limits).from_bytes(image)
-        if isinstance(frames, Rejection):
-            return None
-        return frames, self.classifier.predict_decoded([frames], [None])
+
+        def decode_and_predict() -> tuple[list[Frame], list[Prediction]] | None:
+            frames = replace(self.source, limits=limits).from_bytes(image)
+            if isinstance(frames, Rejection):
+                return None
+            return frames, self.classifier.predict_decoded([frames], [None])
+
+        return await self.batcher.alone(decode_and_predict)
 
     async def explain(self, frames: Sequence[Frame], labels: Sequence[str]) -> Heat:
         """Return heat maps [n, size, size] of frames and labels, one each; in parts, as `predict`."""
@@ -189,8 +196,11 @@ class TrafficSplit:
     """The models served at one moment, and their shares; a switch replaces it whole."""
 
     config: ServiceConfig
+    decoders: Executor
+    """Images are decoded on its threads, which end once nobody holds the split."""
+    keys: KeyRing | None
     main: ServedModel
-    canary: ServedModel | None = None
+    canary: ServedModel | None
 
     def models(self) -> list[ServedModel]:
         """Return the main model, then the canary."""
@@ -226,22 +236,21 @@ class ServedModels:
         self.split: TrafficSplit | None = None
         self.switch: SwitchReport | None = None
         self._latest = 0  # configs so far: the outcome of any but the last one is not reported
-        self._pending: tuple[int, ServiceConfig, Prepare] | None = None
+        self._pending: tuple[int, ServiceConfig] | None = None
         self._changed = asyncio.Event()
         self._switching: asyncio.Task[None] | None = None
 
-    async def configure(self, config: ServiceConfig, prepare: Prepare) -> None:
-        """Serve `config`. The first one is waited for, and raises UserError if a bundle is bad.
+    async def configure(self, config: ServiceConfig) -> None:
+        """Serve `config`, keys and limits and all. The first one is waited for, and raises UserError if it is bad.
 
         A later one takes over once it is ready, without this call waiting for it; if it is bad the one before it
-        stays and `switch` says why, and while its store is unavailable it is tried again. `prepare` reads what else
-        belongs to the config, in the thread that loads it, and returns what is called when the config takes over.
+        stays and `switch` says why, and while its store is unavailable it is tried again.
         """
         self._latest += 1
         if self.split is None:
-            self._take_over(self._latest, *await asyncio.to_thread(self._load, config, prepare))
+            self._take_over(self._latest, await asyncio.to_thread(self._load, config))
             return
-        self._pending = self._latest, config, prepare
+        self._pending = self._latest, config
         self._changed.set()
         self._report(self._latest, "loading", config.model)
         if self._switching is None or self._switching.done():
@@ -255,26 +264,23 @@ class ServedModels:
 
     async def _switch(self) -> None:
         while self._pending is not None:
-            (number, config, prepare), self._pending = self._pending, None
+            (number, config), self._pending = self._pending, None
             self._changed.clear()
             try:
-                self._take_over(number, *await self._load_patiently(number, config, prepare))
+                self._take_over(number, await self._load_patiently(number, config))
             except Exception as error:
                 self._report_refusal(number, config.model, error)
 
-    def _take_over(self, number: int, apply: Callable[[], None], split: TrafficSplit) -> None:
-        apply()
+    def _take_over(self, number: int, split: TrafficSplit) -> None:
         self.split = split
         self._report(number, "done", split.config.model)
 
-    async def _load_patiently(
-        self, number: int, config: ServiceConfig, prepare: Prepare
-    ) -> tuple[Callable[[], None], TrafficSplit]:
+    async def _load_patiently(self, number: int, config: ServiceConfig) -> TrafficSplit:
         """`_load`, again while a store is unavailable and no other config comes: Serve will not ask for it twice."""
         pauses = backoff_delays(math.inf, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
         while True:
             try:
-                return await asyncio.to_thread(self._load, config, prepare)
+                return await asyncio.to_thread(self._load, config)
             except UserError as error:
                 if not is_retryable(error):
                     raise
@@ -295,18 +301,19 @@ class ServedModels:
         level = logging.WARNING if reason else logging.INFO
         _log.log(level, "bundle %s: %s%s", model, state, reason and f": {reason}; the one before it continues to serve")
 
-    def _load(self, config: ServiceConfig, prepare: Prepare) -> tuple[Callable[[], None], TrafficSplit]:
-        apply = prepare()
+    def _load(self, config: ServiceConfig) -> TrafficSplit:
+        keys = KeyRing.of(config.keys) if config.keys is not None else None
         main = self._served(config.model, config.model_id, config)
         canary = self._served(config.canary.model, config.canary.model_id, config) if config.canary else None
-        return apply, TrafficSplit(config, main, canary)
+        return TrafficSplit(config, ThreadPoolExecutor(config.decoders, "decode"), keys, main, canary)
 
     def _served(self, uri: str, model_id: str | None, config: ServiceConfig) -> ServedModel:
         """Return the model of a bundle; one that is served already is kept, with the new limits."""
         settings = (uri, model_id, config.abstain_below, config.max_batch, config.engine)
+        limits = ScanLimits(max_bytes=config.limits.max_body, max_pixels=int(config.limits.max_megapixels * 1e6))
         for model in self.split.models() if self.split else ():
             if model.settings == settings:
-                return replace(model, source=_source(model.classifier, config.limits))
+                return replace(model, source=replace(model.source, limits=limits))
         bundle = load_bundle(uri, model_id=model_id).abstaining_below(config.abstain_below)
         classifier = Classifier(bundle, device=own_device(), batch_size=config.max_batch, engine=config.engine)
         _warm(classifier, config.max_batch)
@@ -314,36 +321,18 @@ class ServedModels:
             partial(_predict, classifier),
             self.executor,
             largest=config.max_batch,
-            weight=lambda images: sum(1 if isinstance(image, Rejection) else len(image) for image in images),
+            weight=len,  # each is a single frame, or a rejection
             watch=self.metrics.batch,
         )
-        facts = ModelFacts.of(bundle)
-        return ServedModel(classifier, _source(classifier, config.limits), batcher, facts, settings)
-
-
-def _source(classifier: Classifier, limits: LimitsConfig) -> FrameSource:
-    bounds = ScanLimits(max_bytes=limits.max_body, max_pixels=int(limits.max_megapixels * 1e6))
-    return replace(classifier.source, limits=bounds)
-
-
-def _parts(images: Sequence[DecodedImage], largest: int) -> Iterator[Sequence[tuple[int, int, DecodedImage]]]:
-    """Yield (number of the image, number of the frame within it, frame or rejection), at most `largest` per part."""
-    pieces: list[tuple[int, int, DecodedImage]] = []
-    for index, image in enumerate(images):
-        single: list[DecodedImage] = [image] if isinstance(image, Rejection) else [[frame] for frame in image]
-        pieces += [(index, number, piece) for number, piece in enumerate(single)]
-    return (pieces[start : start + largest] for start in range(0, len(pieces), largest))
+        source = replace(classifier.source, limits=limits)
+        return ServedModel(classifier, source, batcher, ModelFacts.of(bundle), settings)
 
 
 def _predict(classifier: Classifier, requests: Sequence[Sequence[DecodedImage]]) -> list[list[Prediction]]:
-    """Return the predictions of each request, indexed within it."""
+    """Return the predictions of each request: one for each of its images, which have one frame at most."""
     images = [image for request in requests for image in request]
-    owners = [(number, index) for number, request in enumerate(requests) for index in range(len(request))]
-    answers: list[list[Prediction]] = [[] for _ in requests]
-    for prediction in classifier.predict_decoded(images, [None] * len(images)):
-        number, index = owners[prediction.index]
-        answers[number].append(replace(prediction, index=index))
-    return answers
+    answers = iter(classifier.predict_decoded(images, [None] * len(images)))
+    return [list(islice(answers, len(request))) for request in requests]
 
 
 def _warm(classifier: Classifier, largest: int) -> None:

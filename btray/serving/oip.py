@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from btray.data.frames import Rejection
@@ -92,30 +92,49 @@ def protocol_routes(service: Service) -> APIRouter:
         service.split()
         return {"ready": True}
 
+    async def served(name: str, version: str | None = None) -> ServedModel:
+        split = service.split()
+        if name != split.config.name:
+            raise Problem(404, "not_found", f"no model {name[:80]!r} is served; there is {split.config.name}")
+        return split.choose(version)
+
+    model_of_path = Depends(served)
+
     @models.get("", summary=_METADATA)
     @models.get("/versions/{version}", summary=_METADATA)
-    async def metadata(name: str, version: str | None = None) -> ModelMetadata:
-        return _metadata(service, name, _model(service, name, version))
+    async def metadata(name: str, model: ServedModel = model_of_path) -> ModelMetadata:
+        classes = list(model.classifier.classes)
+        outputs = output_specs(classes)
+        return ModelMetadata(
+            name=name,
+            versions=[served.model_id for served in service.split().models()],
+            platform="btray_pytorch",
+            inputs=[
+                TensorMetadata(name="image", datatype="BYTES", shape=[-1]),
+                TensorMetadata(name="pixels", datatype="UINT8", shape=[-1, -1, -1]),
+            ],
+            outputs=[TensorMetadata(name=output, datatype=kind, shape=shape) for output, kind, shape in outputs],
+            parameters={"classes": classes, "pixels_datatypes": ["UINT8", "FP32"]},
+        )
 
-    @models.get("/ready", summary=_READY)
-    @models.get("/versions/{version}/ready", summary=_READY)
-    async def model_ready(name: str, version: str | None = None) -> dict[str, str | bool]:
-        _model(service, name, version)
+    @models.get("/ready", summary=_READY, dependencies=[model_of_path])
+    @models.get("/versions/{version}/ready", summary=_READY, dependencies=[model_of_path])
+    async def model_ready(name: str) -> dict[str, str | bool]:
         return {"name": name, "ready": True}
 
     @models.post("/infer", **_INFER)
     @models.post("/versions/{version}/infer", **_INFER)
-    async def infer(request: Request, name: str, version: str | None = None) -> Response:
-        model = _model(service, name, version)
+    async def infer(request: Request, name: str, model: ServedModel = model_of_path) -> Response:
         body = await read_body(request, service.limits)
         length = request.headers.get(LENGTH_HEADER)
 
         async def answer() -> Response:
-            limits = service.limits
-            parsed = await service.decoding(
-                lambda: parse_request(body, length, max_json=limits.max_json, max_images=limits.max_images)
-            )
-            return await _infer(service, name, model, parsed)
+            parsed = await service.decoding(parse_request, body, length, service.limits)
+            predictions = await _predict(service, model, parsed)
+            head = InferAnswer(model_name=name, model_version=model.model_id, id=parsed.body.id)
+            outputs = output_arrays(predictions, model.classifier.classes)
+            content, headers = format_answer(head, outputs, parsed.body)
+            return Response(content, headers=headers)
 
         return await service.in_time(answer())
 
@@ -123,58 +142,25 @@ def protocol_routes(service: Service) -> APIRouter:
     return routes
 
 
-def _model(service: Service, name: str, version: str | None) -> ServedModel:
-    """Return the model of a path. Raises Problem if it is not served."""
-    split = service.split()
-    if name != split.config.name:
-        raise Problem(404, "not_found", f"no model {name[:80]!r} is served; there is {split.config.name}")
-    return split.choose(version)
-
-
-def _metadata(service: Service, name: str, model: ServedModel) -> ModelMetadata:
-    classes = list(model.classifier.classes)
-    return ModelMetadata(
-        name=name,
-        versions=[served.model_id for served in service.split().models()],
-        platform="btray_pytorch",
-        inputs=[
-            TensorMetadata(name="image", datatype="BYTES", shape=[-1]),
-            TensorMetadata(name="pixels", datatype="UINT8", shape=[-1, -1, -1]),
-        ],
-        outputs=[
-            TensorMetadata(name=output, datatype=datatype, shape=shape)
-            for output, datatype, shape in output_specs(classes)
-        ],
-        parameters={"classes": classes, "pixels_datatypes": ["UINT8", "FP32"]},
-    )
-
-
-async def _infer(service: Service, name: str, model: ServedModel, request: InferRequest) -> Response:
-    predictions = await _predict(service, model, request)
-    if len(predictions) == 1 and predictions[0].status != "ok":
-        raise Problem.of_rejection(str(predictions[0].error_code), str(predictions[0].error))
-    answer = InferAnswer(model_name=name, model_version=model.model_id, id=request.body.id)
-    body, length = format_answer(answer, output_arrays(predictions, model.classifier.classes), request.body)
-    if length is None:
-        return Response(body, media_type="application/json")
-    return Response(body, headers={LENGTH_HEADER: str(length)}, media_type="application/octet-stream")
-
-
 async def _predict(service: Service, model: ServedModel, request: InferRequest) -> Sequence[Prediction]:
-    """Return one prediction per image. Raises Problem if the input is not one that the model takes."""
+    """Return one prediction per image. Raises Problem if the model does not take the input or its only image."""
     tensor = request.tensor
     if (tensor.name == "image") != (tensor.datatype == "BYTES"):
         detail = f"{tensor.name} cannot be {tensor.datatype}: image is BYTES, pixels UINT8 or FP32"
         raise Problem(400, "bad_request", detail)
     if isinstance(request.values, list):
-        return (await service.classify(model, request.values, lambda images: list(map(_single, images))))[1]
-    if len(tensor.shape) != 3:
-        raise Problem(400, "bad_request", f"pixels of shape {tensor.shape} are not [n, height, width]")
-    _, height, width = tensor.shape
-    if height * width > model.source.limits.max_pixels:
-        raise Problem(413, "bomb", f"{width}x{height} pixels, above max_pixels {model.source.limits.max_pixels}")
-    frames = await service.decoding(model.classifier.frames, list(request.values))
-    return await service.predict(model, frames)
+        _, predictions = await service.classify(model, request.values, lambda images: list(map(_single, images)))
+    else:
+        if len(tensor.shape) != 3:
+            raise Problem(400, "bad_request", f"pixels of shape {tensor.shape} are not [n, height, width]")
+        _, height, width = tensor.shape
+        if height * width > model.source.limits.max_pixels:
+            raise Problem(413, "bomb", f"{width}x{height} pixels, above max_pixels {model.source.limits.max_pixels}")
+        frames = await service.decoding(model.classifier.frames, list(request.values))
+        predictions = await service.predict(model, frames)
+    if len(predictions) == 1 and predictions[0].status != "ok":
+        raise Problem.of_rejection(str(predictions[0].error_code), str(predictions[0].error))
+    return predictions
 
 
 def _single(image: DecodedImage) -> DecodedImage:

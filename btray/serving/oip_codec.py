@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from btray.serving.config import LimitsConfig
 from btray.serving.problems import Problem, first_error
 
 Array = npt.NDArray[Any]
@@ -112,11 +113,12 @@ class InferRequest:
         return self.body.inputs[0]
 
 
-def parse_request(body: bytes, header_length: str | None, *, max_json: int, max_images: int) -> InferRequest:
+def parse_request(body: bytes, header_length: str | None, limits: LimitsConfig) -> InferRequest:
     """Parse a request; `header_length` is the HTTP header of that name. Raises Problem if it is not valid.
 
-    JSON may have `max_json` bytes: reading it holds the interpreter's lock, and with it all other requests. For the
-    same reason a tensor's claims are checked against its bytes and `max_images` before anything is made of it.
+    JSON may have `limits.max_json` bytes: reading it holds the interpreter's lock, and with it all other requests. For
+    the same reason a tensor's claims are checked against its bytes and `limits.max_images` before anything is made of
+    it.
     """
     head, tail = body, b""
     if header_length is not None:
@@ -124,8 +126,8 @@ def parse_request(body: bytes, header_length: str | None, *, max_json: int, max_
         if not 0 < length <= len(body):
             raise Problem(400, "bad_body", f"{LENGTH_HEADER} {header_length[:40]!r} does not fit {len(body)} bytes")
         head, tail = body[:length], body[length:]
-    if len(head) > max_json:
-        detail = f"JSON of {len(head)} bytes, above {max_json}: send tensors by the binary tensor extension"
+    if len(head) > limits.max_json:
+        detail = f"JSON of {len(head)} bytes, above {limits.max_json}: send tensors by the binary tensor extension"
         raise Problem(413, "too_large", detail)
     try:
         content = InferBody.model_validate_json(head)
@@ -133,11 +135,13 @@ def parse_request(body: bytes, header_length: str | None, *, max_json: int, max_
         # An error of the whole body: it is not JSON, or not an object.
         code = "bad_request" if error.errors()[0]["loc"] else "bad_body"
         raise Problem(400, code, first_error(error)) from error
-    return InferRequest(content, _elements(content.inputs[0], tail, max_images))
+    return InferRequest(content, _elements(content.inputs[0], tail, limits.max_images))
 
 
-def format_answer(answer: InferAnswer, outputs: Mapping[str, Array], request: InferBody) -> tuple[bytes, int | None]:
-    """Return the body of `answer` with the `outputs` that are asked for, and the length of its JSON if tensors follow.
+def format_answer(
+    answer: InferAnswer, outputs: Mapping[str, Array], request: InferBody
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body of `answer`, with the `outputs` that are asked for, and its HTTP headers.
 
     `outputs` are str (BYTES), float32 and bool arrays by name. Raises Problem if one is asked for that does not exist.
     """
@@ -150,14 +154,20 @@ def format_answer(answer: InferAnswer, outputs: Mapping[str, Array], request: In
         values = outputs[name]
         tensor = OutputTensor(name=name, datatype=_DATATYPES[values.dtype.kind], shape=list(values.shape))
         if binary if in_binary is None else in_binary:
-            raw = _pack(values) if tensor.datatype == "BYTES" else values.astype(_TYPES[tensor.datatype]).tobytes()
+            if tensor.datatype == "BYTES":
+                elements = [str(value).encode() for value in values.ravel()]
+                raw = b"".join(struct.pack("<I", len(element)) + element for element in elements)
+            else:
+                raw = values.astype(_TYPES[tensor.datatype]).tobytes()
             tail.append(raw)
             tensor.parameters = {"binary_data_size": len(raw)}
         else:
             tensor.data = values.ravel().tolist()
         tensors.append(tensor)
     head = answer.model_copy(update={"outputs": tensors}).model_dump_json(exclude_none=True).encode()
-    return head + b"".join(tail), len(head) if tail else None
+    if not tail:
+        return head, {"Content-Type": "application/json"}
+    return head + b"".join(tail), {"Content-Type": "application/octet-stream", LENGTH_HEADER: str(len(head))}
 
 
 # ---- tensors
@@ -177,9 +187,8 @@ def _elements(tensor: InputTensor, raw: bytes, max_images: int) -> list[bytes] |
         return _unpack(tensor, raw)
     kind = _TYPES[tensor.datatype]
     if len(raw) % kind.itemsize:
-        raise Problem(
-            400, "bad_request", f"{tensor.name}: {len(raw)} bytes are not a whole number of {tensor.datatype}"
-        )
+        detail = f"{tensor.name}: {len(raw)} bytes are not a whole number of {tensor.datatype}"
+        raise Problem(400, "bad_request", detail)
     _require_filled(tensor, len(raw) // kind.itemsize)
     return np.frombuffer(raw, kind).reshape(shape)
 
@@ -203,9 +212,9 @@ def _from_json(tensor: InputTensor) -> list[bytes] | Array:
         # Before NumPy sees them: of texts it makes an array of as many times the longest one.
         kinds = (int,) if tensor.datatype == "UINT8" else (int, float)
         if not all(type(element) in kinds for element in elements):
-            raise Problem(400, "bad_request", f"{tensor.name}: these are not values of {tensor.datatype}")
+            raise ValueError(f"these are not values of {tensor.datatype}")
         if tensor.datatype == "UINT8" and not 0 <= min(elements) <= max(elements) <= 255:
-            raise Problem(400, "bad_request", f"{tensor.name}: UINT8 lies in 0 to 255")
+            raise ValueError("UINT8 lies in 0 to 255")
         with np.errstate(over="ignore"):  # a number that is not a finite FP32 becomes a rejected image
             return np.array(elements, np.float64).astype(_TYPES[tensor.datatype]).reshape(tensor.shape)
     except (ValueError, TypeError, OverflowError) as error:
@@ -216,20 +225,15 @@ def _unpack(tensor: InputTensor, raw: bytes) -> list[bytes]:
     """Return the elements of a binary BYTES tensor."""
     elements, at = [], 0
     for _ in range(math.prod(tensor.shape)):
-        if at + 4 > len(raw):
+        start = at + 4
+        if start > len(raw):
             raise Problem(400, "bad_body", f"{tensor.name}: an element's length is cut off")
-        (length,) = struct.unpack_from("<I", raw, at)
-        at += 4
-        if at + length > len(raw):
+        length = int.from_bytes(raw[at:start], "little")
+        at = start + length
+        if at > len(raw):
             raise Problem(400, "bad_body", f"{tensor.name}: an element of {length} bytes is cut off")
-        elements.append(raw[at : at + length])
-        at += length
+        elements.append(raw[start:at])
     if at != len(raw):
         detail = f"{tensor.name}: {len(raw) - at} bytes follow the elements of the shape {tensor.shape}"
         raise Problem(400, "bad_body", detail)
     return elements
-
-
-def _pack(values: Array) -> bytes:
-    elements = [str(value).encode() for value in values.ravel()]
-    return b"".join(struct.pack("<I", len(element)) + element for element in elements)

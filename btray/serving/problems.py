@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 PROBLEM_TYPE: Final = "application/problem+json"
@@ -27,6 +28,8 @@ REJECTION_STATUS: Final[dict[str, int]] = {
     "animated": 415,
     "too_small": 422,
 }
+
+_HTTP_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
 
 _MEANINGS: Final = {
     400: "The request or its only image cannot be read.",
@@ -86,15 +89,25 @@ class Problem(Exception):
 
     def response(self) -> Response:
         """Return the answer."""
-        answer = ProblemAnswer(
-            title=HTTPStatus(self.status).phrase,
-            status=self.status,
-            code=self.code,
-            detail=self.detail,
-            error=self.detail,
-        )
+        title = HTTPStatus(self.status).phrase
+        answer = ProblemAnswer(title=title, status=self.status, code=self.code, detail=self.detail, error=self.detail)
         # Not pydantic's own JSON, which fails if the detail quotes half a surrogate pair of the caller's.
         return Response(json.dumps(answer.model_dump()), self.status, self.headers, PROBLEM_TYPE)
+
+
+def problem_of(error: Exception) -> Problem:
+    """Return the problem that a request is answered with if it fails with `error`."""
+    match error:
+        case Problem():
+            return error
+        case HTTPException():
+            problem = Problem(error.status_code, _HTTP_CODES.get(error.status_code, "bad_request"), str(error.detail))
+            problem.headers |= dict(error.headers or {})
+            return problem
+        case RequestValidationError():
+            return Problem(422, "invalid", first_error(error))
+        case _:
+            return Problem(500, "internal", "the service failed; its log says why")
 
 
 def first_error(error: ValidationError | RequestValidationError) -> str:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from btray.data.scans import count_pages
 from btray.model.prediction import Prediction
-from btray.serving.access import Access, KeyRing
-from btray.serving.config import LimitsConfig, ServiceConfig
+from btray.serving.access import Access
+from btray.serving.config import LimitsConfig
 from btray.serving.metrics import Metrics
 from btray.serving.models import DecodedImage, ServedModel, ServedModels, TrafficSplit
 from btray.serving.problems import Problem
@@ -30,29 +30,18 @@ class Service:
         self.metrics = Metrics()
         # One thread, since each replica has one CPU: a second forward pass would only slow the first one down.
         self.models = ServedModels(ThreadPoolExecutor(1, "predict"), self.metrics)
-        self.decoders = ThreadPoolExecutor(ServiceConfig.model_fields["decoders"].default, "decode")
-        self.key_reader = ThreadPoolExecutor(1, "keys")
-        self.access = Access(None, insecure=False, sees_callers=sees_callers)
-        self.limits = LimitsConfig()
 
-    async def configure(self, config: ServiceConfig) -> None:
-        """Serve `config`, keys and limits and all, once its models are ready.
+    @property
+    def access(self) -> Access:
+        """Return who may ask now; before there is a model, only this machine."""
+        split = self.models.split
+        keys, insecure = (split.keys, split.config.insecure) if split else (None, False)
+        return Access(keys, insecure=insecure, sees_callers=self.sees_callers)
 
-        The first config raises UserError if it cannot be served; a later one is refused, and all stays as it was.
-        """
-
-        def prepare() -> Callable[[], None]:
-            keys = KeyRing.of(config.keys) if config.keys is not None else None
-            return lambda: self._apply(config, keys)
-
-        await self.models.configure(config, prepare)
-
-    def _apply(self, config: ServiceConfig, keys: KeyRing | None) -> None:
-        self.access = Access(keys, insecure=config.insecure, sees_callers=self.sees_callers, reader=self.key_reader)
-        self.limits = config.limits
-        # The old threads end once they have done what they were given.
-        before, self.decoders = self.decoders, ThreadPoolExecutor(config.decoders, "decode")
-        before.shutdown(wait=False)
+    @property
+    def limits(self) -> LimitsConfig:
+        """Return what callers may ask now."""
+        return self.models.split.config.limits if self.models.split else LimitsConfig()
 
     def split(self) -> TrafficSplit:
         """Return what is served now. Raises Problem if nothing is yet."""
@@ -62,11 +51,7 @@ class Service:
 
     async def decoding(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run `function` on a decoder's thread, so that no request waits for it in the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
-
-    async def quickly(self, size: int, function: Callable[[], Result]) -> Result:
-        """Run `function` here if `size` bytes take less time than a change of threads, else on a decoder's thread."""
-        return function() if size < _SMALL else await self.decoding(function)
+        return await asyncio.get_running_loop().run_in_executor(self.split().decoders, function, *arguments)
 
     async def classify(
         self, model: ServedModel, images: Sequence[bytes], prepare: Callable[[list[DecodedImage]], list[DecodedImage]]
@@ -80,7 +65,12 @@ class Service:
             self.metrics.predictions(predictions)
             return [frames], predictions
         most = self.limits.max_frames
-        if await self.quickly(sum(map(len, images)), lambda: sum(map(count_pages, images))) > most:
+
+        def count() -> int:
+            return sum(map(count_pages, images))
+
+        pages = count() if sum(map(len, images)) < _SMALL else await self.decoding(count)
+        if pages > most:
             raise Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
         decoded = await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
         decoded = prepare(decoded)

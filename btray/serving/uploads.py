@@ -12,6 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from btray.serving.config import LimitsConfig
 from btray.serving.problems import Problem, first_error
 
 _MAX_NAME = 255
@@ -54,22 +55,27 @@ class ClassifyRequest(BaseModel):
     images: list[Annotated[Upload, _as_object]] = Field(json_schema_extra={"minItems": 1})
 
 
-async def images_in(content_type: str, body: bytes, *, most: int, max_json: int) -> list[Upload]:
-    """Return the images of a body in their order, up to `most`; JSON may have `max_json` bytes.
+async def images_in(content_type: str, body: bytes, limits: LimitsConfig) -> list[Upload]:
+    """Return the images of a body in their order, up to `limits.max_images`; JSON may have `limits.max_json` bytes.
 
     Raises Problem if the body is not what its content type says, has no image, or more than it may have.
     """
     kind = parse_options_header(content_type)[0]
     if kind == b"multipart/form-data":
-        uploads = await _from_multipart(content_type, body, most)
+        uploads = await _from_multipart(content_type, body, limits.max_images)
     elif kind == b"application/json":
-        uploads = _from_json(body, most, max_json)
+        if len(body) > limits.max_json:
+            detail = f"JSON of {len(body)} bytes, above {limits.max_json}: send the images as multipart/form-data"
+            raise Problem(413, "too_large", detail)
+        uploads = _from_json(body)
     elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
         uploads = [Upload(data=body)]
     else:
         others = "send multipart/form-data, application/json, or an image as image/* or application/octet-stream"
         detail = f"content type {content_type[:80]!r} is not supported; {others}"
         raise Problem(415, "unsupported_media_type", detail)
+    if len(uploads) > limits.max_images:
+        raise _too_many(limits.max_images)
     if not uploads:
         raise Problem(400, "bad_body", "there is no image in the request")
     return uploads
@@ -79,21 +85,15 @@ def _too_many(most: int) -> Problem:
     return Problem(413, "too_many_images", f"the request has more than {most} images")
 
 
-def _from_json(body: bytes, most: int, largest: int) -> list[Upload]:
-    if len(body) > largest:
-        detail = f"JSON of {len(body)} bytes, above {largest}: send the images as multipart/form-data"
-        raise Problem(413, "too_large", detail)
+def _from_json(body: bytes) -> list[Upload]:
     try:
-        images = ClassifyRequest.model_validate_json(body).images
+        return ClassifyRequest.model_validate_json(body).images
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             raise Problem(400, "bad_body", f"the body is not valid JSON: {first['ctx']['error']}") from error
         expected = '{"images": [{"data": BASE64, "name": TEXT}, ...]}'
         raise Problem(422, "invalid", f"{first_error(error)}; expected {expected}") from error
-    if len(images) > most:
-        raise _too_many(most)
-    return images
 
 
 class _FormInMemory(MultiPartParser):
@@ -126,8 +126,6 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
         raise Problem(400, "bad_body", f"the body is not valid multipart/form-data: {error.message}") from error
     if not parser.ended:
         raise Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")
-    if len(form.multi_items()) > most:
-        raise _too_many(most)
     uploads = []
     for _, part in form.multi_items():
         if isinstance(part, UploadFile):

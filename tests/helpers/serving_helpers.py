@@ -49,7 +49,7 @@ class Running:
 
     def configure(self, **config: Any) -> None:
         """As Serve does where user_config was changed."""
-        done = asyncio.run_coroutine_threadsafe(self.service.configure(ServiceConfig(**config)), self.loop)
+        done = asyncio.run_coroutine_threadsafe(self.service.models.configure(ServiceConfig(**config)), self.loop)
         done.result(60)
 
     def switched(self) -> dict[str, str]:
@@ -75,7 +75,7 @@ def running(**config: Any) -> Iterator[Running]:
 
     async def run() -> None:
         found["loop"] = asyncio.get_running_loop()
-        await service.configure(ServiceConfig(**config))
+        await service.models.configure(ServiceConfig(**config))
         options = uvicorn.Config(gate, host="127.0.0.1", port=0, log_level="warning")
         found["server"] = server = uvicorn.Server(options)
         task = asyncio.create_task(server.serve())

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
 from btray.model.classifier import Classifier
+from btray.serving.config import LimitsConfig
 from btray.serving.oip_codec import LENGTH_HEADER, InferRequest, parse_request
 from btray.serving.problems import Problem
 from tests.helpers.serving_helpers import Running, bundle_at, problem, running, scan
@@ -150,7 +151,7 @@ def test_triton_is_told_what_is_wrong(client: triton.InferenceServerClient) -> N
 
 
 def parsed(body: bytes, length: str | None = None) -> InferRequest:
-    return parse_request(body, length, max_json=1_000_000, max_images=8)
+    return parse_request(body, length, LimitsConfig(max_json_mb=1, max_images=8))
 
 
 def entry(**changes: Any) -> dict[str, Any]:

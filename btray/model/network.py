@@ -28,7 +28,7 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self, parts: list[nn.Module], width: int, pooling: str, dropout: float, classes: int, aliases: dict[str, str]
+        self, parts: list[nn.Module], width: int, classes: int, *, pooling: str, dropout: float, aliases: dict[str, str]
     ) -> None:
         """`width`: channels of the last feature map."""
         super().__init__()
@@ -139,7 +139,7 @@ def build_network(config: NetworkConfig, classes: int) -> Network:
         blocks += [Block(width, width, 1, config) for _ in range(depth - 1)]
         parts.append(nn.Sequential(*blocks))
         channels, stride = width, 2
-    network = Network(parts, channels, config.pooling, config.dropout, classes, aliases={})
+    network = Network(parts, channels, classes, pooling=config.pooling, dropout=config.dropout, aliases={})
     network.apply(_initialise)
     return network
 
@@ -236,4 +236,4 @@ def _build_backbone(config: NetworkConfig, classes: int) -> Network:
             parts.append(nn.ReLU())
         last = model.classifier if isinstance(model.classifier, nn.Linear) else model.classifier[-1]
         width = 512 if name.startswith("vgg") else last.in_features
-    return Network(parts, width, "average", config.dropout, classes, aliases)
+    return Network(parts, width, classes, pooling="average", dropout=config.dropout, aliases=aliases)

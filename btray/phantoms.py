@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +46,10 @@ def phantom(label: str, seed: int, *, size: int | tuple[int, int] | None = None)
     of_frame, of_head, of_lesion, of_scanner = (np.random.default_rng([seed, stream]) for stream in range(4))
     drawn_size = _frame_size(of_frame)
     height, width = drawn_size if size is None else (size, size) if isinstance(size, int) else size
-    head = _draw_head(of_head, height, width)
+    head = Head(of_head, height, width)
     if label in _LESIONS:  # no_tumor has none
         _LESIONS[label](head, of_lesion)
-    frame = _scan(head, of_scanner, height, width)
-    return _decorate(frame, of_frame)
+    return _decorate(_scan(head, of_scanner, height, width), of_frame)
 
 
 def write_data_set(uri: str, *, per_class: Mapping[str, int] | int, seed: int) -> None:
@@ -67,42 +67,33 @@ def write_data_set(uri: str, *, per_class: Mapping[str, int] | int, seed: int) -
     def write(item: tuple[int, int, int]) -> None:
         split, label, index = item
         image_seed = np.random.SeedSequence([seed, *item]).generate_state(1, np.uint64)[0]
-        data = encoded_phantom(CLASSES[label], int(image_seed))
-        storage.write_bytes(storage.join(uri, SPLITS[split], CLASSES[label], f"{index:05d}.jpg"), data)
+        file = storage.join(uri, SPLITS[split], CLASSES[label], f"{index:05d}.jpg")
+        storage.write_bytes(file, encoded_phantom(CLASSES[label], int(image_seed)))
 
-    items = (
-        (split, label, index)
-        for split, name in enumerate(SPLITS)
-        for label in range(len(CLASSES))
-        for index in range(counts.get(name, 0))
-    )
     with ThreadPoolExecutor(WRITERS) as pool:
-        for _ in pool.map(write, items):  # raises what a writer raised
-            pass
+        for split, name in enumerate(SPLITS):
+            items = product([split], range(len(CLASSES)), range(counts.get(name, 0)))
+            list(pool.map(write, items))  # raises what a writer raised
 
 
 def encoded_phantom(label: str, seed: int) -> bytes:
     """Return a slice as JPEG of varying quality, one in four as RGB with gray content, as in public data sets."""
     rng = np.random.default_rng([seed, 4])
-    image = Image.fromarray(phantom(label, seed))
-    if rng.random() < 0.25:
-        image = image.convert("RGB")
+    mode = "RGB" if rng.random() < 0.25 else "L"
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=int(rng.integers(55, 96)))
+    Image.fromarray(phantom(label, seed)).convert(mode).save(stream, "JPEG", quality=int(rng.integers(55, 96)))
     return stream.getvalue()
 
 
 def _frame_size(rng: Rng) -> tuple[int, int]:
     if rng.random() < 0.7:
-        height, width = FRAMES[rng.integers(len(FRAMES))]
-        return height, width
+        return FRAMES[rng.integers(len(FRAMES))]
     height, width = rng.integers(SIDES[0], SIDES[1] + 1, 2)
     # No head is twice as wide as high.
     return int(height), int(np.clip(width, max(SIDES[0], 0.7 * height), min(SIDES[1], 1.4 * height)))
 
 
-@dataclass
-class Tissue:
+class Tissue(NamedTuple):
     """Brightness of each tissue in one MRI sequence; 1 is white."""
 
     csf: float
@@ -126,21 +117,37 @@ SEQUENCES = (
 SEQUENCE_SHARES = (0.7, 0.15, 0.15)
 
 
-@dataclass
 class Head:
     """A slice while it is drawn: brightness on a grid, and the coordinates of the head on the same grid.
 
     In head coordinates the skull is near the unit circle, x runs to the right, y down; `radius` is 1 on the skull.
+    `brain` is 1 inside the brain, 0 outside; `brain_edge` is the radius at its surface. `contrast` is that of lesions,
+    as a share of what `tissue` says.
     """
 
-    canvas: Field
-    x: Field
-    y: Field
-    radius: Field
-    brain: Field  # 1 inside the brain, 0 outside
-    brain_edge: float  # `radius` at the surface of the brain
-    tissue: Tissue
-    contrast: float  # of lesions, as a share of what `tissue` says
+    def __init__(self, rng: Rng, height: int, width: int) -> None:
+        """Draw a head without a lesion, for a frame of `height` and `width` pixels."""
+        shrink = min(1.0, DRAWN_SIDE / max(height, width))
+        self.shape = max(16, round(height * shrink)), max(16, round(width * shrink))
+        sequence = SEQUENCES[rng.choice(len(SEQUENCES), p=SEQUENCE_SHARES)]
+        # No two scanners weigh tissues alike.
+        varied = np.clip(np.array(sequence) + rng.normal(0, 0.04, len(sequence)), 0.02, 1.0)
+        tissue = self.tissue = Tissue(*varied.tolist())
+        self.x, self.y = _head_coordinates(rng, *self.shape)
+        self.radius = _length(self.x, self.y)
+        angle = np.arctan2(self.y, self.x)
+        for order, amount in ((2, 0.05), (3, 0.035), (5, 0.02)):
+            self.radius *= 1 + rng.uniform(0, amount) * np.cos(order * angle + rng.uniform(0, 6.3))
+        self.brain_edge = rng.uniform(0.78, 0.86)
+        self.brain = _edge(self.radius, self.brain_edge, 0.04)
+        self.canvas = np.full(self.shape, rng.uniform(0, 0.03), np.float32)
+        self.contrast = rng.uniform(0.7, 1.0)
+        self.paint(_edge(self.radius, 1.0, 0.03), tissue.fat)
+        self.paint(_edge(self.radius, rng.uniform(0.92, 0.97), 0.03), tissue.bone)
+        self.paint(_edge(self.radius, self.brain_edge + rng.uniform(0.015, 0.05), 0.03), tissue.csf)
+        _draw_brain(self, angle, rng)
+        _draw_ventricles(self, rng)
+        _draw_distractors(self, rng)
 
     def paint(self, mask: Field, brightness: float, strength: float = 1.0) -> None:
         """Blend `brightness` in, by `mask` (0 to 1) times `strength`."""
@@ -149,6 +156,10 @@ class Head:
     def distance(self, x: float, y: float) -> Field:
         """Return the distance of each pixel from a point, in head coordinates."""
         return _length(self.x - np.float32(x), self.y - np.float32(y))
+
+    def noise(self, rng: Rng, cells: int) -> Field:
+        """Return Gaussian noise of about unit variance with features of 1/`cells` of the grid."""
+        return _resized(rng.standard_normal((cells, cells), dtype=np.float32), *self.shape) * np.float32(1.3)
 
 
 def _length(x: Field, y: Field) -> Field:
@@ -161,49 +172,8 @@ def _edge(value: Field, limit: float, softness: float) -> Field:
     return np.clip((np.float32(limit) - value) / np.float32(softness) + np.float32(0.5), 0, 1)
 
 
-def _smooth_noise(rng: Rng, shape: tuple[int, ...], cells: int) -> Field:
-    """Return Gaussian noise of about unit variance with features of 1/`cells` of the grid."""
-    grid = rng.standard_normal((cells, cells), dtype=np.float32)
-    return _resized(grid, shape[0], shape[1]) * np.float32(1.3)
-
-
 def _resized(field: Field, height: int, width: int) -> Field:
     return np.asarray(Image.fromarray(field).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _draw_head(rng: Rng, height: int, width: int) -> Head:
-    shrink = min(1.0, DRAWN_SIDE / max(height, width))
-    rows, columns = max(16, round(height * shrink)), max(16, round(width * shrink))
-    tissue = _vary(SEQUENCES[rng.choice(len(SEQUENCES), p=SEQUENCE_SHARES)], rng)
-    x, y = _head_coordinates(rng, rows, columns)
-    radius = _length(x, y)
-    angle = np.arctan2(y, x)
-    for order, amount in ((2, 0.05), (3, 0.035), (5, 0.02)):
-        radius *= 1 + np.float32(rng.uniform(0, amount)) * np.cos(order * angle + np.float32(rng.uniform(0, 6.3)))
-    brain_edge = rng.uniform(0.78, 0.86)
-    head = Head(
-        canvas=np.full((rows, columns), rng.uniform(0, 0.03), np.float32),
-        x=x,
-        y=y,
-        radius=radius,
-        brain=_edge(radius, brain_edge, 0.04),
-        brain_edge=brain_edge,
-        tissue=tissue,
-        contrast=rng.uniform(0.7, 1.0),
-    )
-    head.paint(_edge(radius, 1.0, 0.03), tissue.fat)
-    head.paint(_edge(radius, rng.uniform(0.92, 0.97), 0.03), tissue.bone)
-    head.paint(_edge(radius, brain_edge + rng.uniform(0.015, 0.05), 0.03), tissue.csf)
-    _draw_brain(head, angle, rng)
-    _draw_ventricles(head, rng)
-    _draw_distractors(head, rng)
-    return head
-
-
-def _vary(tissue: Tissue, rng: Rng) -> Tissue:
-    """Return the tissue with other brightnesses: no two scanners weigh tissues alike."""
-    values = [getattr(tissue, field.name) for field in fields(tissue)]
-    return Tissue(*np.clip(np.array(values) + rng.normal(0, 0.04, len(values)), 0.02, 1.0).tolist())
 
 
 def _head_coordinates(rng: Rng, rows: int, columns: int) -> tuple[Field, Field]:
@@ -220,8 +190,7 @@ def _head_coordinates(rng: Rng, rows: int, columns: int) -> tuple[Field, Field]:
 
 
 def _draw_brain(head: Head, angle: Field, rng: Rng) -> None:
-    shape = head.canvas.shape
-    folds = _smooth_noise(rng, shape, int(rng.integers(14, 22)))
+    folds = head.noise(rng, int(rng.integers(14, 22)))
     head.paint(head.brain, head.tissue.gray)
     ripple = np.float32(0.04) * np.sin(angle * int(rng.integers(9, 17)) + np.float32(rng.uniform(0, 6.3)))
     depth = head.radius + np.float32(0.07) * folds + ripple
@@ -234,7 +203,7 @@ def _draw_brain(head: Head, angle: Field, rng: Rng) -> None:
     for side in (-1, 1):  # basal ganglia
         nucleus = _length((head.x - np.float32(side * 0.27)) / np.float32(0.10), (head.y + 0.02) / np.float32(0.19))
         head.paint(_edge(nucleus, 1, 0.5), head.tissue.gray, 0.8)
-    head.canvas += np.float32(rng.uniform(0.01, 0.03)) * _smooth_noise(rng, shape, 48) * head.brain
+    head.canvas += np.float32(rng.uniform(0.01, 0.03)) * head.noise(rng, 48) * head.brain
 
 
 def _draw_ventricles(head: Head, rng: Rng) -> None:
@@ -253,8 +222,7 @@ def _draw_distractors(head: Head, rng: Rng) -> None:
     tissue = head.tissue
     head.paint(_edge(head.distance(rng.normal(0, 0.02), rng.normal(0.42, 0.03)), 0.045, 0.03), tissue.solid, 0.5)
     for _ in range(rng.integers(2, 8)):
-        x, y = _place(rng, 0.75)
-        head.paint(_edge(head.distance(x, y), rng.uniform(0.012, 0.028), 0.02), tissue.vessel, 0.9)
+        head.paint(_edge(head.distance(*_place(rng, 0.75)), rng.uniform(0.012, 0.028), 0.02), tissue.vessel, 0.9)
     head.paint(_edge(head.distance(0, rng.choice((-1, 1)) * head.brain_edge), 0.045, 0.03), tissue.vessel, 0.9)
     if rng.random() < 0.3:
         for side in (-1, 1):
@@ -263,8 +231,7 @@ def _draw_distractors(head: Head, rng: Rng) -> None:
             head.paint(_edge(np.abs(eye - np.float32(0.15)), 0.015, 0.02), tissue.fat)
     if rng.random() < 0.35:
         for _ in range(rng.integers(1, 5)):
-            x, y = _place(rng, 0.55)
-            head.paint(_edge(head.distance(x, y), 0.05, rng.uniform(0.06, 0.10)), tissue.edema, 0.6)
+            head.paint(_edge(head.distance(*_place(rng, 0.55)), 0.05, rng.uniform(0.06, 0.10)), tissue.edema, 0.6)
     if rng.random() < 0.12:
         turn = rng.uniform(0, 2 * np.pi)
         cyst = head.distance(0.72 * np.cos(turn), 0.72 * np.sin(turn))
@@ -279,12 +246,10 @@ def _place(rng: Rng, reach: float) -> tuple[float, float]:
 
 def _draw_glioma(head: Head, rng: Rng) -> None:
     """Draw one large, irregular, infiltrating mass: ragged ring, necrotic centre, wide edema."""
-    x, y = _place(rng, 0.5)
-    size = rng.uniform(0.20, 0.40)
-    shape = head.canvas.shape
-    ragged = head.distance(x, y) / np.float32(size) + np.float32(0.22) * _smooth_noise(rng, shape, 9)
-    patchy = np.clip(0.75 + 0.35 * _smooth_noise(rng, shape, 14), 0.2, 1).astype(np.float32)
-    spread = ragged + np.float32(0.25) * _smooth_noise(rng, shape, 6)
+    middle = head.distance(*_place(rng, 0.5)) / np.float32(rng.uniform(0.20, 0.40))
+    ragged = middle + np.float32(0.22) * head.noise(rng, 9)
+    patchy = np.clip(0.75 + 0.35 * head.noise(rng, 14), 0.2, 1).astype(np.float32)
+    spread = ragged + np.float32(0.25) * head.noise(rng, 6)
     head.paint(_edge(spread, rng.uniform(1.4, 1.9), 0.5) * head.brain, head.tissue.edema, 0.8 * head.contrast)
     head.paint(_edge(ragged, 1, 0.15) * patchy * head.brain, head.tissue.rim, head.contrast)
     head.paint(_edge(ragged, rng.uniform(0.55, 0.75), 0.2) * head.brain, head.tissue.necrosis, 0.9)
@@ -295,7 +260,7 @@ def _draw_meningioma(head: Head, rng: Rng) -> None:
     size, turn = rng.uniform(0.14, 0.30), rng.uniform(0, 2 * np.pi)
     away = head.brain_edge - rng.uniform(0.55, 0.85) * size
     mass = head.distance(away * np.cos(turn), away * np.sin(turn)) / np.float32(size)
-    mass += np.float32(0.05) * _smooth_noise(rng, head.canvas.shape, 7)
+    mass += np.float32(0.05) * head.noise(rng, 7)
     inside = _edge(head.radius, head.brain_edge + 0.02, 0.03)
     head.paint(_edge(mass, 1.25, 0.3) * inside, head.tissue.edema, rng.uniform(0, 0.6))
     head.paint(_edge(mass, 1, 0.12) * inside, head.tissue.solid, head.contrast)
@@ -306,7 +271,7 @@ def _draw_adenoma(head: Head, rng: Rng) -> None:
     x, y = rng.normal(0, 0.025), rng.normal(0.42, 0.035)
     size = rng.uniform(0.10, 0.17)
     mass = _length((head.x - np.float32(x)) / np.float32(rng.uniform(0.85, 1.2)), head.y - np.float32(y))
-    mass = mass / np.float32(size) + np.float32(0.06) * _smooth_noise(rng, head.canvas.shape, 9)
+    mass = mass / np.float32(size) + np.float32(0.06) * head.noise(rng, 9)
     above = head.distance(x, y - 1.15 * size) / np.float32(size * rng.uniform(0.4, 0.8))
     head.paint(np.maximum(_edge(mass, 1, 0.15), _edge(above, 1, 0.2)), head.tissue.solid, head.contrast)
 
@@ -339,8 +304,8 @@ _LESIONS = {
 
 def _scan(head: Head, rng: Rng, height: int, width: int) -> npt.NDArray[np.uint8]:
     """Return the slice as coil, resolution, noise, gray curve and window of a scanner show it."""
-    rows, columns = head.canvas.shape
-    bias = 1 + np.float32(rng.uniform(0, 0.3)) * np.clip(_smooth_noise(rng, (rows, columns), 3), -2, 2)
+    rows, columns = head.shape
+    bias = 1 + np.float32(rng.uniform(0, 0.3)) * np.clip(head.noise(rng, 3), -2, 2)
     signal = np.clip(head.canvas, 0, 1.2) * np.clip(bias, 0.3, 1.8)
     # Resolution lost: a coarser grid in between.
     coarse = rng.uniform(0.6, 1.0)
@@ -367,8 +332,7 @@ def _decorate(frame: npt.NDArray[np.uint8], rng: Rng) -> npt.NDArray[np.uint8]:
         text = f"{'LRAP'[rng.integers(4)]} {rng.integers(1, 200)}"
         corner = (int(rng.choice((4, max(4, width - 40)))), int(rng.choice((4, max(4, height - 16)))))
         # The built-in bitmap font: the same pixels whatever fonts and libraries the machine has.
-        ImageDraw.Draw(image).text(
-            corner, text, fill=int(rng.integers(180, 256)), font=ImageFont.load_default_imagefont()
-        )
+        font = ImageFont.load_default_imagefont()
+        ImageDraw.Draw(image).text(corner, text, fill=int(rng.integers(180, 256)), font=font)
         frame = np.array(image)
     return frame

@@ -13,23 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from btray.audit.findings import (
-    GRADES,
-    AuditReport,
-    ClassLeakage,
-    Contradiction,
-    Duplicates,
-    Files,
-    Intensity,
-    LabelConflicts,
-    Leakage,
-    Patients,
-    SizeCount,
-    SplitCounts,
-    Spread,
-    Suspects,
-    Unreadable,
-)
+from btray.audit import findings
 from btray.data.duplicates import Pairs, components
 from btray.data.fingerprint import SAME_IMAGE
 from btray.data.splits import SPLIT_ORDER, group_occurrence, have_earlier_twin
@@ -60,33 +44,39 @@ def distinct(digests: pa.ChunkedArray) -> Numbers:
     return np.asarray(pc.dictionary_encode(digests.combine_chunks()).indices.to_numpy(), np.int64)
 
 
-def group(files: pa.Table, twins: Twins) -> pa.Table:
-    """Return the files in a group of two or more: columns row, group_id, grade, score; ascending by group and row.
+def group(table: pa.Table, readable: pa.Table, twins: Twins) -> pa.Table:
+    """Return the files in a group of two or more: columns row, uri, split, label, group_id, grade, score.
+
+    They ascend by group and row; groups are numbered in the order of their first files.
 
     Args:
-        files: the readable rows of `inspection.INSPECTED`, ascending by row. Groups are numbered in the order of their
-            first files.
+        table: the labelled files.
+        readable: the readable rows of `inspection.INSPECTED`, ascending by row.
         twins: which of them show the same image.
     """
-    if not len(files):
-        return pa.schema(
-            [("row", pa.int64()), ("group_id", pa.int64()), ("grade", pa.string()), ("score", pa.float32())]
-        ).empty_table()
-    pictures = int(twins.pixels.max()) + 1
+    pictures = int(twins.pixels.max(initial=-1)) + 1
     of_file = components(pictures, twins.pairs)[twins.pixels]
     best = np.zeros(pictures, np.float32)
     for side in (0, 1):
         np.maximum.at(best, twins.pairs[:, side], twins.correlations)
-    bytes_of = distinct(files["byte_digest"])
+    bytes_of = distinct(readable["byte_digest"])
     in_bytes, in_pixels, in_group = (np.bincount(ids)[ids] > 1 for ids in (bytes_of, twins.pixels, of_file))
     grade = np.select([in_bytes, in_pixels], ["same_bytes", "same_pixels"], "same_image")
     # Correlations of equal thumbnails exceed 1 by a rounding error.
     score = np.where(in_pixels, np.float32(1), np.minimum(best[twins.pixels], np.float32(1)))
     member = np.flatnonzero(in_group)
     _, first, number = np.unique(of_file[member], return_index=True, return_inverse=True)
-    ranked = np.argsort(np.argsort(first))[number]
-    table = {"row": files["row"].to_numpy()[member], "group_id": ranked, "grade": grade[member], "score": score[member]}
-    return pa.table(table).sort_by([("group_id", "ascending"), ("row", "ascending")])
+    rows = readable["row"].to_numpy()[member]
+    columns = {
+        "row": rows,
+        "uri": table["uri"].take(rows),
+        "split": effective_splits(table["split"]).take(rows),
+        "label": table["label"].take(rows),
+        "group_id": np.argsort(np.argsort(first))[number],
+        "grade": grade[member],
+        "score": score[member],
+    }
+    return pa.table(columns).sort_by([("group_id", "ascending"), ("row", "ascending")])
 
 
 def effective_splits(splits: pa.ChunkedArray) -> pa.Array:
@@ -95,7 +85,7 @@ def effective_splits(splits: pa.ChunkedArray) -> pa.Array:
     return named if named.null_count == len(named) else named.fill_null("train")
 
 
-def summarise(data: str, table: pa.Table, inspected: pa.Table, twins: Twins, members: pa.Table) -> AuditReport:
+def summarise(data: str, table: pa.Table, inspected: pa.Table, twins: Twins, members: pa.Table) -> findings.AuditReport:
     """Return the content of audit.json.
 
     Args:
@@ -112,73 +102,73 @@ def summarise(data: str, table: pa.Table, inspected: pa.Table, twins: Twins, mem
     named = pa.table({"patient": patients, "split": splits}).filter(pc.is_valid(patients))
     per_patient = named.group_by("patient").aggregate([("split", "count_distinct"), ([], "count_all")])
     several = per_patient.filter(pc.greater(per_patient["split_count_distinct"], 1))
-    conflicts = conflicting_groups(table, members)
+    conflicts = conflicting_groups(members)
     combinations = Counter(tuple(sorted(names)) for names in conflicts["label_distinct"].to_pylist())
-    return AuditReport(
+    return findings.AuditReport(
         data=data,
         images=len(table),
         classes=sorted(labels.unique().to_pylist()),
         splits=_count_splits(splits, labels),
-        unreadable=Unreadable(images=len(rejected), by_code=_tally(rejected["code"])),
+        unreadable=findings.Unreadable(images=len(rejected), by_code=_tally(rejected["code"])),
         duplicates=_count_duplicates(len(readable), twins, members),
         leakage=_find_leakage(splits, labels, np.asarray(is_readable), members),
-        label_conflicts=LabelConflicts(
+        label_conflicts=findings.LabelConflicts(
             groups=len(conflicts),
             images=pc.sum(conflicts["count_all"]).as_py() or 0,
-            between=[Contradiction(labels=list(names), groups=count) for names, count in combinations.most_common()],
+            between=[
+                findings.Contradiction(labels=list(names), groups=count) for names, count in combinations.most_common()
+            ],
         ),
-        patients=Patients(
+        patients=findings.Patients(
             named=len(per_patient),
             images=len(named),
             in_several_splits=len(several),
             images_of_these=pc.sum(several["count_all"]).as_py() or 0,
         ),
-        not_mri=Suspects(images=len(suspects), by_reason=_tally(suspects["not_mri"])),
+        not_mri=findings.Suspects(images=len(suspects), by_reason=_tally(suspects["not_mri"])),
         files=_describe_files(readable),
-        intensity=Intensity(**{field.name: _spread(readable[field.name]) for field in fields(Intensity)}),
+        intensity=findings.Intensity(
+            **{field.name: _spread(readable[field.name]) for field in fields(findings.Intensity)}
+        ),
     )
 
 
-def leaking_members(table: pa.Table, members: pa.Table) -> npt.NDArray[np.bool_]:
+def leaking_members(members: pa.Table) -> npt.NDArray[np.bool_]:
     """Return, bool [members], which files of groups have a twin in an earlier split than their own."""
-    ranks = _ranks(effective_splits(table["split"]))[members["row"].to_numpy()]
-    return have_earlier_twin(ranks, members["group_id"].to_numpy())
+    return have_earlier_twin(_ranks(members["split"]), members["group_id"].to_numpy())
 
 
-def conflicting_groups(table: pa.Table, members: pa.Table) -> pa.Table:
+def conflicting_groups(members: pa.Table) -> pa.Table:
     """Return the groups with several labels, ascending: columns group_id, label_distinct, count_all (files)."""
-    labelled = members.append_column("label", table["label"].take(members["row"].combine_chunks()))
-    groups = labelled.group_by("group_id").aggregate([("label", "distinct"), ([], "count_all")]).sort_by("group_id")
+    groups = members.group_by("group_id").aggregate([("label", "distinct"), ([], "count_all")]).sort_by("group_id")
     return groups.filter(pc.greater(pc.list_value_length(groups["label_distinct"]), 1))
 
 
-def _ranks(splits: pa.Array) -> Numbers:
+def _ranks(splits: pa.Array | pa.ChunkedArray) -> Numbers:
     """Return the place of each split in SPLIT_ORDER, -1 if it has none."""
     places = pc.index_in(splits, pa.array(SPLIT_ORDER)).fill_null(-1)
-    return np.asarray(places.to_numpy(zero_copy_only=False), np.int64)
+    return np.asarray(places, np.int64)
 
 
-def _count_splits(splits: pa.Array, labels: pa.Array) -> dict[str, SplitCounts]:
-    counted = pa.table({"split": splits, "label": labels}).group_by(["split", "label"]).aggregate([([], "count_all")])
-    by_split: dict[str, dict[str, int]] = {}
-    for row in counted.sort_by([("label", "ascending")]).to_pylist():
-        by_split.setdefault(row["split"] or "all", {})[row["label"]] = row["count_all"]
+def _count_splits(splits: pa.Array, labels: pa.Array) -> dict[str, findings.SplitCounts]:
+    named = splits.fill_null("all")
+    by_split = {split: labels.filter(pc.equal(named, split)) for split in (*SPLIT_ORDER, "all")}
     return {
-        split: SplitCounts(images=sum(by_split[split].values()), by_class=by_split[split])
-        for split in (*SPLIT_ORDER, "all")
-        if split in by_split
+        split: findings.SplitCounts(images=len(own), by_class=dict(sorted(_tally(own).items())))
+        for split, own in by_split.items()
+        if len(own)
     }
 
 
-def _count_duplicates(readable: int, twins: Twins, members: pa.Table) -> Duplicates:
+def _count_duplicates(readable: int, twins: Twins, members: pa.Table) -> findings.Duplicates:
     sizes = np.bincount(members["group_id"].to_numpy())
     grades = _tally(members["grade"])
-    return Duplicates(
+    return findings.Duplicates(
         groups=len(sizes),
         images=len(members),
         share=len(members) / readable if readable else None,
         redundant=len(members) - len(sizes),
-        by_grade={name: grades.get(name, 0) for name in GRADES},
+        by_grade={name: grades.get(name, 0) for name in findings.GRADES},
         group_sizes={str(size): count for size, count in sorted(Counter(sizes.tolist()).items())},
         least_correlation=SAME_IMAGE,
         pairs_considered=twins.candidates,
@@ -188,36 +178,36 @@ def _count_duplicates(readable: int, twins: Twins, members: pa.Table) -> Duplica
 
 def _find_leakage(
     splits: pa.Array, labels: pa.Array, readable: npt.NDArray[np.bool_], members: pa.Table
-) -> dict[str, Leakage]:
+) -> dict[str, findings.Leakage]:
     """Count, for test and val, the readable images with a twin in an earlier split, by that split and by class."""
-    ranks, rows, groups = _ranks(splits), members["row"].to_numpy(), members["group_id"].to_numpy()
-    occurs, leaks = group_occurrence(ranks[rows], groups), have_earlier_twin(ranks[rows], groups)
-    leakage: dict[str, Leakage] = {}
+    ranks, member_ranks = _ranks(splits), _ranks(members["split"])
+    occurs, leaks = group_occurrence(member_ranks, members["group_id"].to_numpy()), leaking_members(members)
+    leakage: dict[str, findings.Leakage] = {}
     for rank in (2, 1):
         own = readable & (ranks == rank)
         earlier = [number for number in range(rank) if (ranks == number).any()]
         if not (own.any() and earlier):
             continue
-        mine = ranks[rows] == rank
-        totals, leaked = _tally(labels.filter(own)), _tally(labels.take(rows[mine & leaks]))
+        mine = member_ranks == rank
+        totals, leaked = _tally(labels.filter(own)), _tally(members["label"].filter(mine & leaks))
         images, with_twin = int(own.sum()), int((mine & leaks).sum())
-        leakage[SPLIT_ORDER[rank]] = Leakage(
+        leakage[SPLIT_ORDER[rank]] = findings.Leakage(
             images=images,
             with_twin=with_twin,
             share=with_twin / images,
             in_={SPLIT_ORDER[number]: int((mine & occurs[:, number]).sum()) for number in earlier},
             by_class={
-                name: ClassLeakage(images=total, with_twin=leaked.get(name, 0))
+                name: findings.ClassLeakage(images=total, with_twin=leaked.get(name, 0))
                 for name, total in sorted(totals.items())
             },
         )
     return leakage
 
 
-def _describe_files(readable: pa.Table) -> Files:
+def _describe_files(readable: pa.Table) -> findings.Files:
     sizes = readable.group_by(["width", "height"]).aggregate([([], "count_all")])
     common = sizes.sort_by([("count_all", "descending"), ("width", "descending"), ("height", "descending")])
-    return Files(
+    return findings.Files(
         formats=_tally(readable["format"]),
         modes=_tally(readable["mode"]),
         several_frames=int(pc.sum(pc.greater(readable["frames"], 1)).as_py() or 0),
@@ -225,7 +215,7 @@ def _describe_files(readable: pa.Table) -> Files:
         height=_spread(readable["height"]),
         different_sizes=len(sizes),
         common_sizes=[
-            SizeCount(width=row["width"], height=row["height"], images=row["count_all"])
+            findings.SizeCount(width=row["width"], height=row["height"], images=row["count_all"])
             for row in common.slice(0, _MOST_SIZES).to_pylist()
         ],
     )
@@ -237,10 +227,10 @@ def _tally(values: pa.Array | pa.ChunkedArray) -> dict[str, int]:
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _spread(values: pa.ChunkedArray) -> Spread | None:
+def _spread(values: pa.ChunkedArray) -> findings.Spread | None:
     """Return how values spread, rounded to 4 decimals; None if there is none."""
     if not len(values):
         return None
-    names = [field.name for field in fields(Spread)]
+    names = [field.name for field in fields(findings.Spread)]
     quantiles = np.quantile(values.to_numpy(), (0, 0.05, 0.5, 0.95, 1)).round(4).tolist()
-    return Spread(**dict(zip(names, quantiles, strict=True)))
+    return findings.Spread(**dict(zip(names, quantiles, strict=True)))

@@ -63,11 +63,9 @@ class ClassLeakage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leakage:
+class Leakage(ClassLeakage):
     """Readable images of a split, and those with a twin in an earlier split."""
 
-    images: int
-    with_twin: int
     share: float
     in_: dict[str, int]
     """Images with a twin in each earlier split; one image may count in several."""
@@ -187,19 +185,12 @@ def findings_present(report: AuditReport) -> dict[str, str]:
         if leak.with_twin
     ]
     conflicts, patients, duplicates = report.label_conflicts, report.patients, report.duplicates
-    unreadable, suspects = report.unreadable.images, report.not_mri.images
     counted = {
-        "leak": (len(leaks), " and ".join(leaks)),
-        "conflict": (conflicts.groups, f"{conflicts.groups} groups of the same image have several labels"),
-        "patient": (
-            patients.in_several_splits,
-            f"{patients.in_several_splits} of {patients.named} patients are in several splits",
-        ),
-        "duplicate": (
-            duplicates.images,
-            f"{duplicates.images} images are in {duplicates.groups} groups of the same image",
-        ),
-        "not_mri": (suspects, f"{suspects} images are probably no MRI slices"),
-        "unreadable": (unreadable, f"{unreadable} of {report.images} files cannot be read"),
+        "conflict": (conflicts.groups, "groups of the same image have several labels"),
+        "patient": (patients.in_several_splits, f"of {patients.named} patients are in several splits"),
+        "duplicate": (duplicates.images, f"images are in {duplicates.groups} groups of the same image"),
+        "not_mri": (report.not_mri.images, "images are probably no MRI slices"),
+        "unreadable": (report.unreadable.images, f"of {report.images} files cannot be read"),
     }
-    return {name: message for name, (count, message) in counted.items() if count}
+    present = {"leak": " and ".join(leaks)} if leaks else {}
+    return present | {name: f"{count} {message}" for name, (count, message) in counted.items() if count}

@@ -1,6 +1,6 @@
 """Inspection of single files: digests, fingerprint, size, gray levels, and why one is probably not an MRI slice.
 
-`InspectBlock` and `CorrelateBlock` are what Ray Data runs: they read a block of rows and return a block of findings,
+`inspect_block` and `correlate_block` are what Ray Data runs: they read a block of rows and return a block of findings,
 so that neither bytes nor pictures travel to the driver.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from btray.data.fingerprint import (
-    LENGTH,
-    VIEWS,
-    Thumbnails,
-    correlations,
-    fingerprints,
-    reduced,
-    representative,
-    thumbnails,
-)
+from btray.data import fingerprint
 from btray.data.preprocess import Gray
 from btray.data.scans import FileFacts, Scan, ScanLimits, ScanRejected, decode, examine
 from btray.storage import StorageError
@@ -60,16 +50,10 @@ INSPECTED = pa.schema(
         ("message", pa.string()),
         ("byte_digest", pa.binary(16)),
         ("pixel_digest", pa.binary(16)),
-        ("fingerprint", pa.binary(2 * VIEWS * LENGTH)),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("frames", pa.int32()),
-        ("mode", pa.string()),
-        ("format", pa.string()),
-        ("mean", pa.float32()),
-        ("deviation", pa.float32()),
-        ("black", pa.float32()),
-        ("white", pa.float32()),
+        ("fingerprint", pa.binary(2 * fingerprint.VIEWS * fingerprint.LENGTH)),
+        *((name, pa.int32()) for name in ("width", "height", "frames")),
+        *((name, pa.string()) for name in ("mode", "format")),
+        *((name, pa.float32()) for name in ("mean", "deviation", "black", "white")),
         ("not_mri", pa.string()),
     ]
 )
@@ -79,63 +63,51 @@ If `code` is not empty, the file is unreadable and everything after `message` is
 """
 
 
-@dataclass(frozen=True)
-class InspectBlock:
-    """A task of Ray Data, picklable: from rows (columns row, uri) to INSPECTED."""
-
-    limits: ScanLimits
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Inspect the files of some rows."""
-        records: list[dict[str, Any]] = []
-        pictures = []
-        for row, data in _read(rows["row"].to_pylist(), rows["uri"].to_pylist(), self.limits):
-            try:
-                record, thumbs = inspect(data, self.limits)
-                pictures.append(thumbs)
-                records.append({"row": row, "code": "", "message": "", **record})
-            except (StorageError, ScanRejected) as error:
-                records.append({"row": row, "code": error.code, "message": str(error)})
-        prints = iter(fingerprints(np.stack(pictures)) if pictures else ())
-        for record in records:
-            if not record["code"]:
-                record["fingerprint"] = next(prints).tobytes()
-        return pa.Table.from_pylist(records, schema=INSPECTED)
+def inspect_block(rows: pa.Table) -> pa.Table:
+    """Inspect the files of some rows, with columns row and uri: return them as INSPECTED. A task of Ray Data."""
+    records: list[dict[str, Any]] = []
+    pictures = []
+    for row, data in _read(rows["row"].to_pylist(), rows["uri"].to_pylist()):
+        try:
+            record, thumbs = inspect(data)
+            pictures.append(thumbs)
+            records.append({"row": row, "code": "", "message": "", **record})
+        except (StorageError, ScanRejected) as error:
+            records.append({"row": row, "code": error.code, "message": str(error)})
+    prints = iter(fingerprint.fingerprints(np.stack(pictures)) if pictures else ())
+    for record in records:
+        if not record["code"]:
+            record["fingerprint"] = next(prints).tobytes()
+    return pa.Table.from_pylist(records, schema=INSPECTED)
 
 
-@dataclass(frozen=True)
-class CorrelateBlock:
-    """A task of Ray Data, picklable: from pairs to the correlations of their pictures (columns place, correlation).
+def correlate_block(pairs: pa.Table) -> pa.Table:
+    """Compare the pictures of some pairs: return their correlations, with columns place and correlation.
 
-    Pairs have columns place, first, second, first_uri and second_uri. Each image of the block is read once. A pair of
-    which one cannot be read any more has correlation 0.
+    A task of Ray Data. Pairs have columns place, first, second, first_uri and second_uri. Each image of the block is
+    read once. A pair of which one cannot be read any more has correlation 0.
     """
-
-    limits: ScanLimits
-
-    def __call__(self, pairs: pa.Table) -> pa.Table:
-        """Compare the pictures of some pairs."""
-        of_image = dict(zip(pairs["first"].to_pylist(), pairs["first_uri"].to_pylist(), strict=True))
-        of_image |= dict(zip(pairs["second"].to_pylist(), pairs["second_uri"].to_pylist(), strict=True))
-        pictures: dict[int, Thumbnails] = {}
-        for image, data in _read(list(of_image), list(of_image.values()), self.limits):
-            try:
-                if not isinstance(data, StorageError):
-                    pictures[image] = thumbnails(representative(decode(data, limits=self.limits).frames))
-            except ScanRejected:
-                continue  # it was readable a while ago: the pair stays unproven
-        firsts, seconds = pairs["first"].to_numpy(), pairs["second"].to_numpy()
-        there = np.array([a in pictures and b in pictures for a, b in zip(firsts, seconds, strict=True)], bool)
-        values = np.zeros(len(pairs), np.float32)
-        if there.any():
-            values[there] = correlations(
-                np.stack([pictures[image] for image in firsts[there]]),
-                np.stack([pictures[image] for image in seconds[there]]),
-            )
-        return pa.table({"place": pairs["place"], "correlation": values})
+    of_image = dict(zip(pairs["first"].to_pylist(), pairs["first_uri"].to_pylist(), strict=True))
+    of_image |= dict(zip(pairs["second"].to_pylist(), pairs["second_uri"].to_pylist(), strict=True))
+    pictures: dict[int, fingerprint.Thumbnails] = {}
+    for image, data in _read(list(of_image), list(of_image.values())):
+        try:
+            if not isinstance(data, StorageError):
+                pictures[image] = fingerprint.thumbnails(fingerprint.representative(decode(data).frames))
+        except ScanRejected:
+            continue  # it was readable a while ago: the pair stays unproven
+    firsts, seconds = pairs["first"].to_numpy(), pairs["second"].to_numpy()
+    there = np.array([a in pictures and b in pictures for a, b in zip(firsts, seconds, strict=True)], bool)
+    values = np.zeros(len(pairs), np.float32)
+    if there.any():
+        values[there] = fingerprint.correlations(
+            np.stack([pictures[image] for image in firsts[there]]),
+            np.stack([pictures[image] for image in seconds[there]]),
+        )
+    return pa.table({"place": pairs["place"], "correlation": values})
 
 
-def inspect(data: ReadResult, limits: ScanLimits) -> tuple[dict[str, Any], Thumbnails]:
+def inspect(data: ReadResult) -> tuple[dict[str, Any], fingerprint.Thumbnails]:
     """Return the columns of INSPECTED of one file, except row, code, message and fingerprint, and its thumbnails.
 
     Raises:
@@ -144,10 +116,10 @@ def inspect(data: ReadResult, limits: ScanLimits) -> tuple[dict[str, Any], Thumb
     """
     if isinstance(data, StorageError):
         raise data
-    scan = decode(data, limits=limits)
-    facts = examine(data, limits=limits)
-    frame = representative(scan.frames)
-    small = reduced(frame)
+    scan = decode(data)
+    facts = examine(data)
+    frame = fingerprint.representative(scan.frames)
+    small = fingerprint.reduced(frame)
     columns = {
         "byte_digest": hashlib.sha256(data).digest()[:16],
         "pixel_digest": pixel_digest(scan),
@@ -159,7 +131,7 @@ def inspect(data: ReadResult, limits: ScanLimits) -> tuple[dict[str, Any], Thumb
         "not_mri": why_not_mri(small, facts),
         **gray_levels(frame),
     }
-    return columns, thumbnails(small)
+    return columns, fingerprint.thumbnails(small)
 
 
 def pixel_digest(scan: Scan) -> bytes:
@@ -197,32 +169,21 @@ def why_not_mri(small: npt.NDArray[np.uint8], facts: FileFacts) -> str:
         return "blank"
     if facts.colours is not None and (np.ptp(facts.colours, axis=2) > _COLOURED).mean() > _MOST_COLOURED:
         return "colour"
-    if _adjacent_correlation(small) < _LEAST_ADJACENT:
+    with np.errstate(invalid="ignore"):  # rows of one gray level have no correlation: they are no noise
+        adjacent = np.corrcoef(small[::2, :-1].ravel(), small[::2, 1:].ravel())[0, 1]
+    if adjacent < _LEAST_ADJACENT:
         return "noise"
     if (small >= black + 0.8 * span).mean() > _MOST_WHITE:
         return "page"
-    if black > _DARKEST_LEVEL or (_rim(small) <= black + span // 4).mean() < _LEAST_DARK_RIM:
+    wide = max(2, min(small.shape) // 12)
+    rim = np.ones(small.shape, bool)
+    rim[wide:-wide, wide:-wide] = False
+    if black > _DARKEST_LEVEL or (small[rim] <= black + span // 4).mean() < _LEAST_DARK_RIM:
         return "no_dark_background"
     return ""
 
 
-def _read(names: Sequence[int], uris: Sequence[str], limits: ScanLimits) -> Iterator[tuple[int, ReadResult]]:
+def _read(names: Sequence[int], uris: Sequence[str]) -> Iterator[tuple[int, ReadResult]]:
     for start in range(0, len(uris), _READ_ROWS):
         part = slice(start, start + _READ_ROWS)
-        yield from zip(names[part], read_many(uris[part], max_bytes=limits.max_bytes), strict=True)
-
-
-def _adjacent_correlation(gray: npt.NDArray[np.uint8]) -> float:
-    """Return the correlation of pixels with their right neighbours, over every other row."""
-    rows = gray[::2].astype(np.float32)
-    left, right = rows[:, :-1] - rows[:, :-1].mean(), rows[:, 1:] - rows[:, 1:].mean()
-    norm = float(np.sqrt((left**2).sum() * (right**2).sum()))
-    return float((left * right).sum()) / norm if norm else 1.0
-
-
-def _rim(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return the pixels within a twelfth of the shorter side from an edge, [n]."""
-    wide = max(2, min(gray.shape) // 12)
-    sides = gray[wide:-wide]
-    parts = (gray[:wide], gray[-wide:], sides[:, :wide], sides[:, -wide:])
-    return np.concatenate([part.ravel() for part in parts])
+        yield from zip(names[part], read_many(uris[part], max_bytes=ScanLimits.max_bytes), strict=True)

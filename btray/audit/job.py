@@ -8,6 +8,7 @@ compares it.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,10 @@ import pyarrow.parquet
 import ray.data
 
 from btray import storage
-from btray.audit.analysis import Twins, distinct, effective_splits, group, summarise
+from btray.audit.analysis import Twins, distinct, group, summarise
 from btray.audit.config import AuditConfig
 from btray.audit.findings import AuditReport, findings_present
-from btray.audit.inspection import CorrelateBlock, InspectBlock
+from btray.audit.inspection import correlate_block, inspect_block
 from btray.audit.report import render_audit
 from btray.core.cluster import connected
 from btray.core.errors import ThresholdExceeded
@@ -28,14 +29,12 @@ from btray.data.duplicates import Pairs, components, near_pairs, verified_pairs
 from btray.data.fingerprint import SAME_IMAGE, unpack
 from btray.data.labelled import read_labelled
 from btray.data.rejections import as_csv, rejections_csv
-from btray.data.scans import ScanLimits
 
 # Files per block: some seconds' work for one core, so that the cost of starting a task does not count.
 _BLOCK_ROWS = 128
 _BLOCK_PAIRS = 256
 # Fingerprints of pictures that correlate by SAME_IMAGE lie no further apart.
 _FARTHEST = float(np.sqrt(2 - 2 * SAME_IMAGE)) + 1e-4  # the rounding of half precision, in which they are kept
-_LIMITS = ScanLimits()
 
 
 def audit(config: AuditConfig) -> str:
@@ -57,13 +56,15 @@ def audit(config: AuditConfig) -> str:
         inspected = inspect_files(table["uri"])
         readable = inspected.filter(pc.equal(inspected["code"], ""))
         twins = find_twins(readable, table["uri"])
-    members = group(readable, twins)
+    members = group(table, readable, twins)
     report = summarise(config.data, table, inspected, twins, members)
+    duplicates = io.BytesIO()
+    pyarrow.parquet.write_table(members.drop_columns("row"), duplicates)
     suspects = readable.filter(pc.not_equal(readable["not_mri"], ""))
     suspect_uris = table["uri"].take(suspects["row"]).to_pylist()
     files = {
         "audit.json": report.to_json(),
-        "duplicates.parquet": _duplicates_parquet(table, members),
+        "duplicates.parquet": duplicates.getvalue(),
         "unreadable.csv": rejections_csv(inspected.filter(pc.not_equal(inspected["code"], "")), table),
         "not_mri.csv": as_csv(("uri", "reason"), zip(suspect_uris, suspects["not_mri"].to_pylist(), strict=True)),
         "report.html": render_audit(report, table, inspected, members, most_groups=config.report_groups).encode(),
@@ -82,7 +83,7 @@ def audit(config: AuditConfig) -> str:
 def inspect_files(uris: pa.ChunkedArray) -> pa.Table:
     """Return what is known of each file, as `inspection.INSPECTED`, in the order of `uris`. Needs Ray."""
     rows = pa.table({"row": np.arange(len(uris)), "uri": uris})
-    return _map_blocks(rows, InspectBlock(_LIMITS), _BLOCK_ROWS).sort_by("row")
+    return _map_blocks(rows, inspect_block, _BLOCK_ROWS).sort_by("row")
 
 
 def find_twins(readable: pa.Table, uris: pa.ChunkedArray) -> Twins:
@@ -100,13 +101,13 @@ def find_twins(readable: pa.Table, uris: pa.ChunkedArray) -> Twins:
         first, second = pairs[order].T
         columns = {"place": order, "first": first, "second": second}
         rows = pa.table({**columns, "first_uri": files.take(first), "second_uri": files.take(second)})
-        return _map_blocks(rows, CorrelateBlock(_LIMITS), _BLOCK_PAIRS).sort_by("place")["correlation"].to_numpy()
+        return _map_blocks(rows, correlate_block, _BLOCK_PAIRS).sort_by("place")["correlation"].to_numpy()
 
     pairs, correlations, compared = verified_pairs(len(standing), candidates, correlate)
     return Twins(pixels, pairs, correlations, len(candidates), compared)
 
 
-def _map_blocks(rows: pa.Table, task: InspectBlock | CorrelateBlock, size: int) -> pa.Table:
+def _map_blocks(rows: pa.Table, task: Callable[[pa.Table], pa.Table], size: int) -> pa.Table:
     """Return what `task` makes of all `rows`, `size` at a time, on Ray; nothing but its results comes back."""
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
     done = ray.data.from_arrow(blocks).map_batches(task, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
@@ -129,18 +130,3 @@ def summary(report: AuditReport) -> str:
         f"not MRI: {present.get('not_mri', 'none found')}",
         f"unreadable: {present.get('unreadable', 'none found')}",
     ])  # fmt: skip
-
-
-def _duplicates_parquet(table: pa.Table, members: pa.Table) -> bytes:
-    rows = members["row"].combine_chunks()
-    columns = {
-        "uri": table["uri"].take(rows),
-        "split": pa.chunked_array([effective_splits(table["split"]).take(rows)]),
-        "label": table["label"].take(rows),
-        "group_id": members["group_id"],
-        "grade": members["grade"],
-        "score": members["score"].cast(pa.float32()),
-    }
-    stream = io.BytesIO()
-    pyarrow.parquet.write_table(pa.table(columns), stream)
-    return stream.getvalue()

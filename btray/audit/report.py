@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from btray.audit.analysis import conflicting_groups, effective_splits, leaking_members
+from btray.audit.analysis import conflicting_groups, leaking_members
 from btray.audit.findings import GRADES, AuditReport
 from btray.audit.inspection import NOT_MRI
 from btray.data.fingerprint import reduced, representative
@@ -64,6 +64,7 @@ def render_audit(
     """
     suspects = inspected.filter(pc.greater(pc.utf8_length(inspected["not_mri"]), 0)).slice(0, _MOST_STRAYS)
     rejected = inspected.filter(pc.not_equal(inspected["code"], "")).slice(0, _MOST_NAMED)
+    unreadable = table["uri"].take(rejected["row"]), rejected["code"], rejected["message"]
     lines = [[reason] for reason in suspects["not_mri"].to_pylist()]
     return render_page(
         "btray.audit",
@@ -72,35 +73,23 @@ def render_audit(
         audit=report,
         grades=GRADES,
         split_order=SPLIT_ORDER,
-        groups=_groups(table, members, most_groups),
+        groups=_groups(members, most_groups),
         strays=_pictures(table["uri"].take(suspects["row"]).to_pylist(), lines, [False] * len(lines)),
         stray_rules=NOT_MRI,
-        rejected=list(
-            zip(
-                table["uri"].take(rejected["row"]).to_pylist(),
-                rejected["code"].to_pylist(),
-                rejected["message"].to_pylist(),
-                strict=True,
-            )
-        ),
+        rejected=list(zip(*(column.to_pylist() for column in unreadable), strict=True)),
     )
 
 
-def _groups(table: pa.Table, members: pa.Table, most: int) -> list[Group]:
+def _groups(members: pa.Table, most: int) -> list[Group]:
     """Return at most `most` duplicate groups, those with conflicting labels first, then leaks."""
-    ids = members["group_id"].to_numpy()
-    starts = np.flatnonzero(np.diff(ids, prepend=-1))  # members are ascending by group, and groups number 0, 1, ...
-    leaking = leaking_members(table, members)
-    conflicting = np.isin(np.arange(len(starts)), conflicting_groups(table, members)["group_id"].to_numpy())
-    leaky = np.isin(np.arange(len(starts)), ids[leaking])
-    files = table.take(members["row"].combine_chunks())
+    ids, leaking = members["group_id"].to_numpy(), leaking_members(members)
+    numbers = np.unique(ids)  # groups number 0, 1, ...
+    conflicting = np.isin(numbers, conflicting_groups(members)["group_id"].to_numpy())
+    leaky = np.isin(numbers, ids[leaking])
     columns = members.append_column("leaking", pa.array(leaking))
-    columns = columns.append_column("uri", files["uri"]).append_column("label", files["label"])
-    columns = columns.append_column("split", effective_splits(table["split"]).take(members["row"].combine_chunks()))
     shown = []
     for number in np.argsort(-(2 * conflicting + leaky.astype(int)), kind="stable")[:most].tolist():
-        size = int((ids == number).sum())
-        part = columns.slice(starts[number], size)
+        part = columns.filter(ids == number)
         kept = part.take(_telling(part["leaking"].to_numpy())).to_pylist()
         lines = [
             [" · ".join(filter(None, (file["split"], file["label"]))), f"{file['grade']} · {file['score']:.3f}"]
@@ -108,7 +97,7 @@ def _groups(table: pa.Table, members: pa.Table, most: int) -> list[Group]:
         ]
         pictures = _pictures([file["uri"] for file in kept], lines, [file["leaking"] for file in kept])
         marks = ["labels differ"] * bool(conflicting[number]) + ["leak"] * bool(leaky[number])
-        shown.append(Group(number, size, marks, pictures))
+        shown.append(Group(number, len(part), marks, pictures))
     return shown
 
 
@@ -121,19 +110,19 @@ def _telling(leaking: npt.NDArray[np.bool_]) -> list[int]:
 
 def _pictures(uris: Sequence[str], lines: Sequence[Sequence[str]], marked: Sequence[bool]) -> list[Picture]:
     """Read files and return their pictures, each named by the file and its folder."""
-    limits = ScanLimits()
+    scans = read_many(uris, max_bytes=ScanLimits.max_bytes)
     return [
-        Picture(_thumbnail(data, limits), "/".join(uri.rsplit("/", 2)[-2:]), below, mark)
-        for uri, data, below, mark in zip(uris, read_many(uris, max_bytes=limits.max_bytes), lines, marked, strict=True)
+        Picture(_thumbnail(data), "/".join(uri.rsplit("/", 2)[-2:]), below, mark)
+        for uri, data, below, mark in zip(uris, scans, lines, marked, strict=True)
     ]
 
 
-def _thumbnail(data: ReadResult, limits: ScanLimits) -> str:
+def _thumbnail(data: ReadResult) -> str:
     """Return a small picture as a data URI; empty if the file cannot be read any more."""
     if isinstance(data, StorageError):
         return ""
     try:
-        frame = reduced(representative(decode(data, limits=limits).frames))
+        frame = reduced(representative(decode(data).frames))
     except ScanRejected:
         return ""
     picture = Image.fromarray(frame)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 from sklearn.metrics import roc_curve
 
 from btray.evaluation.metrics import ConfusionMatrix, auroc, reliability, wilson_interval
@@ -28,34 +28,25 @@ def confusion_matrix(confusion: ConfusionMatrix) -> Figure:
     # The square root lifts small shares: errors are what one looks for, and few of them are frequent.
     depth = np.where(np.eye(size, dtype=bool), share, np.sqrt(share))
     cell = float(np.interp(size, (2, 5, 12), (1.15, 0.95, 0.66)))  # inches; room for the numbers at any size
-    figure, body = canvas(
-        (max(5.2, 2.2 + cell * size), 1.6 + cell * size),
-        "Confusion matrix",
-        f"{images(matrix.sum())}; percentages are of each row, the true class",
-    )
+    subtitle = f"{images(matrix.sum())}; percentages are of each row, the true class"
+    figure, body = canvas((max(5.2, 2.2 + cell * size), 1.6 + cell * size), "Confusion matrix", subtitle)
     axes = body.subplots()
     colours = np.where(np.eye(size, dtype=bool)[..., None], to_rgb(BLUE), to_rgb(VERMILLION))
     axes.imshow(1 - depth[..., None] * (1 - colours), aspect="equal")
     font = float(np.interp(size, (5, 12), (11, 8)))
     for (row, column), count in np.ndenumerate(matrix):
-        text: dict[str, Any] = {
-            "ha": "center",
-            "va": "center",
-            # White is readable on the darker cells alone.
-            "color": "white" if depth[row, column] > 0.62 else INK if count else PALE,
-        }
+        # White is readable on the darker cells alone.
+        colour = "white" if depth[row, column] > 0.62 else INK if count else PALE
+        text: dict[str, Any] = {"ha": "center", "va": "center", "color": colour}
         axes.text(column, row - 0.09 / cell, f"{count}", fontsize=font, fontweight="bold", **text)
         axes.text(column, row + 0.14 / cell, _percent(count, support[row]), fontsize=0.8 * font, **text)
     if size > 5:
-        axes.set_xticks(range(size), [_elide(name, 18) for name in names])
-        axes.tick_params(axis="x", rotation=40)
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+        labels = [_elide(name, 18) for name in names]
+        axes.set_xticks(range(size), labels, rotation=40, ha="right", rotation_mode="anchor")
     else:
         axes.set_xticks(range(size), [_wrap(name, 13) for name in names])
-    axes.set_yticks(
-        range(size), [f"{_wrap(name, 18)}\nn = {count}" for name, count in zip(names, support, strict=True)]
-    )
+    rows = [f"{_wrap(name, 18)}\nn = {count}" for name, count in zip(names, support, strict=True)]
+    axes.set_yticks(range(size), rows)
     axes.set_xlabel("predicted class", labelpad=8)
     axes.set_ylabel("true class", labelpad=8)
     axes.set_xticks(np.arange(-0.5, size), minor=True)
@@ -70,39 +61,29 @@ def confusion_matrix(confusion: ConfusionMatrix) -> Figure:
 @png
 def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Figure:
     """Draw the ROC curve of each class against the rest. `labels` int [n], `probabilities` [n, classes]."""
-    labels = np.asarray(labels)
     columns = 2 if len(classes) > 4 else 1
     rows = -(-len(classes) // columns)
     figure, body = canvas((6.2, 6.2 + 0.21 * rows), "ROC curves", f"{images(len(labels))}; each class against the rest")
     axes = body.subplots()
     axes.plot([0, 1], [0, 1], color="#aab4c0", linewidth=1, linestyle=":")
-    handles, texts, areas = [], [], []
-    for index, name in enumerate(classes):
-        area = auroc(labels, probabilities, index)
-        areas.append(area)
+    areas = [auroc(labels, probabilities, index) for index in range(len(classes))]
+    handles = []
+    for index, (name, area) in enumerate(zip(classes, areas, strict=True)):
         positive = labels == index
-        curve = ([], []) if area is None else roc_curve(positive, np.asarray(probabilities)[:, index])[:2]
-        style: dict[str, Any] = {
-            "color": PALETTE[index % len(PALETTE)],
-            "linestyle": LINES[index // len(PALETTE) % len(LINES)],
-        }
-        handles += axes.plot(*curve, **style)
+        curve = ([], []) if area is None else roc_curve(positive, probabilities[:, index])[:2]
         value = "undefined" if area is None else f"{area:.3f}"
-        texts.append(f"{_elide(name, 14 if columns > 1 else 30)}  {value}  (n = {positive.sum()})")
+        label = f"{_elide(name, 14 if columns > 1 else 30)}  {value}  (n = {positive.sum()})"
+        line = LINES[index // len(PALETTE) % len(LINES)]
+        handles += axes.plot(*curve, color=PALETTE[index % len(PALETTE)], linestyle=line, label=label)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     if all(area is None or area > 0.9 for area in areas):  # else a curve would pass below the inset
         _magnify_corner(axes)
-    body.legend(
-        handles,
-        texts,
-        loc="outside lower center",
-        ncols=columns,
-        title="class, AUROC, images of the class",
-        title_fontproperties={"size": 9.5, "weight": "bold"},
-    )
+    title = "class, AUROC, images of the class"
+    legend = body.legend(handles=handles, loc="outside lower center", ncols=columns, title=title)
+    legend.get_title().set(size=9.5, weight="bold")
     return figure
 
 
@@ -115,11 +96,9 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure
     table = reliability(labels, probabilities)
     used = table.count > 0
     confidence, accuracy = table.confidence[used], table.accuracy[used]
-    figure, body = canvas(
-        (6.2, 6.9),
-        "Reliability of the confidence",
-        f"{images(int(table.count.sum()))} in {len(table.count)} bins; expected calibration error {table.ece:.3f}",
-    )
+    total = images(int(table.count.sum()))
+    subtitle = f"{total} in {len(table.count)} bins; expected calibration error {table.ece:.3f}"
+    figure, body = canvas((6.2, 6.9), "Reliability of the confidence", subtitle)
     top, bottom = body.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     diagonal = np.array([0.0, 1.0])
     top.fill_between(diagonal, diagonal, color=VERMILLION, alpha=0.07, linewidth=0)
@@ -153,26 +132,23 @@ def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold
         threshold: confidence below which the model abstains, to be marked; None if it never does.
     """
     curve = risk_coverage(labels, probabilities)
-    correct = np.rint(curve.accuracy * curve.answered).astype(int)
-    figure, body = canvas(
-        (6.2, 4.8), "Risk and coverage", f"{images(len(labels))}, answered in order of falling confidence"
-    )
+    subtitle = f"{images(len(labels))}, answered in order of falling confidence"
+    figure, body = canvas((6.2, 4.8), "Risk and coverage", subtitle)
     axes = body.subplots()
-    bounds = [wilson_interval(k, n) for k, n in zip(correct.tolist(), curve.answered.tolist(), strict=True)]
-    low, high = np.array(bounds).T
+    correct = np.rint(curve.accuracy * curve.answered)
+    low, high = np.array([wilson_interval(int(k), int(n)) for k, n in zip(correct, curve.answered, strict=True)]).T
     axes.fill_between(curve.coverage, low, high, color=BLUE, alpha=0.15, linewidth=0, step="post")
     axes.plot(curve.coverage, curve.accuracy, color=BLUE, drawstyle="steps-post")
     axes.plot(curve.coverage[-1], curve.accuracy[-1], "o", color=BLUE, markersize=6)
-    answered = np.flatnonzero(curve.threshold >= threshold) if threshold is not None else np.array([], int)
-    if len(answered):
-        coverage, accuracy = curve.coverage[answered[-1]], curve.accuracy[answered[-1]]
+    steps = 0 if threshold is None else int((curve.threshold >= threshold).sum())  # thresholds fall from step to step
+    if steps:
+        coverage, accuracy = curve.coverage[steps - 1], curve.accuracy[steps - 1]
         axes.axvline(coverage, color=INK, linewidth=1, linestyle=":")
         label = f"abstains below {threshold:.2f}: {accuracy:.1%} of the answers correct, {coverage:.0%} answered"
         axes.plot(coverage, accuracy, "o", color=VERMILLION, markersize=7, markeredgecolor="white", label=label)
         body.legend(loc="outside lower center")
     # The first twentieth rests on few images: its intervals would flatten all the rest.
-    lowest = min(low[len(low) // 20 :])
-    axes.set(xlim=(0, 1.01), ylim=(max(0.0, lowest - 0.03), 1.005))
+    axes.set(xlim=(0, 1.01), ylim=(max(0.0, min(low[len(low) // 20 :]) - 0.03), 1.005))
     axes.set(xlabel="coverage: share of images that is answered", ylabel="accuracy on these")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -199,26 +175,39 @@ def learning_curves(
     if not by_epoch:
         raise ValueError("the history holds no epoch")
     epochs = sorted(by_epoch)
-    series = {
-        key: np.array([by_epoch[epoch][key] for epoch in epochs], dtype=float)
-        for key in ("train_loss", "val_loss", "val_macro_f1", "learning_rate")
-    }
-    style: dict[str, Any] = {"marker": "o"} if len(epochs) < 3 else {}
-    figure, body = canvas(
-        (6.6, 6.6), "Learning curves", f"trained on {images(train_images)}, validated on {images(val_images)}"
-    )
+    subtitle = f"trained on {images(train_images)}, validated on {images(val_images)}"
+    figure, body = canvas((6.6, 6.6), "Learning curves", subtitle)
     loss, f1, rate = body.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.1))
-    loss.plot(epochs, series["train_loss"], color=BLUE, label="training", **style)
-    loss.plot(epochs, series["val_loss"], color=VERMILLION, label="validation", **style)
-    f1.plot(epochs, series["val_macro_f1"], color=VERMILLION, **style)
-    rate.plot(epochs, series["learning_rate"], color=MUTED, **style)
-    _mark_best(f1, (loss, rate), epochs, series["val_macro_f1"], epochs.index(best_epoch))
+
+    def draw(axes: Axes, key: str, colour: str, label: str | None = None) -> None:
+        values = np.array([by_epoch[epoch][key] for epoch in epochs], float)  # a null is drawn as a gap
+        axes.plot(epochs, values, color=colour, label=label, marker="o" if len(epochs) < 3 else None)
+
+    draw(loss, "train_loss", BLUE, "training")
+    draw(loss, "val_loss", VERMILLION, "validation")
+    draw(f1, "val_macro_f1", VERMILLION)
+    draw(rate, "learning_rate", MUTED)
+    for axes in (f1, loss, rate):
+        axes.axvline(best_epoch, color=INK, linewidth=1, linestyle=":")
+    best = by_epoch[best_epoch]["val_macro_f1"]
+    f1.plot(best_epoch, best, "o", color=VERMILLION, markersize=7, markeredgecolor="white")
+    late = epochs.index(best_epoch) > len(epochs) / 2
+    f1.annotate(
+        f"kept: {best:.3f}, epoch {best_epoch}",
+        (best_epoch, best),
+        (-10 if late else 10, -16),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        va="top",
+        fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+    )
     loss.set_ylabel("loss")
     loss.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above: a line may pass any corner of the axes
     f1.set_ylabel("validation\nmacro-F1")
     rate.set(ylabel="learning\nrate", xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5), ylim=(0, None))
     rate.yaxis.set_major_locator(MaxNLocator(2))
-    rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    rate.yaxis.set_major_formatter("{x:.3g}")
     rate.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     body.align_ylabels()
     return figure
@@ -249,20 +238,15 @@ def error_grid(
     shown, columns, tile, text = len(frames), 4, 1.72, 0.8
     rows = -(-shown // columns)
     width, height = 0.2 + columns * (tile + 0.12), 0.75 + rows * (tile + text)
-    title = "Worst errors" if shown else "No error"
-    figure, _ = canvas(
-        (width, height),
-        title,
-        f"of {errors} wrong among {images(total)}, most confident first" if errors else images(total),
-    )
-    entries = zip(list(frames), true, predicted, confidence, names, strict=True)
+    subtitle = f"of {errors} wrong among {images(total)}, most confident first" if errors else images(total)
+    figure, _ = canvas((width, height), "Worst errors" if shown else "No error", subtitle)
+    entries = zip(frames, true, predicted, confidence, names, strict=True)
     for index, (frame, truth, guess, sure, name) in enumerate(entries):
         row, column = divmod(index, columns)
         left, top = 0.16 + column * (tile + 0.12), height - 0.7 - row * (tile + text)
         axes = figure.add_axes((left / width, (top - tile) / height, tile / width, tile / height))
         axes.imshow(frame, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
         axes.set_axis_off()
-        axes.set_facecolor("black")
         caption: tuple[tuple[str, dict[str, Any]], ...] = (
             (f"true: {_elide(truth, 16)}", {"color": BLUE, "fontsize": 8.5}),
             (f"predicted: {_elide(guess, 12)}", {"color": VERMILLION, "fontsize": 8.5, "fontweight": "bold"}),
@@ -294,24 +278,6 @@ def _magnify_corner(axes: Axes) -> None:
     axes.indicate_inset_zoom(inset, edgecolor=MUTED)
 
 
-def _mark_best(f1: Axes, others: Sequence[Axes], epochs: Sequence[int], values: np.ndarray, best: int) -> None:
-    """Mark the epoch at position `best` in all axes, and its value in `f1`."""
-    for axes in (f1, *others):
-        axes.axvline(epochs[best], color=INK, linewidth=1, linestyle=":")
-    f1.plot(epochs[best], values[best], "o", color=VERMILLION, markersize=7, markeredgecolor="white")
-    late = best > len(epochs) / 2
-    f1.annotate(
-        f"kept: {values[best]:.3f}, epoch {epochs[best]}",
-        (epochs[best], values[best]),
-        (-10 if late else 10, -16),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        va="top",
-        fontweight="bold",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
-    )
-
-
 def _elide(text: str, most: int) -> str:
     """Shorten `text` to `most` characters in the middle: both ends of a file name tell it from its neighbours."""
     # Names come from folders and files: line feeds and broken encodings may stand in them.
@@ -322,9 +288,8 @@ def _elide(text: str, most: int) -> str:
 
 def _wrap(name: str, width: int) -> str:
     """Break a class name into at most two lines of `width`, at its underscores or hyphens if it has any."""
-    # Zero-width spaces mark where a name may break; textwrap knows only ordinary ones.
-    marked = _elide(name, 2 * width - 4).replace("_", "_\u200b").replace("-", "-\u200b")
-    pieces = marked.split("\u200b")
-    if len(marked.replace("\u200b", "")) <= width:
-        return "".join(pieces)
-    return "\n".join(textwrap.wrap(" ".join(pieces), width)[:2]).replace("_ ", "_").replace("- ", "-")
+    name = _elide(name, 2 * width - 4)
+    if len(name) <= width:
+        return name
+    lines = textwrap.wrap(name.replace("_", "_ ").replace("-", "- "), width)  # it breaks at spaces alone
+    return "\n".join(lines[:2]).replace("_ ", "_").replace("- ", "-")

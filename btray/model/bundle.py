@@ -150,8 +150,7 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
         raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
     weights_file = _read_verified(uri, WEIGHTS, manifest.weights_sha256)
     files = {name: _read_verified(uri, name, digest) for name, digest in manifest.files.items()}
-    unlisted = _visible_names(uri) - {MANIFEST, WEIGHTS, *manifest.files}
-    if unlisted:
+    if unlisted := _visible_names(uri) - {MANIFEST, WEIGHTS, *manifest.files}:
         raise UserError(
             f"{uri} holds {min(unlisted)}, which {MANIFEST} does not list; remove it or copy the bundle again"
         )
@@ -205,8 +204,7 @@ def require_free(uri: str) -> None:
             raise UserError(f"--out {uri}: there is no bucket {bucket}; make it, or name another")
     elif storage.exists(uri) and not storage.is_folder(uri):
         raise UserError(f"--out {uri} is a file; name a folder")
-    foreign = _visible_names(uri) - _own_names(uri)
-    if foreign:
+    if foreign := _visible_names(uri) - _own_names(uri):
         raise UserError(
             f"--out {uri} is not empty and holds {min(foreign)}, which is not part of a bundle; name an empty folder"
         )

@@ -110,7 +110,5 @@ def drift(reference: Profile, observed: Profile) -> Drift:
 
 def _counts(values: Sequence[float], edges: Sequence[float]) -> list[int]:
     """Return a histogram. A value on an edge counts above it, but for the last edge; one beyond, in the last bin."""
-    within = np.clip(np.asarray(values, float), edges[0], edges[-1])
-    bins = np.clip(np.searchsorted(edges, within, side="right") - 1, 0, len(edges) - 2)
-    counts: list[int] = np.bincount(bins.astype(np.int64), minlength=len(edges) - 1).tolist()
+    counts: list[int] = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
     return counts

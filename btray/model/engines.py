@@ -45,10 +45,8 @@ def make_engine(name: EngineName, network: Network, *, size: int, device: torch.
     example = example.contiguous(memory_format=torch.channels_last)
     engine = _frozen(network, example) if name == "frozen" else _onnx(network, example)
     with torch.inference_mode():
-        worst = max(
-            float((got - own).abs().max())
-            for got, own in zip(engine(example), network.with_summary(example), strict=True)
-        )
+        outputs = zip(engine(example), network.with_summary(example), strict=True)
+        worst = max(float((got - own).abs().max()) for got, own in outputs)
     if not worst <= TOLERANCE:
         _log.warning("engine %s differs by %.1e from the network on this machine; eager is used instead", name, worst)
         return network.with_summary
@@ -69,8 +67,7 @@ class _WithSummary(nn.Module):
 
 def _frozen(network: Network, example: Tensor) -> Engine:
     """Make one graph with its weights as constants and batch normalisation folded into the convolutions."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         graph = torch.jit.load(io.BytesIO(_traced(network, example)), map_location=example.device)
         graph.load_state_dict(_WithSummary(network).state_dict())
         engine: Engine = torch.jit.freeze(graph.eval())
@@ -107,8 +104,7 @@ def _onnx(network: Network, example: Tensor) -> Engine:
         raise UserError("engine onnx needs the extra: pip install 'btray[onnx]'") from error
     graph = io.BytesIO()
     names = ["logits", "features"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             _WithSummary(network),
             (example.contiguous(),),
@@ -123,8 +119,7 @@ def _onnx(network: Network, example: Tensor) -> Engine:
     session: Any = onnxruntime.InferenceSession(graph.getvalue(), options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = np.ascontiguousarray(images.numpy())
-        logits, features = (torch.from_numpy(values) for values in session.run(names, {"images": pixels}))
-        return logits, features
+        logits, features = session.run(names, {"images": np.ascontiguousarray(images.numpy())})
+        return torch.from_numpy(logits), torch.from_numpy(features)
 
     return run

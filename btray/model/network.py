@@ -6,7 +6,6 @@ Every network maps float32 [n, 1, size, size] to logits [n, classes] and has the
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 
@@ -29,18 +28,11 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self,
-        parts: list[nn.Module],
-        width: int,
-        pooling: str,
-        dropout: float,
-        classes: int,
-        *,
-        aliases: Mapping[str, str] | None = None,
+        self, parts: list[nn.Module], width: int, classes: int, *, pooling: str, dropout: float, aliases: dict[str, str]
     ) -> None:
         """`width`: channels of the last feature map."""
         super().__init__()
-        self.aliases = dict(aliases or {})
+        self.aliases = aliases
         self.parts = nn.ModuleList(parts)
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
@@ -102,11 +94,8 @@ class Block(nn.Module):
         self.gate = SqueezeExcite(channels, config.squeeze_excite) if config.squeeze_excite else nn.Identity()
         self.skip: nn.Module | None = None
         if config.residual:
-            self.skip = (
-                nn.Identity()
-                if (channels_in, stride) == (channels, 1)
-                else _shortcut(channels_in, channels, stride, config)
-            )
+            same = (channels_in, stride) == (channels, 1)
+            self.skip = nn.Identity() if same else _shortcut(channels_in, channels, stride, config)
         self.activation = activation()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -140,10 +129,19 @@ def build_network(config: NetworkConfig, classes: int) -> Network:
 
     A torchvision backbone takes one gray channel and keeps its own feature extractor; only its head is ours.
     """
-    if config.architecture == "cnn":
-        return _build_cnn(config, classes)
-    parts, aliases, width = _backbone(config.architecture)
-    return Network(parts, width, "average", config.dropout, classes, aliases=aliases)
+    if config.architecture != "cnn":
+        return _build_backbone(config, classes)
+    stem = _convolution(1, config.stem_width, config.stem_stride, config)
+    parts: list[nn.Module] = [nn.Sequential(stem, _ACTIVATIONS[config.activation]())]
+    channels, stride = config.stem_width, config.first_stride
+    for width, depth in zip(config.widths, config.depths, strict=True):
+        blocks = [Block(channels, width, stride, config)]
+        blocks += [Block(width, width, 1, config) for _ in range(depth - 1)]
+        parts.append(nn.Sequential(*blocks))
+        channels, stride = width, 2
+    network = Network(parts, channels, classes, pooling=config.pooling, dropout=config.dropout, aliases={})
+    network.apply(_initialise)
+    return network
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -182,23 +180,6 @@ def load_matching(network: Network, weights: Mapping[str, Tensor]) -> list[str]:
     return sorted(fitting)
 
 
-def _build_cnn(config: NetworkConfig, classes: int) -> Network:
-    stem = nn.Sequential(
-        _convolution(1, config.stem_width, config.stem_stride, config), _ACTIVATIONS[config.activation]()
-    )
-    parts: list[nn.Module] = [stem]
-    channels = config.stem_width
-    for index, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
-        stride = config.first_stride if index == 0 else 2
-        blocks = [Block(channels, width, stride, config)]
-        blocks += [Block(width, width, 1, config) for _ in range(depth - 1)]
-        parts.append(nn.Sequential(*blocks))
-        channels = width
-    network = Network(parts, channels, config.pooling, config.dropout, classes)
-    network.apply(_initialise)
-    return network
-
-
 def _convolution(channels_in: int, channels: int, stride: int, config: NetworkConfig) -> nn.Sequential:
     convolution = nn.Conv2d(
         channels_in, channels, config.kernel, stride, padding=config.kernel // 2, bias=config.norm == "none"
@@ -232,11 +213,16 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _backbone(name: str) -> tuple[list[nn.Module], dict[str, str], int]:
-    """Return the feature extractor of a torchvision model in parts, from input to output, their aliases, its width."""
+def _build_backbone(config: NetworkConfig, classes: int) -> Network:
+    """Make the feature extractor of a torchvision model, for one gray channel, with a head of ours."""
     import torchvision  # takes two seconds, in every process, and only these networks need it
 
+    name = config.architecture
     model = torchvision.models.get_model(name, weights=None)
+    # The first convolution takes three colours, which are all the same in a gray image.
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.in_channels = 1
+    first.weight = nn.Parameter(first.weight.detach().sum(1, keepdim=True))
     if name.startswith("resnet"):
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
         parts = [stem, model.layer1, model.layer2, model.layer3, model.layer4]
@@ -250,14 +236,4 @@ def _backbone(name: str) -> tuple[list[nn.Module], dict[str, str], int]:
             parts.append(nn.ReLU())
         last = model.classifier if isinstance(model.classifier, nn.Linear) else model.classifier[-1]
         width = 512 if name.startswith("vgg") else last.in_features
-    return _take_one_channel(nn.ModuleList(parts)), aliases, width
-
-
-def _take_one_channel(parts: nn.ModuleList) -> list[nn.Module]:
-    """Replace the first convolution, which takes three colours, by one that takes gray."""
-    name, colour = next((name, module) for name, module in parts.named_modules() if isinstance(module, nn.Conv2d))
-    gray = copy.deepcopy(colour)
-    gray.in_channels = 1
-    gray.weight = nn.Parameter(colour.weight.detach().sum(1, keepdim=True))
-    parts.set_submodule(name, gray)
-    return list(parts)
+    return Network(parts, width, classes, pooling="average", dropout=config.dropout, aliases=aliases)

@@ -195,17 +195,16 @@ def csv_header(classes: Sequence[str]) -> list[str]:
 
 def csv_cells(answer: Answer) -> list[str]:
     """Return the answer as text: six decimals, `true` or `false`, labels of a set separated by `;`, null empty."""
-    cells: list[str] = []
+    values: list[Any] = []
     for name in ANSWER:
-        match getattr(answer, name):
-            case dict() as by_class:
-                cells += [f"{share:.6f}" for share in by_class.values()]
-            case tuple() as labels:
-                cells.append(";".join(labels))
-            case bool() as flag:
-                cells.append(str(flag).lower())
-            case float() as number:
-                cells.append(f"{number:.6f}")
-            case value:
-                cells.append(value or "")
-    return cells
+        value = getattr(answer, name)
+        values += value.values() if isinstance(value, dict) else [value]
+    return [_csv_text(value) for value in values]
+
+
+def _csv_text(value: float | bool | str | tuple[str, ...] | None) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    return ";".join(value) if isinstance(value, tuple) else value or ""

@@ -35,12 +35,12 @@ from btray.audit.findings import (
     Patients,
     SizeCount,
 )
-from btray.audit.inspection import InspectBlock
+from btray.audit.inspection import inspect_block
 from btray.audit.job import audit
 from btray.audit.report import render_audit
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.fingerprint import correlations, thumbnails
-from btray.data.scans import ScanLimits, decode
+from btray.data.scans import decode
 from tests.helpers.image_truth import COPIES, REFRAMED, SAME_PIXELS, encode, recall_and_precision
 from tests.helpers.pages import HOSTILE, Page
 
@@ -356,11 +356,11 @@ def test_data_and_audit_may_lie_in_object_storage(ray_session: None, bucket: str
 
 def audited(table: pa.Table) -> tuple[AuditReport, str]:
     """The findings of files without duplicates, and the page, made in this process."""
-    inspected = InspectBlock(ScanLimits())(pa.table({"row": np.arange(len(table)), "uri": table["uri"]}))
+    inspected = inspect_block(pa.table({"row": np.arange(len(table)), "uri": table["uri"]}))
     readable = inspected.filter(pc.equal(inspected["code"], ""))
     pixels = distinct(readable["pixel_digest"])
     twins = Twins(pixels, np.zeros((0, 2), np.int64), np.zeros(0, np.float32), 0, 0)
-    members = group(readable, twins)
+    members = group(table, readable, twins)
     report = summarise("data", table, inspected, twins, members)
     return report, render_audit(report, table, inspected, members, most_groups=9)
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -153,11 +154,17 @@ def read_text(uri: str) -> str:
         return data.decode()
 
 
-def read_json(uri: str) -> Any:
-    """Return the file as JSON. Raises StorageError; `failed` if it is not JSON."""
-    text = read_text(uri)
-    with storage_errors_for(uri):
-        return json.loads(text)
+def read_json(uri: str, *, missing_ok: bool = False) -> Any:
+    """Return the file as JSON; None if it is not there and may be missing.
+
+    Raises:
+        StorageError: not_found and so on; `failed` if it is not JSON.
+    """
+    with suppress_missing() if missing_ok else nullcontext():
+        text = read_text(uri)
+        with storage_errors_for(uri):
+            return json.loads(text)
+    return None
 
 
 # ---- writing

@@ -64,11 +64,7 @@ class PartTally(BaseModel, frozen=True):
 
     @classmethod
     def of(
-        cls,
-        rows: Sequence[Mapping[str, Any]],
-        objects: Sequence[FileInfo],
-        seconds: Mapping[str, float],
-        **more: Any,
+        cls, rows: Sequence[Mapping[str, Any]], objects: Sequence[FileInfo], seconds: Mapping[str, float], **more: Any
     ) -> Self:
         """Count `rows`, which came of `objects`; `more` are the fields of a subclass."""
         rejected = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
@@ -234,8 +230,5 @@ class ClassifyTotals(Totals[ClassifyTally]):
     def report(self, **facts: Any) -> RunReport:
         """Return the report; see `Totals.report`."""
         return super().report(
-            labels=dict(self.labels.most_common()),
-            profile=self.profile,
-            least_certain=self.least_certain,
-            **facts,
+            labels=dict(self.labels.most_common()), profile=self.profile, least_certain=self.least_certain, **facts
         )

@@ -115,13 +115,8 @@ def begin(
         _close_unwritten_parts(run, schema)
         finish(run, AbandonedRun(request=run.request))
     now = datetime.now(UTC)
-    run = Run(
-        run_id=f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}",
-        group=group,
-        parts=folder(f"{now:%Y-%m-%d}"),
-        output=output,
-        request=request,
-    )
+    run_id = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
+    run = Run(run_id=run_id, group=group, parts=folder(f"{now:%Y-%m-%d}"), output=output, request=request)
     # without the output, which may be moved or be mounted elsewhere by the time the run is resumed
     storage.write_json(storage.join(run.folder, _PLAN), asdict(run) | {"output": None})
     return run, False

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 
@@ -136,8 +137,7 @@ def draw_labels(profiles: Mapping[str, Profile]) -> Figure:
     axes.set_yticks(np.arange(len(names)), names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _add_legend(body)
+    _finish(body, axes.xaxis)
     return figure
 
 
@@ -154,11 +154,11 @@ def draw_histogram(
         axes.stairs(shares, edges, color=_COLOURS[number], label=name, **style)
     axes.set(xlim=(0, edges[-1]), xlabel=label, ylabel="share of the frames")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _add_legend(body)
+    _finish(body, axes.yaxis)
     return figure
 
 
-def _add_legend(body: SubFigure) -> None:
-    """Put the legend above the axes, where it covers no bar whatever the answers are."""
+def _finish(body: SubFigure, shares: Axis) -> None:
+    """Mark `shares` in percent and put the legend above the axes, where it covers no bar whatever the answers are."""
+    shares.set_major_formatter(PercentFormatter(1, decimals=0))
     body.legend(loc="outside upper left", ncols=len(_COLOURS))

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,11 +159,14 @@ def read_json(uri: str, *, missing_ok: bool = False) -> Any:
     Raises:
         StorageError: not_found and so on; `failed` if it is not JSON.
     """
-    with suppress_missing() if missing_ok else nullcontext():
+    try:
         text = read_text(uri)
-        with storage_errors_for(uri):
-            return json.loads(text)
-    return None
+    except StorageError as error:
+        if missing_ok and error.code == "not_found":
+            return None
+        raise
+    with storage_errors_for(uri):
+        return json.loads(text)
 
 
 # ---- writing

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 from btray import storage
 from btray.bulk import table
@@ -42,6 +41,7 @@ class ClassifyJob(ArchiveJob):
 
     name = "classify"
     schema = table.SCHEMA
+    choices = frozenset({"reclassify", "retry_rejected", "explain_labels"})
 
     def __init__(self, config: ClassifyConfig) -> None:
         """Load the bundle. Raises UserError if there is none, or if it does not know a label of `explain_labels`."""
@@ -55,10 +55,6 @@ class ClassifyJob(ArchiveJob):
         self.gpu_share = config.gpu_share if config.use_gpu else 0.0
         self.completed = CompletedIndex(self.output, self.group)
 
-    def choices(self) -> dict[str, Any]:
-        """Return what else the worklist follows from."""
-        return self.config.model_dump(mode="json", include={"reclassify", "retry_rejected", "explain_labels"})
-
     def folder(self, run_date: str) -> str:
         """Return the folder of this model's rows of a day."""
         return table.folder(self.group, run_date)
@@ -66,9 +62,8 @@ class ClassifyJob(ArchiveJob):
     def completed_keys(self) -> Iterator[Keys]:
         """Yield the keys of what the model has classified before."""
         if not self.config.reclassify:
-            yield from self.completed.keys(
-                retry_rejected=self.config.retry_rejected, write_missing=not self.config.dry_run
-            )
+            retry_rejected, write_missing = self.config.retry_rejected, not self.config.dry_run
+            yield from self.completed.keys(retry_rejected=retry_rejected, write_missing=write_missing)
 
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes the classifier of an actor."""

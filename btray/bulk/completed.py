@@ -78,8 +78,8 @@ class CompletedIndex:
 
     def _of_run(self, run_id: str, files: Iterator[FileInfo], write_missing: bool) -> Iterator[Records]:
         folder = run_folder(self._output, self._model_id, run_id)
-        index = _read_index(folder)
-        if index is None:
+        index = storage.read_json(storage.join(folder, _INDEX), missing_ok=True)
+        if index is None or index["format"] != _FORMAT:
             return _write_key_files(folder, files) if write_missing and has_ended(folder) else _read(files)
         if sum(1 for _ in files) != index["files"]:
             # somebody has removed some, so that their objects are classified again
@@ -96,7 +96,6 @@ class LatestOutcomes:
         self._folder = folder
         self._held: list[Records] = []
         self._count = 0
-        self._on_disk = False
 
     def add(self, records: Records) -> None:
         """Add records, in any order."""
@@ -107,25 +106,22 @@ class LatestOutcomes:
 
     def keys(self, worst: int) -> Iterator[Keys]:
         """Yield the keys whose latest outcome is `worst` or better. Of two at the same moment the worse one counts."""
-        if self._on_disk:
+        if any(self._folder.iterdir()):
             self._spill()
-            for pile in filter(Path.exists, map(self._pile, range(_PILES))):
+            for pile in self._folder.iterdir():
                 yield _keys_of_latest(np.fromfile(pile, RECORD), worst)
         elif self._held:
             yield _keys_of_latest(np.concatenate(self._held), worst)
 
-    def _pile(self, number: int) -> Path:
-        return self._folder / f"{number:03d}.pile"
-
     def _spill(self) -> None:
         records = np.concatenate([*self._held, np.empty(0, RECORD)])
-        self._held, self._count, self._on_disk = [], 0, True
+        self._held, self._count = [], 0
         first_bytes: npt.NDArray[Any] = records.view(np.uint8).reshape(-1, RECORD.itemsize)[:, 0]
         order = np.argsort(first_bytes, kind="stable")
         ends = np.cumsum(np.bincount(first_bytes, minlength=_PILES))
         for number, some in enumerate(np.split(records[order], ends[:-1])):
             if len(some):
-                with self._pile(number).open("ab") as file:
+                with (self._folder / f"{number:03d}.pile").open("ab") as file:
                     some.tofile(file)
 
 
@@ -141,34 +137,29 @@ def _keys_of_latest(records: Records, worst: int) -> Keys:
 
 def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
     """Yield the records of a run's table `files`, and write them into key files below its own `folder` on the way."""
-    held: list[Records] = []
     key_files = 0
     numbers = count()
-
-    def write() -> None:
-        nonlocal held, key_files
+    for records in _concatenated(_read(info for info, _ in zip(files, numbers, strict=False))):
         body = io.BytesIO()
-        np.save(body, np.concatenate(held))
+        np.save(body, records)
         storage.write_bytes(_key_file(folder, key_files), body.getvalue())
-        held, key_files = [], key_files + 1
-
-    for records in _read(info for info, _ in zip(files, numbers, strict=False)):
+        key_files += 1
         yield records
-        held.append(records)
-        if sum(map(len, held)) >= _FILE_RECORDS:
-            write()
-    if held:
-        write()
     # last: key files without their index do not count
     index = {"format": _FORMAT, "files": next(numbers), "key_files": key_files}
     storage.write_json(storage.join(folder, _INDEX), index)
 
 
-def _read_index(folder: str) -> dict[str, Any] | None:
-    with storage.suppress_missing():
-        index: dict[str, Any] = storage.read_json(storage.join(folder, _INDEX))
-        return index if index["format"] == _FORMAT else None
-    return None
+def _concatenated(parts: Iterator[Records]) -> Iterator[Records]:
+    """Yield the same records, as many at a time as one key file holds."""
+    held: list[Records] = []
+    for records in parts:
+        held.append(records)
+        if sum(map(len, held)) >= _FILE_RECORDS:
+            yield np.concatenate(held)
+            held = []
+    if held:
+        yield np.concatenate(held)
 
 
 def _key_file(folder: str, number: int) -> str:

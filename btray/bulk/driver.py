@@ -14,8 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import chain
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -35,7 +34,7 @@ from btray.core import logs, metrics
 from btray.core.cluster import connected
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, ThresholdExceeded, UserError
-from btray.data.key_set import Keys, KeySet
+from btray.data.key_set import Keys
 from btray.storage import FileInfo, StorageError, lease
 
 _log = logging.getLogger(__name__)
@@ -50,16 +49,14 @@ class ArchiveJob(ABC):
     """Of its files."""
     gpu_share = 0.0
     """GPU of each actor."""
+    choices: frozenset[str] = frozenset()
+    """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
     def __init__(self, config: ArchiveConfig, *, group: str) -> None:
         """Resolve the output. `group` is that of its runs: see `runs.Run`."""
         self.config = config
         self.output = storage.resolve(config.output)
         self.group = group
-
-    def choices(self) -> dict[str, Any]:
-        """Return what the worklist follows from besides the selection; an unfinished run with others is abandoned."""
-        return {}
 
     @abstractmethod
     def folder(self, run_date: str) -> str:
@@ -93,8 +90,7 @@ def run_archive(job: ArchiveJob) -> None:
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.output)
         listed = list_archive(config.input, selection, patience=config.patience)
         # An archive that is not there is refused now, before anything is written.
-        first = next(listed, None)
-        listed = iter(()) if first is None else chain([first], listed)
+        listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
             _estimate(job, listed)
             return
@@ -124,27 +120,19 @@ def _readable_errors() -> Iterator[None]:
         raise cause from error
 
 
-def _completed(job: ArchiveJob, scratch: str) -> KeySet:
-    completed = KeySet(Path(scratch))
-    for keys in job.completed_keys():
-        completed.add(keys)
-    return completed
-
-
 def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:
     """Print how much there is to do; write nothing."""
     with tempfile.TemporaryDirectory() as scratch:
-        new = NewObjects(_completed(job, scratch))
+        new = NewObjects(job.completed_keys(), scratch)
         objects = size = 0
         for info in new.among(listed):
             if objects == job.config.limit:
                 break
             objects, size = objects + 1, size + info.size
     last = next(runs.reports(job.output, job.group), None)
-    rate = last.images_per_second if last else 0.0
-    time_needed = (
-        f"about {duration(objects / rate)} at the last run's {rate:.0f} images/s" if rate else "unknown time: first run"
-    )
+    time_needed = "unknown time: first run"
+    if last and (rate := last.images_per_second):
+        time_needed = f"about {duration(objects / rate)} at the last run's {rate:.0f} images/s"
     print(
         f"{objects} new objects, {size / 1e6:.1f} MB, {time_needed}; {new.unchanged} unchanged. Nothing was written.",
         flush=True,
@@ -156,14 +144,14 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
     config = job.config
     started = datetime.now(UTC)
     totals = job.totals()
-    selected = config.model_dump(mode="json", include={"include", "exclude", "since", "limit"})
-    request = {"input": storage.resolve(config.input)} | selected | job.choices()
+    selected = config.model_dump(mode="json", include={"include", "exclude", "since", "limit", *job.choices})
+    request = {"input": storage.resolve(config.input)} | selected
     with storage.retry_timeout(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
         logs.bind(run_id=run.run_id)
         if resumed:
             _log.info("resuming run %s, which was interrupted", run.run_id)
-        listing = Listing(run, config, listed, lambda: _completed(job, scratch), check)
+        listing = Listing(run.worklist, config, listed, lambda: NewObjects(job.completed_keys(), scratch), check)
         listing.start()
         try:
             listing.begun.wait()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +11,7 @@ import numpy.typing as npt
 from btray import storage
 from btray.bulk.report import ClassifiedFrame
 from btray.data.frames import Rejection
+from btray.data.rejections import as_csv
 from btray.explain import heat_maps, overlay_png
 from btray.model.classifier import Classifier
 
@@ -38,16 +37,14 @@ def write_explanations(
     """
     if not frames:
         return
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(_COLUMNS)
+    rows = []
     pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
     for frame, picture in zip(frames, pictures, strict=True):
         key = f"{frame.uri}\0{frame.frame}".encode("utf-8", "backslashreplace")
         file = f"{hashlib.sha256(key).hexdigest()[:20]}.png"
         storage.write_bytes(storage.join(folder, file), picture)
-        table.writerow([frame.uri, frame.frame, frame.label, f"{frame.confidence:.4f}", file])
-    storage.write_text(storage.join(folder, f"{name}.csv"), text.getvalue())
+        rows.append((frame.uri, frame.frame, frame.label, f"{frame.confidence:.4f}", file))
+    storage.write_bytes(storage.join(folder, f"{name}.csv"), as_csv(_COLUMNS, rows))
 
 
 def read_frames(classifier: Classifier, frames: Sequence[ClassifiedFrame]) -> tuple[list[ClassifiedFrame], Pixels]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote_plus
@@ -15,16 +16,12 @@ from btray.core.errors import UserError
 from btray.data.manifests import csv_batches, open_for_arrow
 from btray.storage import FileInfo, StorageError
 
-_COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet
-    "Bucket": "bucket",
-    "Key": "key",
-    "IsLatest": "is_latest",
-    "IsDeleteMarker": "is_delete_marker",
-    "Size": "size",
-    "LastModifiedDate": "last_modified_date",
-    "ETag": "e_tag",
-}
 _NEEDED = ("Bucket", "Key", "Size", "ETag")
+_COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet, as LastModifiedDate -> last_modified_date
+    name: re.sub(r"\B(?=[A-Z])", "_", name).lower()
+    for name in (*_NEEDED, "IsLatest", "IsDeleteMarker", "LastModifiedDate")
+}
+_UNKNOWN_TIME = datetime.fromtimestamp(0, UTC)
 
 
 def named_in_inventory(root: str) -> Iterator[FileInfo]:
@@ -36,7 +33,7 @@ def named_in_inventory(root: str) -> Iterator[FileInfo]:
         report = json.loads(storage.read_text(root))
         files = [str(file["key"]) for file in report["files"]]
         kind, bucket = str(report["fileFormat"]), str(report["destinationBucket"]).rpartition(":")[2]
-        columns = [name.strip() for name in str(report["fileSchema"]).split(",")]
+        fields = [name.strip() for name in str(report["fileSchema"]).split(",")]
     except StorageError as error:
         raise storage.user_error(error) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -49,7 +46,7 @@ def named_in_inventory(root: str) -> Iterator[FileInfo]:
     for key in files:
         # a report that was downloaded has its files beside it
         uri = f"s3://{bucket}/{key}" if storage.is_remote(root) else storage.join(root.rpartition("/")[0], key)
-        for row in _parquet_rows(uri) if kind == "Parquet" else _csv_rows(uri, columns):
+        for row in _rows(uri, kind, [_COLUMNS.get(field, field) for field in fields]):
             info = _entry(row)
             seen += 1
             if info is not None:
@@ -62,34 +59,32 @@ def named_in_inventory(root: str) -> Iterator[FileInfo]:
         )
 
 
-def _require(uri: str, present: Collection[str], names: Mapping[str, str]) -> None:
-    """Raise UserError unless all needed fields are present, by the `names` that they have in this kind of file."""
-    missing = [field for field in _NEEDED if names[field] not in present]
+def _rows(uri: str, kind: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one file by the names of Parquet; a CSV, which has no header, has `columns`.
+
+    Keys are URL-encoded in a CSV, and only there: with `+` for a space, as S3 does.
+    """
+    if kind == "Parquet":
+        with open_for_arrow(uri) as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            for batch in table.iter_batches(columns=_present(uri, table.schema_arrow.names)):
+                yield from batch.to_pylist()
+        return
+    filesystem, path = storage.arrow_filesystem(uri)
+    present = _present(uri, columns)
+    with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as file:
+        for batch in csv_batches(file, columns, present, header=False):
+            yield from (row | {"key": unquote_plus(row["key"])} for row in batch.to_pylist())
+
+
+def _present(uri: str, names: Collection[str]) -> list[str]:
+    """Return which of the fields that are read a file has. Raises UserError if one that is needed is missing."""
+    missing = [field for field in _NEEDED if _COLUMNS[field] not in names]
     if missing:
         raise UserError(
             f"{uri} has no field {' and '.join(missing)}; add it to the fields of the inventory's configuration in S3."
         )
-
-
-def _parquet_rows(uri: str) -> Iterator[dict[str, Any]]:
-    with open_for_arrow(uri) as file:
-        table = pyarrow.parquet.ParquetFile(file)
-        _require(uri, table.schema_arrow.names, _COLUMNS)
-        present = [name for name in _COLUMNS.values() if name in table.schema_arrow.names]
-        for batch in table.iter_batches(columns=present):
-            yield from batch.to_pylist()
-
-
-def _csv_rows(uri: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a CSV report, where keys are URL-encoded, and only there: with `+` for a space, as S3 does."""
-    _require(uri, columns, {name: name for name in _COLUMNS})
-    present = [name for name in _COLUMNS if name in columns]
-    filesystem, path = storage.arrow_filesystem(uri)
-    with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as file:
-        for batch in csv_batches(file, columns, present, header=False):
-            for row in batch.to_pylist():
-                named = {_COLUMNS[name]: value for name, value in row.items()}
-                yield named | {"key": unquote_plus(named["key"])}
+    return [name for name in _COLUMNS.values() if name in names]
 
 
 def _entry(row: dict[str, Any]) -> FileInfo | None:
@@ -99,10 +94,8 @@ def _entry(row: dict[str, Any]) -> FileInfo | None:
     key, size = row["key"], int(row.get("size") or 0)
     if (size == 0 and key.endswith(("/", "_$folder$"))) or any(p.startswith((".", "_")) for p in key.split("/")):
         return None
-    modified = row.get("last_modified_date") or None
-    if isinstance(modified, str):
-        modified = datetime.fromisoformat(modified)
-    if modified is not None and modified.tzinfo is None:
+    modified = datetime.fromisoformat(str(row.get("last_modified_date") or _UNKNOWN_TIME))
+    if modified.tzinfo is None:
         modified = modified.replace(tzinfo=UTC)
     etag = (row.get("e_tag") or "").strip('"')
-    return FileInfo(f"s3://{row['bucket']}/{key}", size, etag, modified.timestamp() if modified else 0.0)
+    return FileInfo(f"s3://{row['bucket']}/{key}", size, etag, modified.timestamp())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from btray import storage
 from btray.bulk import worklist
 from btray.bulk.config import ArchiveConfig
-from btray.bulk.runs import Run
 from btray.bulk.worklist import WorklistWriter
-from btray.data.key_set import KeySet, keys_of
+from btray.data.key_set import Keys, KeySet, keys_of
 from btray.storage import FileInfo, StorageError
 
 _AT_A_TIME = 1024
@@ -22,9 +24,11 @@ _AGAIN = 5.0  # seconds
 class NewObjects:
     """Filters listed objects for those that are not completed and come for the first time, and counts the others."""
 
-    def __init__(self, completed: KeySet) -> None:
-        """Add the keys of new objects to `completed`, so that each comes once."""
-        self.completed = completed
+    def __init__(self, completed: Iterable[Keys], scratch: str) -> None:
+        """Keep the keys of `completed` objects, and of each new one, so that it comes once, in the folder `scratch`."""
+        self.known = KeySet(Path(scratch))
+        for keys in completed:
+            self.known.add(keys)
         self.unchanged = 0
 
     def among(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
@@ -34,46 +38,43 @@ class NewObjects:
             most = min(2 * most, _MOST_AT_A_TIME)  # the first rows do not wait, the many cost less each
             once = list({(info.uri, info.etag): info for info in chunk}.values())
             keys = keys_of([(info.uri, info.etag) for info in once])
-            known = self.completed.contains(keys)
-            self.completed.add(keys[~known])
+            known = self.known.contains(keys)
+            self.known.add(keys[~known])
             new = [info for info, skip in zip(once, known, strict=True) if not skip]
             self.unchanged += len(chunk) - len(new)
             yield from new
 
 
+@dataclass(eq=False, repr=False)
 class Listing(threading.Thread):
-    """Writes the worklist of a run in the background; that of a resumed run continues after its last shard.
+    """Writes the worklist of a run in the background; that of a resumed run continues after its last shard."""
 
-    Nothing is sealed once `check` raises: another run has the lease.
-    `begun` is set once there is a shard or the listing has ended, `complete` when all is listed. After it has ended
-    `error` is what stopped it. The counts grow while it runs: `objects` of the worklist, and `unchanged` ones.
-    """
+    folder: str
+    """Of the worklist."""
+    config: ArchiveConfig
+    listed: Iterator[FileInfo]
+    new_objects: Callable[[], NewObjects]
+    """Called in the thread, since it may read a large table."""
+    check: Callable[[], None]
+    """Nothing is sealed once it raises: another run has the lease."""
+    begun: threading.Event = field(default_factory=threading.Event)
+    """Set once there is a shard or the listing has ended."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    """What stopped the listing, after it has ended."""
+    complete: bool = False
+    """All is listed."""
+    objects: int = 0
+    """Of the worklist; grows while it is written, as `unchanged` does."""
+    unchanged: int = 0
 
-    def __init__(
-        self,
-        run: Run,
-        config: ArchiveConfig,
-        listed: Iterator[FileInfo],
-        completed: Callable[[], KeySet],
-        check: Callable[[], None],
-    ) -> None:
-        """Take what is `listed`; `completed` is called in the thread, since it may read a large table."""
+    def __post_init__(self) -> None:
+        """Make the thread, which waits for `start`."""
         super().__init__(name="listing", daemon=True)
-        self.begun = threading.Event()
-        self.cancelled = threading.Event()
-        self.error: BaseException | None = None
-        self.complete = False
-        self.objects = 0
-        self.unchanged = 0
-        self._worklist = run.worklist
-        self._config = config
-        self._listed = listed
-        self._completed = completed
-        self._check = check
 
     def run(self) -> None:
         """Write the worklist; called by the thread."""
-        with storage.retry_timeout(self._config.patience):
+        with storage.retry_timeout(self.config.patience):
             try:
                 self._write()
             except BaseException as error:  # it is raised again by the thread that waits for the rows
@@ -82,25 +83,24 @@ class Listing(threading.Thread):
                 self.begun.set()
 
     def _write(self) -> None:
-        shards, complete = worklist.sealed_shards(self._worklist)
+        shards, complete = worklist.sealed_shards(self.folder)
         if not complete:
-            worklist.reopen(self._worklist)
+            worklist.reopen(self.folder)
         if shards:
             self.begun.set()
-        known = None if complete else self._completed()
+        new = None if complete else self.new_objects()
         for uri in shards:
             shard = worklist.read_shard(uri)
             self.objects += len(shard)
-            if known is not None:
-                known.add(keys_of(list(zip(shard["uri"].to_pylist(), shard["etag"].to_pylist(), strict=True))))
-        if known is not None:
-            writer = WorklistWriter(self._worklist, len(shards), check=self._check)
-            self._seal(NewObjects(known), writer)
+            if new is not None:
+                new.known.add(keys_of(list(zip(shard["uri"].to_pylist(), shard["etag"].to_pylist(), strict=True))))
+        if new is not None:
+            self._seal(new, WorklistWriter(self.folder, len(shards), check=self.check))
         self.complete = True
 
     def _seal(self, new: NewObjects, writer: WorklistWriter) -> None:
-        before, limit = self.objects, self._config.limit
-        objects = islice(new.among(self._listed), None if limit is None else max(0, limit - before))
+        before, limit = self.objects, self.config.limit
+        objects = islice(new.among(self.listed), None if limit is None else max(0, limit - before))
         try:
             while chunk := list(islice(objects, _AT_A_TIME)):
                 if self.cancelled.is_set():
@@ -113,18 +113,11 @@ class Listing(threading.Thread):
             writer.end(complete=True)
         except BaseException as error:
             self.error = error
-            self._end_incomplete(writer)
+            # Readers of the worklist wait for more, so it is tried until it works or nobody reads any more.
+            ended = False
+            while not ended:
+                with suppress(StorageError):
+                    writer.end(complete=False)
+                    break
+                ended = self.cancelled.wait(_AGAIN)
             raise
-
-    def _end_incomplete(self, writer: WorklistWriter) -> None:
-        """Tell readers of the worklist that no more comes.
-
-        Until then they wait for more, so it is tried until it works or nobody reads any more.
-        """
-        while True:
-            try:
-                writer.end(complete=False)
-            except StorageError:
-                if not self.cancelled.wait(_AGAIN):
-                    continue
-            return

@@ -99,17 +99,14 @@ class PartPacker:
 
     def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return one row per object."""
-        return [self._row(info, result) for info, result in zip(objects, results, strict=True)]
-
-    def _row(self, info: FileInfo, result: ReadResult) -> Row:
-        failed = result if isinstance(result, StorageError) else None
-        return {
-            "data": None if failed else result,
-            "uri": info.uri,
-            "path": info.uri.removeprefix(self._below).removeprefix("s3://").lstrip("/"),
-            "etag": info.etag,
-            "size": info.size,
-            "error_code": failed.code if failed else None,
-            "error": failed.detail if failed else None,
-            "retryable": failed is not None and (failed.retryable or failed.code in RETRIED),
-        }
+        rows: list[Row] = []
+        for info, result in zip(objects, results, strict=True):
+            path = info.uri.removeprefix(self._below).removeprefix("s3://").lstrip("/")
+            row: Row = {"uri": info.uri, "path": path, "etag": info.etag, "size": info.size, "error_code": None}
+            if isinstance(result, StorageError):
+                retryable = result.retryable or result.code in RETRIED
+                row |= {"error_code": result.code, "error": result.detail, "retryable": retryable}
+            else:
+                row |= {"data": result, "retryable": False}
+            rows.append(row)
+        return rows

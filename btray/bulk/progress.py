@@ -68,13 +68,12 @@ def report_part(job: str, run_id: str, tally: PartTally) -> None:
 def report_progress(job: str, run_id: str, totals: Totals[Any], *, queue: int) -> None:
     """Set the gauges of a run; `queue` objects are listed and not yet done."""
     name = f"btray_{job}_"
-    values: dict[str, float | None] = {
+    values = {
         name + "images_per_second": totals.rate,
         name + "queue": max(0, queue),
         name + "reject_ratio": totals.rejected.total() / max(1, totals.objects),
+        name + "feed_ratio": _feed_ratio(totals.seconds) if job == "classify" else None,
     }
-    if job == "classify":
-        values[name + "feed_ratio"] = _feed_ratio(totals.seconds)
     metrics.record(values, run_id=run_id)
 
 
@@ -105,9 +104,8 @@ def prometheus_text(job: str, report: RunReport, ended: float) -> str:
     gauge("reject_ratio", {"": report.rejected / report.objects if report.objects else 0.0})
     if job == "classify":
         gauge("feed_ratio", {"": _feed_ratio(report.seconds_by_stage)})
+        index = {}
         if before := (report.drift or {}).get(RUNS_BEFORE):
             index = {"label": before.labels, "confidence": before.confidence, "ood_score": before.ood_score}
-        else:
-            index = {}
         gauge("drift_psi", index)
     return generate_latest(registry).decode()

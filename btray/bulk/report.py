@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from btray.model.drift import Drift, Profile
 from btray.storage import FileInfo
@@ -47,10 +47,8 @@ def least_certain(frames: Iterable[ClassifiedFrame], count: int) -> list[Classif
     return heapq.nsmallest(count, pictures.values(), key=lambda frame: frame.confidence)
 
 
-class PartTally(BaseModel):
+class PartTally(BaseModel, frozen=True):
     """Counts of one part, as they stand in the footer of its file and as the driver gets them."""
-
-    model_config = ConfigDict(frozen=True)
 
     objects: int = 0
     frames: int = 0
@@ -66,11 +64,7 @@ class PartTally(BaseModel):
 
     @classmethod
     def of(
-        cls,
-        rows: Sequence[Mapping[str, Any]],
-        objects: Sequence[FileInfo],
-        seconds: Mapping[str, float],
-        **more: Any,
+        cls, rows: Sequence[Mapping[str, Any]], objects: Sequence[FileInfo], seconds: Mapping[str, float], **more: Any
     ) -> Self:
         """Count `rows`, which came of `objects`; `more` are the fields of a subclass."""
         rejected = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
@@ -84,7 +78,7 @@ class PartTally(BaseModel):
         )
 
 
-class ClassifyTally(PartTally):
+class ClassifyTally(PartTally, frozen=True):
     """Counts of one part of a classification."""
 
     labels: dict[str, int] = Field(default_factory=dict)
@@ -92,13 +86,11 @@ class ClassifyTally(PartTally):
     least_certain: list[ClassifiedFrame] = Field(default_factory=list)
 
 
-class RunReport(BaseModel):
+class RunReport(BaseModel, frozen=True):
     """What run.json says of a run that has finished. Times are in seconds; those of stages are summed over the actors.
 
     Fields are added and never removed or renamed; one that changes its meaning increases FORMAT_VERSION.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     objects: int
     unchanged: int
@@ -133,13 +125,11 @@ class RunReport(BaseModel):
         return self.model_dump(mode="json", exclude={name for name in optional if getattr(self, name) is None})
 
 
-class AbandonedRun(BaseModel):
+class AbandonedRun(BaseModel, frozen=True):
     """What run.json says of a run that was interrupted and that another request has replaced.
 
     Versions without a `format_version` wrote the state as "given up".
     """
-
-    model_config = ConfigDict(frozen=True)
 
     state: Literal["abandoned"] = "abandoned"
     request: dict[str, Any]
@@ -240,8 +230,5 @@ class ClassifyTotals(Totals[ClassifyTally]):
     def report(self, **facts: Any) -> RunReport:
         """Return the report; see `Totals.report`."""
         return super().report(
-            labels=dict(self.labels.most_common()),
-            profile=self.profile,
-            least_certain=self.least_certain,
-            **facts,
+            labels=dict(self.labels.most_common()), profile=self.profile, least_certain=self.least_certain, **facts
         )

@@ -98,41 +98,34 @@ def begin(
     that of the files. An unfinished run with another request is abandoned: what it has written stays. What the last run
     that ended has left is removed; each run does so for the one before it. Needs the lease.
     """
-    for run, ended in _latest_first(output, group):
-        if ended:
+    for earlier in _folders(output, group):
+        plan = storage.read_json(storage.join(earlier, _PLAN), missing_ok=True)
+        if plan is None:
+            _remove_temporaries(earlier)  # killed before it had written its plan
+            continue
+        run = Run(**plan | {"output": output})
+        ended = has_ended(earlier)
+        if ended or (run.request == request and not worklist.is_closed(run.worklist)):
             # killed in its last moment, or its workers in theirs
-            _remove_temporaries(run)
+            _remove_temporaries(storage.join(output, run.parts), run.worklist, earlier)
+            if not ended:
+                return run, True
             worklist.remove(run.worklist)
             break
-        if run.request == request and not worklist.is_closed(run.worklist):
-            _remove_temporaries(run)
-            return run, True
         _close_unwritten_parts(run, schema)
         finish(run, AbandonedRun(request=run.request))
     now = datetime.now(UTC)
-    run = Run(
-        run_id=f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}",
-        group=group,
-        parts=folder(f"{now:%Y-%m-%d}"),
-        output=output,
-        request=request,
-    )
+    run_id = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
+    run = Run(run_id=run_id, group=group, parts=folder(f"{now:%Y-%m-%d}"), output=output, request=request)
     # without the output, which may be moved or be mounted elsewhere by the time the run is resumed
     storage.write_json(storage.join(run.folder, _PLAN), asdict(run) | {"output": None})
     return run, False
 
 
-def _latest_first(output: str, group: str) -> Iterator[tuple[Run, bool]]:
-    """Yield the runs of a group from the latest back, and whether each has ended."""
+def _folders(output: str, group: str) -> Iterator[str]:
+    """Yield the folders of the runs of a group, the latest first."""
     for run_id in reversed(storage.list_names(storage.join(output, _RUNS, group), missing_ok=True)):
-        folder = run_folder(output, group, run_id)
-        plan = None
-        with storage.suppress_missing():
-            plan = storage.read_json(storage.join(folder, _PLAN))
-        if plan is None:
-            _remove_temporaries_in(folder)  # killed before it had written its plan
-        else:
-            yield Run(**plan | {"output": output}), has_ended(folder)
+        yield run_folder(output, group, run_id)
 
 
 def _close_unwritten_parts(run: Run, schema: pa.Schema) -> None:
@@ -166,10 +159,9 @@ def has_ended(folder: str) -> bool:
 
 def reports(output: str, group: str) -> Iterator[RunReport]:
     """Yield run.json of the runs of a group that have read objects, the latest first."""
-    for run_id in reversed(storage.list_names(storage.join(output, _RUNS, group), missing_ok=True)):
-        uri = storage.join(run_folder(output, group, run_id), RUN)
-        content = storage.read_json(uri) if storage.exists(uri) else {}
-        if content.get("objects"):  # an abandoned run ("given up" in older files) has none
+    for folder in _folders(output, group):
+        content = storage.read_json(storage.join(folder, RUN), missing_ok=True)
+        if content and content.get("objects"):  # an abandoned run ("given up" in older files) has none
             yield RunReport.model_validate(content)
 
 
@@ -198,15 +190,11 @@ def require_visible(run: Run) -> None:
         time.sleep(_LOOK)
 
 
-def _remove_temporaries(run: Run) -> None:
-    for folder in (storage.join(run.output, run.parts), run.worklist, run.folder):
-        _remove_temporaries_in(folder)
-
-
-def _remove_temporaries_in(folder: str) -> None:
+def _remove_temporaries(*folders: str) -> None:
     """Remove what a killed writer left beside the files of a local table; object storage has no such thing."""
-    if not storage.is_remote(folder):
-        local.remove_temporaries(folder)
+    for folder in folders:
+        if not storage.is_remote(folder):
+            local.remove_temporaries(folder)
 
 
 # ---- the files of parts

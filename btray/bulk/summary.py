@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 
@@ -22,7 +23,7 @@ from btray.bulk.runs import Run
 from btray.model.bundle import Bundle, read_file
 from btray.model.classifier import Classifier
 from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, REFERENCE, RUNS_BEFORE, Drift, Profile, drift
-from btray.reports.page import NO_DIAGNOSIS, Section, data_uri, render_page
+from btray.reports.page import NO_DIAGNOSIS, data_uri, render_page
 from btray.reports.plot_style import BLUE, INK, VERMILLION, canvas, png
 
 SUMMARY = "summary.html"
@@ -51,8 +52,10 @@ def compare(run: Run, report: RunReport, bundle: Bundle) -> tuple[dict[str, Prof
 
 def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], classifier: Classifier) -> str:
     """Write summary.html beside run.json; return its URI."""
-    profile = report.profile
-    frames = max(1, profile.frames)
+    profile, drifts = report.profile, report.drift or {}
+    count = max(1, profile.frames)
+    frames, pixels = read_frames(classifier, report.least_certain[:SHOWN])
+    pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
     page = render_page(
         "btray.bulk",
         "summary.html",
@@ -61,14 +64,18 @@ def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], 
         cards=[
             ("Frames", f"{profile.frames:,}", f"of {report.objects:,} objects, new or changed"),
             ("Rejected", f"{report.rejected:,}", "objects, each a row with a code"),
-            ("Abstained", f"{profile.abstained / frames:.1%}", "confidence below the model's threshold"),
-            ("Out of distribution", f"{profile.out_of_distribution / frames:.1%}", "unlike the training images"),
+            ("Abstained", f"{profile.abstained / count:.1%}", "confidence below the model's threshold"),
+            ("Out of distribution", f"{profile.out_of_distribution / count:.1%}", "unlike the training images"),
             ("Images per second", f"{report.images_per_second:.0f}", "between the first and the last part"),
         ],
         notes=_notes(report),
         figures=_figures(profiles) if profile.frames else [],
-        sheet=_sheet(report, classifier),
-        sections=_sections(report),
+        sheet=[(frame, data_uri(picture)) for frame, picture in zip(frames, pictures, strict=True)],
+        report=report,
+        headings=["", *(f"{name} ({against.frames:,} frames)" for name, against in drifts.items())],
+        measures=_MEASURES,
+        labels=sorted({label for against in drifts.values() for label in against.by_label}),
+        large=LARGE,
         facts={
             "Model": report.model_id or "",
             "Run": run.run_id,
@@ -95,75 +102,25 @@ def _notes(report: RunReport) -> list[str]:
     return notes
 
 
-def _sections(report: RunReport) -> list[Section]:
-    rejected = [(f"rejected: {code}", f"{count:,}") for code, count in report.rejected_by_code.items()]
-    outcomes = [("classified", f"{report.objects - report.rejected:,}"), *rejected]
-    sections = [Section(title="Objects by outcome", columns=("outcome", "objects"), rows=outcomes, numbers=True)]
-    if report.drift:
-        columns = report.drift.values()
-        rows = [
-            (title, *("-" if (index := getattr(against, measure)) is None else f"{index:.3f}" for against in columns))
-            for measure, title in _MEASURES.items()
-        ]
-        rows += [
-            (f"of the label mix: {label}", *(f"{against.by_label.get(label, 0):.3f}" for against in columns))
-            for label in sorted({label for against in columns for label in against.by_label})
-        ]
-        sections.append(
-            Section(
-                title="Drift",
-                text="Population stability index of this run against what it is compared with: up to 0.1 no change, "
-                f"above {LARGE} a large one. Few frames give large values by chance.",
-                columns=("", *(f"{name} ({against.frames:,} frames)" for name, against in report.drift.items())),
-                rows=rows,
-                numbers=True,
-            )
-        )
-    return sections
-
-
-def _sheet(report: RunReport, classifier: Classifier) -> list[dict[str, str]]:
-    """Return the least certain frames as dictionaries of picture (a data URI), answer, note and uri."""
-    frames, pixels = read_frames(classifier, report.least_certain[:SHOWN])
-    pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
-    return [
-        {
-            "picture": data_uri(picture),
-            "answer": f"{frame.label} {frame.confidence:.2f}" + (f", frame {frame.frame}" * (frame.frame > 0)),
-            "note": f"{frame.alike:,} identical" if frame.alike > 1 else "",
-            "uri": frame.uri,
-        }
-        for frame, picture in zip(frames, pictures, strict=True)
-    ]
-
-
 # ---- figures: shares of the frames, so that runs of any size can be compared
 
 
 def _figures(profiles: Mapping[str, Profile]) -> list[tuple[str, str]]:
     """Return each figure, a PNG as data URI, with its caption."""
     confidence = {name: profile.confidence for name, profile in profiles.items()}
-    figures = [
-        (draw_labels(profiles), "Share of each label"),
-        (
-            draw_histogram(
-                "Confidence", "of the most probable label, calibrated", confidence, CONFIDENCE_EDGES, "confidence"
-            ),
-            "Calibrated confidence",
-        ),
-    ]
+    subtitle = "of the most probable label, calibrated"
+    figures = {
+        "Share of each label": draw_labels(profiles),
+        "Calibrated confidence": draw_histogram("Confidence", subtitle, confidence, CONFIDENCE_EDGES, "confidence"),
+    }
     scores = {name: profile.ood_score for name, profile in profiles.items() if sum(profile.ood_score)}
     if _THIS_RUN in scores:
         edges = (*OOD_EDGES[:-1], OOD_EDGES[-2] + OOD_EDGES[1] - OOD_EDGES[0])  # the open bin as wide as the others
         subtitle = "about 1 for training images; the last bin is open"
-        figures.append(
-            (
-                draw_histogram("Out-of-distribution score", subtitle, scores, edges, "score"),
-                "Out-of-distribution score, about 1 for training images",
-            )
-        )
+        picture = draw_histogram("Out-of-distribution score", subtitle, scores, edges, "score")
+        figures["Out-of-distribution score, about 1 for training images"] = picture
     compared = ", ".join(f"{name} ({profile.frames:,})" for name, profile in profiles.items())
-    return [(data_uri(picture), f"{title}. Frames: {compared}.") for picture, title in figures]
+    return [(data_uri(picture), f"{title}. Frames: {compared}.") for title, picture in figures.items()]
 
 
 @png
@@ -180,8 +137,7 @@ def draw_labels(profiles: Mapping[str, Profile]) -> Figure:
     axes.set_yticks(np.arange(len(names)), names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _add_legend(body)
+    _finish(body, axes.xaxis)
     return figure
 
 
@@ -198,11 +154,11 @@ def draw_histogram(
         axes.stairs(shares, edges, color=_COLOURS[number], label=name, **style)
     axes.set(xlim=(0, edges[-1]), xlabel=label, ylabel="share of the frames")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _add_legend(body)
+    _finish(body, axes.yaxis)
     return figure
 
 
-def _add_legend(body: SubFigure) -> None:
-    """Put the legend above the axes, where it covers no bar whatever the answers are."""
+def _finish(body: SubFigure, shares: Axis) -> None:
+    """Mark `shares` in percent and put the legend above the axes, where it covers no bar whatever the answers are."""
+    shares.set_major_formatter(PercentFormatter(1, decimals=0))
     body.legend(loc="outside upper left", ncols=len(_COLOURS))

@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of a shard. `part` counts from 0 within the shard, `place` is where the bytes are if that is not `uri`."""
+_PART_SCHEMA = pa.schema([("part", pa.string()), *((field.name, pa.list_(field.type)) for field in [*SCHEMA][1:])])
 PART_BYTES = 256 << 20
 PART_OBJECTS = 512
 # Objects. The first shards are small, so that the first rows do not wait for the listing.
@@ -154,31 +155,23 @@ def read_parts(folder: str, over: Callable[[], bool] = lambda: False) -> Iterato
 
     Ends when the worklist does, or when no shard comes and the run is `over`.
     """
-    number = 0
+    shards = 0
     while True:
-        uri, shard = _shard_uri(folder, number), None
+        uri, shard = _shard_uri(folder, shards), None
         with storage.suppress_missing():
             shard = read_shard(uri)
         if shard is None:
-            if _ends_at(folder, number) or over():
+            end = storage.read_json(storage.join(folder, _END), missing_ok=True)
+            if (end and end["segments"] <= shards) or over():
                 return
             time.sleep(_POLL)
             continue
         if not len(shard):
             return
         for part, part_id in enumerate(part_ids(uri, shard)):
-            rows = shard.filter(pc.equal(shard["part"], part))
-            lists = {
-                name: pa.array([rows[name].to_pylist()], pa.list_(SCHEMA.field(name).type)) for name in SCHEMA.names[1:]
-            }
-            yield pa.table({"part": [part_id], **lists})
-        number += 1
-
-
-def _ends_at(folder: str, number: int) -> bool:
-    with storage.suppress_missing():
-        return bool(storage.read_json(storage.join(folder, _END))["segments"] <= number)
-    return False
+            rows = shard.filter(pc.equal(shard["part"], part)).drop_columns("part")
+            yield pa.Table.from_pylist([{"part": part_id, **rows.to_pydict()}], _PART_SCHEMA)
+        shards += 1
 
 
 def _shard_uri(folder: str, number: int) -> str:

@@ -152,9 +152,18 @@ def read_text(uri: str) -> str:
         return data.decode()
 
 
-def read_json(uri: str) -> Any:
-    """Return the file as JSON. Raises StorageError; `failed` if it is not JSON."""
-    text = read_text(uri)
+def read_json(uri: str, *, missing_ok: bool = False) -> Any:
+    """Return the file as JSON; None if it is not there and may be missing.
+
+    Raises:
+        StorageError: not_found and so on; `failed` if it is not JSON.
+    """
+    try:
+        text = read_text(uri)
+    except StorageError as error:
+        if missing_ok and error.code == "not_found":
+            return None
+        raise
     with storage_errors_for(uri):
         return json.loads(text)
 

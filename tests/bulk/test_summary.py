@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from inspect import unwrap
@@ -14,7 +15,7 @@ from btray import phantoms, storage
 from btray.bulk import summary
 from btray.bulk.runs import Run
 from btray.model.classifier import Classifier
-from btray.model.drift import CONFIDENCE_EDGES, Profile
+from btray.model.drift import CONFIDENCE_EDGES, Drift, Profile
 from tests.helpers.classify_helpers import part_classifier, run_report
 from tests.helpers.tiny_bundle import saved_bundle
 
@@ -54,10 +55,18 @@ def test_each_picture_stands_once_on_the_page_with_how_many_are_like_it(
     tally = processor.tally(rows, objects, defaultdict(float))
     assert sorted(frame.alike for frame in tally.least_certain) == [1, 3]
     report = run_report(
-        objects=4, profile=tally.profile, least_certain=tally.least_certain, drift={}, config={"input": str(scans)}
+        objects=1234,
+        rejected_by_code={"truncated": 2},
+        profile=tally.profile,
+        least_certain=tally.least_certain,
+        drift={"runs before": Drift(frames=9, labels=0.3, by_label={"glioma": 0.3}, confidence=0.1, ood_score=None)},
+        config={"input": str(scans)},
     )
     run = Run(run_id="run", group="model", parts="parts", output=str(tmp_path / "out"), request={})
     uri = summary.write_summary(run, report, {"this run": report.profile}, Classifier.load(model))
     page = storage.read_text(uri)
     assert page.count('alt="slice"') == 2
     assert page.count("(3 identical)") == page.count("identical)") == 1
+    cells = {text for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL) for text in re.findall(r">([^<>\n]+)<", row)}
+    assert {"classified", "1,234", "rejected: truncated", "2", "runs before (9 frames)", "label mix"} <= cells
+    assert {"of the label mix: glioma", "0.300", "out-of-distribution score", "-"} <= cells

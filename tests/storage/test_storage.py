@@ -169,6 +169,8 @@ def test_text_and_json_make_the_round_trip_and_broken_ones_say_so(place: str) ->
     value = {"ä": [1, 2.5, None], "b": "日本"}
     storage.write_json(storage.join(place, "new", "x.json"), value)
     assert storage.read_json(storage.join(place, "new", "x.json")) == value
+    assert storage.read_json(storage.join(place, "new", "y.json"), missing_ok=True) is None
+    assert code_of(lambda: storage.read_json(storage.join(place, "new", "y.json"))) == "not_found"
     storage.write_bytes(storage.join(place, "bad"), b"\xff{")
     assert code_of(lambda: storage.read_text(storage.join(place, "bad"))) == "failed"
     storage.write_text(storage.join(place, "bad"), "{")

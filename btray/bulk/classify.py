@@ -67,7 +67,8 @@ class ClassifyJob(ArchiveJob):
 
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes the classifier of an actor."""
-        return partial(PartClassifier, self.config, self.group)
+        # Resolved: an actor runs in another folder than the job if it joined a running cluster.
+        return partial(PartClassifier, self.config.model_copy(update={"model": self.bundle.uri}), self.group)
 
     def totals(self) -> ClassifyTotals:
         """Return counts with labels, profile and least certain frames."""

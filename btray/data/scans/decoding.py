@@ -21,7 +21,7 @@ from PIL import BmpImagePlugin, Image, ImageChops, ImageOps, JpegImagePlugin, Pn
 from PIL import WebPImagePlugin as WebpImagePlugin
 from PIL.ImageFile import ImageFile
 
-from btray.data.file_signatures import Format, describe_foreign, recognise_format
+from btray.data.scans.formats import Format, describe_foreign, recognise_format
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -19,31 +19,36 @@ from btray.core.errors import Stopped, UserError
 from btray.core.ray_private import (
     QUIET_LOGGERS,
     cluster_address,
-    core_lines_in_log,
     forward_worker_lines,
     on_loopback,
     started_ray_here,
+    without_false_errors,
 )
 
-__all__ = ["connected", "cpus", "gpus", "on_loopback", "own_device", "quieten_ray", "require_gpus", "started_ray_here"]
+__all__ = ["connected", "cpus", "gpus", "own_device", "require_gpus", "started_ray_here"]
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def connected(*, dashboard: bool = True) -> Iterator[None]:
+def connected(*, dashboard: bool = True, join: bool = True) -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
-    A connection or local cluster made here ends with the block; only this machine reaches the latter. Without
-    `dashboard` a local cluster has no state API either, which Ray Train asks, and saves a tenth of a core. Raises
-    UserError if RAY_ADDRESS does not answer, and Stopped on SIGTERM.
+    A connection or local cluster made here ends with the block; only this machine reaches the latter.
+
+    Args:
+        dashboard: Whether a local cluster has one, and with it the state API, which Ray Train needs. It takes a tenth
+            of a core.
+        join: Whether to use a running cluster; if not, the Ray is always this process's own.
+
+    Raises UserError if RAY_ADDRESS does not answer, and Stopped on SIGTERM.
     """
     if ray.is_initialized():
         yield
         return
-    quieten_ray()
+    _quieten_ray()
     try:
-        address = cluster_address()
+        address = cluster_address() if join else None
         with nullcontext() if address else on_loopback():
             ray.init(
                 address=None if address else "local",
@@ -56,18 +61,18 @@ def connected(*, dashboard: bool = True) -> Iterator[None]:
         forward_worker_lines(console.show_worker_lines)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
-        with nullcontext() if logs.is_verbose() else core_lines_in_log():
+        with nullcontext() if logs.is_verbose() else without_false_errors():
             yield
     finally:
         ray.shutdown()
 
 
-def quieten_ray() -> None:
+def _quieten_ray() -> None:
     """Leave what Ray says about itself in its log files, so that a run's output is the job's; --verbose shows it."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
-    logs.take_over("ray", "ray.data")
+    logs.take_over("ray", "ray.data", "ray.serve")
     if not logs.is_verbose():
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)

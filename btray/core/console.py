@@ -76,9 +76,13 @@ def show_worker_lines(batch: Mapping[str, Any]) -> None:
     source = batch.get("actor_name") or batch.get("task_name") or "process"
     for line in batch["lines"]:
         if line.startswith(logs.PROGRESS):
-            show_progress(line[1:])
+            show_progress(line.removeprefix(logs.PROGRESS))
         elif line.startswith(logs.LINE):
-            print(line[1:], file=sys.stderr, flush=True)
+            own = line.removeprefix(logs.LINE)
+            if logs.is_json() and not own.startswith("{"):  # of a replica, which is not told the format
+                _log.info("%s", own)
+            else:
+                print(own, file=sys.stderr, flush=True)
         elif batch.get("pid") == "autoscaler" and ("Error:" in line or "Warning:" in line):
             # The cluster cannot grow as the job needs: without this the job would seem to hang.
             _log.warning("cluster: %s", line.rpartition(":event_summary:")[2])

@@ -11,8 +11,8 @@ from typing import Any, Literal
 LogFormat = Literal["text", "json"]
 
 # A worker puts one of these before each line of btray's own, so that the driver can tell them from what Ray and the
-# libraries write to the same stream: control characters that no text holds and that do not end a line.
-LINE, PROGRESS = "\x02", "\x1f"
+# libraries write to the same stream. Ray's log files keep it.
+LINE, PROGRESS = "[btray] ", "[btray progress] "
 
 _PLAIN = logging.LogRecord("", 0, "", 0, "", None, None).__dict__.keys() | {"message", "asctime", "taskName"}
 
@@ -42,7 +42,9 @@ class _Stderr(logging.Handler):
             mark = ""
             if self.in_worker:
                 mark = PROGRESS if self.style == "text" and hasattr(record, "_progress") else LINE
-            print(mark + line.replace("\n", "\n" + mark), file=sys.stderr, flush=True)
+            # Not print(): in its workers Ray Train logs what is printed, and the line would come twice.
+            sys.stderr.write(mark + line.replace("\n", "\n" + mark) + "\n")
+            sys.stderr.flush()
         except Exception:
             self.handleError(record)
 
@@ -70,7 +72,7 @@ _handler = _Stderr()
 
 def begin(style: LogFormat = "text", *, verbose: bool = False) -> None:
     """Log to stderr; called again with other arguments, replace the first. `verbose` adds INFO lines of libraries."""
-    _handler.style, _handler.verbose = style, verbose
+    _handler.style, _handler.verbose, _handler.in_worker = style, verbose, False
     logging.root.addHandler(_handler)
     logging.getLogger("btray").setLevel(logging.INFO)
     if verbose:
@@ -79,20 +81,18 @@ def begin(style: LogFormat = "text", *, verbose: bool = False) -> None:
 
 def begin_in_worker(style: LogFormat, **names: str) -> None:
     """Log from a process that Ray started: the driver prints these lines and, unless --verbose, no others."""
-    for handler in [*logging.root.handlers]:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            logging.root.removeHandler(handler)  # Ray Train's: each line would come twice
-    _handler.in_worker = True
+    take_over("root")  # Ray Train prints there: each line would come twice
     begin(style)
     bind(**names)
+    _handler.in_worker = True
 
 
 def take_over(*loggers: str) -> None:
-    """Route what these loggers print on their own to this handler; the files they write stay."""
+    """Let this module's handler print what these loggers print to stderr; the files that they write stay."""
     for name in loggers:
         logger = logging.getLogger(name)
         for handler in [*logger.handlers]:
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stderr, sys.__stderr__):
                 logger.removeHandler(handler)
         logger.propagate = True
 

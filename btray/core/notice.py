@@ -1,3 +1,3 @@
 """The sentence that every user of a result reads."""
 
-NOTICE = "This supports a reader; it is no diagnosis."
+NOTICE = "This supports a reader; it is not a diagnosis."

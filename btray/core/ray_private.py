@@ -6,10 +6,11 @@ Written against Ray 2.60. None of these has a public counterpart there.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr
-from typing import Any
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from typing import IO, Any, cast
 
 import ray
 from ray._private import ray_constants, services
@@ -25,6 +26,9 @@ JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # are a matter of docs/operations.md. `ray.init(logging_level=...)` cannot silence them alone. If they are renamed, the
 # warnings come back.
 QUIET_LOGGERS = ("ray.data._internal.progress", "ray._private.authentication.authentication_token_setup")
+
+# Ray Data makes its actors with arguments in the object store, on purpose, and the core warns of each.
+_FALSE_ERROR = r"core_worker\.cc:.*has constructor arguments in the object store"
 
 
 def cluster_address() -> str | None:
@@ -74,25 +78,32 @@ def forward_worker_lines(show: Callable[[Mapping[str, Any]], None]) -> None:
 
 
 @contextmanager
-def core_lines_in_log() -> Iterator[None]:
-    """For the block, write what Ray's C++ core prints in this process to Ray's log folder instead of the terminal.
+def without_false_errors() -> Iterator[None]:
+    """For the block, leave out of stderr what Ray's C++ core calls an error and is none: see `_FALSE_ERROR`.
 
-    The core writes its errors to file descriptor 2, some of which are none: it warns of each actor that Ray Data makes.
-    Its level (RAY_BACKEND_LOG_LEVEL) holds for the log files of all Ray processes as well, and is announced by a line
-    of its own. Python's `sys.stderr` still reaches the terminal. If `get_logs_dir_path` moves, jobs fail at their
-    start.
+    The core writes to file descriptor 2 past Python, and its level (RAY_BACKEND_LOG_LEVEL) would empty the log files of
+    all Ray processes as well. A process of its own filters, since the core may end this one right after it has said
+    why. If the core words its line otherwise, the line comes back.
     """
-    node: Any = ray._private.worker._global_node
+    sys.stderr.flush()
     with ExitStack() as stack:
+        terminal = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace"))
         try:
-            log = stack.enter_context(open(f"{node.get_logs_dir_path()}/btray-{os.getpid()}.err", "ab"))
-        except OSError:  # another user's cluster
+            command = ["grep", "--line-buffered", "--text", "--invert-match", _FALSE_ERROR]
+            # A session of its own: Ctrl-C is for the job, whose last lines are still to come.
+            filtering = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal, start_new_session=True)
+        except OSError:  # there is no grep
             yield
             return
-        sys.stderr.flush()
-        terminal = stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace"))
-        os.dup2(log.fileno(), 2)
-        stack.callback(os.dup2, terminal.fileno(), 2)
+        stack.callback(_wait, filtering)
+        with cast("IO[bytes]", filtering.stdin) as pipe:
+            os.dup2(pipe.fileno(), 2)
+        stack.callback(os.dup2, terminal.fileno(), 2)  # the filter then reads to its end
         if sys.stderr is sys.__stderr__:  # else Python writes elsewhere already
             stack.enter_context(redirect_stderr(terminal))
         yield
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    with suppress(subprocess.TimeoutExpired):  # a program that the job started still holds its stderr
+        process.wait(5)

@@ -18,6 +18,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from btray.core import logs
 from btray.core.allocator import keep_freed_memory
 from btray.core.config import ComponentConfig
 from btray.core.errors import UserError
@@ -45,6 +46,7 @@ class Replica:
 
     def __init__(self) -> None:
         """Start without a model; Serve calls `reconfigure` next."""
+        logs.begin_in_worker("text", job="serve")  # the driver turns lines into JSON if it logs JSON
         keep_freed_memory()
         host = haproxy_host()
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.

@@ -12,12 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from btray.core.cluster import on_loopback
+from btray.core.cluster import connected
 from btray.core.config import set_environment
 from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
@@ -157,12 +156,8 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
             binary = wrapper(Path(folder), get_haproxy_binary(), config.host, config.limits.places)
             environment |= haproxy_environment(Path(folder), binary, free_port)
         set_environment(environment)
-        with on_loopback():
-            ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
-        try:
+        with connected(join=False, dashboard=False):
             yield
-        finally:
-            ray.shutdown()
 
 
 def free_port() -> int:

@@ -54,7 +54,6 @@ def lines_of_a_worker(monkeypatch: pytest.MonkeyPatch, style: logs.LogFormat) ->
         logging.getLogger("btray.some").warning("two\nlines")
         logging.getLogger("urllib3").warning("of a library")
         logging.getLogger("urllib3").info("chatter of a library")
-    logs._handler.in_worker = False
     return [*stream.getvalue().split("\n")[:-1], "raw output of Ray"]
 
 
@@ -95,6 +94,16 @@ def test_a_json_log_holds_nothing_but_json(
     assert [record["message"] for record in records[3:]] == ["(RayTrainWorker pid=7) raw output of Ray"] * verbose
 
 
+def test_a_line_of_a_process_that_logs_text_is_wrapped_for_a_json_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = lines_of_a_worker(monkeypatch, "text")
+    logs.begin("json")
+    shown(lines[1:])
+    messages = [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()]
+    assert messages == ["two", "lines", "of a library"]
+
+
 def test_a_cluster_that_cannot_grow_is_worth_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.begin()
     shown([":event_summary:Error: No available node types can fulfill {'GPU': 1.0}", ":event_summary:Adding 1 node"],
@@ -102,17 +111,22 @@ def test_a_cluster_that_cannot_grow_is_worth_a_line(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "cluster: Error: No available node types can fulfill {'GPU': 1.0}\n"
 
 
-def test_what_ray_logs_in_this_process_is_one_of_our_lines_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_ray_logs_in_this_process_is_one_of_our_lines_or_stays_in_its_files(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     logger = logging.getLogger("ray.some")
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
-    logger.addHandler(logging.StreamHandler(Terminal()))
+    logger.addHandler(logging.StreamHandler())
+    to_file = io.StringIO()
+    logger.addHandler(logging.StreamHandler(to_file))
     logs.begin()
     logs.take_over("ray.some")
     logger.warning("worth it")
     logger.error("for Ray's own file", extra={"hide": True})
     logger.info("chatter")
     assert capsys.readouterr().err == "worth it\n"
+    assert to_file.getvalue().splitlines() == ["worth it", "for Ray's own file", "chatter"]
 
 
 def test_the_live_line_is_rewritten_below_other_output_and_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,31 +72,35 @@ def test_worker_lines_reach_the_given_function_alone() -> None:
 
 _CORE = """
 import os, sys
-from types import SimpleNamespace
-import ray
-from btray.core.ray_private import core_lines_in_log
-folder = sys.argv[1]
-ray._private.worker._global_node = SimpleNamespace(get_logs_dir_path=lambda: folder)
-with core_lines_in_log():
-    os.write(2, b"of the core\\n")
+from btray.core.ray_private import without_false_errors
+with without_false_errors():
+    os.write(2, b"[E 1 1] core_worker.cc:2465: Actor with class: 'X' has constructor arguments in the object store\\n")
     print("of Python", file=sys.stderr)
+    if sys.argv[1:]:
+        os.write(2, b"[E 1 1] rpc_client.h:204: Failed to connect to GCS\\n")
+        os._exit(1)
 os.write(2, b"afterwards\\n")
-ray._private.worker._global_node = None
 """
 
 
-@pytest.mark.parametrize("writable", [True, False])
-def test_what_the_core_prints_lands_in_the_log_folder_and_what_python_prints_does_not(
-    tmp_path: Path, writable: bool
-) -> None:
-    folder = tmp_path if writable else tmp_path / "absent"
-    done = subprocess.run([sys.executable, "-c", _CORE, folder], cwd=ROOT, capture_output=True, text=True, check=True)
-    kept = [path.read_text() for path in tmp_path.iterdir()]
-    assert kept == (["of the core\n"] if writable else [])
-    assert done.stderr == ("" if writable else "of the core\n") + "of Python\nafterwards\n"
+def test_what_the_core_wrongly_calls_an_error_is_left_out_and_python_prints_as_ever() -> None:
+    done = subprocess.run([sys.executable, "-c", _CORE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "of Python\nafterwards\n"
+
+
+def test_why_the_core_ends_the_process_is_said() -> None:
+    done = subprocess.run([sys.executable, "-c", _CORE, "x"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "of Python\n[E 1 1] rpc_client.h:204: Failed to connect to GCS\n"
+
+
+def test_without_grep_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", _CORE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "core_worker" in done.stderr
+    assert done.stderr.endswith("of Python\nafterwards\n")
 
 
 @pytest.mark.cluster
-def test_this_process_started_its_ray_and_ray_keeps_a_folder_of_logs(ray_session: None) -> None:
+def test_this_process_started_its_ray(ray_session: None) -> None:
     assert ray_private.started_ray_here()
-    assert Path(ray._private.worker._global_node.get_logs_dir_path()).is_dir()

@@ -102,14 +102,14 @@ def test_the_table_has_a_row_a_scan_with_all_probabilities(btray: Callable[..., 
     values = [f"{value:.3f}" for value in expected.probabilities.values()]
     assert row.split() == [str(scan), expected.label, f"{expected.confidence:.3f}", *values]
     assert len(header) == len(row), "columns do not stand below their titles"
-    assert "no diagnosis" in ended.err
+    assert "not a diagnosis" in ended.err
 
 
 def test_json_is_strict_and_says_what_the_classifier_says(btray: Callable[..., Ended], model: str, scan: Path) -> None:
     ended = btray("predict", "--json", "--model", model, scan, scan)
     (expected,) = Classifier.load(model).predict([scan])
     assert ended.code == 0
-    assert "no diagnosis" in ended.err
+    assert "not a diagnosis" in ended.err
     first, second = records(ended)
     assert first == second
     assert list(first) == KEYS

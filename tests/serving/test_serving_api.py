@@ -65,7 +65,7 @@ def test_raw_multipart_and_json_give_what_the_classifier_gives(service: Running,
         content = answer.json()
         (result,) = content["results"]
         assert content["model_id"] == result["model_id"] == classifier.model_id
-        assert "no diagnosis" in content["notice"]
+        assert "not a diagnosis" in content["notice"]
         assert result["label"] == expected.label, kind
         assert result["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6), kind
         assert (result["abstained"], result["out_of_distribution"]) == (False, False)

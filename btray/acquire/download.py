@@ -10,17 +10,15 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import requests
 import urllib3.exceptions
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from btray.core.console import ProgressLine
 from btray.core.errors import UserError
 from btray.storage.retry import backoff_delays
 
@@ -85,7 +83,13 @@ def download(url: str, folder: Path, *, sha256: str | None = None, retries: Retr
     basename = re.sub(r"[^A-Za-z0-9._-]+", "-", unquote(urlsplit(url).path.rsplit("/", 1)[-1]))[-80:]
     # the digest of the address too: several sources may call their files data.zip
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{basename or 'file'}"
-    with _locked(path, url):
+    # the kernel frees this lock when its process ends, however it ends
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            shown = without_secrets(url)
+            raise UserError(f"{shown} is being downloaded by another process; wait, or give another --cache") from error
         # what is whole and has the wanted digest needs no server at all
         if sha256 and path.exists():
             if digest(path) == sha256:
@@ -121,15 +125,14 @@ class _Fetch:
 
     def __init__(self, url: str, path: Path, retries: Retries) -> None:
         self._url, self._path, self._retries = url, path, retries
-        self._shown = without_secrets(url)
+        self._shown, self._name = without_secrets(url), path.name[17:]
         self._part = path.with_name(path.name + ".part")
         self._note = path.with_name(path.name + ".json")
-        self._version = self._read_note()
-        self._session = requests.Session()
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task: TaskID = self._progress.add_task(path.name[17:], total=self._version.size)
+        self._session, self._progress = requests.Session(), ProgressLine(keep=False)
+        try:
+            self._version = _Version(**json.loads(self._note.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self._version = _Version()  # nothing came yet, or a kill cut the note short: start over
 
     def run(self) -> None:
         """Request until the file is whole; then, and only then, it stands at its path."""
@@ -143,7 +146,9 @@ class _Fetch:
                 raise UserError(f"{self._shown} cannot be fetched: {_explain(error)}") from error
 
     def _request_until_whole(self) -> None:
-        most, failures, delays = self._have(), 0, self._delays()
+        retries = self._retries
+        new_delays = partial(backoff_delays, math.inf, first=retries.first_wait, longest=retries.longest_wait)
+        most, failures, delays = self._have(), 0, new_delays()
         while True:
             try:
                 self._request()
@@ -153,7 +158,7 @@ class _Fetch:
             except (_IncompleteError, *_BROKEN) as error:
                 failures += 1
                 if self._have() > most:
-                    most, failures, delays = self._have(), 0, self._delays()
+                    most, failures, delays = self._have(), 0, new_delays()
                 if failures >= self._retries.attempts:
                     raise UserError(
                         f"{self._shown}: gave up after {failures} requests that brought nothing new: "
@@ -162,9 +167,6 @@ class _Fetch:
                 delay = min(max(next(delays), getattr(error, "wait", 0.0)), self._retries.longest_wait)
                 _log.info("%s: %s; trying again in %.1f s", self._shown, _explain(error), delay)
                 time.sleep(delay)
-
-    def _delays(self) -> Iterator[float]:
-        return backoff_delays(math.inf, first=self._retries.first_wait, longest=self._retries.longest_wait)
 
     def _request(self) -> None:
         have = self._have()
@@ -177,12 +179,13 @@ class _Fetch:
             if response.status_code == requests.codes.not_modified:
                 return
             self._accept(response, have)
-            self._progress.update(self._task, total=self._version.size, completed=self._have())
+            announced = self._version.size
+            total = f" of {announced / 1e6:.1f}" if announced is not None else ""
             with self._part.open("ab") as file:
                 for chunk in response.raw.stream(_CHUNK, decode_content=False):
                     file.write(chunk)
-                    self._progress.advance(self._task, len(chunk))
-        size, announced = self._part.stat().st_size, self._version.size
+                    self._progress.update(f"{self._name}: {file.tell() / 1e6:.1f}{total} MB")
+        size = self._part.stat().st_size
         if announced is not None and size != announced:
             raise _IncompleteError(f"the server announced {announced} bytes and sent {size}")
         self._finish()
@@ -204,7 +207,7 @@ class _Fetch:
         status = response.status_code
         if status == requests.codes.ok:
             self._path.unlink(missing_ok=True)  # of an older version, which the note below no longer describes
-            self._start_over()
+            self._part.write_bytes(b"")
             length = response.headers.get("Content-Length", "")
             self._version = _Version(
                 etag=response.headers.get("ETag"),
@@ -215,7 +218,7 @@ class _Fetch:
         elif status == requests.codes.requested_range_not_satisfiable or (
             status == requests.codes.partial_content and have and not self._continues(response, have)
         ):
-            self._start_over()
+            self._part.write_bytes(b"")
             raise _IncompleteError("the server has another version now")
         elif status in _RETRYABLE_STATUS:
             wait = response.headers.get("Retry-After", "")
@@ -242,27 +245,6 @@ class _Fetch:
     def _have(self) -> int:
         """Return how many bytes there are to resume from; none if the server named no version to compare with."""
         return self._part.stat().st_size if self._version.validator and self._part.exists() else 0
-
-    def _start_over(self) -> None:
-        self._part.write_bytes(b"")
-
-    def _read_note(self) -> _Version:
-        try:
-            return _Version(**json.loads(self._note.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return _Version()  # nothing came yet, or a kill cut the note short: start over
-
-
-@contextmanager
-def _locked(path: Path, url: str) -> Iterator[None]:
-    # the kernel frees this lock when its process ends, however it ends
-    with path.with_name(path.name + ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            shown = without_secrets(url)
-            raise UserError(f"{shown} is being downloaded by another process; wait, or give another --cache") from error
-        yield
 
 
 def _explain(error: Exception) -> str:

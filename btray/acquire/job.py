@@ -15,13 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from btray import storage
 from btray.acquire.config import AcquireConfig
 from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_sources
 from btray.acquire.unpack import LeftOut, UnpackLimits
+from btray.core.console import ProgressLine
 from btray.core.errors import UserError
 from btray.data.labels import class_order
 from btray.storage import StorageError, user_error
@@ -30,12 +30,10 @@ MANIFEST_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "label", "s
 
 _log = logging.getLogger(__name__)
 _THREADS = 16  # copying waits for stores, not for the CPU
-_BATCH = 512  # files between two steps of the progress bar
+_BATCH = 512  # files between two steps of the progress line
 _LISTED = 200  # files left out that dataset.json names, for each source; all are counted
 _NO_SPLIT = "unsplit"
 
-Row = dict[str, str | None]
-"""A row of the manifest, with the columns of MANIFEST_SCHEMA."""
 Counts = dict[str, dict[str, int]]
 """Images by class, then by split."""
 
@@ -54,6 +52,11 @@ class LeftOutFiles:
         """Count the files by reason."""
         reasons = dict(sorted(Counter(item.reason for item in left_out).items()))
         return cls(len(left_out), reasons, sorted(left_out, key=lambda item: (item.reason, item.name))[:_LISTED])
+
+    @property
+    def summary(self) -> str:
+        """The reasons, each with its number of files."""
+        return ", ".join(f"{reason} {number}" for reason, number in self.reasons.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,26 +114,21 @@ def acquire(config: AcquireConfig) -> str:
         raise user_error(error) from error
 
 
-def _acquire_source(source: Source, config: AcquireConfig, cache: Path, out: str) -> tuple[SourceRecord, list[Row]]:
+def _acquire_source(
+    source: Source, config: AcquireConfig, cache: Path, out: str
+) -> tuple[SourceRecord, list[LabelledFile]]:
     limits = UnpackLimits(
         max_bytes=int(config.max_unpacked_gb * 1e9), max_files=config.max_files, max_ratio=config.max_ratio
     )
     acquired_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     with opened(source, cache=cache, limits=limits) as contents:
         sizes = _copy(contents, storage.join(out, "images", source.name), source.name)
-    rows: list[Row] = []
-    left_out = list(contents.left_out)
-    for file, size in zip(contents.files, sizes, strict=True):
-        if isinstance(size, StorageError):
-            left_out.append(LeftOut(file.uri, size.code))
-            continue
-        uri = f"images/{source.name}/{file.path}"
-        values = (uri, file.label, file.split, file.patient_id, source.name)
-        rows.append(dict(zip(MANIFEST_SCHEMA.names, values, strict=True)))
-    if not rows:
-        reasons = Counter(item.reason for item in left_out).most_common()
-        why = ", ".join(f"{reason} {number}" for reason, number in reasons)
-        raise UserError(f"{source.shown}: none of its {len(left_out)} files could be taken ({why})")
+    copied = list(zip(contents.files, sizes, strict=True))
+    taken = [file for file, size in copied if isinstance(size, int)]
+    broken = [LeftOut(file.uri, size.code) for file, size in copied if isinstance(size, StorageError)]
+    left_out = LeftOutFiles.of(contents.left_out + broken)
+    if not taken:
+        raise UserError(f"{source.shown}: none of its {left_out.count} files could be taken ({left_out.summary})")
     record = SourceRecord(
         name=source.name,
         uri=source.shown,
@@ -138,12 +136,12 @@ def _acquire_source(source: Source, config: AcquireConfig, cache: Path, out: str
         sha256=contents.sha256,
         license=source.license,
         acquired_at=acquired_at,
-        images=len(rows),
+        images=len(taken),
         bytes=sum(size for size in sizes if isinstance(size, int)),
-        counts=_count(rows),
-        left_out=LeftOutFiles.of(left_out),
+        counts=_count(taken),
+        left_out=left_out,
     )
-    return record, rows
+    return record, taken
 
 
 def _copy(contents: Contents, target: str, name: str) -> list[int | StorageError]:
@@ -163,22 +161,20 @@ def _copy(contents: Contents, target: str, name: str) -> list[int | StorageError
         return len(data)
 
     sizes: list[int | StorageError] = []
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with (
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ThreadPoolExecutor(_THREADS) as pool,
-    ):
-        task = progress.add_task(f"copying {name}", total=len(contents.files))
+    with ProgressLine(keep=False) as progress, ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(contents.files), _BATCH):
             sizes += pool.map(copy, contents.files[start : start + _BATCH])
-            progress.update(task, completed=len(sizes))
+            progress.update(f"copying {name}: {len(sizes)} of {len(contents.files)} files")
     return sizes
 
 
-def _write(acquired: Sequence[tuple[SourceRecord, list[Row]]], out: str) -> str:
-    rows = sorted((row for _, rows in acquired for row in rows), key=lambda row: str(row["uri"]))
-    images = {storage.join(out, str(row["uri"])) for row in rows}
+def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str) -> str:
+    rows = sorted(
+        (f"images/{source.name}/{file.path}", file.label, file.split, file.patient_id, source.name)
+        for source, files in acquired
+        for file in files
+    )
+    images = {storage.join(out, uri) for uri, *_ in rows}
     others = [info.uri for info in storage.list_files(storage.join(out, "images")) if info.uri not in images]
     if others:
         _log.warning(
@@ -189,30 +185,30 @@ def _write(acquired: Sequence[tuple[SourceRecord, list[Row]]], out: str) -> str:
             others[0],
         )
     sources = [source for source, _ in acquired]
+    counts = _count([file for _, files in acquired for file in files])
     record = DatasetRecord(
         btray_version=version("btray"),
-        classes=class_order(str(row["label"]) for row in rows),
+        classes=list(counts),
         images=len(rows),
         bytes=sum(source.bytes for source in sources),
-        counts=_count(rows),
+        counts=counts,
         sources=sources,
     )
     storage.write_json(storage.join(out, "dataset.json"), asdict(record))
     # the manifest comes last: where there is one, all that it names is there
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), file)
+    pq.write_table(pa.table(list(map(list, zip(*rows, strict=True))), schema=MANIFEST_SCHEMA), file)
     manifest = storage.join(out, record.manifest)
     storage.write_bytes(manifest, file.getvalue())
     _print_balance(record)
     return manifest
 
 
-def _count(rows: Sequence[Row]) -> Counts:
-    images = Counter((str(row["label"]), row["split"] or _NO_SPLIT) for row in rows)
-    classes = class_order(label for label, _ in images)
-    return {
-        label: {split: number for (of, split), number in sorted(images.items()) if of == label} for label in classes
-    }
+def _count(files: Sequence[LabelledFile]) -> Counts:
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(file.label, []).append(file.split or _NO_SPLIT)
+    return {label: dict(sorted(Counter(splits[label]).items())) for label in class_order(splits)}
 
 
 def _print_balance(dataset: DatasetRecord) -> None:
@@ -240,5 +236,5 @@ def _print_balance(dataset: DatasetRecord) -> None:
     console.print(f"{dataset.images} images; {balance}")
     for source in dataset.sources:
         if source.left_out.count:
-            reasons = ", ".join(f"{reason} {number}" for reason, number in source.left_out.reasons.items())
-            console.print(f"{source.name}: {source.left_out.count} files left out ({reasons}), see dataset.json")
+            left_out = source.left_out
+            console.print(f"{source.name}: {left_out.count} files left out ({left_out.summary}), see dataset.json")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
@@ -86,7 +86,7 @@ def parse_sources(config: AcquireConfig, out: str) -> list[Source]:
     sources: list[Source] = []
     taken: set[str] = set()
     licenses = config.license * len(config.source) if len(config.license) == 1 else config.license
-    for given, digest_, license_, name in zip_longest(config.source, config.sha256, licenses, config.name):
+    for given, digest_, license_, name in itertools.zip_longest(config.source, config.sha256, licenses, config.name):
         uri, kind = _kind_of(str(given))
         sha256 = None if digest_ == "-" else digest_
         if sha256 and kind not in {"http", "archive"}:
@@ -108,13 +108,10 @@ def _kind_of(given: str) -> tuple[str, Kind]:
             raise UserError(f"--source {given}: write kaggle:OWNER/NAME, as in the address of the data set")
         return given, "kaggle"
     if given.lower().startswith(("http://", "https://")):
-        try:
-            host = urlsplit(given).hostname
-        except ValueError:
-            host = None
-        if not host:
-            raise UserError(f"--source {given} names no server; write http(s)://SERVER/PATH")
-        return given, "http"
+        with suppress(ValueError):
+            if urlsplit(given).hostname:
+                return given, "http"
+        raise UserError(f"--source {given} names no server; write http(s)://SERVER/PATH")
     uri = storage.resolve(given)
     if not storage.exists(uri):
         raise UserError(f"--source {given}: nothing is there; check the spelling (a comma separates sources)")
@@ -134,12 +131,10 @@ def _default_name(uri: str) -> str:
 
 def _unused(stem: str, suffix: str, taken: set[str]) -> str:
     """Return the name, with a number if one file system or another would take it for one of `taken`; add it to them."""
-    candidate, number = stem + suffix, 1
-    while candidate.casefold() in taken:
-        number += 1
-        candidate = f"{stem}-{number}{suffix}"
-    taken.add(candidate.casefold())
-    return candidate
+    numbered = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
+    unused = next(name for name in itertools.chain([stem + suffix], numbered) if name.casefold() not in taken)
+    taken.add(unused.casefold())
+    return unused
 
 
 @contextmanager
@@ -234,7 +229,7 @@ def _read_tree(folder: str, shown: str) -> Contents:
     root = class_root(images, shown)
     files = []
     for name in images:
-        path = name.removeprefix(f"{root}/") if root else name
+        path = name.removeprefix(f"{root}/")
         known = class_of(path)
         if not _is_below(name, root):
             reasons[name] = "outside_class_tree"
@@ -270,14 +265,16 @@ def class_root(names: Iterable[str], shown: str) -> str:
     Raises:
         UserError: several unrelated folders look like a class tree.
     """
+    with_files = {name.rpartition("/")[0] for name in names}
     children: dict[str, set[str]] = {}
-    with_files: set[str] = set()
-    for name in names:
-        *folders, _ = name.split("/")
-        with_files.add("/".join(folders))
+    for folders in (folder.split("/") for folder in with_files if folder):
         for depth, child in enumerate(folders):
             children.setdefault("/".join(folders[:depth]), set()).add(child)
-    known = sorted(folder for folder, below in children.items() if any(map(_is_split_or_class, below)))
+    known = sorted(
+        folder
+        for folder, below in children.items()
+        if any(child.casefold() in SPLITS or canonical_label(child) in CANONICAL for child in below)
+    )
     # a tree in a tree, Training/glioma say, is one tree: only the topmost folders count
     tops = [folder for folder in known if not any(folder != top and _is_below(folder, top) for top in known)]
     if len(tops) > 1:
@@ -285,19 +282,13 @@ def class_root(names: Iterable[str], shown: str) -> str:
         raise UserError(
             f"{shown} holds {len(tops)} class trees ({several}, ...); unpack it and give each as a --source"
         )
-    if tops:
-        return tops[0]
-    root = ""
-    while root not in with_files and len(children.get(root, ())) == 1:
-        child = f"{root}/{next(iter(children[root]))}".strip("/")
+    root = tops[0] if tops else ""
+    while not tops and root not in with_files and len(children.get(root, ())) == 1:
+        (child,) = (f"{root}/{child}".strip("/") for child in children[root])
         if child in with_files:
             break
         root = child
     return root
-
-
-def _is_split_or_class(folder: str) -> bool:
-    return folder.casefold() in SPLITS or canonical_label(folder) in CANONICAL
 
 
 def _is_below(path: str, folder: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import IO, Self, cast
+from typing import IO, Any, Final, Self, cast
 
 from btray.core.errors import UserError
 
@@ -30,6 +30,11 @@ _DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError,
     RuntimeError, ValueError, LookupError, ArithmeticError,
 )  # fmt: skip
+_DECOMPRESSORS: Final[dict[bytes, Callable[[IO[bytes]], Any]]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 _OTHER_FORMATS = {b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip", b"\x28\xb5\x2f\xfd": "Zstandard"}
 
 
@@ -59,12 +64,11 @@ class LeftOut:
 class _Unpacking:
     """The state of one archive's unpacking: what was spent, and every name that was taken."""
 
-    archive: Path
+    archive_bytes: int
     shown: str
     folder: Path
     limits: UnpackLimits
     leave_out: Callable[[str], str | None]
-    budget: int = field(init=False)
     left_out: list[LeftOut] = field(default_factory=list)
     members: int = 0
     spent: int = 0
@@ -72,10 +76,6 @@ class _Unpacking:
     """Paths that were taken, by their folded form."""
     folders: set[str] = field(default_factory=set)
     """Folded paths of their folders."""
-
-    def __post_init__(self) -> None:
-        by_ratio = max(self.limits.free_bytes, int(self.limits.max_ratio * self.archive.stat().st_size))
-        self.budget = min(self.limits.max_bytes, by_ratio)
 
     def count_member(self) -> None:
         self.members += 1
@@ -86,12 +86,13 @@ class _Unpacking:
 
     def spend(self, size: int) -> None:
         self.spent += size
-        if self.spent <= self.budget:
-            return
-        if self.spent > self.limits.max_bytes:
-            limit = f"{self.limits.max_bytes / 1e9:g} GB; if you trust it, raise --max-unpacked-gb"
+        limits = self.limits
+        if self.spent > limits.max_bytes:
+            limit = f"{limits.max_bytes / 1e9:g} GB; if you trust it, raise --max-unpacked-gb"
+        elif self.spent > max(limits.free_bytes, int(limits.max_ratio * self.archive_bytes)):
+            limit = f"{limits.max_ratio:g} times its own size; if you trust it, raise --max-ratio"
         else:
-            limit = f"{self.limits.max_ratio:g} times its own size; if you trust it, raise --max-ratio"
+            return
         raise UserError(f"{self.shown} unpacks to more than {limit}")
 
     def unsafe(self, name: str, why: str) -> UserError:
@@ -101,9 +102,9 @@ class _Unpacking:
         """Return where the file `name` goes; None if it is left out, which is noted."""
         parts = self._split_name(name)
         path = "/".join(parts)
-        keys = [_fold("/".join(parts[:end])) for end in range(1, len(parts) + 1)]
-        reason = self._reason_to_skip(path, keys)
-        if reason:
+        # equal for two names which one file system or another takes for the same
+        keys = [unicodedata.normalize("NFC", "/".join(parts[:end])).casefold() for end in range(1, len(parts) + 1)]
+        if reason := self._reason_to_skip(path, keys):
             self.left_out.append(LeftOut(name=name.encode("utf-8", "backslashreplace").decode(), reason=reason))
             return None
         self.folders.update(keys[:-1])
@@ -136,11 +137,6 @@ class _Unpacking:
         return self.leave_out(path)
 
 
-def _fold(path: str) -> str:
-    """Return a form that is equal for two names which one file system or another takes for the same."""
-    return unicodedata.normalize("NFC", path).casefold()
-
-
 def unpack(
     archive: Path, folder: Path, *, limits: UnpackLimits, shown: str, leave_out: Callable[[str], str | None]
 ) -> list[LeftOut]:
@@ -161,7 +157,7 @@ def unpack(
         UserError: an absolute path, a `..`, a link, a device, an encrypted member, more files or bytes than `limits`
             allows, and damage of any kind.
     """
-    state = _Unpacking(archive, shown, folder, limits, leave_out)
+    state = _Unpacking(archive.stat().st_size, shown, folder, limits, leave_out)
     with archive.open("rb") as file:
         start = file.read(8)
         file.seek(0)
@@ -172,7 +168,10 @@ def unpack(
         if start.startswith(b"PK"):
             _unpack_zip(file, state)
         else:
-            _unpack_tar(_decompressed(file, start), state)
+            # by content: servers and people misname archives
+            opener = next((opener for magic, opener in _DECOMPRESSORS.items() if start.startswith(magic)), nullcontext)
+            with opener(file) as stream:
+                _unpack_tar(stream, state)
     return state.left_out
 
 
@@ -250,26 +249,14 @@ def _copy(content: IO[bytes], target: Path | None, state: _Unpacking) -> None:
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
     with content, target.open("xb") if target else nullcontext() as out:
-        while chunk := _read_chunk(content, state):
+        while True:
+            with _damage_refused(state):
+                chunk = content.read(_CHUNK)
+            if not chunk:
+                return
             state.spend(len(chunk))
             if out:
                 out.write(chunk)
-
-
-def _read_chunk(content: IO[bytes], state: _Unpacking) -> bytes:
-    with _damage_refused(state):
-        return content.read(_CHUNK)
-
-
-def _decompressed(file: IO[bytes], start: bytes) -> IO[bytes]:
-    """Choose by content: servers and people misname archives."""
-    if start.startswith(b"\x1f\x8b"):
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=file))
-    if start.startswith(b"BZh"):
-        return bz2.BZ2File(file)
-    if start.startswith(b"\xfd7zXZ"):
-        return lzma.LZMAFile(file)
-    return file
 
 
 class _StrictTarInfo(tarfile.TarInfo):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zlib
 from typing import Final, Literal
 
 Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP"]
 
-_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_FORMATS: Final[dict[Format, re.Pattern[bytes]]] = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "BMP": re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),  # sizes that its header has
+    "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+}
 _GIF_FRAME = re.compile(rb"\x21\xf9\x04.{4}\x00\x2c", re.DOTALL)
 _FOREIGN: Final[tuple[tuple[int, bytes, str], ...]] = (
     (128, b"DICM", "a DICOM file"),
@@ -42,17 +48,7 @@ _NO_IMAGE: Final[tuple[tuple[bytes, str], ...]] = (
 
 def recognise_format(data: bytes) -> Format | None:
     """Return the format, if it is one that `btray.data.scans` reads, or None."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(_TIFF_MAGIC):
-        return "TIFF"
-    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
-        return "BMP"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WebP"
-    return None
+    return next((name for name, beginning in _FORMATS.items() if beginning.match(data)), None)
 
 
 def describe_foreign(data: bytes) -> tuple[str, str]:
@@ -61,7 +57,10 @@ def describe_foreign(data: bytes) -> tuple[str, str]:
         frames = len(_GIF_FRAME.findall(data))
         code = "animated" if frames > 1 else "unsupported"
         return code, f"a GIF of {frames} frames" if frames > 1 else "a GIF: convert it to PNG"
-    head = _unpacked_head(data) if data.startswith(b"\x1f\x8b") else data[:1024]
+    head = data[:1024]
+    if data.startswith(b"\x1f\x8b"):
+        with contextlib.suppress(zlib.error):
+            head = zlib.decompressobj(wbits=31).decompress(data[:65536], 1024)
     for offset, magic, name in _FOREIGN:
         if head.startswith(magic, offset):
             return "unsupported", f"{name}: there is no reader for it here; convert it to PNG or TIFF"
@@ -72,10 +71,3 @@ def describe_foreign(data: bytes) -> tuple[str, str]:
     if not any(head):
         return "not_an_image", "it begins with nothing but zero bytes: it was never written"
     return "not_an_image", f"no known image: it begins with {data[:8].hex(' ')}"
-
-
-def _unpacked_head(data: bytes) -> bytes:
-    try:
-        return zlib.decompressobj(wbits=31).decompress(data[:65536], 1024)
-    except zlib.error:
-        return b""

@@ -61,7 +61,8 @@ def thumbnails(gray: Gray) -> Thumbnails:
     bright = _bright_part(small)
     inner = _without_bright_border(bright)
     unframed = bright if inner.shape == bright.shape else _bright_part(inner)
-    return np.stack([_squeezed(view) for view in (small, bright, unframed)])
+    views = (Image.fromarray(np.ascontiguousarray(view)) for view in (small, bright, unframed))
+    return np.stack([np.asarray(view.resize((_SIDE, _SIDE), Image.Resampling.BOX)) for view in views])
 
 
 def reduced(gray: Gray) -> npt.NDArray[np.uint8]:
@@ -157,8 +158,3 @@ def _bright_part(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     if min(len(rows), len(columns)) < _SMALLEST_PART:
         return gray
     return gray[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def _squeezed(gray: Gray) -> npt.NDArray[np.uint8]:
-    small = Image.fromarray(np.ascontiguousarray(gray)).resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    return np.asarray(small)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +57,14 @@ class KeySet:
         path = self._folder / f"{self._written:06d}.keys"
         self._written += 1
         with path.open("wb") as file:
-            for block in _merged_blocks(longer, shorter):
-                block.tofile(file)
+            begun = 0
+            for start in range(0, len(longer), _IN_MEMORY):  # as many at a time as fit into memory
+                block = longer[start : start + _IN_MEMORY]
+                last = start + _IN_MEMORY >= len(longer)
+                end = len(shorter) if last else int(np.searchsorted(shorter, block[-1]))
+                np.sort(np.concatenate([block, shorter[begun:end]]), kind="stable").tofile(file)
+                begun = end
         for merged in (longer, shorter):
             if isinstance(merged, np.memmap):
                 Path(str(merged.filename)).unlink()
         return np.memmap(path, longer.dtype, mode="r")
-
-
-def _merged_blocks(longer: Keys, shorter: Keys) -> Iterator[Keys]:
-    """Yield all keys of two sorted runs in order, as many at a time as fit into memory."""
-    begun = 0
-    for start in range(0, len(longer), _IN_MEMORY):
-        block = longer[start : start + _IN_MEMORY]
-        last = start + _IN_MEMORY >= len(longer)
-        end = len(shorter) if last else int(np.searchsorted(shorter, block[-1]))
-        yield np.sort(np.concatenate([block, shorter[begun:end]]), kind="stable")
-        begun = end

@@ -19,13 +19,9 @@ from btray.storage.packed import path_of
 _log = logging.getLogger(__name__)
 
 SPLITS = {
-    "training": "train",
-    "train": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "testing": "test",
-    "test": "test",
+    **dict.fromkeys(("training", "train"), "train"),
+    **dict.fromkeys(("validation", "valid", "val"), "val"),
+    **dict.fromkeys(("testing", "test"), "test"),
 }
 """Names of split folders, and in a manifest's column split, with what they mean."""
 MANIFESTS = ("manifest.parquet", "manifest.csv")
@@ -57,13 +53,15 @@ def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
     """
     root = storage.resolve(uri)
     try:
-        manifest = _find_manifest(root)
+        inside = (storage.join(root, name) for name in MANIFESTS)
+        is_manifest = root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root)
+        manifest = root if is_manifest else next((path for path in inside if storage.exists(path)), None)
         if manifest:
             table = _manifest_table(manifest, manifest.rpartition("/")[0], {})
         elif is_pack(root):
             table = _pack_table(root)
         else:
-            table = _tree_table(root, ((_path_below(root, info.uri), info) for info in storage.list_files(root)))
+            table = _tree_table(root, ((info.uri.removeprefix(root), info) for info in storage.list_files(root)))
     except StorageError as error:
         raise storage.user_error(error) from error
     classes = table["label"].unique().to_pylist()
@@ -94,13 +92,6 @@ def class_of(path: str) -> tuple[str | None, str] | None:
     return (split, canonical_label(label)) if below else None
 
 
-def _find_manifest(root: str) -> str | None:
-    if root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root):
-        return root
-    inside = (storage.join(root, name) for name in MANIFESTS)
-    return next((path for path in inside if storage.exists(path)), None)
-
-
 def _table(rows: Iterable[tuple[object, ...]]) -> pa.Table:
     return pa.table(list(map(list, zip(*rows, strict=True))), schema=SCHEMA)
 
@@ -108,25 +99,20 @@ def _table(rows: Iterable[tuple[object, ...]]) -> pa.Table:
 # ---- folder trees
 
 
-def _path_below(root: str, uri: str) -> str:
-    if uri == root:
-        raise UserError(f"{root} is a file, neither a folder nor a manifest; give {_LAYOUT}.")
-    return uri.removeprefix(root)
-
-
 def _tree_table(root: str, files: Iterable[tuple[str, FileInfo]]) -> pa.Table:
     """Return the table of a tree, from the paths of its files below its root."""
     rows, loose = [], []
     for path, info in files:
-        known = class_of(path)
-        if known is None:
-            loose.append(info.uri)
-        else:
+        if info.uri == root:
+            raise UserError(f"{root} is a file, neither a folder nor a manifest; give {_LAYOUT}.")
+        if known := class_of(path):
             split, label = known
             rows.append((info.uri, label, split, None, info.size, info.etag or None))
+        else:
+            loose.append(info.uri)
+    if not rows and not loose:
+        raise UserError(f"{root} holds no file; give {_LAYOUT}.")
     if not rows:
-        if not loose:
-            raise UserError(f"{root} holds no file; give {_LAYOUT}.")
         raise UserError(
             f"{root} holds {len(loose)} files (such as {storage.name(loose[0])}) but no class folders; give {_LAYOUT}."
         )

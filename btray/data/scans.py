@@ -12,7 +12,7 @@ import itertools
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -115,6 +115,14 @@ _SUBFILE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES = 254, 258, 262, 284
 _REDUCED_OR_MASK = 0b101  # bits of a TIFF page that is a thumbnail or a mask of another one
 _DEEP_RAW_MODE = re.compile(r"(?P<bands>RGBA?|LA);16(?P<order>[BLN])$")
 _OPPOSITE_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+# Whether the end that the format prescribes is missing.
+_HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
+    "JPEG": lambda data: data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"),
+    "PNG": lambda data: _PNG_END not in data,
+    "BMP": lambda data: int.from_bytes(data[2:6], "little") > len(data),
+    "WebP": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
+    "TIFF": lambda data: False,  # it has no mark of its end; `_check_directories` and `_check_strips` ran before
+}
 _BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
 _UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
 
@@ -165,15 +173,13 @@ def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
         image = _READERS[kind](io.BytesIO(data))
         _check_size(image, limits)
         mode, (width, height) = image.mode, image.size
-        return FileFacts(kind, mode, width, height, None if mode.startswith(_COLOURLESS) else _small_colours(image))
-
-
-def _small_colours(image: ImageFile) -> Array:
-    image.draft("RGB", (_COLOUR_SIDE, _COLOUR_SIDE))  # a JPEG is decoded at an eighth of its size
-    factors = (max(1, image.width // _COLOUR_SIDE), max(1, image.height // _COLOUR_SIDE))
-    if image.mode in ("P", "PA"):
-        return np.asarray(image.convert("RGB").reduce(factors))
-    return np.asarray(image.reduce(factors).convert("RGB"))
+        if mode.startswith(_COLOURLESS):
+            return FileFacts(kind, mode, width, height, None)
+        image.draft("RGB", (_COLOUR_SIDE, _COLOUR_SIDE))  # a JPEG is decoded at an eighth of its size
+        factors = (max(1, image.width // _COLOUR_SIDE), max(1, image.height // _COLOUR_SIDE))
+        # colours of a palette cannot be averaged by their numbers
+        small = (image.convert("RGB") if image.mode in ("P", "PA") else image).reduce(factors)
+        return FileFacts(kind, mode, width, height, np.asarray(small.convert("RGB")))
 
 
 def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLimits) -> list[Array]:
@@ -269,14 +275,11 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     image.load()
     with contextlib.suppress(Exception):
         image.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
+    page: Image.Image = image if deep is None else Image.fromarray(deep)
+    page.info = image.info
     # A JPEG or PNG may say that it is to be turned: the network must see the head upright, as people do.
-    if deep is None:
-        ImageOps.exif_transpose(image, in_place=True)
-        return _gray(image)
-    gray = Image.fromarray(deep)
-    gray.info = image.info
-    ImageOps.exif_transpose(gray, in_place=True)
-    return np.array(gray)
+    ImageOps.exif_transpose(page, in_place=True)
+    return _gray(page) if deep is None else np.array(page)
 
 
 def _gray(image: Image.Image) -> Array:
@@ -285,10 +288,8 @@ def _gray(image: Image.Image) -> Array:
         values = np.asarray(image).astype(np.uint16)
         key = image.info.get("transparency")
         return values if key is None else np.where(values == key, np.uint16(0), values)
-    if mode == "I":
-        return _integers_to_uint16(np.asarray(image))
-    if mode == "F":
-        return _floats_to_uint16(np.asarray(image))
+    if mode in ("I", "F"):
+        return _to_uint16(np.asarray(image))
     if mode == "CMYK":
         image = image.convert("RGB")
     elif mode in ("P", "PA"):
@@ -299,20 +300,14 @@ def _gray(image: Image.Image) -> Array:
     return np.array(image if image.mode == "L" else image.convert("L"))
 
 
-def _integers_to_uint16(values: Array) -> Array:
-    low, high = int(values.min()), int(values.max())
-    if low >= 0 and high <= 0xFFFF:
-        return values.astype(np.uint16)
-    if high - low <= 0xFFFF:
-        return (values - low).astype(np.uint16)
-    return _floats_to_uint16(values)
-
-
-def _floats_to_uint16(values: Array) -> Array:
+def _to_uint16(values: Array) -> Array:
+    """Keep or shift 32-bit integers that span no more than 16 bit; scale others, and floats, from their own range."""
     finite = np.isfinite(values)
     if not finite.any():
         raise ScanRejected("decode_failed", "no pixel is a finite number")
     low, high = float(values[finite].min()), float(values[finite].max())
+    if values.dtype.kind == "i" and high - low <= 0xFFFF:
+        return (values if low >= 0 and high <= 0xFFFF else values - int(low)).astype(np.uint16)
     if low == high:
         return np.zeros(values.shape, np.uint16)
     known = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
@@ -341,7 +336,9 @@ def _deep_colour(data: bytes, image: ImageFile) -> Array | None:
     twin.seek(image.tell())
     low = _load_as(twin, f"{match['bands']};16{_OPPOSITE_ORDER[match['order']]}")
     bands = np.asarray(image).astype(np.uint16) << 8 | low
-    gray = _luma(bands)
+    # ITU-R 601 luma with Pillow's weights: equal bands stay the same
+    red, green, blue = (bands[..., band].astype(np.uint32) for band in range(3))
+    gray = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint16)
     key = image.info.get("transparency")
     if key is not None:
         gray[(bands == key).all(axis=-1)] = 0
@@ -357,12 +354,6 @@ def _load_as(image: ImageFile, raw_mode: str) -> Array:
     return np.asarray(image)
 
 
-def _luma(bands: Array) -> Array:
-    """Return ITU-R 601 luma of uint16 [height, width, 3 or more], with Pillow's weights: equal bands stay the same."""
-    red, green, blue = (bands[..., band].astype(np.uint32) for band in range(3))
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint16)
-
-
 def _on_black(gray: Array, alpha: Array) -> Array:
     return ((gray.astype(np.uint32) * alpha + 0x7FFF) // 0xFFFF).astype(np.uint16)
 
@@ -372,21 +363,8 @@ def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or _BOMB_TEXT.search(text):
         return ScanRejected("bomb", f"{kind}: {text}")
-    if "truncated" in text.lower() or _is_cut(data, kind):
+    if "truncated" in text.lower() or _HAS_NO_END[kind](data):
         return ScanRejected("truncated", f"a {kind} truncated after {len(data)} bytes: {text}")
     if _UNSUPPORTED_TEXT.search(text):
         return ScanRejected("unsupported", f"a {kind} of a kind that is not read: {text}")
     return ScanRejected("decode_failed", f"a damaged {kind}: {text}")
-
-
-def _is_cut(data: bytes, kind: Format) -> bool:
-    """Return whether the end that the format prescribes is missing."""
-    if kind == "JPEG":
-        return data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda")
-    if kind == "PNG":
-        return _PNG_END not in data
-    if kind == "BMP":
-        return int.from_bytes(data[2:6], "little") > len(data)
-    if kind == "WebP":
-        return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return False  # a TIFF has no mark of its end; `_check_directories` and `_check_strips` ran before

@@ -9,11 +9,12 @@ into one group.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,16 +121,51 @@ def hold_out(table: pa.Table, *, fraction: float, seed: int, duplicate_of: np.nd
     classes, label = np.unique(_column(table, "label"), return_inverse=True)
     counts = np.zeros((group.max(initial=-1) + 1, len(classes)), np.int64)
     np.add.at(counts, (group, label), 1)
-    choice = _Choice(counts, fraction, np.random.default_rng(seed))
-    choice.represent_classes()
-    choice.fill()
-    choice.approach()
+    held = _choose_groups(counts, fraction, np.random.default_rng(seed))
     for index, name in enumerate(classes):
-        if not choice.held[counts[:, index] > 0].any():
+        if not held[counts[:, index] > 0].any():
             _log.warning(
                 "No image of class %r can be held out: they all belong to groups needed for training.", str(name)
             )
-    return np.asarray(choice.held[group], bool)
+    return held[group]
+
+
+def _choose_groups(counts: Numbers, fraction: float, random: np.random.Generator) -> Flags:
+    """Choose the groups to hold out, bool [groups], by each group's images of each class, int [groups, classes]."""
+    shuffled, present = random.permutation(len(counts)), counts > 0
+    target, held = fraction * counts.sum(axis=0), np.zeros(len(counts), bool)
+
+    def allowed(groups: Numbers) -> Numbers:
+        """Return those of `groups` that leave another group of each of their classes to learn from."""
+        last = present.sum(axis=0) - present[held].sum(axis=0) < 2
+        return np.asarray(groups[~held[groups] & ~(present[groups] & last).any(axis=1)])
+
+    def distance(added: Numbers | int) -> npt.NDArray[np.float64]:
+        """Return how far the shares would be off, summed over classes, with `added` images of each class."""
+        reached = counts[held].sum(axis=0) + added
+        return np.asarray((np.abs(reached - target) / np.maximum(target, 1)).sum(axis=-1))
+
+    # A group of each class, rare ones first: the first that fits, or the one that overshoots least.
+    for index in np.argsort(present.sum(axis=0), kind="stable"):
+        candidates = allowed(shuffled[present[shuffled, index]])
+        if held[present[:, index]].any() or not len(candidates):  # one held out for another class had this one too
+            continue
+        room = target - counts[held].sum(axis=0)
+        fitting = candidates[((counts[candidates] <= room) | ~present[candidates]).all(axis=1)]
+        held[fitting[0] if len(fitting) else candidates[distance(counts[candidates]).argmin()]] = True
+    # Then what fits, in random order.
+    room, spare = target - counts[held].sum(axis=0), present.sum(axis=0) - present[held].sum(axis=0) - 1
+    for group in shuffled[~held[shuffled]]:
+        if (~present[group] | ((counts[group] <= room) & (spare > 0))).all():
+            held[group] = True
+            room, spare = room - counts[group], spare - present[group]
+    # At last, while that comes nearer to the target than falling short of it, what overshoots; rounding is no approach.
+    while len(candidates := allowed(shuffled)):
+        distances = distance(counts[candidates])
+        if distances.min() >= distance(0) - 1e-12:
+            break
+        held[candidates[distances.argmin()]] = True
+    return held
 
 
 def k_folds(table: pa.Table, *, k: int, seed: int, duplicate_of: np.ndarray | None) -> Numbers:
@@ -165,23 +201,34 @@ def group_rows(table: pa.Table, duplicate_of: Sequence[int | None] | np.ndarray 
     rows in the order of folders, names and numbers.
     """
     uris = [path_of(uri) for uri in _column(table, "uri")]
+    count = len(uris)
+    given = [None] * count if duplicate_of is None else duplicate_of
+    twins = np.array([-1 if twin is None else twin for twin in given], np.int64)
+    if len(twins) != count:
+        raise ValueError(f"duplicate_of has {len(twins)} entries for {count} rows")
     keys = [_run_key(uri) for uri in uris]
-    order = np.array(sorted(range(len(uris)), key=lambda row: (keys[row], uris[row])), dtype=np.int64)
-    if duplicate_of is None:
-        duplicate_of = np.full(len(uris), -1, np.int64)
-    if len(duplicate_of) != len(uris):
-        raise ValueError(f"duplicate_of has {len(duplicate_of)} entries for {len(uris)} rows")
-    twins = np.array([-1 if value is None else value for value in duplicate_of], np.int64)[order]
-    patients = _column(table, "patient_id")[order]
-    together = _components(patients, twins)
-    with_patient = {part for part, patient in zip(together, patients, strict=True) if patient is not None}
-    home: dict[int, tuple[str, int]] = {}
-    for part, block in zip(together, _blocks([keys[row][:2] for row in order]), strict=True):
-        home.setdefault(part, ("patient", part) if part in with_patient else ("block", block))
-    numbers: dict[tuple[str, int], int] = {}
-    group = np.empty(len(uris), np.int64)
-    group[order] = [numbers.setdefault(home[part], len(numbers)) for part in together]
+    order = np.array(sorted(range(count), key=lambda row: (keys[row], uris[row])), dtype=np.int64)
+    block: list[int] = []  # of each row in order: a number that no other run uses
+    for _, rows in itertools.groupby(order, lambda row: keys[row][:2]):
+        size = len(list(rows))
+        pieces = -(-size // min(BLOCK, max(1, size // LEAST_BLOCKS)))
+        block += [len(block) + place * pieces // size for place in range(size)]
+    patients, twins = _column(table, "patient_id")[order], twins[order]
+    known, twinned = np.flatnonzero(patients != None), np.flatnonzero(twins >= 0)  # noqa: E711 - of each element
+    # rows are joined by a common patient or picture, nodes after those of the rows, also through others
+    ties = [(known, _numbered(patients[known]) + count), (twinned, _numbered(twins[twinned]) + 2 * count)]
+    part = components(3 * count, np.concatenate([np.stack(tie, axis=1) for tie in ties]))[:count]
+    _, first, number = np.unique(part, return_index=True, return_inverse=True)
+    home = np.where(np.isin(part, part[known]), count + number, np.array(block, np.int64)[first[number]])
+    group = np.empty(count, np.int64)
+    group[order] = _numbered(home)
     return group
+
+
+def _numbered(values: npt.NDArray[Any]) -> Numbers:
+    """Return a number for each of `values` [n], equal for equal ones, from 0 in the order of their first places."""
+    _, first, number = np.unique(values, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -193,89 +240,3 @@ def _run_key(uri: str) -> tuple[str, str, int]:
     folder, _, name = uri.rpartition("/")
     match = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", name, re.DOTALL)
     return (folder, f"{match[1]}/{match[3]}", int(match[2])) if match else (folder, name, -1)
-
-
-def _components(patients: np.ndarray, twins: np.ndarray) -> list[int]:
-    """Join rows by a common patient or a common picture, also through others; return the component of each row."""
-    nodes: dict[object, int] = {}
-    edges = [
-        (row, nodes.setdefault(tie, len(patients) + len(nodes)))
-        for row, (patient, twin) in enumerate(zip(patients, twins.tolist(), strict=True))
-        for tie in (("patient", patient) if patient is not None else None, ("twin", twin) if twin >= 0 else None)
-        if tie is not None
-    ]
-    joined = components(len(patients) + len(nodes), np.array(edges, dtype=np.int64).reshape(-1, 2))
-    return joined[: len(patients)].tolist()
-
-
-def _blocks(runs: Sequence[tuple[str, str]]) -> list[int]:
-    """Return the contiguous block of each row of sorted runs, as a number that no other run uses."""
-    sizes = Counter(runs)
-    first: dict[tuple[str, str], int] = {}  # first row of each run
-    block: list[int] = []
-    for row, run in enumerate(runs):
-        size = sizes[run]
-        pieces = -(-size // min(BLOCK, max(1, size // LEAST_BLOCKS)))
-        block.append(first.setdefault(run, row) + (row - first[run]) * pieces // size)
-    return block
-
-
-# ---- choice
-
-
-class _Choice:
-    """The groups held out so far, bool [groups], chosen by each group's images of each class, int [groups, classes]."""
-
-    def __init__(self, counts: np.ndarray, fraction: float, random: np.random.Generator) -> None:
-        self.held = np.zeros(len(counts), bool)
-        self._counts = counts
-        self._target = fraction * counts.sum(axis=0)
-        self._reached = np.zeros(counts.shape[1], np.int64)
-        self._spare = (counts > 0).sum(axis=0) - 1  # groups of each class that may still be held out
-        self._shuffled = random.permutation(len(counts))
-
-    def represent_classes(self) -> None:
-        """Hold out a group of each class, rare ones first: the first that fits, or the one that overshoots least."""
-        for index in np.argsort(self._spare, kind="stable"):
-            candidates = self._allowed(self._shuffled[self._counts[self._shuffled, index] > 0])
-            if self._reached[index] or not len(candidates):  # a group held out for another class had this one too
-                continue
-            fitting = candidates[self._fits(candidates)]
-            best = [0] if len(fitting) else [self._distance(candidates).argmin()]
-            self._take((fitting if len(fitting) else candidates)[best])
-
-    def fill(self) -> None:
-        """Hold out what fits, in random order."""
-        candidates = self._shuffled
-        while len(candidates := self._allowed(candidates[self._fits(candidates)])):
-            counts = self._counts[candidates]
-            fits = (counts.cumsum(axis=0) <= self._target - self._reached) | (counts == 0)
-            spared = ((counts > 0).cumsum(axis=0) <= self._spare) | (counts == 0)
-            together = (fits & spared).all(axis=1)  # true up to the first group for which there is no room left
-            self._take(candidates if together.all() else candidates[: together.argmin()])
-
-    def approach(self) -> None:
-        """Hold out more while that comes nearer to the target than falling short of it."""
-        while len(candidates := self._allowed(self._shuffled)):
-            distances = self._distance(candidates)
-            if distances.min() >= self._distance(None) - 1e-12:  # rounding must not count as an improvement
-                return
-            self._take(candidates[[distances.argmin()]])
-
-    def _take(self, groups: np.ndarray) -> None:
-        self.held[groups] = True
-        self._reached += self._counts[groups].sum(axis=0)
-        self._spare -= (self._counts[groups] > 0).sum(axis=0)
-
-    def _allowed(self, groups: np.ndarray) -> np.ndarray:
-        last_one = ((self._counts[groups] > 0) & (self._spare < 1)).any(axis=1)
-        return groups[~self.held[groups] & ~last_one]
-
-    def _fits(self, groups: np.ndarray) -> np.ndarray:
-        room = self._target - self._reached
-        return ((self._counts[groups] <= room) | (self._counts[groups] == 0)).all(axis=1)
-
-    def _distance(self, groups: np.ndarray | None) -> np.ndarray:
-        """Return how far the shares would be off, summed over classes, with each of `groups` added (None: nothing)."""
-        added = 0 if groups is None else self._counts[groups]
-        return (np.abs(self._reached + added - self._target) / np.maximum(self._target, 1)).sum(axis=-1)

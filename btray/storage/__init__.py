@@ -1,65 +1,33 @@
 """Files and objects, local or s3://: named, listed, read with retry, written whole."""
 
-from btray.storage.errors import StorageError, is_retryable, storage_errors_for, suppress_missing, user_error
-from btray.storage.file_info import FileInfo
-from btray.storage.files import (
-    arrow_filesystem,
-    delete,
-    delete_many,
-    describe,
-    exists,
-    is_file,
-    is_folder,
-    is_remote,
-    join,
-    list_files,
-    list_names,
-    name,
-    open_ranges,
-    read_bytes,
-    read_json,
-    read_text,
-    require_writable,
-    resolve,
-    upload_file,
-    write_bytes,
-    write_json,
-    write_new,
-    write_text,
-)
-from btray.storage.retry import retry_timeout
-from btray.storage.s3 import reconnect
-
-__all__ = [
-    "FileInfo",
-    "StorageError",
-    "arrow_filesystem",
-    "delete",
-    "delete_many",
-    "describe",
-    "exists",
-    "is_file",
-    "is_folder",
-    "is_remote",
-    "is_retryable",
-    "join",
-    "list_files",
-    "list_names",
-    "name",
-    "open_ranges",
-    "read_bytes",
-    "read_json",
-    "read_text",
-    "reconnect",
-    "require_writable",
-    "resolve",
-    "retry_timeout",
-    "storage_errors_for",
-    "suppress_missing",
-    "upload_file",
-    "user_error",
-    "write_bytes",
-    "write_json",
-    "write_new",
-    "write_text",
-]
+from btray.storage.errors import StorageError as StorageError
+from btray.storage.errors import is_retryable as is_retryable
+from btray.storage.errors import storage_errors_for as storage_errors_for
+from btray.storage.errors import suppress_missing as suppress_missing
+from btray.storage.errors import user_error as user_error
+from btray.storage.file_info import FileInfo as FileInfo
+from btray.storage.files import arrow_filesystem as arrow_filesystem
+from btray.storage.files import delete as delete
+from btray.storage.files import delete_many as delete_many
+from btray.storage.files import describe as describe
+from btray.storage.files import exists as exists
+from btray.storage.files import is_file as is_file
+from btray.storage.files import is_folder as is_folder
+from btray.storage.files import is_remote as is_remote
+from btray.storage.files import join as join
+from btray.storage.files import list_files as list_files
+from btray.storage.files import list_names as list_names
+from btray.storage.files import name as name
+from btray.storage.files import open_ranges as open_ranges
+from btray.storage.files import read_bytes as read_bytes
+from btray.storage.files import read_json as read_json
+from btray.storage.files import read_text as read_text
+from btray.storage.files import require_writable as require_writable
+from btray.storage.files import resolve as resolve
+from btray.storage.files import upload_file as upload_file
+from btray.storage.files import write_bytes as write_bytes
+from btray.storage.files import write_json as write_json
+from btray.storage.files import write_new as write_new
+from btray.storage.files import write_text as write_text
+from btray.storage.retry import retry_timeout as retry_timeout
+from btray.storage.s3 import reconnect as reconnect

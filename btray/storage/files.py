@@ -66,7 +66,10 @@ def name(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     """Return whether a file or folder is there. Raises StorageError if that cannot be told (forbidden, unavailable)."""
-    return _can_be_described(uri) or is_folder(uri)
+    with suppress_missing():
+        describe(uri)
+        return True
+    return is_folder(uri)
 
 
 def is_folder(uri: str) -> bool:
@@ -76,13 +79,9 @@ def is_folder(uri: str) -> bool:
 
 def is_file(uri: str) -> bool:
     """Return whether a file or object that is not a folder is there. Raises StorageError if that cannot be told."""
-    return _can_be_described(uri) and not is_folder(uri)
-
-
-def _can_be_described(uri: str) -> bool:
     with suppress_missing():
         describe(uri)
-        return True
+        return not is_folder(uri)
     return False
 
 

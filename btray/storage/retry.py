@@ -57,8 +57,6 @@ def retry(attempt: Callable[[], Result]) -> Result:
             return attempt()
         except FAILURES as error:
             delay = _delay_after(error, delays)
-            if delay is None:
-                raise
         time.sleep(delay)
 
 
@@ -70,11 +68,12 @@ async def retry_async(attempt: Callable[[], Awaitable[Result]]) -> Result:
             return await attempt()
         except FAILURES as error:
             delay = _delay_after(error, delays)
-            if delay is None:
-                raise
         await asyncio.sleep(delay)
 
 
-def _delay_after(error: Exception, delays: Iterator[float]) -> float | None:
-    """Return the pause before the next attempt; None if there is to be none."""
-    return next(delays, None) if as_storage_error(error, "").retryable else None
+def _delay_after(error: Exception, delays: Iterator[float]) -> float:
+    """Return the pause before the next attempt, or raise `error` if there is to be none."""
+    delay = next(delays, None) if as_storage_error(error, "").retryable else None
+    if delay is None:
+        raise error
+    return delay

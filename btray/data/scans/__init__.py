@@ -1,15 +1,7 @@
 """Scans: encoded bytes become gray frames, or a rejection with a code; each file format is read in here."""
 
-from btray.data.scans.decoding import (
-    REJECTION_CODES,
-    FileFacts,
-    Scan,
-    ScanLimits,
-    ScanRejected,
-    count_pages,
-    decode,
-    examine,
-)  # fmt: skip
+from btray.data.scans.decoding import FileFacts, Scan, ScanLimits, count_pages, decode, examine
+from btray.data.scans.errors import REJECTION_CODES, ScanRejected
 
 __all__ = [
     "REJECTION_CODES", "FileFacts", "Scan", "ScanLimits", "ScanRejected", "count_pages", "decode", "examine",

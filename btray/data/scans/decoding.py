@@ -21,36 +21,11 @@ from PIL import BmpImagePlugin, Image, ImageChops, ImageOps, JpegImagePlugin, Pn
 from PIL import WebPImagePlugin as WebpImagePlugin
 from PIL.ImageFile import ImageFile
 
+from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
+from btray.data.scans.jpeg import check_jpeg, decode_gray
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-REJECTION_CODES: Final[dict[str, str]] = {
-    "empty": "The object has no bytes: the upload was interrupted; write it again.",
-    "not_an_image": "The bytes are not an image (text, an error page, an archive): leave it out of the worklist.",
-    "truncated": "The image ends too early: the upload or download was interrupted; copy it again from its source.",
-    "bomb": "Decoding would take too much memory or time: inspect it, then split it or raise max_pixels if it is real.",
-    "too_large": "The object has more bytes than max_bytes: split it or raise the limit.",
-    "too_small": "The image is smaller than min_side: an icon or a placeholder; leave it out.",
-    "animated": "The image is an animation: export its frames as single images.",
-    "unsupported": "The file is of a kind that is not read here: convert it to PNG, TIFF or JPEG.",
-    "decode_failed": "The image is damaged: copy it again from its source.",
-}
-
-
-class ScanRejected(Exception):
-    """A scan that cannot be used. `code` is a key of `REJECTION_CODES`, the text one line that says what was wrong."""
-
-    retryable: Final = False
-    """Bytes that were refused once are refused always."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +169,11 @@ def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLi
     if kind == "JPEG":
         if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_PROGRESSIVE_SCANS:
             raise ScanRejected("bomb", f"a JPEG of more than {_MAX_PROGRESSIVE_SCANS} progressive scans")
+        if image.mode in ("L", "RGB"):
+            pixels = Image.fromarray(decode_gray(data, image.size, min_side))
+            _set_upright(pixels, image.info)
+            return [np.array(pixels)]
+        check_jpeg(data)
         image.draft("L", (min_side, min_side) if min_side else None)
     elif kind == "PNG":
         # Pillow's load checks neither the checksums of the pixels nor that the file ends; verify() spends its object.
@@ -273,13 +253,17 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     """Return the current page, in gray, of a file that is open and not loaded."""
     deep = _deep_colour(data, image)
     image.load()
-    with contextlib.suppress(Exception):
-        image.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
     page: Image.Image = image if deep is None else Image.fromarray(deep)
-    page.info = image.info
-    # A JPEG or PNG may say that it is to be turned: the network must see the head upright, as people do.
-    ImageOps.exif_transpose(page, in_place=True)
+    _set_upright(page, image.info)
     return _gray(page) if deep is None else np.array(page)
+
+
+def _set_upright(page: Image.Image, info: dict[str | tuple[int, int], Any]) -> None:
+    """Turn a page as the EXIF orientation in `info` says: the network must see the head upright, as people do."""
+    page.info = info
+    with contextlib.suppress(Exception):
+        page.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
+    ImageOps.exif_transpose(page, in_place=True)
 
 
 def _gray(image: Image.Image) -> Array:

@@ -46,6 +46,7 @@ def run_job(config_class: type[Config], job: Callable[[Config], str | None]) -> 
         config = read_config(config_class)
         logs.begin(config.log_format, verbose=config.verbose)
         logs.bind(job=Path(sys.argv[0]).stem.rpartition(" ")[2])
+        config.check()  # before the job is imported, which takes seconds
         result = job(config)
         if result is not None:
             print(result, flush=True)

@@ -100,8 +100,9 @@ def acquire(config: AcquireConfig) -> str:
     Raises:
         UserError: a source cannot be taken as a whole.
     """
-    out = storage.resolve(config.out)
+    out = config.out
     try:
+        config.check()
         sources = parse_sources(config, out)
         cache = Path(config.cache or "~/.cache/btray").expanduser().absolute()
         if any(source.kind in {"http", "archive"} for source in sources):

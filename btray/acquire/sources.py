@@ -112,12 +112,11 @@ def _kind_of(given: str) -> tuple[str, Kind]:
             if urlsplit(given).hostname:
                 return given, "http"
         raise UserError(f"--source {given} names no server; write http(s)://SERVER/PATH")
-    uri = storage.resolve(given)
-    if not storage.exists(uri):
+    if not storage.exists(given):
         raise UserError(f"--source {given}: nothing is there; check the spelling (a comma separates sources)")
-    if storage.is_folder(uri):
-        return uri, "folder"
-    return uri, "manifest" if uri.lower().endswith(_MANIFESTS) else "archive"
+    if storage.is_folder(given):
+        return given, "folder"
+    return given, "manifest" if given.lower().endswith(_MANIFESTS) else "archive"
 
 
 def _default_name(uri: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from btray.core.config import JobConfig
+from btray.core.uris import Uri
 
 AUDIT_FINDINGS = ("leak", "conflict", "patient", "duplicate", "not_mri", "unreadable")
 
@@ -17,16 +18,27 @@ class AuditConfig(JobConfig):
     Writes audit.json, duplicates.parquet, report.html and lists of unreadable files and probable non-MRI images.
     """
 
-    data: str
+    data: Uri
     """Labelled data, as for training; one class is enough."""
-    out: str
+    out: Uri
     """Folder for the audit; local or s3://."""
+    overwrite: bool = Field(default=False, exclude=True)
+    """Replace the audit at --out if it was made with other settings."""
     fail_on: str = ""
     """Findings that end the job with exit code 3 once all is written, separated by commas: leak (an image of the val \
     or test split has a twin in an earlier split), conflict (one image, several labels), patient (in several splits), \
     duplicate, not_mri, unreadable."""
     report_groups: Annotated[int, Field(ge=0, le=1000)] = 60
     """Maximum number of duplicate groups whose pictures the report shows; conflicts and leaks come first."""
+
+    def check(self) -> None:
+        """Refuse data that are not there, and an --out that is taken or cannot be written to."""
+        from btray import storage
+
+        storage.require_input(self.data, "--data")
+        if not self.overwrite:
+            storage.require_own(self.out, self.model_dump(mode="json", exclude={"fail_on"}), result="audit.json")
+        storage.require_writable(self.out, "--out")
 
     @field_validator("fail_on")
     @classmethod

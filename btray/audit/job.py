@@ -49,9 +49,9 @@ def audit(config: AuditConfig) -> str:
         UserError: the input is unusable.
         ThresholdExceeded: there is a finding of `fail_on`; raised after all is written.
     """
-    out = storage.resolve(config.out)
+    config.check()
+    out = config.out
     table = read_labelled(config.data, least_classes=1)
-    storage.require_writable(out, "--out")
     with connected():
         inspected = inspect_files(table["uri"])
         readable = inspected.filter(pc.equal(inspected["code"], ""))

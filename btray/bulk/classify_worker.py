@@ -62,7 +62,7 @@ class PartClassifier:
         logs.begin_in_worker(config.log_format, job="classify", run_id=run.run_id)
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
-            storage.resolve(config.model),
+            config.model,
             model_id=model_id,
             # Ray hides no GPU from an actor that has none, so what torch finds does not tell.
             device="cuda" if config.use_gpu else "cpu",

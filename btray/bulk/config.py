@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from btray.core.config import JobConfig, Positive, Probability
+from btray.core.uris import Uri, resolved
+from btray.model.config import require_bundle
 
 SHOWN = 24
 """Number of the least certain frames that summary.html shows."""
@@ -16,10 +18,10 @@ SHOWN = 24
 class ArchiveConfig(JobConfig):
     """Settings that the jobs on archives share."""
 
-    input: str
+    input: Uri
     """Folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory (manifest.json), file list \
     (.txt) or packed archive (the folder that jobs/pack.py wrote); local or s3://."""
-    output: str
+    output: Uri
     """Where the result is written; local or s3://."""
     include: tuple[str, ...] = ()
     """Only paths below the input (keys of an inventory) that match one of these globs; `*` matches `/` too."""
@@ -33,7 +35,7 @@ class ArchiveConfig(JobConfig):
     """Print how many objects would be read, their size and how long that takes; write nothing."""
     max_rejected: Probability | None = None
     """Share of rejected objects above which the job, having written everything, ends with exit code 3; default: any."""
-    metrics_to: str | None = None
+    metrics_to: Annotated[str, resolved(unless="https?://")] | None = None
     """Where the run's last numbers are written for Prometheus: a file (.prom) that node-exporter's textfile collector \
     reads, or the http:// URL of a Pushgateway."""
     actors: Positive | None = None
@@ -44,6 +46,14 @@ class ArchiveConfig(JobConfig):
     patience: Annotated[float, Field(ge=0)] = 300.0
     """Seconds to wait for a store that does not answer, before its objects are rejected or the job fails."""
 
+    def check(self) -> None:
+        """Refuse an input that is not there, and an output that cannot be written to."""
+        from btray import storage
+
+        storage.require_input(self.input, "--input")
+        if not storage.is_remote(self.output) and not self.dry_run:  # the lease tells whether a store takes objects
+            storage.require_writable(self.output, "--output")
+
     @field_validator("since")
     @classmethod
     def _utc(cls, value: datetime | None) -> datetime | None:
@@ -53,7 +63,7 @@ class ArchiveConfig(JobConfig):
 class ClassifyConfig(ArchiveConfig):
     """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
 
-    model: str
+    model: Uri
     """Model bundle."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
@@ -74,6 +84,11 @@ class ClassifyConfig(ArchiveConfig):
     """Write pictures of what spoke for the label (Grad-CAM) of this many of the least certain scans."""
     explain_labels: tuple[str, ...] = ()
     """Write such pictures of every scan that gets one of these labels."""
+
+    def check(self) -> None:
+        """As for all archives; and refuse a bundle that is not there."""
+        require_bundle(self.model)
+        super().check()
 
     @property
     def least_certain(self) -> int:

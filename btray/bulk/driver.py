@@ -53,9 +53,10 @@ class ArchiveJob(ABC):
     """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
     def __init__(self, config: ArchiveConfig, *, group: str) -> None:
-        """Resolve the output. `group` is that of its runs: see `runs.Run`."""
+        """Check what the config names. `group` is that of the output's runs: see `runs.Run`."""
+        config.check()
         self.config = config
-        self.output = storage.resolve(config.output)
+        self.output = config.output
         self.group = group
 
     @abstractmethod
@@ -145,7 +146,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
     started = datetime.now(UTC)
     totals = job.totals()
     selected = config.model_dump(mode="json", include={"include", "exclude", "since", "limit", *job.choices})
-    request = {"input": storage.resolve(config.input)} | selected
+    request = {"input": config.input} | selected
     with storage.retry_timeout(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
         logs.bind(run_id=run.run_id)

@@ -45,7 +45,7 @@ class PackJob(ArchiveJob):
     def __init__(self, config: PackConfig) -> None:
         """Examine input and output. Raises UserError if the input is a pack, or the output one of another archive."""
         super().__init__(config, group="pack")
-        self.source = storage.resolve(config.input)
+        self.source = config.input
         is_file = storage.is_file(self.source)
         self.root = self.source.rpartition("/")[0] if is_file else self.source
         # the copy of a labelled manifest within the pack

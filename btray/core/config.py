@@ -7,6 +7,7 @@ environment.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -70,6 +71,12 @@ class JobConfig(BaseSettings):
     verbose: bool = Field(default=False, exclude=True)
     """Print what Ray and its workers print as well."""
 
+    def check(self) -> None:
+        """Raise UserError if something that the config names cannot be used. Imports neither torch nor Ray.
+
+        `launch` calls it before it imports the job, and the job again, for those that call it from Python.
+        """
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
@@ -91,7 +98,9 @@ class JobConfig(BaseSettings):
         Raises `UserError` with one line for an unknown key, a value out of range or an unreadable file. `--help`
         prints and exits with 0.
         """
-        parser = OneLineParser(prog=prog or Path(sys.argv[0]).name, description=cls.__doc__, epilog=_ENVIRONMENT)
+        parser = OneLineParser(
+            prog=prog or Path(sys.argv[0]).name, description=cls.__doc__, epilog=_ENVIRONMENT, allow_abbrev=False
+        )
         parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; it may be nested")
         _refuse_unknown_environment({*cls.model_fields, *others})
         file_names: dict[str, list[str]] = {}
@@ -115,6 +124,8 @@ class JobConfig(BaseSettings):
                 cli_parse_args=sys.argv[1:] if arguments is None else arguments,
                 root_parser=parser,
                 parse_args_method=parse,
+                add_argument_method=_add_flag,
+                add_argument_group_method=_add_group,
             )
             # The first one wins.
             sources = (InitSettingsSource(cls, file_names), flags, EnvSettingsSource(cls), _read(cls, config_file))
@@ -127,6 +138,14 @@ class JobConfig(BaseSettings):
     def to_yaml(self) -> str:
         """Return the resolved config as YAML that `--config` reads again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def set_environment(variables: Mapping[str, str | None]) -> None:
@@ -145,8 +164,24 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise `message` as a UserError."""
-        raise UserError(f"{message} (see --help)")
+        """Raise `message` as a UserError, with the flag that an unknown one was meant to be."""
+        flag = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        meant = difflib.get_close_matches(flag.replace("_", "-"), self._option_string_actions, n=1)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        raise UserError(f"{message}{hint} (see --help)")
+
+
+# Pydantic's own terms for settings of a component that need not be there, "ifdef" and "undefined", tell a user nothing.
+
+
+def _add_flag(parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
+    help_text = options["help"].replace("(ifdef: required)", "(required if one of these is given)")
+    return argparse.ArgumentParser.add_argument(parser, *names, **options | {"help": help_text})
+
+
+def _add_group(parser: argparse.ArgumentParser, *, description: str | None, **options: Any) -> Any:
+    text = (description or "").removeprefix("default: none (undefined)").lstrip()
+    return argparse.ArgumentParser.add_argument_group(parser, description=text, **options)
 
 
 class _ConfigFile(YamlConfigSettingsSource):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from btray.core.config import JobConfig, Positive, Probability
+from btray.core.uris import Uri
+from btray.model.config import require_bundle
 
 
 class EvaluateConfig(JobConfig):
     """Measure a bundle on labelled data: metrics.json, plots and report.html."""
 
-    model: str
+    model: Uri
     """Model bundle."""
-    data: str
+    data: Uri
     """Labelled data, as for training; its test split if it has one, else all of it. One class is enough."""
-    out: str
+    out: Uri
     """Folder for the report; local or s3://."""
+    overwrite: bool = Field(default=False, exclude=True)
+    """Replace the report at --out if it was made with other settings."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
     abstain_below: Probability | None = None
@@ -24,3 +30,14 @@ class EvaluateConfig(JobConfig):
     """Images per forward pass; default: 16 on a CPU, 64 on a GPU."""
     use_gpu: bool = False
     """Run one actor per GPU."""
+
+    def check(self) -> None:
+        """Refuse a bundle or data that are not there, and an --out that is taken or cannot be written to."""
+        from btray import storage
+
+        require_bundle(self.model)
+        storage.require_input(self.data, "--data")
+        if not self.overwrite:
+            settings = self.model_dump(mode="json", exclude={"max_rejected", "batch_size", "use_gpu"})
+            storage.require_own(self.out, settings, result="metrics.json")
+        storage.require_writable(self.out, "--out")

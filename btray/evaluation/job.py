@@ -32,14 +32,14 @@ def evaluate(config: EvaluateConfig) -> str:
         UserError: the input is unusable.
         ThresholdExceeded: more than `max_rejected` of the images cannot be read; raised after all is written.
     """
-    out = storage.resolve(config.out)
+    config.check()
+    out = config.out
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
     table = read_labelled(config.data, least_classes=1)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))
     require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
-    storage.require_writable(out, "--out")
     with connected():
         if config.use_gpu:
             require_gpus()

@@ -8,8 +8,7 @@ not at all. Loading verifies every digest and never unpickles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,31 +23,33 @@ from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
 from btray.data.fingerprint import Fingerprints
 from btray.data.preprocess import preprocess_digest
-from btray.model.config import NetworkConfig
+from btray.model.bundle_files import (
+    WEIGHTS,
+    WRITING,
+    own_names,
+    read_manifest,
+    read_verified,
+    require_free,
+    visible_names,
+)
+from btray.model.config import MANIFEST, NetworkConfig
 from btray.model.manifest import (
     FORMAT_VERSION,
-    MANIFEST,
     Calibration,
     Manifest,
     Thresholds,
     TrainedOn,
     code_digest,
-    is_plain_name,
     library_versions,
     sha256,
 )
 from btray.model.network import Network, build_network
 from btray.model.ood import Distribution
-from btray.storage import StorageError, user_error
 
-WEIGHTS = "model.safetensors"
 OOD = "ood.safetensors"
 """The distribution of the training images' features; see `btray.model.ood`."""
 FINGERPRINTS = "fingerprints.safetensors"
 """Fingerprints of all images that were trained on or validated with; see `btray.data.fingerprint`."""
-
-# Lists the files of a bundle that is being written: what a killed writer left is recognised by it and may be replaced.
-_WRITING = "_writing.json"
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,15 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
     if bundle.ood is not None:
         files = {**files, OOD: safetensors.torch.save(bundle.ood.tensors())}
     manifest = bundle.manifest.model_copy(update={"files": {name: sha256(files[name]) for name in sorted(files)}})
-    left_over = _own_names(uri) - {WEIGHTS, *files}
-    storage.write_json(storage.join(uri, _WRITING), sorted(left_over | {WEIGHTS, *files}))
+    left_over = own_names(uri) - {WEIGHTS, *files}
+    storage.write_json(storage.join(uri, WRITING), sorted(left_over | {WEIGHTS, *files}))
     # The manifest goes first: without it there is no bundle, and a reader never sees half of one.
     for name in (MANIFEST, *sorted(left_over)):
         storage.delete(storage.join(uri, name))
     for name, body in {WEIGHTS: safetensors.torch.save(bundle.weights), **files}.items():
         storage.write_bytes(storage.join(uri, name), body)
     storage.write_text(storage.join(uri, MANIFEST), manifest.to_text())
-    storage.delete(storage.join(uri, _WRITING))
+    storage.delete(storage.join(uri, WRITING))
     return Bundle(uri, manifest, bundle.weights, bundle.ood)
 
 
@@ -145,12 +146,12 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     Raises UserError for whatever is missing, changed, unlisted, newer than this btray or not the pinned model.
     """
     uri = storage.resolve(uri)
-    manifest = _read_manifest(uri)
+    manifest = read_manifest(uri)
     if model_id is not None and model_id != manifest.model_id:
         raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
-    weights_file = _read_verified(uri, WEIGHTS, manifest.weights_sha256)
-    files = {name: _read_verified(uri, name, digest) for name, digest in manifest.files.items()}
-    if unlisted := _visible_names(uri) - {MANIFEST, WEIGHTS, *manifest.files}:
+    weights_file = read_verified(uri, WEIGHTS, manifest.weights_sha256)
+    files = {name: read_verified(uri, name, digest) for name, digest in manifest.files.items()}
+    if unlisted := visible_names(uri) - {MANIFEST, WEIGHTS, *manifest.files}:
         raise UserError(
             f"{uri} holds {min(unlisted)}, which {MANIFEST} does not list; remove it or copy the bundle again"
         )
@@ -189,74 +190,7 @@ def read_fingerprints(bundle: Bundle) -> Fingerprints | None:
 def read_file(bundle: Bundle, name: str) -> bytes | None:
     """Return another file of a saved bundle, verified; None if it has no file of this name. Raises UserError."""
     digest = bundle.manifest.files.get(name)
-    return None if digest is None else _read_verified(bundle.uri, name, digest)
-
-
-def require_free(uri: str) -> None:
-    """Raise UserError unless `uri` can take a bundle: not there, empty, a bundle, or only names that begin with `_`."""
-    if storage.is_remote(uri):
-        bucket = "/".join(uri.split("/")[:3])
-        try:
-            bucket_exists = storage.is_folder(bucket)
-        except StorageError:  # whoever may write below a prefix may be forbidden to list the bucket
-            bucket_exists = True
-        if not bucket_exists:
-            raise UserError(f"--out {uri}: there is no bucket {bucket}; make it, or name another")
-    elif storage.exists(uri) and not storage.is_folder(uri):
-        raise UserError(f"--out {uri} is a file; name a folder")
-    if foreign := _visible_names(uri) - _own_names(uri):
-        raise UserError(
-            f"--out {uri} is not empty and holds {min(foreign)}, which is not part of a bundle; name an empty folder"
-        )
-
-
-def _own_names(uri: str) -> set[str]:
-    """Return the files in `uri` that a bundle lists, or a writer that was killed. Raises UserError for a bad list."""
-    own: set[str] = set()
-    names = _names(uri)
-    if MANIFEST in names:
-        own |= {MANIFEST, WEIGHTS, *_read_manifest(uri).files}
-    if _WRITING in names:
-        with _user_errors():
-            own |= {str(name) for name in storage.read_json(storage.join(uri, _WRITING))}
-    for name in own:  # they will be deleted, so none may lead out of the folder
-        if not is_plain_name(name):
-            raise UserError(f"{uri}: {_WRITING} lists {name!r}, which is not a plain file name; name an empty folder")
-    return own
-
-
-def _visible_names(uri: str) -> set[str]:
-    return {name for name in _names(uri) if not name.startswith(("_", "."))}
-
-
-def _names(uri: str) -> list[str]:
-    with _user_errors():
-        return storage.list_names(uri, missing_ok=True)
-
-
-def _read_manifest(uri: str) -> Manifest:
-    with _user_errors(f"{uri} is not a model bundle: it has no {MANIFEST}; give the --out of a training"):
-        text = storage.read_text(storage.join(uri, MANIFEST))
-    return Manifest.from_text(text, uri)
-
-
-def _read_verified(uri: str, name: str, digest: str) -> bytes:
-    with _user_errors(f"{uri} is incomplete: {name} is missing; copy the bundle again"):
-        body = storage.read_bytes(storage.join(uri, name))
-    if sha256(body) != digest:
-        raise UserError(f"{uri}: {name} was changed or damaged: its SHA-256 is not the one in {MANIFEST}")
-    return body
-
-
-@contextmanager
-def _user_errors(missing: str | None = None) -> Iterator[None]:
-    """Turn a StorageError within into a UserError; `missing` is its message if the file is not there."""
-    try:
-        yield
-    except StorageError as error:
-        if missing is not None and error.code == "not_found":
-            raise UserError(missing) from error
-        raise user_error(error) from error
+    return None if digest is None else read_verified(bundle.uri, name, digest)
 
 
 def _tensors(uri: str, name: str, body: bytes) -> dict[str, Tensor]:

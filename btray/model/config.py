@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
+from btray.core.errors import UserError
+from btray.core.uris import Uri
 
+MANIFEST = "bundle.json"
+"""The file of a bundle that describes it."""
+NO_BUNDLE = f"{{}} is not a model bundle: it has no {MANIFEST}; give the --out of a training"
 BACKBONES = ("resnet18", "resnet50", "vgg16", "efficientnet_b0", "densenet121", "convnext_tiny")
 
 
@@ -51,6 +56,14 @@ class NetworkConfig(ComponentConfig):
         return self
 
 
+def require_bundle(uri: str) -> None:
+    """Raise UserError if no bundle is at `uri`; it is not read. A store that cannot tell now is left to the job."""
+    from btray import storage
+
+    if not storage.may_exist(storage.join(uri, MANIFEST)):
+        raise UserError(NO_BUNDLE.format(uri))
+
+
 class PredictConfig(JobConfig):
     """Classify a few scans on this machine and print what the model says; no cluster is needed.
 
@@ -59,9 +72,10 @@ class PredictConfig(JobConfig):
 
     model_config = SettingsConfigDict(cli_shortcuts={"json-lines": "json"})
 
+    # As they are given, not resolved: no other process reads them, and each line of the output names its scan so.
     files: CliPositionalArg[Annotated[tuple[str, ...], Field(min_length=1)]]
     """Scans, or folders of them, local or s3://."""
-    model: str
+    model: Uri
     """Model bundle."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
@@ -69,3 +83,7 @@ class PredictConfig(JobConfig):
     """Confidence below which the model abstains; default: the bundle's own."""
     json_lines: bool = False
     """Print one JSON object per line instead of a table."""
+
+    def check(self) -> None:
+        """Refuse a bundle that is not there."""
+        require_bundle(self.model)

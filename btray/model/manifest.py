@@ -15,10 +15,9 @@ from pydantic import Field, JsonValue, ValidationError, field_validator
 from btray.core.config import ComponentConfig
 from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
-from btray.model.config import NetworkConfig
+from btray.model.config import MANIFEST, NetworkConfig
 
 FORMAT_VERSION = 1
-MANIFEST = "bundle.json"
 
 # The key of the SHA-256 of bundle.json itself, computed with zeros in its place. It covers the text and not the parsed
 # content, so that no bit of the file can flip unnoticed.

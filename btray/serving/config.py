@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability
+from btray.core.errors import UserError
+from btray.core.uris import Uri
+from btray.model.config import require_bundle
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 
@@ -16,7 +20,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 class CanaryConfig(ComponentConfig):
     """A second bundle that answers a share of the requests."""
 
-    model: str
+    model: Uri
     """Model bundle."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
@@ -63,7 +67,7 @@ class LimitsConfig(ComponentConfig):
 class ServiceConfig(ComponentConfig):
     """What a running service applies without a restart: Serve's `user_config`."""
 
-    model: str
+    model: Uri
     """Model bundle."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
@@ -73,7 +77,7 @@ class ServiceConfig(ComponentConfig):
     """Name of the model in the Open Inference Protocol."""
     abstain_below: Probability | None = None
     """Confidence below which the model abstains; default: each bundle's own."""
-    keys: str | None = None
+    keys: Uri | None = None
     """File of API keys (see `btray key`), local or s3://; without one only this machine is answered."""
     insecure: bool = False
     """Answer every machine without a key."""
@@ -116,7 +120,7 @@ class ReplicasConfig(ComponentConfig):
 class ApplicationConfig(ReplicasConfig):
     """The arguments of the application in a deployment."""
 
-    model: str | None = None
+    model: Uri | None = None
     """Model bundle, if nothing else is to be set; None: it is in the deployment's user_config."""
 
 
@@ -143,6 +147,24 @@ class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds 
             )
         return self
 
+    def check(self) -> None:
+        """Refuse bundles and keys that are not there, and an address that cannot be listened on."""
+        from btray import storage
+
+        require_bundle(self.model)
+        if self.canary is not None:
+            require_bundle(self.canary.model)
+        if self.keys is not None:
+            storage.require_input(self.keys, "--keys")
+        try:
+            address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(address[0], socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address[4])
+        except OSError as error:
+            listening = f"cannot listen on {self.host}:{self.port}: {error.strerror}"
+            raise UserError(f"{listening}; give another --host or --port") from error
+
     @property
     def service(self) -> ServiceConfig:
         """Return what the replicas are given, and `serve.yaml` has as `user_config`."""
@@ -162,7 +184,7 @@ def is_loopback(host: str) -> bool:
 class KeyConfig(JobConfig):
     """Make an API key for the service, or revoke one. The key is printed once; the file keeps its digest only."""
 
-    file: str
+    file: Uri
     """File of API keys, local or s3://; made if it does not exist."""
     name: Name
     """Whom the key is for."""

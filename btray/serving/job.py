@@ -39,8 +39,8 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
 
     Raises UserError if a bundle cannot be used or the port is taken.
     """
+    config.check()
     service = _verified(config)
-    _require_free(config.host, config.port)
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
     signals: SimpleQueue[int] = SimpleQueue()
     _put_into(signals)
@@ -130,16 +130,6 @@ def _verified(config: ServeConfig) -> ServiceConfig:
     if config.keys is not None:
         service["keys"] = KeyRing.of(config.keys).uri
     return ServiceConfig(**service)
-
-
-def _require_free(host: str, port: int) -> None:
-    try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(address[0], socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address[4])
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from error
 
 
 @contextmanager

@@ -1,5 +1,10 @@
 """Files and objects, local or s3://: named, listed, read with retry, written whole."""
 
+from btray.core.uris import resolve as resolve
+from btray.storage.checks import differing_setting as differing_setting
+from btray.storage.checks import may_exist as may_exist
+from btray.storage.checks import require_input as require_input
+from btray.storage.checks import require_own as require_own
 from btray.storage.errors import StorageError as StorageError
 from btray.storage.errors import is_retryable as is_retryable
 from btray.storage.errors import storage_errors_for as storage_errors_for
@@ -23,7 +28,6 @@ from btray.storage.files import read_bytes as read_bytes
 from btray.storage.files import read_json as read_json
 from btray.storage.files import read_text as read_text
 from btray.storage.files import require_writable as require_writable
-from btray.storage.files import resolve as resolve
 from btray.storage.files import upload_file as upload_file
 from btray.storage.files import write_bytes as write_bytes
 from btray.storage.files import write_json as write_json

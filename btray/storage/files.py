@@ -9,8 +9,6 @@ Safe in threads and in Ray workers.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,31 +17,13 @@ from typing import IO, Any
 import pyarrow.fs
 
 from btray.core.errors import UserError
+from btray.core.uris import resolve
 from btray.storage import local as local_files
 from btray.storage import packed, s3
 from btray.storage.errors import StorageError, storage_errors_for, suppress_missing, user_error
 from btray.storage.file_info import FileInfo
 
 # ---- names
-
-
-def resolve(uri: str | Path) -> str:
-    """Return an absolute local path or s3:// URI, without a trailing slash.
-
-    Raises:
-        UserError: the URI is empty, names no bucket, or has a scheme other than s3.
-    """
-    text = str(uri)
-    if not text or "\0" in text:
-        raise UserError(f"{text!r} is not a path: give a local path or s3://bucket/key.")
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
-    if scheme is None:
-        return os.path.abspath(os.path.expanduser(text))
-    if scheme[1] != "s3":
-        raise UserError(f"{text}: {scheme[1]}:// is not supported; give a local path or s3://bucket/key.")
-    if not s3.split(text)[0]:
-        raise UserError(f"{text} names no bucket: write s3://bucket/key.")
-    return text.rstrip("/")
 
 
 def is_remote(uri: str) -> bool:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from importlib.util import find_spec
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
+from btray.core.errors import UserError
+from btray.core.uris import Uri, resolve
 from btray.data.config import PreprocessConfig
-from btray.model.config import BACKBONES, NetworkConfig
+from btray.model.config import BACKBONES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
 """Settings of a search that are drawn evenly on a logarithmic scale."""
+RUN_MAY_CHANGE = frozenset({
+    "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
+    "abstain_target", "conformal_error", "refit_epochs",
+})  # fmt: skip
+"""Settings that may differ between two commands for the same run: none changes an epoch that is already trained."""
 BOUNDED = ("dropout", "label_smoothing", *LOGARITHMIC)
 """Settings of a search of which the bounds are given; of the others, the choices."""
 
@@ -85,16 +93,27 @@ class OptimiserConfig(ComponentConfig):
     """With --init-from: factor on the learning rate from each stage to the one before it."""
 
 
+def _tracking_uri(value: str) -> str:
+    """Resolve a tracking URI of MLflow that is a folder, or a SQLite file, so that workers log to the same one."""
+    if value.startswith("sqlite:///"):
+        return "sqlite:///" + resolve(value.removeprefix("sqlite:///"))
+    return value if ":" in value or value == "databricks" else resolve(value)
+
+
 class TrainConfig(JobConfig):
     """Train the network on Ray Train and write a model bundle."""
 
-    data: str
+    record: ClassVar[str] = "config.yaml"
+    """The file of the bundle that holds the settings it was made with."""
+    data: Uri
     """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id]); local or s3://."""
-    out: str
+    out: Uri
     """Where the model bundle is written; local or s3://."""
+    overwrite: bool = Field(default=False, exclude=True)
+    """Replace the bundle at --out, and the run of this name, if they were made with other settings or data."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "train"
     """Name of the run; the same name resumes a run that was interrupted."""
-    storage: str | None = None
+    storage: Uri | None = None
     """Where runs keep checkpoints, history and TensorBoard events; default: OUT/_run."""
     epochs: Positive = 30
     """Passes over the training data."""
@@ -128,9 +147,9 @@ class TrainConfig(JobConfig):
     """Decoded frames up to this size, in GB, stay in memory; larger data are streamed again every epoch."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures that the run survives; -1: any number."""
-    init_from: str | None = None
+    init_from: Uri | None = None
     """Bundle or weights file (.safetensors, or a torch state dict) to start from."""
-    mlflow: str | None = None
+    mlflow: Annotated[str, AfterValidator(_tracking_uri)] | None = None
     """MLflow tracking URI to log to (extra `mlflow`); it is recorded without user and password."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """Preprocessing."""
@@ -164,6 +183,24 @@ class TrainConfig(JobConfig):
             raise ValueError("give --abstain-below or --abstain-target, not both")
         return self
 
+    def check(self) -> None:
+        """Refuse data and weights that are not there, an --out that is taken, and what cannot be written to."""
+        from btray import storage
+        from btray.model.bundle_files import require_free
+
+        storage.require_input(self.data, "--data")
+        if self.init_from:
+            storage.require_input(self.init_from, "--init-from")
+        if self.mlflow and find_spec("mlflow") is None:
+            raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'")
+        if not self.overwrite:
+            settings = self.model_dump(mode="json", exclude={*RUN_MAY_CHANGE} - {"storage"})
+            storage.require_own(self.out, settings, result=MANIFEST, record=self.record)
+        require_free(self.out)
+        storage.require_writable(self.out, "--out")
+        if self.storage:
+            storage.require_writable(self.storage, "--storage")
+
     @property
     def worker_range(self) -> tuple[int, int] | None:
         """Return the least and the most workers, equal for a fixed number; None if the job chooses."""
@@ -175,7 +212,7 @@ class TrainConfig(JobConfig):
     @property
     def storage_uri(self) -> str:
         """Return the folder of the runs."""
-        return self.storage or self.out.rstrip("/") + "/_run"
+        return self.storage or self.out + "/_run"
 
 
 class SpaceConfig(ComponentConfig):
@@ -227,6 +264,7 @@ class TuneConfig(TrainConfig):
     their validation images; the labels of the test split are read once, at the end, for the chosen trial.
     """
 
+    record: ClassVar[str] = "tune.yaml"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tune"
     """Name of the search; the same name resumes a search that was interrupted."""
     epochs: Positive = 12
@@ -247,6 +285,12 @@ class TuneConfig(TrainConfig):
     default: by Optuna if it is installed."""
     space: SpaceConfig = SpaceConfig()
     """What differs between trials."""
+
+    def check(self) -> None:
+        """As training does; and refuse a search whose library is not installed."""
+        if self.search == "optuna" and find_spec("optuna") is None:
+            raise UserError("--search optuna needs the extra: pip install 'btray[tune]'; or give --search random")
+        super().check()
 
     @model_validator(mode="after")
     def _weights_fit_one_network(self) -> Self:

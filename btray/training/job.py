@@ -24,11 +24,11 @@ from btray.model.drift import REFERENCE, Profile
 from btray.model.manifest import TrainedOn
 from btray.model.ood import REFERENCE_IMAGES, Distribution
 from btray.training.calibration import Limits, calibrate
-from btray.training.config import TrainConfig
+from btray.training.config import RUN_MAY_CHANGE, TrainConfig
 from btray.training.history import HISTORY, as_lines, best_record
 from btray.training.plan import Indices
 from btray.training.prepare import TrainingData, in_splits, prepare, read_source
-from btray.training.run import RUN_MAY_CHANGE, TrainResult, claim_run, fit, require_destinations
+from btray.training.run import TrainResult, claim_run, fit, is_finished
 
 _log = logging.getLogger(__name__)
 
@@ -36,17 +36,19 @@ _log = logging.getLogger(__name__)
 def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> str:
     """Train by `config` and return the URI of the bundle, which holds `files` too.
 
-    A run of the same name in the same storage is resumed where it was interrupted.
+    A run of the same name in the same storage is resumed where it was interrupted; one that is finished is left alone.
 
     Raises:
-        UserError: the input is unusable.
+        UserError: the input is unusable, or --out is taken.
         ThresholdExceeded: more than `max_rejected` of the images cannot be read; for those of the test split, which
             are read last, after the bundle is written.
     """
-    out = storage.resolve(config.out)
     logs.bind(run_id=config.name)
-    require_destinations(config)
+    config.check()
     source = read_source(config)
+    if is_finished(source):
+        print(f"run {config.name!r} is finished, and its images are the same; --overwrite assesses it anew", flush=True)
+        return config.out
     with connected():
         data = prepare(source)
         claim_run(data, RUN_MAY_CHANGE)
@@ -54,12 +56,12 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
         calibrated, validation = _calibrate(trained)
         final, test = _score_test(calibrated, _refit(calibrated))
         assessment = _assess(calibrated, final, validation, test)
-    saved = save_bundle(final.bundle(), out, {**assessment.files, **(files or {})})
+    saved = save_bundle(final.bundle(), config.out, {**assessment.files, **(files or {})})
     print(summary(assessment.metrics), flush=True)
-    report = storage.join(out, "report.html")
+    report = storage.join(config.out, "report.html")
     print(f"model {saved.manifest.model_id}; report {report}; run {data.plan.run_uri}", flush=True)
     enforce_max_rejected(test.rejected, int(in_splits(source.table, "test").sum()), config.max_rejected)
-    return out
+    return config.out
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ _REFIT_RATE = 0.3
 
 
 def run_folder(config: TrainConfig) -> str:
-    """Return the URI of the run's folder. Call it in the driver: workers resolve relative paths elsewhere."""
-    return storage.join(storage.resolve(config.storage_uri), config.name)
+    """Return the URI of the run's folder."""
+    return storage.join(config.storage_uri, config.name)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from torch import Tensor
 from btray import storage
 from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
-from btray.model.config import NetworkConfig
-from btray.model.manifest import MANIFEST
+from btray.model.config import MANIFEST, NetworkConfig
 from btray.model.network import build_network, load_matching
 from btray.storage import StorageError, user_error
 
@@ -25,7 +24,7 @@ def read_initial_weights(uri: str, network: NetworkConfig, classes: int) -> dict
 
     Raises UserError if there is nothing to read, if the file would have to be unpickled, or if nothing fits.
     """
-    weights = _read(storage.resolve(uri))
+    weights = _read(uri)
     probe = build_network(network, classes)
     copied = load_matching(probe, weights)
     if not copied:

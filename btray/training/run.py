@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import ray.train
+import yaml
 from ray.train.torch import TorchTrainer
 
 from btray import storage
 from btray.core.cluster import cpus
 from btray.core.console import ProgressLine
 from btray.core.errors import Stopped, UserError
-from btray.model.bundle import require_free
+from btray.data.rejections import REJECTED, rejections_csv
+from btray.model.config import MANIFEST
 from btray.training.checkpoints import Checkpoint, StateDict
-from btray.training.config import TrainConfig
 from btray.training.feeds import TRAINING_CPUS, StreamSplit
 from btray.training.history import DIVERGED, EpochRecord
+from btray.training.plan import run_folder
 from btray.training.preemption import stoppable
-from btray.training.prepare import TrainingData, worker_range
-from btray.training.tracking import flatten, require_mlflow, summary_line
+from btray.training.prepare import Source, TrainingData, worker_range
+from btray.training.tracking import summary_line
 from btray.training.train_loop import train_loop
 
+_log = logging.getLogger(__name__)
+
 RUN = "run.json"
-# Settings that may differ between two commands for the same run: none changes an epoch that is already trained.
-RUN_MAY_CHANGE = frozenset({
-    "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
-    "abstain_target", "conformal_error", "refit_epochs",
-})  # fmt: skip
+# Settings that change nothing of the model of a run that has ended.
+_WITHOUT_EFFECT = {"num_workers", "max_rejected", "max_failures", "mlflow"}
 
 
 @dataclass(frozen=True)
@@ -41,37 +43,46 @@ class TrainResult:
     """Epochs in which the network then learnt from all images."""
 
 
-def require_destinations(config: TrainConfig) -> None:
-    """Raise UserError unless the bundle can be written to --out, the run to --storage and its numbers to --mlflow."""
-    out = storage.resolve(config.out)
-    require_free(out)
-    storage.require_writable(out, "--out")
-    if config.storage is not None:
-        storage.require_writable(storage.resolve(config.storage), "--storage")
-    if config.mlflow:
-        require_mlflow()
+def is_finished(source: Source) -> bool:
+    """Return whether --out holds what this command made of the same files, so that nothing is left to do."""
+    config = source.config
+    record = storage.join(config.out, config.record)
+    run = storage.read_json(storage.join(run_folder(config), RUN), missing_ok=True)
+    made = storage.exists(storage.join(config.out, MANIFEST)) and storage.exists(record)
+    if config.overwrite or run is None or not made or run["listing"] != source.listing_digest():
+        return False
+    settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    return storage.differing_setting(yaml.safe_load(storage.read_text(record)), settings) is None
 
 
 def claim_run(data: TrainingData, may_change: Set[str]) -> None:
-    """Record the identity of the run; raise UserError if the run of its name in the same storage has another one.
+    """Record the identity of the run. One of the same name in the same storage must have the same.
 
-    Paths are compared when resolved: `scans` and `./scans/` are the same.
+    Raises:
+        UserError: it has another one; with `overwrite` it is deleted instead.
     """
     plan, config = data.plan, data.plan.config
     settings = config.model_dump(mode="json", exclude=set(may_change))
-    resolved = {name: storage.resolve(settings[name]) for name in ("data", "init_from") if settings[name]}
-    identity = {"config": settings | resolved, "classes": list(plan.classes), "data": data.digest()}
+    identity = {"config": settings, "classes": list(plan.classes), "data": data.digest()}
     uri = storage.join(plan.run_uri, RUN)
-    if storage.exists(uri):
-        before, now = flatten(storage.read_json(uri)), flatten(identity)
-        different = next((name for name in before | now if before.get(name) != now.get(name)), None)
-        if different:
-            different = different.removeprefix("config.")
-            raise UserError(
-                f"run {config.name!r} in {storage.resolve(config.storage_uri)} was started with another "
-                f"{different}; give another --name to start a new run, or the same {different} to resume this one"
-            )
-    storage.write_json(uri, identity)
+    before = storage.read_json(uri, missing_ok=True)
+    different = before and storage.differing_setting(before, identity)
+    if different and config.overwrite:
+        _log.info("run %r was made with another %s: it is deleted", config.name, different.removeprefix("config."))
+        filesystem, path = storage.arrow_filesystem(config.storage_uri)
+        for name in storage.list_names(config.storage_uri):
+            if name == config.name or name.startswith(f"{config.name}.refit-"):
+                filesystem.delete_dir(f"{path}/{name}")
+        if len(data.rejected):  # the list was in that folder
+            storage.write_bytes(storage.join(plan.run_uri, REJECTED), rejections_csv(data.rejected, data.source.table))
+    elif different:
+        different = different.removeprefix("config.")
+        raise UserError(
+            f"run {config.name!r} in {config.storage_uri} was started with another {different}; give another "
+            f"{'--name' if config.storage else '--out'} to start a new run, the same {different} to resume this one, "
+            "or --overwrite to replace it"
+        )
+    storage.write_json(uri, identity | {"listing": data.source.listing_digest()})
     storage.write_text(storage.join(plan.run_uri, "config.yaml"), config.to_yaml())
 
 
@@ -92,7 +103,7 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
     room = cpus() if within is None else within
     # Streaming decodes while the workers train, and must find CPUs left over; else the pipeline waits for ever.
     share = min(TRAINING_CPUS, room * (0.5 if plan.streaming else TRAINING_CPUS) / most)
-    filesystem, path = storage.arrow_filesystem(storage.resolve(config.storage_uri))
+    filesystem, path = storage.arrow_filesystem(config.storage_uri)
     trainer = TorchTrainer(
         train_loop,
         # A worker reserves fewer CPUs than it has threads: the rest is for decoding.
@@ -139,7 +150,7 @@ def best_weights(checkpoints: Sequence[tuple[ray.train.Checkpoint, dict[str, Any
     if metrics["score"] <= DIVERGED or not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(
             f"training diverged: run {run!r} has no epoch with a finite loss and finite weights; lower "
-            "--optimiser.learning-rate, or set --optimiser.clip-norm, and give another --name; if the refit alone "
+            "--optimiser.learning-rate, or set --optimiser.clip-norm, and give another --out; if the refit alone "
             "diverged, --refit-epochs 0 does without it"
         )
     return weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tensorboardX import SummaryWriter
 
 from btray import storage
 from btray.core import metrics
+from btray.core.config import flatten
 from btray.core.errors import UserError
 from btray.reports.page import number
 from btray.training.config import TrainConfig
@@ -119,11 +120,3 @@ def require_mlflow() -> Any:
     except ImportError as error:
         raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'") from error
     return mlflow
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -18,17 +18,24 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from btray import storage
 from btray.core.cluster import connected, cpus, gpus, started_ray_here
-from btray.core.errors import UserError
 from btray.model.config import NetworkConfig
 from btray.model.network import build_network, count_flops, count_parameters
 from btray.storage import StorageError
-from btray.training.config import BOUNDED, LOGARITHMIC, OptimiserConfig, SpaceConfig, TrainConfig, TuneConfig
+from btray.training.config import (
+    BOUNDED,
+    LOGARITHMIC,
+    RUN_MAY_CHANGE,
+    OptimiserConfig,
+    SpaceConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from btray.training.history import best_record, read_history
 from btray.training.job import train
 from btray.training.plan import run_folder
 from btray.training.preemption import STOP
 from btray.training.prepare import TrainingData, prepare, read_source, worker_range
-from btray.training.run import RUN_MAY_CHANGE, claim_run, fit, require_destinations
+from btray.training.run import claim_run, fit, is_finished
 from btray.training.tuning_report import TrialRecord, accuracy_against_cost, by_score, table_csv, table_text
 
 _log = logging.getLogger(__name__)
@@ -54,13 +61,14 @@ def tune(config: TuneConfig) -> str:
         UserError: the input is unusable.
         ThresholdExceeded: more than `max_rejected` of the images cannot be read.
     """
-    installed = importlib.util.find_spec("optuna") is not None
-    if config.search == "optuna" and not installed:
-        raise UserError("--search optuna needs the extra: pip install 'btray[tune]'; or give --search random")
-    config = config.model_copy(update={"search": config.search or ("optuna" if installed else "random")})
-    _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if config.search == "optuna" else "random")
-    require_destinations(config)
+    chosen = "optuna" if importlib.util.find_spec("optuna") else "random"
+    config = config.model_copy(update={"search": config.search or chosen})
+    config.check()
     source = read_source(config)
+    if is_finished(source):
+        print(f"search {config.name!r} is finished, and its images are the same", flush=True)
+        return config.out
+    _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if config.search == "optuna" else "random")
     with connected():
         data = prepare(source)
         claim_run(data, _SEARCH_MAY_CHANGE)
@@ -77,6 +85,7 @@ def tune(config: TuneConfig) -> str:
         }
         for name, body in files.items():
             storage.write_bytes(storage.join(folder, name), body)
+        files[config.record] = config.to_yaml().encode()
         print(table_text(trials, varied_settings(config.space)), flush=True)
         print(f"trial {best.trial} is the best; trials: {storage.join(folder, 'trials.csv')}", flush=True)
         return train(trial_config(config, best.settings, best.trial), files=files)
@@ -125,6 +134,7 @@ def trial_config(config: TuneConfig, point: Settings, trial: str) -> TrainConfig
         **{name: getattr(config, name) for name in TrainConfig.model_fields}
         | {
             "name": trial,
+            "overwrite": True,  # --out is free, or holds the model of an earlier trial of this search
             "storage": storage.join(run_folder(config), _TRIALS),
             "network": base.model_copy(update=network),
             "optimiser": config.optimiser.model_copy(update=optimiser),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from btray.model import manifest as manifests
-from btray.model.bundle import WEIGHTS
-from btray.model.manifest import MANIFEST
+from btray.model.bundle_files import WEIGHTS
+from btray.model.config import MANIFEST
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], *, reseal: bool = True) -> None:

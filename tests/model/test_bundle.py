@@ -19,10 +19,10 @@ import torch
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.model import bundle as bundles
-from btray.model.bundle import WEIGHTS, load_bundle, require_free, save_bundle
+from btray.model.bundle import load_bundle, save_bundle
+from btray.model.bundle_files import WEIGHTS, WRITING, require_free
 from btray.model.classifier import Classifier
-from btray.model.manifest import MANIFEST
+from btray.model.config import MANIFEST
 from btray.storage import StorageError
 from tests.helpers.forger import forge_weights, rewrite
 from tests.helpers.tiny_bundle import FILES, NETWORK, PREPROCESS, random_bundle, saved_bundle
@@ -227,7 +227,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(folder: Path, name: str) 
 def test_a_marker_of_a_killed_writer_cannot_delete_what_lies_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / bundles._WRITING).write_text('["../secret"]')
+    (tmp_path / "model" / WRITING).write_text('["../secret"]')
     with pytest.raises(UserError, match="not a plain file name"):
         saved_bundle(tmp_path / "model")
     assert (tmp_path / "secret").read_text() == "mine"

@@ -1,0 +1,86 @@
+"""The folder of a bundle: which files it holds, and whether one may be written there. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from btray import storage
+from btray.core.errors import UserError
+from btray.model.config import MANIFEST, NO_BUNDLE
+from btray.model.manifest import Manifest, is_plain_name, sha256
+from btray.storage import StorageError, user_error
+
+WEIGHTS = "model.safetensors"
+# Lists the files of a bundle that is being written: what a killed writer left is recognised by it and may be replaced.
+WRITING = "_writing.json"
+
+
+def require_free(uri: str) -> None:
+    """Raise UserError unless `uri` can take a bundle: not there, empty, a bundle, or only names that begin with `_`."""
+    if storage.is_remote(uri):
+        bucket = "/".join(uri.split("/")[:3])
+        try:
+            bucket_exists = storage.is_folder(bucket)
+        except StorageError:  # whoever may write below a prefix may be forbidden to list the bucket
+            bucket_exists = True
+        if not bucket_exists:
+            raise UserError(f"--out {uri}: there is no bucket {bucket}; make it, or name another")
+    elif storage.exists(uri) and not storage.is_folder(uri):
+        raise UserError(f"--out {uri} is a file; name a folder")
+    if foreign := visible_names(uri) - own_names(uri):
+        raise UserError(
+            f"--out {uri} is not empty and holds {min(foreign)}, which is not part of a bundle; name an empty folder"
+        )
+
+
+def own_names(uri: str) -> set[str]:
+    """Return the files in `uri` that a bundle lists, or a writer that was killed. Raises UserError for a bad list."""
+    own: set[str] = set()
+    names = _names(uri)
+    if MANIFEST in names:
+        own |= {MANIFEST, WEIGHTS, *read_manifest(uri).files}
+    if WRITING in names:
+        with _user_errors():
+            own |= {str(name) for name in storage.read_json(storage.join(uri, WRITING))}
+    for name in own:  # they will be deleted, so none may lead out of the folder
+        if not is_plain_name(name):
+            raise UserError(f"{uri}: {WRITING} lists {name!r}, which is not a plain file name; name an empty folder")
+    return own
+
+
+def visible_names(uri: str) -> set[str]:
+    """Return the names in `uri` but those that begin with `_` or a dot."""
+    return {name for name in _names(uri) if not name.startswith(("_", "."))}
+
+
+def read_manifest(uri: str) -> Manifest:
+    """Read the bundle.json of `uri`. Raises UserError if there is none, or if it is damaged."""
+    with _user_errors(NO_BUNDLE.format(uri)):
+        text = storage.read_text(storage.join(uri, MANIFEST))
+    return Manifest.from_text(text, uri)
+
+
+def read_verified(uri: str, name: str, digest: str) -> bytes:
+    """Read a file of a bundle. Raises UserError if it is missing or has another digest."""
+    with _user_errors(f"{uri} is incomplete: {name} is missing; copy the bundle again"):
+        body = storage.read_bytes(storage.join(uri, name))
+    if sha256(body) != digest:
+        raise UserError(f"{uri}: {name} was changed or damaged: its SHA-256 is not the one in {MANIFEST}")
+    return body
+
+
+def _names(uri: str) -> list[str]:
+    with _user_errors():
+        return storage.list_names(uri, missing_ok=True)
+
+
+@contextmanager
+def _user_errors(missing: str | None = None) -> Iterator[None]:
+    """Turn a StorageError within into a UserError; `missing` is its message if the file is not there."""
+    try:
+        yield
+    except StorageError as error:
+        if missing is not None and error.code == "not_found":
+            raise UserError(missing) from error
+        raise user_error(error) from error

@@ -68,13 +68,18 @@ def run_command(prog: str, description: str) -> None:
     listed = (
         f"  {name:<{width}}  {(config.__doc__ or name).splitlines()[0]}" for name, (config, _) in COMMANDS.items()
     )
+    # From its metadata: importing torch and Ray takes seconds.
+    installed = [f"{name} {importlib.metadata.version(name)}" for name in (prog, "ray", "torch")]
+    installed.append(f"python {platform.python_version()}")
     parser = OneLineParser(
         prog=prog,
         description=description,
         epilog="\n".join(["commands:", *listed]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=_versions(prog), help="show what is installed and exit")
+    parser.add_argument(
+        "--version", action="version", version="\n".join(installed), help="show what is installed and exit"
+    )
     parser.add_argument(
         "command", choices=COMMANDS, metavar="command", help=f"see below; {prog} COMMAND --help says more"
     )
@@ -85,12 +90,6 @@ def run_command(prog: str, description: str) -> None:
     sys.argv = [f"{prog} {parsed.command}", *parsed.arguments]
     config_class, function = COMMANDS[parsed.command]
     run_job(config_class, lambda config: resolve_name(function)(config))  # noqa: PLW0108 - imports it when it is called
-
-
-def _versions(prog: str) -> str:
-    """Return a line each for what is installed, from its metadata: importing torch and Ray takes seconds."""
-    lines = [f"{name} {importlib.metadata.version(name)}" for name in (prog, "ray", "torch")]
-    return "\n".join([*lines, f"python {platform.python_version()}"])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from btray.acquire.config import AcquireConfig
@@ -28,7 +28,6 @@ from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
 
 if TYPE_CHECKING:
-    from btray.model.classifier import Classifier
     from btray.model.prediction import Prediction
 
 # Scans held in memory at a time: a folder of any size goes through.
@@ -92,7 +91,10 @@ def predict(config: PredictConfig) -> None:
     inputs = _scans(config.files, classifier.model_id)
     total = classified = width = 0
     while chunk := list(islice(inputs, _AT_A_TIME)):
-        predictions = _predict(classifier, chunk)
+        predictions: list[Prediction] = []
+        for kind, group in groupby(chunk, type):
+            given: list[Any] = list(group)
+            predictions += classifier.predict(given) if kind is str else given
         if config.json_lines:
             lines = [json.dumps(as_record(prediction), allow_nan=False) for prediction in predictions]
         else:
@@ -135,19 +137,6 @@ def _scans(files: Sequence[str], model_id: str) -> Iterator[str | Prediction]:
         except storage.StorageError as error:
             rejection = Rejection(error.code, str(error), error.retryable)
             yield Prediction.of_rejection(rejection, index=0, uri=file, model_id=model_id)
-
-
-def _predict(classifier: Classifier, inputs: Sequence[str | Prediction]) -> list[Prediction]:
-    """Return predictions in the order of the inputs; those that are there already stay as they are."""
-    scans = [given for given in inputs if isinstance(given, str)]
-    of_scan: list[list[Prediction]] = [[] for _ in scans]
-    for prediction in classifier.predict(scans):
-        of_scan[prediction.index].append(prediction)
-    answers = iter(of_scan)
-    found: list[Prediction] = []
-    for given in inputs:
-        found += next(answers) if isinstance(given, str) else [given]
-    return found
 
 
 def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int, *, header: bool) -> list[str]:

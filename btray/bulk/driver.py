@@ -33,8 +33,9 @@ from btray.bulk.worker import PartProcessor
 from btray.core import logs, metrics
 from btray.core.cluster import connected
 from btray.core.console import ProgressLine
-from btray.core.errors import Failed, ThresholdExceeded, UserError
+from btray.core.errors import Failed, UserError
 from btray.data.key_set import Keys
+from btray.data.rejections import enforce_max_rejected
 from btray.storage import FileInfo, StorageError, lease
 
 _log = logging.getLogger(__name__)
@@ -97,13 +98,8 @@ def run_archive(job: ArchiveJob) -> None:
             return
         with lease.hold(job.output) as check:
             report = _run(job, listed, check)
-    if config.max_rejected is not None and report.rejected > config.max_rejected * report.objects:
-        code, count = next(iter(report.rejected_by_code.items()))
-        raise ThresholdExceeded(
-            f"{report.rejected} of {report.objects} objects were rejected ({report.rejected / report.objects:.1%}), "
-            f"above --max-rejected {config.max_rejected:.1%}; most often {code} ({count}); mend the data or raise "
-            "--max-rejected"
-        )
+    if config.max_rejected is not None:
+        enforce_max_rejected(report.rejected_by_code, report.objects, config.max_rejected)
 
 
 @contextmanager

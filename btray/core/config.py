@@ -7,15 +7,18 @@ environment.
 from __future__ import annotations
 
 import argparse
+import csv
 import difflib
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Self, get_args
+from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -128,7 +131,7 @@ class JobConfig(BaseSettings):
                 add_argument_group_method=_add_group,
             )
             # The first one wins.
-            sources = (InitSettingsSource(cls, file_names), flags, EnvSettingsSource(cls), _read(cls, config_file))
+            sources = (InitSettingsSource(cls, file_names), flags, _Environment(cls), _read(cls, config_file))
             return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings, which mypy overlooks
         except ValidationError as error:
             raise UserError(_explain(error)) from error
@@ -165,10 +168,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError, with the flag that an unknown one was meant to be."""
-        flag = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-        meant = difflib.get_close_matches(flag.replace("_", "-"), self._option_string_actions, n=1)
-        hint = f"; did you mean {meant[0]}?" if meant else ""
-        raise UserError(f"{message}{hint} (see --help)")
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        meant = unknown and difflib.get_close_matches(unknown[1].replace("_", "-"), self._option_string_actions, n=1)
+        raise UserError(message + (f"; did you mean {meant[0]}?" if meant else "") + " (see --help)")
 
 
 # Pydantic's own terms for settings of a component that need not be there, "ifdef" and "undefined", tell a user nothing.
@@ -182,6 +184,15 @@ def _add_flag(parser: argparse.ArgumentParser, *names: str, **options: Any) -> a
 def _add_group(parser: argparse.ArgumentParser, *, description: str | None, **options: Any) -> Any:
     text = (description or "").removeprefix("default: none (undefined)").lstrip()
     return argparse.ArgumentParser.add_argument_group(parser, description=text, **options)
+
+
+class _Environment(EnvSettingsSource):
+    """Environment variables; several values stand between commas, as in flags, or in a list of JSON."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        if get_origin(field.annotation) is tuple and not value.lstrip().startswith("["):
+            return next(csv.reader([value], skipinitialspace=True), [])
+        return super().decode_complex_value(field_name, field, value)
 
 
 class _ConfigFile(YamlConfigSettingsSource):

@@ -6,13 +6,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field, TypeAdapter
 from pydantic_settings import CliPositionalArg
 
 from btray import launch, phantoms, storage
+from btray.acquire.config import AcquireConfig
+from btray.audit.config import AuditConfig
+from btray.bulk.config import ClassifyConfig
 from btray.core import config as config_layer
 from btray.core.config import ComponentConfig, JobConfig
 from btray.core.errors import Failed, ThresholdExceeded, UserError
@@ -58,11 +63,19 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
     monkeypatch.setenv("BTRAY_SEED", "2")
     monkeypatch.setenv("BTRAY_OPTIMISER__EMA", "0.25")
     config = TrainConfig.from_command_line(["--config", file, "--epochs", "3", "--preprocess.size=96"])
-    assert (config.data, config.out, config.batch_size) == ("file", "file", 1)
+    assert (config.data, config.out, config.batch_size) == (os.path.abspath("file"), os.path.abspath("file"), 1)
     assert (config.seed, config.epochs) == (2, 3)
     assert (config.preprocess.size, config.preprocess.margin, config.preprocess.crop) == (96, 0.1, True)
     assert (config.optimiser.learning_rate, config.optimiser.ema, config.optimiser.warmup) == (0.5, 0.25, 0.1)
     assert config.patience == TrainConfig.model_fields["patience"].default
+
+
+@pytest.mark.parametrize("value", ["leak, conflict", '["leak", "conflict"]'])
+def test_several_values_stand_in_a_variable_as_in_a_flag(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("BTRAY_FAIL_ON", value)
+    config = AuditConfig.from_command_line(["--data", "d", "--out", "o"])
+    assert config == AuditConfig.from_command_line(["--data", "d", "--out", "o", "--fail-on", "leak, conflict"])
+    assert config.fail_on == ("leak", "conflict")
 
 
 def test_a_config_made_in_python_does_not_see_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,17 +240,21 @@ def test_the_password_of_mlflow_is_used_and_never_written_down() -> None:
     ],
 )
 def test_each_ending_has_its_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception | None, code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception | None,
+    code: int,
 ) -> None:
     def job(config: TrainConfig) -> str:
         if error:
             raise error
         return f"made of {config.data}"
 
-    monkeypatch.setattr(sys, "argv", ["job", *NEEDED])
+    monkeypatch.setattr(sys, "argv", ["job", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     if error is None:
         run_job(TrainConfig, job)
-        assert capsys.readouterr().out == "made of d\n"
+        assert capsys.readouterr().out == f"made of {tmp_path}\n"
     elif isinstance(error, RuntimeError):
         with pytest.raises(RuntimeError):
             run_job(TrainConfig, job)
@@ -250,12 +267,12 @@ def test_each_ending_has_its_exit_code(
 
 @pytest.mark.parametrize(("code", "exit_code"), [("forbidden", 2), ("not_found", 2), ("unavailable", 1)])
 def test_a_storage_error_that_no_one_caught_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str, exit_code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str, exit_code: int
 ) -> None:
     def job(config: TrainConfig) -> str:
         raise StorageError(code, "s3://bucket/x")
 
-    monkeypatch.setattr(sys, "argv", ["job", *NEEDED])
+    monkeypatch.setattr(sys, "argv", ["job", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as caught:
         run_job(TrainConfig, job)
     assert caught.value.code == exit_code
@@ -382,3 +399,75 @@ def test_every_setting_says_what_it_is() -> None:
     for cls in (TrainConfig, EvaluateConfig, PredictConfig):
         for name, field in cls.model_fields.items():
             assert field.description, f"{cls.__name__}.{name}"
+
+
+ALL_CONFIGS = [config for config, _ in launch.COMMANDS.values()]
+
+
+def uri_fields(config: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
+    """The settings whose help says that they are a place, local or in object storage; those of components too."""
+    for name, field in config.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from uri_fields(part)
+        text = field.description or ""
+        if re.search(r"s3://|[Mm]odel bundle|OUT/_run|Local folder|[Tt]racking URI|\.prom|weights file", text):
+            yield config, name
+
+
+@pytest.mark.parametrize("given", ["x", "./x", "../x", "~/x", "a b/ü%20#?", "s3://bucket/x/", "s3://bucket"])
+def test_every_uri_of_every_config_is_resolved_when_it_is_read(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = {(config, name) for job in ALL_CONFIGS for config, name in uri_fields(job)}
+    assert len(found) >= 20
+    # Scans that predict prints a line about are named as they are given, and it starts no other process.
+    for config, name in found - {(PredictConfig, "files")}:
+        if name == "cache" and given.startswith("s3://"):
+            continue
+        field = config.model_fields[name]
+        validate = TypeAdapter(Annotated[field.annotation, "", *field.metadata]).validate_python
+        many = get_origin(field.annotation) is tuple
+        value = validate([given])[0] if many else validate(given)
+        assert value == storage.resolve(given), f"{config.__name__}.{name}"
+        assert (validate([value])[0] if many else validate(value)) == value, "resolving again changes nothing"
+
+
+def test_what_is_no_path_is_left_alone_where_it_may_be_given_and_refused_elsewhere() -> None:
+    sources = ("kaggle:owner/name", "HTTPS://host/a.zip", "http://host/a.zip")
+    assert AcquireConfig(source=sources, out="o").source == sources
+    assert ClassifyConfig(model="m", input="i", output="o", metrics_to="http://host:9091").metrics_to[:4] == "http"
+    for uri in ("http://host:5000", "databricks", "databricks://profile", "postgresql://host/db"):
+        assert TrainConfig(data="d", out="o", mlflow=uri).mlflow == uri
+    database = TrainConfig(data="d", out="o", mlflow="sqlite:///runs.db").mlflow
+    assert database == f"sqlite:///{os.path.abspath('runs.db')}"
+    for uri in ("", "gs://bucket/x", "file:///tmp/x", "s3://"):
+        assert "--data: " in refusal(["--data", uri, "--out", "o"])
+    assert "--cache: " in refusal(["--source", "x", "--out", "o", "--cache", "s3://bucket/x"], AcquireConfig)
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS)
+def test_a_flag_is_never_taken_for_a_longer_one(config: type[JobConfig]) -> None:
+    short = [f"--{name.replace('_', '-')}"[:-1] for name in config.model_fields]
+    files = ["x"] if config is PredictConfig else []
+    said = refusal([*files, *(argument for flag in short for argument in (f"{flag}=1", flag))], config)
+    assert said.startswith("unrecognized arguments: ")
+    assert all(f"{flag}=1 {flag}" in said for flag in short), said
+
+
+def test_a_flag_that_is_unknown_names_the_one_it_may_have_been() -> None:
+    assert "--epoch 3; did you mean --epochs?" in refusal([*NEEDED, "--epoch", "3"])
+    assert "did you mean --batch-size?" in refusal([*NEEDED, "--batch_size=4"])
+    assert "did you mean --network.dropout?" in refusal([*NEEDED, "--network.droput", "0.1"])
+    assert "did you mean" not in refusal([*NEEDED, "--zzzzzz"])
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS)
+def test_help_says_nothing_in_terms_of_the_library(config: type[JobConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launch.read_config(config, ["--help"], "job")
+    said = " ".join(capsys.readouterr().out.split())
+    for term in ("undefined", "ifdef", "factory", "Pydantic"):
+        assert term not in said

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,10 @@ import pytest
 from PIL import Image
 
 from btray import cli, storage
+from btray.launch import COMMANDS
 from btray.model.classifier import Classifier
 from btray.phantoms import encoded_phantom
+from btray.serving.job import free_port
 from tests.helpers import scan_corpus
 from tests.helpers.forked_jobs import ROOT
 from tests.helpers.tiny_bundle import random_bundle, saved_bundle
@@ -248,7 +251,7 @@ def test_settings_come_from_the_environment_too(
 def test_help_and_version(btray: Callable[..., Ended]) -> None:
     ended = btray("--help")
     assert ended.code == 0
-    for name, (config, _) in cli.commands().items():
+    for name, (config, _) in COMMANDS.items():
         (line,) = [line for line in ended.out if line.split()[:1] == [name]]
         assert (config.__doc__ or "").startswith(line.split(maxsplit=1)[1])
     ended = btray("predict", "--help")
@@ -259,30 +262,27 @@ def test_help_and_version(btray: Callable[..., Ended]) -> None:
     assert btray("--version") == Ended(0, [*installed, f"python {platform.python_version()}"], "")
 
 
-@pytest.mark.parametrize("name", [name for name in cli.commands() if name not in ("predict", "key")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("predict", "key")])
 def test_every_job_is_a_command_with_the_same_flags_and_the_same_code(name: str) -> None:
     script = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))
-    config, command = cli.commands()[name]
+    config, command = COMMANDS[name]
     assert config in script.values()
     source = (ROOT / "jobs" / f"{name}.py").read_text()
     (function,) = re.findall(r"    return (\w+)\(config", source)
     (module,) = re.findall(rf"    from (btray\S+) import {function}\b", source)
     if name == "serve":
-        assert (module, function) == ("btray.serving.job", "run_service")
-        return
-    called = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{module}.{function}", lambda config: called.append(config) or "made")
-        assert command("the config") == "made"
-    assert called == ["the config"]
+        assert (module, function, command) == ("btray.serving.job", "run_service", "btray.cli:serve")
+    else:
+        assert command == f"{module}:{function}"
 
 
 def test_a_job_that_is_run_as_a_command_ends_and_prints_as_its_script_does(
     btray: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("btray.evaluation.job.evaluate", lambda config: f"report of {config.model}")
-    needed = ["--model", "m", "--data", "d", "--out", "o"]
-    assert btray("evaluate", *needed) == Ended(0, ["report of m"], "")
+    saved_bundle(tmp_path / "m")
+    needed = ["--model", tmp_path / "m", "--data", tmp_path, "--out", tmp_path / "o"]
+    assert btray("evaluate", *needed) == Ended(0, [f"report of {tmp_path / 'm'}"], "")
     (tmp_path / "x.yaml").write_text("batch_size: 0")
     for wrong in (["--modle", "x"], ["--config", tmp_path / "x.yaml"]):
         ended = btray("evaluate", *needed, *wrong)
@@ -294,14 +294,17 @@ def test_serve_reads_its_own_command_line_again_on_a_reload(
     btray: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "x.yaml"
+    monkeypatch.chdir(tmp_path)
+    saved_bundle(tmp_path / "first")
     file.write_text("model: first")
 
     def run_service(config: Any, reload: Callable[[], Any]) -> str:
         file.write_text("model: second")
-        return f"{config.model} {config.port}, then {reload().model} {reload().port}"
+        names = [Path(config.model).name, Path(reload().model).name]
+        return f"{names} {config.port == reload().port}"
 
     monkeypatch.setattr("btray.serving.job.run_service", run_service)
-    assert btray("serve", "--config", file, "--port", "8001").out == ["first 8001, then second 8001"]
+    assert btray("serve", "--config", file, "--port", free_port()).out == ["['first', 'second'] True"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["serve", "--help"]])
@@ -317,6 +320,66 @@ def test_help_and_version_cost_no_heavy_import(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_what_cannot_be_is_refused_before_torch_and_ray_are_imported(tmp_path: Path) -> None:
+    saved_bundle(tmp_path / "model")
+    for path in ("data/glioma/x.png", "foreign/notes.txt", "file"):
+        storage.write_bytes(str(tmp_path / path), b"x")
+    data, out, model = ["--data", "data"], ["--out", "out"], ["--model", "model"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        cases = [
+            (["train", "--data", "absent", *out], f"--data {tmp_path}/absent: nothing is there"),
+            (["train", *data, *out, "--init-from", "absent"], f"--init-from {tmp_path}/absent: nothing is there"),
+            (["train", *data, "--out", "file"], "--out"),
+            (["train", *data, "--out", "file/below"], "--out"),
+            (["train", *data, "--out", "foreign"], "notes.txt"),
+            (["train", *data, "--out", "model"], "--overwrite"),
+            (["train", *data, *out, "--storage", "file"], "--storage"),
+            (["tune", "--data", "absent", *out], "absent: nothing is there"),
+            (["tune", *data, "--out", "model"], "--overwrite"),
+            (["evaluate", "--model", "absent", *data, *out], "absent is not a model bundle"),
+            (["evaluate", "--model", "data", *data, *out], "data is not a model bundle"),
+            (["evaluate", *model, "--data", "absent", *out], "--data"),
+            (["evaluate", *model, *data, "--out", "file"], "--out"),
+            (["audit", "--data", "absent", *out], "--data"),
+            (["audit", *data, "--out", "file"], "--out"),
+            (["acquire", "--source", "data,absent", *out], f"--source {tmp_path}/absent: nothing is there"),
+            (["acquire", "--source", "data", "--out", "file"], "--out"),
+            (["classify", "--model", "absent", "--input", "data", "--output", "out"], "not a model bundle"),
+            (["classify", *model, "--input", "absent", "--output", "out"], "--input"),
+            (["classify", *model, "--input", "data", "--output", "file"], "--output"),
+            (["pack", "--input", "absent", "--output", "out"], "--input"),
+            (["pack", "--input", "data", "--output", "file"], "--output"),
+            (["serve", "--model", "absent"], "not a model bundle"),
+            (["serve", *model, "--canary.model", "absent"], "absent is not a model bundle"),
+            (["serve", *model, "--keys", "absent"], "--keys"),
+            (["serve", *model, "--port", port], f"127.0.0.1:{port}"),
+            (["predict", "--model", "absent", "data/glioma/x.png"], "not a model bundle"),
+        ]
+        code = (
+            "import sys, btray.cli\n"
+            f"for arguments in {[arguments for arguments, _ in cases]!r}:\n"
+            "    sys.argv = ['btray', *arguments]\n"
+            "    try:\n"
+            "        btray.cli.main()\n"
+            "    except SystemExit as ended:\n"
+            "        heavy = {'torch', 'ray', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+            "        print(ended.code, sorted(heavy), flush=True)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert done.stdout.splitlines() == ["2 []"] * len(cases)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(cases), "one line each"
+    for (arguments, said), line in zip(cases, lines, strict=True):
+        assert line.startswith("error: "), line
+        assert said in line, arguments
 
 
 def test_a_bundle_that_was_tampered_with_is_refused(btray: Callable[..., Ended], scan: Path, tmp_path: Path) -> None:

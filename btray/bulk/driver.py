@@ -128,8 +128,8 @@ def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:
                 break
             objects, size = objects + 1, size + info.size
     last = next(runs.reports(job.output, job.group), None)
-    time_needed = "unknown time: first run"
-    if last and (rate := last.images_per_second):
+    time_needed = "unknown time: no earlier run was long enough to tell"
+    if last and last.has_rate and (rate := last.images_per_second):
         time_needed = f"about {duration(objects / rate)} at the last run's {rate:.0f} images/s"
     print(
         f"{objects} new objects, {size / 1e6:.1f} MB, {time_needed}; {new.unchanged} unchanged. Nothing was written.",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from btray.bulk.listing import Listing
-from btray.bulk.report import PartTally, RunReport, Totals
+from btray.bulk.report import RATE_SECONDS, PartTally, RunReport, Totals
 from btray.core import metrics
 from btray.model.drift import RUNS_BEFORE
 
@@ -15,11 +15,11 @@ def progress_line(totals: Totals[Any], listing: Listing) -> str:
     """Return how a run stands, in one line: counts, rate and, once all is listed, the time left."""
     more = "" if listing.complete else " or more"
     left = listing.objects - totals.objects
-    remaining = f", {duration(left / totals.rate)} left" if totals.rate and listing.complete else ""
-    return (
-        f"{totals.objects} of {listing.objects}{more}, {totals.rate:.0f} images/s, "
-        f"{totals.rejected.total()} rejected{remaining}"
-    )
+    rate = remaining = ""
+    if totals.rate_seconds >= RATE_SECONDS:
+        rate = f"{totals.rate:.0f} images/s, "
+        remaining = f", {duration(left / totals.rate)} left" if totals.rate and listing.complete else ""
+    return f"{totals.objects} of {listing.objects}{more}, {rate}{totals.rejected.total()} rejected{remaining}"
 
 
 def duration(seconds: float) -> str:
@@ -47,7 +47,8 @@ def summarize(report: RunReport) -> str:
     total = sum(spent.values())
     if total:
         shares = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in spent.items())
-        lines.append(f"{report.images_per_second:.0f} images/s; of the actors' time: {shares}")
+        rate = f"{report.images_per_second:.0f} images/s; " if report.has_rate else ""
+        lines.append(f"{rate}of the actors' time: {shares}")
     return "\n".join(lines)
 
 
@@ -105,7 +106,8 @@ def prometheus_text(job: str, report: RunReport, ended: float) -> str:
     if job == "classify":
         gauge("feed_ratio", {"": _feed_ratio(report.seconds_by_stage)})
         index = {}
-        if before := (report.drift or {}).get(RUNS_BEFORE):
+        before = (report.drift or {}).get(RUNS_BEFORE)
+        if before and before.is_telling:
             index = {"label": before.labels, "confidence": before.confidence, "ood_score": before.ood_score}
         gauge("drift_psi", index)
     return generate_latest(registry).decode()

@@ -88,6 +88,10 @@ class ClassifyTally(PartTally, frozen=True):
     least_certain: list[ClassifiedFrame] = Field(default_factory=list)
 
 
+RATE_SECONDS = 5.0
+"""Seconds from which on a rate is told to people: over less, one part more or less is most of it."""
+
+
 class RunReport(BaseModel, frozen=True):
     """What run.json says of a run that has finished. Times are in seconds; those of stages are summed over the actors.
 
@@ -120,6 +124,11 @@ class RunReport(BaseModel, frozen=True):
     summary_failed: str | None = _optional
     not_concluded: str | None = _optional
     format_version: int = FORMAT_VERSION
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the run took long enough, from its first part on, for its rate to mean something."""
+        return self.seconds - (self.seconds_to_first_part or self.seconds) >= RATE_SECONDS
 
 
 class AbandonedRun(BaseModel, frozen=True):
@@ -176,10 +185,14 @@ class Totals(Generic[Tally]):
         return counts
 
     @property
+    def rate_seconds(self) -> float:
+        """Seconds between the first part and the last."""
+        return self.last - (self.first or self.last)
+
+    @property
     def rate(self) -> float:
-        """Objects per second between the first part and the last; 0 if there was one part at most."""
-        elapsed = self.last - (self.first or self.last)
-        return (self.fresh - self._of_first) / elapsed if elapsed > 0 else 0.0
+        """Objects per second in these; 0 if there was one part at most."""
+        return (self.fresh - self._of_first) / self.rate_seconds if self.rate_seconds > 0 else 0.0
 
     def report(self, **facts: Any) -> RunReport:
         """Return the report of a run that ends now; `facts` are the fields of RunReport that are no totals."""

@@ -66,13 +66,18 @@ def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], 
             ("Rejected", f"{report.rejected:,}", "objects, each a row with a code"),
             ("Abstained", f"{profile.abstained / count:.1%}", "confidence below the model's threshold"),
             ("Out of distribution", f"{profile.out_of_distribution / count:.1%}", "unlike the training images"),
-            ("Images per second", f"{report.images_per_second:.0f}", "between the first and the last part"),
+            *(
+                [("Images per second", f"{report.images_per_second:.0f}", "between the first and the last part")]
+                if report.has_rate
+                else []
+            ),
         ],
         notes=[
             f"Against the {name} ({against.frames:,} frames) there is a large change (PSI above {LARGE}) of: "
             f"{', '.join(changed)}."
             for name, against in drifts.items()
-            if (changed := [title for measure, title in _MEASURES.items() if (getattr(against, measure) or 0) > LARGE])
+            if against.is_telling
+            and (changed := [title for measure, title in _MEASURES.items() if (getattr(against, measure) or 0) > LARGE])
         ],
         figures=_figures(profiles) if profile.frames else [],
         sheet=[(frame, data_uri(picture)) for frame, picture in zip(frames, pictures, strict=True)],
@@ -81,6 +86,7 @@ def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], 
         measures=_MEASURES,
         labels=sorted({label for against in drifts.values() for label in against.by_label}),
         large=LARGE,
+        needed=max((against.frames_needed for against in drifts.values()), default=0),
         facts={
             "Model": report.model_id or "",
             "Run": run.run_id,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
-from btray.evaluation.metrics import ECE_BINS, Evaluation, Interval, wilson_interval
+from btray.evaluation.metrics import ECE_BINS, Evaluation, Interval, Metrics, wilson_interval
 from btray.model.manifest import Manifest
 from btray.reports.page import NO_DIAGNOSIS, data_uri, encodable, environment, number, percent, render_page
 
@@ -71,28 +71,29 @@ def model_card(manifest: Manifest, metrics: Evaluation) -> str:
 
 def summary(metrics: Evaluation) -> str:
     """Return a few lines for a terminal."""
-    low, high = metrics.accuracy_ci95
     lines = [
         f"measured on {metrics.measured_on}: {metrics.n} images, {metrics.rejected} rejected",
-        f"accuracy {metrics.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f})  macro-F1 {metrics.macro_f1:.3f}  "
-        f"AUROC {number(metrics.auroc_macro, '-')}  ECE {metrics.ece:.3f}",
+        f"{_with_intervals(metrics)}  AUROC {number(metrics.auroc_macro, '-')}  ECE {metrics.ece:.3f}",
     ]
     if metrics.twins is not None:
         line = (
             f"clean, with no twin among the images it was trained or validated with: {metrics.n - metrics.twins} images"
         )
-        if clean := metrics.clean:
-            accuracy, macro_f1 = clean.bootstrap_ci95.accuracy, clean.bootstrap_ci95.macro_f1
-            line += (
-                f": accuracy {clean.accuracy:.3f} ({accuracy[0]:.3f} to {accuracy[1]:.3f})  "
-                f"macro-F1 {clean.macro_f1:.3f} ({macro_f1[0]:.3f} to {macro_f1[1]:.3f})"
-            )
-        lines.append(line)
+        lines.append(line + (f": {_with_intervals(metrics.clean)}" if metrics.clean else ""))
+    lines.append("in brackets 95 % intervals: Wilson's of the accuracy, bootstrap of macro-F1")
     lines.append(f"{'class':<16}{'precision':>10}{'recall':>8}{'F1':>8}{'AUROC':>8}{'images':>8}")
     for label, row in metrics.per_class.items():
         precision, recall, f1, auroc = (number(value, "-") for value in (row.precision, row.recall, row.f1, row.auroc))
         lines.append(f"{label:<16}{precision:>10}{recall:>8}{f1:>8}{auroc:>8}{row.support:>8}")
     return "\n".join(lines)
+
+
+def _with_intervals(metrics: Metrics) -> str:
+    (low, high), (f1_low, f1_high) = metrics.accuracy_ci95, metrics.bootstrap_ci95.macro_f1
+    return (
+        f"accuracy {metrics.accuracy:.3f} ({low:.3f} to {high:.3f})  "
+        f"macro-F1 {metrics.macro_f1:.3f} ({f1_low:.3f} to {f1_high:.3f})"
+    )
 
 
 def model_facts(manifest: Manifest) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 The population stability index of two histograms is the sum over their bins of (p - q) ln(p / q), symmetric and 0 if
 they agree (Siddiqi, Credit Risk Scorecards, 2006; its statistics: Yurdakul 2018). By common usage up to 0.1 is no
-change, above 0.25 a large one. Few images give a large index by chance: with n images in b bins about b / n of it.
+change, above 0.25 a large one. Few images give a large index by chance, so that an alarm needs FRAMES_PER_BIN.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ RUNS_BEFORE = "runs before"
 """What a run is compared with, by its name in reports; the other is the model's validation images."""
 LARGE = 0.25
 """Index from which on the answers have changed."""
+FRAMES_PER_BIN = 20
+"""Frames per bin of the finest histogram, on both sides, from which on an index tells something.
+
+Two samples of one distribution, each of 100 frames in 20 bins, differ by more than LARGE in up to 9 of 10 cases; of 400
+frames in less than 1 of 100, whatever the distribution (tests/model/test_drift.py draws them)."""
 CONFIDENCE_EDGES = tuple(np.linspace(0, 1, 21).round(2).tolist())
 OOD_EDGES = (*np.linspace(0, 4, 17).tolist(), float("inf"))
 """Scores are about 1 for training images."""
@@ -76,6 +81,8 @@ class Drift(BaseModel):
 
     frames: int
     """Frames of the reference."""
+    observed: int = 0
+    """Frames that were compared with it."""
     labels: float
     """Index of the label mix."""
     by_label: dict[str, float]
@@ -84,6 +91,16 @@ class Drift(BaseModel):
     """Index of the confidence."""
     ood_score: float | None
     """Index of the out-of-distribution score; None if the model gives none."""
+
+    @property
+    def frames_needed(self) -> int:
+        """Number of frames on each side from which on these indices are no play of chance."""
+        return FRAMES_PER_BIN * max(len(CONFIDENCE_EDGES) - 1, len(self.by_label))
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether there are enough frames for an alarm."""
+        return min(self.frames, self.observed) >= self.frames_needed
 
 
 def psi_terms(reference: Sequence[float], observed: Sequence[float]) -> list[float]:
@@ -101,6 +118,7 @@ def drift(reference: Profile, observed: Profile) -> Drift:
     terms = psi_terms([reference.labels[name] for name in names], [observed.labels[name] for name in names])
     return Drift(
         frames=reference.frames,
+        observed=observed.frames,
         labels=sum(terms),
         by_label=dict(zip(names, terms, strict=True)),
         confidence=sum(psi_terms(reference.confidence, observed.confidence)),

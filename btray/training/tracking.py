@@ -22,6 +22,7 @@ from btray.training.history import HISTORY, EpochRecord, as_lines, best_record
 _log = logging.getLogger(__name__)
 
 _MLFLOW = "mlflow_run"
+_RATE_SECONDS = 5.0
 # Fields that Prometheus gets under their own name; core/metrics.py describes them.
 _EXPORTED = ("epoch", "val_loss", "val_macro_f1", "images_per_second", "feed_ratio", "rejected")
 
@@ -68,6 +69,8 @@ def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
     """Describe the last epoch: losses, macro-F1 and its best if images are held out, images per second, time left."""
     record, recent = history[-1], history[-5:]  # the time left follows the pace of the last few epochs
     left = (epochs - record.epoch) * sum(row.seconds for row in recent) / len(recent)
+    # Over a few seconds the rate is mostly that of starting and waiting.
+    rate = f"{record.images_per_second:.0f} images/s  " if record.seconds >= _RATE_SECONDS else ""
     validation = "on all images"
     if record.val_macro_f1 is not None:
         best = best_record(history)
@@ -77,7 +80,7 @@ def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
         )
     return (
         f"epoch {record.epoch}/{epochs}  loss {number(record.train_loss, 'not finite')}  {validation}  "
-        f"{record.images_per_second:.0f} images/s  {_minutes(left)} left"
+        f"{rate}{_minutes(left)} left"
     )
 
 

@@ -80,8 +80,8 @@ class ArchiveJob(ABC):
         """Write what is left to write once all parts are there, before the run ends; return the report to leave."""
 
 
-def run_archive(job: ArchiveJob) -> None:
-    """Do the job on what is new in the archive, or print how much that is (`dry_run`).
+def run_archive(job: ArchiveJob) -> str:
+    """Do the job on what is new in the archive, or print how much that is (`dry_run`); return the output's URI.
 
     Raises UserError for unusable input and if another run is writing to this output, Failed if a store does not
     answer, ThresholdExceeded above `max_rejected`, after writing.
@@ -94,11 +94,12 @@ def run_archive(job: ArchiveJob) -> None:
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
             _estimate(job, listed)
-            return
+            return job.output
         with lease.hold(job.output) as check:
             report = _run(job, listed, check)
     if config.max_rejected is not None:
         enforce_max_rejected(report.rejected_by_code, report.objects, config.max_rejected)
+    return job.output
 
 
 @contextmanager

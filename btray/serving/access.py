@@ -35,7 +35,7 @@ REREAD = 5.0
 
 
 def make_key(file: str, name: str) -> str:
-    """Add a key to `file` and return it; nothing keeps it. Raises UserError if the file cannot be used."""
+    """Add a key to `file` and return it; nothing keeps it. Raises UserError or StorageError if it cannot be used."""
     uri = storage.resolve(file)
     entries = _read_file(uri, missing_ok=True)
     if any(name == known for known, _ in entries):
@@ -155,7 +155,4 @@ def _read_file(uri: str, *, missing_ok: bool = False) -> list[tuple[str, str]]:
 
 
 def _write_file(uri: str, entries: list[tuple[str, str]]) -> None:
-    try:
-        storage.write_text(uri, _HEADER + "".join(f"{name} {digest}\n" for name, digest in entries))
-    except StorageError as error:
-        raise user_error(error) from error
+    storage.write_text(uri, _HEADER + "".join(f"{name} {digest}\n" for name, digest in entries))

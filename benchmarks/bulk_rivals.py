@@ -123,7 +123,9 @@ def dataloader(model: str, engine: Any, uris: list[str], out: str) -> dict[str, 
     confidences: list[float] = []
     started = None
     for frames in loader:
-        probabilities = classifier.probabilities(classifier.answer(frames.numpy()).logits)
+        probabilities = classifier.calibrated(
+            classifier.answer(frames.numpy()).logits, classifier.manifest.calibration.temperature
+        )
         labels += [classifier.classes[index] for index in probabilities.argmax(1)]
         confidences += probabilities.max(1).tolist()
         started = started or time.time()

@@ -11,24 +11,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import import_module
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from btray.acquire.config import AcquireConfig
-from btray.audit.config import AuditConfig
-from btray.bulk.config import ClassifyConfig, PackConfig
-from btray.core.config import JobConfig
 from btray.core.errors import UserError
 from btray.core.notice import NOTICE
-from btray.evaluation.config import EvaluateConfig
-from btray.launch import Job, read_config, run_command
+from btray.launch import read_config, run_command
 from btray.model.config import PredictConfig
 from btray.serving.config import KeyConfig, ServeConfig
-from btray.training.config import TrainConfig, TuneConfig
 
 if TYPE_CHECKING:
-    from btray.model.classifier import Classifier
     from btray.model.prediction import Prediction
 
 # Scans held in memory at a time: a folder of any size goes through.
@@ -41,38 +33,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        run_command("btray", f"Brain-tumor classification of MRI slices. {NOTICE}", commands())
+        run_command("btray", f"Brain-tumor classification of MRI slices. {NOTICE}")
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; without this Python complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def commands() -> dict[str, tuple[type[JobConfig], Job]]:
-    """Return each command's config and function, in the order in which one uses them."""
-    return {
-        "acquire": (AcquireConfig, _job("btray.acquire.job", "acquire")),
-        "audit": (AuditConfig, _job("btray.audit.job", "audit")),
-        "train": (TrainConfig, _job("btray.training.job", "train")),
-        "tune": (TuneConfig, _job("btray.training.tuning", "tune")),
-        "evaluate": (EvaluateConfig, _job("btray.evaluation.job", "evaluate")),
-        "predict": (PredictConfig, predict),
-        "classify": (ClassifyConfig, _job("btray.bulk.classify", "classify")),
-        "pack": (PackConfig, _job("btray.bulk.pack", "pack")),
-        "serve": (ServeConfig, serve),
-        "key": (KeyConfig, key),
-    }
-
-
-def _job(module: str, function: str) -> Job:
-    """Return the job as a function that imports it when it is called: `--help` must load neither torch nor Ray."""
-
-    def run(config: Any) -> str | None:
-        result: str | None = getattr(import_module(module), function)(config)
-        return result
-
-    return run
 
 
 def serve(config: ServeConfig) -> str:
@@ -92,7 +58,10 @@ def predict(config: PredictConfig) -> None:
     inputs = _scans(config.files, classifier.model_id)
     total = classified = width = 0
     while chunk := list(islice(inputs, _AT_A_TIME)):
-        predictions = _predict(classifier, chunk)
+        predictions: list[Prediction] = []
+        for kind, group in groupby(chunk, type):
+            given: list[Any] = list(group)
+            predictions += classifier.predict(given) if kind is str else given
         if config.json_lines:
             lines = [json.dumps(as_record(prediction), allow_nan=False) for prediction in predictions]
         else:
@@ -135,19 +104,6 @@ def _scans(files: Sequence[str], model_id: str) -> Iterator[str | Prediction]:
         except storage.StorageError as error:
             rejection = Rejection(error.code, str(error), error.retryable)
             yield Prediction.of_rejection(rejection, index=0, uri=file, model_id=model_id)
-
-
-def _predict(classifier: Classifier, inputs: Sequence[str | Prediction]) -> list[Prediction]:
-    """Return predictions in the order of the inputs; those that are there already stay as they are."""
-    scans = [given for given in inputs if isinstance(given, str)]
-    of_scan: list[list[Prediction]] = [[] for _ in scans]
-    for prediction in classifier.predict(scans):
-        of_scan[prediction.index].append(prediction)
-    answers = iter(of_scan)
-    found: list[Prediction] = []
-    for given in inputs:
-        found += next(answers) if isinstance(given, str) else [given]
-    return found
 
 
 def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int, *, header: bool) -> list[str]:

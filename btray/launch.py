@@ -6,10 +6,11 @@ import argparse
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from pkgutil import resolve_name
+from typing import TypeVar
 
 from btray.acquire.config import AcquireConfig
 from btray.audit.config import AuditConfig
@@ -23,17 +24,27 @@ from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
 
 Config = TypeVar("Config", bound=JobConfig)
-Job = Callable[[Any], str | None]
 
-_ALL_CONFIGS: tuple[type[JobConfig], ...] = (
-    AcquireConfig, AuditConfig, TrainConfig, TuneConfig, EvaluateConfig, ClassifyConfig, PackConfig, ServeConfig,
-    PredictConfig, KeyConfig,
-)  # fmt: skip
+COMMANDS: dict[str, tuple[type[JobConfig], str]] = {
+    "acquire": (AcquireConfig, "btray.acquire.job:acquire"),
+    "audit": (AuditConfig, "btray.audit.job:audit"),
+    "train": (TrainConfig, "btray.training.job:train"),
+    "tune": (TuneConfig, "btray.training.tuning:tune"),
+    "evaluate": (EvaluateConfig, "btray.evaluation.job:evaluate"),
+    "predict": (PredictConfig, "btray.cli:predict"),
+    "classify": (ClassifyConfig, "btray.bulk.classify:classify"),
+    "pack": (PackConfig, "btray.bulk.pack:pack"),
+    "serve": (ServeConfig, "btray.cli:serve"),
+    "key": (KeyConfig, "btray.cli:key"),
+}
+"""Every command in the order in which one uses them: its config, and the function that takes it.
+
+The function is imported when it is called: `--help` must load neither torch nor Ray."""
 
 
 def read_config(config_class: type[Config], arguments: list[str] | None = None, prog: str | None = None) -> Config:
     """Return the config of the command line, or of `arguments`; see `JobConfig.from_command_line`."""
-    others = {name for job in _ALL_CONFIGS for name in job.model_fields}
+    others = {name for other, _ in COMMANDS.values() for name in other.model_fields}
     return config_class.from_command_line(arguments, prog, others=others)
 
 
@@ -51,34 +62,34 @@ def run_job(config_class: type[Config], job: Callable[[Config], str | None]) -> 
             print(result, flush=True)
 
 
-def run_command(prog: str, description: str, commands: Mapping[str, tuple[type[JobConfig], Job]]) -> None:
+def run_command(prog: str, description: str) -> None:
     """Run the command that the first argument names as `run_job` does, on the config that the others give."""
-    width = max(map(len, commands))
+    width = max(map(len, COMMANDS))
     listed = (
-        f"  {name:<{width}}  {(config.__doc__ or name).splitlines()[0]}" for name, (config, _) in commands.items()
+        f"  {name:<{width}}  {(config.__doc__ or name).splitlines()[0]}" for name, (config, _) in COMMANDS.items()
     )
+    # From its metadata: importing torch and Ray takes seconds.
+    installed = [f"{name} {importlib.metadata.version(name)}" for name in (prog, "ray", "torch")]
+    installed.append(f"python {platform.python_version()}")
     parser = OneLineParser(
         prog=prog,
         description=description,
         epilog="\n".join(["commands:", *listed]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=_versions(prog), help="show what is installed and exit")
     parser.add_argument(
-        "command", choices=commands, metavar="command", help=f"see below; {prog} COMMAND --help says more"
+        "--version", action="version", version="\n".join(installed), help="show what is installed and exit"
+    )
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="command", help=f"see below; {prog} COMMAND --help says more"
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     with _exit_codes():
         parsed = parser.parse_args()
     # From here on this is that job's own process: what it reads again, as SIGHUP makes the service do, is its own part.
     sys.argv = [f"{prog} {parsed.command}", *parsed.arguments]
-    run_job(*commands[parsed.command])
-
-
-def _versions(prog: str) -> str:
-    """Return a line each for what is installed, from its metadata: importing torch and Ray takes seconds."""
-    lines = [f"{name} {importlib.metadata.version(name)}" for name in (prog, "ray", "torch")]
-    return "\n".join([*lines, f"python {platform.python_version()}"])
+    config_class, function = COMMANDS[parsed.command]
+    run_job(config_class, lambda config: resolve_name(function)(config))  # noqa: PLW0108 - imports it when it is called
 
 
 @contextmanager

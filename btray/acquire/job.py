@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -119,12 +119,10 @@ def _acquire_source(
     )
     acquired_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     with opened(source, cache=cache, limits=limits) as contents:
-        sizes = _copy(contents, storage.join(out, "images", source.name), source.name)
-    copied = list(zip(contents.files, sizes, strict=True))
-    taken = [file for file, size in copied if isinstance(size, int)]
-    broken = [LeftOut(file.uri, size.code) for file, size in copied if isinstance(size, StorageError)]
-    left_out = LeftOutFiles.of(contents.left_out + broken)
-    if not taken:
+        copied = _copy(contents, storage.join(out, "images", source.name), source.name)
+    sizes = {file: size for file, size in zip(contents.files, copied, strict=True) if isinstance(size, int)}
+    left_out = LeftOutFiles.of([*contents.left_out, *(item for item in copied if isinstance(item, LeftOut))])
+    if not sizes:
         raise UserError(f"{source.shown}: none of its {left_out.count} files could be taken ({left_out.summary})")
     record = SourceRecord(
         name=source.name,
@@ -133,36 +131,36 @@ def _acquire_source(
         sha256=contents.sha256,
         license=source.license,
         acquired_at=acquired_at,
-        images=len(taken),
-        bytes=sum(size for size in sizes if isinstance(size, int)),
-        counts=_count(taken),
+        images=len(sizes),
+        bytes=sum(sizes.values()),
+        counts=_count(sizes),
         left_out=left_out,
     )
-    return record, taken
+    return record, list(sizes)
 
 
-def _copy(contents: Contents, target: str, name: str) -> list[int | StorageError]:
-    """Copy the files below `target`; return for each, in order, its size in bytes or why it cannot be read.
+def _copy(contents: Contents, target: str, name: str) -> list[int | LeftOut]:
+    """Copy the files below `target`; return for each, in order, its size in bytes or why it is left out.
 
     A store that is down ends the job, for a set with holes would pass for the whole one.
     """
 
-    def copy(file: LabelledFile) -> int | StorageError:
+    def copy(file: LabelledFile) -> int | LeftOut:
         try:
             data = storage.read_bytes(file.uri)
         except StorageError as error:
             if error.retryable:
                 raise
-            return error  # a broken file of the source costs itself alone
+            return LeftOut(file.uri, error.code)  # a broken file of the source costs itself alone
         storage.write_bytes(storage.join(target, file.path), data)
         return len(data)
 
-    sizes: list[int | StorageError] = []
+    copied: list[int | LeftOut] = []
     with ProgressLine(keep=False) as progress, ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(contents.files), _BATCH):
-            sizes += pool.map(copy, contents.files[start : start + _BATCH])
-            progress.update(f"copying {name}: {len(sizes)} of {len(contents.files)} files")
-    return sizes
+            copied += pool.map(copy, contents.files[start : start + _BATCH])
+            progress.update(f"copying {name}: {len(copied)} of {len(contents.files)} files")
+    return copied
 
 
 def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str) -> str:
@@ -182,7 +180,7 @@ def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str
             others[0],
         )
     sources = [source for source, _ in acquired]
-    counts = _count([file for _, files in acquired for file in files])
+    counts = _count(file for _, files in acquired for file in files)
     record = DatasetRecord(
         btray_version=version("btray"),
         classes=list(counts),
@@ -201,7 +199,7 @@ def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str
     return manifest
 
 
-def _count(files: Sequence[LabelledFile]) -> Counts:
+def _count(files: Iterable[LabelledFile]) -> Counts:
     splits: dict[str, list[str]] = {}
     for file in files:
         splits.setdefault(file.label, []).append(file.split or _NO_SPLIT)

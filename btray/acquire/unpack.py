@@ -12,15 +12,18 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import IO, Any, Final, Self, cast
+from typing import IO, Any, Final, Self, TypeVar, cast
 
 from btray.core.errors import UserError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 """What archives are usually called; what one is, its content tells."""
+
+T = TypeVar("T")
 
 _CHUNK = 1 << 20
 _HEADER_BYTES = 4 << 20  # a tar header with its long-name extensions is a few kB; a hostile one claims gigabytes
@@ -77,12 +80,36 @@ class _Unpacking:
     folders: set[str] = field(default_factory=set)
     """Folded paths of their folders."""
 
-    def count_member(self) -> None:
+    def take(self, member: _Member) -> None:
+        """Unpack one member, unless it is left out. Raises UserError."""
         self.members += 1
         if self.members > self.limits.max_files:
             raise UserError(
                 f"{self.shown} holds more than {self.limits.max_files} files; if you trust it, raise --max-files"
             )
+        if member.is_folder:
+            return
+        if member.content is None:
+            raise self.unsafe(member.name, "is a link, a device or another special file")
+        if member.encrypted:
+            raise UserError(f"{self.shown}: member {member.name!r} is encrypted; unpack it and give the folder")
+        if not (target := self.target(member.name)):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = self.undamaged(member.content)
+        with target.open("xb") as out:
+            # in chunks, counted as they come: the size that an archive declares may be a lie
+            while chunk := self.undamaged(lambda: content.read(_CHUNK)):
+                self.spend(len(chunk))
+                out.write(chunk)
+
+    def undamaged(self, read: Callable[[], T]) -> T:
+        """Return what `read` gives; what it raises means damage. It writes nothing: a full disk is not damage."""
+        try:
+            return read()
+        except _DAMAGE as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self.shown} is damaged or no zip or tar archive ({why}); get it again") from error
 
     def spend(self, size: int) -> None:
         self.spent += size
@@ -165,98 +192,55 @@ def unpack(
             raise UserError(f"{shown} is a web page, not an archive; give the address of the file itself")
         if other := next((name for magic, name in _OTHER_FORMATS.items() if start.startswith(magic)), None):
             raise UserError(f"{shown} is a {other} archive, which is not read; repack it as zip or tar")
-        if start.startswith(b"PK"):
-            _unpack_zip(file, state)
-        else:
-            # by content: servers and people misname archives
-            opener = next((opener for magic, opener in _DECOMPRESSORS.items() if start.startswith(magic)), nullcontext)
-            with opener(file) as stream:
-                _unpack_tar(stream, state)
+        # by content: servers and people misname archives
+        opener = next((opener for magic, opener in _DECOMPRESSORS.items() if start.startswith(magic)), nullcontext)
+        with opener(file) as stream:
+            members = _zip_members(file) if start.startswith(b"PK") else _tar_members(stream, state)
+            while member := state.undamaged(lambda: next(members, None)):
+                state.take(member)
     return state.left_out
 
 
-@contextmanager
-def _damage_refused(state: _Unpacking) -> Iterator[None]:
-    """Refuse an archive whose reading fails in the block; nothing is written there: a full disk is not damage."""
-    try:
-        yield
-    except _DAMAGE as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{state.shown} is damaged or no zip or tar archive ({why}); get it again") from error
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    is_folder: bool
+    content: Callable[[], Any] | None
+    """Opens it; None for a link, a device or another special file."""
+    encrypted: bool = False
 
 
-def _unpack_zip(file: IO[bytes], state: _Unpacking) -> None:
-    with _damage_refused(state):
-        archive = zipfile.ZipFile(file)
-    with archive:
-        for member in archive.infolist():
-            state.count_member()
-            kind = stat.S_IFMT(member.external_attr >> 16)  # the Unix mode; 0 if the archive was made elsewhere
-            if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
-                raise state.unsafe(member.filename, "is a link, a device or another special file")
-            if member.is_dir() or member.filename.endswith("\\"):
-                continue
-            if member.flag_bits & 1:  # encrypted
-                raise UserError(
-                    f"{state.shown}: member {member.filename!r} is encrypted; unpack it and give the folder"
-                )
-            target = state.target(member.filename)
-            if target:
-                with _damage_refused(state):
-                    content = archive.open(member)
-                _copy(content, target, state)
+def _zip_members(file: IO[bytes]) -> Iterator[_Member]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            mode = stat.S_IFMT(info.external_attr >> 16)  # that of Unix; 0 if the archive was made elsewhere
+            is_folder = info.is_dir() or info.filename.endswith("\\")
+            content = partial(archive.open, info) if mode in {0, stat.S_IFREG, stat.S_IFDIR} else None
+            yield _Member(info.filename, is_folder, content, encrypted=bool(info.flag_bits & 1))
 
 
-def _unpack_tar(stream: IO[bytes], state: _Unpacking) -> None:
+def _tar_members(stream: IO[bytes], state: _Unpacking) -> Iterator[_Member]:
     # As a stream ("r|"): a tar has no index, and seeking in a compressed one would decompress it again and again.
     meter = _Meter(stream)
     meter.limit = _HEADER_BYTES
-    with _damage_refused(state):
-        archive = tarfile.TarFile.open(
-            fileobj=cast("IO[bytes]", meter), mode="r|", bufsize=_CHUNK, tarinfo=_StrictTarInfo
-        )
-    with archive:
-        while member := _next_member(archive, meter, state):
-            state.count_member()
-            if member.isdir():
-                continue
-            if not member.isreg():
-                raise state.unsafe(member.name, "is a link, a device or another special file")
-            target = state.target(member.name)
+    with tarfile.TarFile.open(
+        fileobj=cast("IO[bytes]", meter), mode="r|", bufsize=_CHUNK, tarinfo=_StrictTarInfo
+    ) as archive:
+        reader = cast("IO[bytes]", archive.fileobj)
+        while info := archive.next():
+            meter.limit = None
+            yield _Member(info.name, info.isdir(), partial(archive.extractfile, info) if info.isreg() else None)
             # What is left out is read as well: it lies before the next member in the stream, and counts.
-            _copy(cast("IO[bytes]", archive.extractfile(member)), target, state)
-
-
-def _next_member(archive: tarfile.TarFile, meter: _Meter, state: _Unpacking) -> tarfile.TarInfo | None:
-    vars(archive)["members"].clear()  # tarfile would remember every header
-    with _damage_refused(state):
-        meter.limit = meter.position + _HEADER_BYTES
-        member = archive.next()
+            while chunk := reader.read(min(_CHUNK, archive.offset - reader.tell())):
+                state.spend(len(chunk))
+            vars(archive)["members"].clear()  # tarfile would remember every header
+            meter.limit = meter.position + _HEADER_BYTES
         meter.limit = None
-        if member:
-            return member
-        stream = cast("IO[bytes]", archive.fileobj)
         # what follows the end mark is read too: a truncated or concatenated archive must not pass for the whole one
-        while rest := stream.read(_CHUNK):
+        while rest := reader.read(_CHUNK):
             state.spend(len(rest))
             if rest.strip(b"\0"):
                 raise tarfile.ReadError("there is more after its end")
-    return None
-
-
-def _copy(content: IO[bytes], target: Path | None, state: _Unpacking) -> None:
-    """Copy in chunks, counted as they come: the size that an archive declares may be a lie. No target: count only."""
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with content, target.open("xb") if target else nullcontext() as out:
-        while True:
-            with _damage_refused(state):
-                chunk = content.read(_CHUNK)
-            if not chunk:
-                return
-            state.spend(len(chunk))
-            if out:
-                out.write(chunk)
 
 
 class _StrictTarInfo(tarfile.TarInfo):

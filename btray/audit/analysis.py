@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from btray.audit import findings
-from btray.data.duplicates import Pairs, components
+from btray.data.duplicates import Numbers, Pairs, components, numbered
 from btray.data.fingerprint import SAME_IMAGE
 from btray.data.splits import SPLIT_ORDER, group_occurrence, have_earlier_twin
 
 _MOST_SIZES = 20
-
-Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,6 @@ class Twins:
     """Pairs that were compared, picture by picture."""
 
 
-def distinct(digests: pa.ChunkedArray) -> Numbers:
-    """Return numbers int64 [n] from 0 on, equal for equal digests, in the order in which they first occur."""
-    return np.asarray(pc.dictionary_encode(digests.combine_chunks()).indices.to_numpy(), np.int64)
-
-
 def group(table: pa.Table, readable: pa.Table, twins: Twins) -> pa.Table:
     """Return the files in a group of two or more: columns row, uri, split, label, group_id, grade, score.
 
@@ -59,20 +52,19 @@ def group(table: pa.Table, readable: pa.Table, twins: Twins) -> pa.Table:
     best = np.zeros(pictures, np.float32)
     for side in (0, 1):
         np.maximum.at(best, twins.pairs[:, side], twins.correlations)
-    bytes_of = distinct(readable["byte_digest"])
+    bytes_of = numbered(readable["byte_digest"])
     in_bytes, in_pixels, in_group = (np.bincount(ids)[ids] > 1 for ids in (bytes_of, twins.pixels, of_file))
     grade = np.select([in_bytes, in_pixels], ["same_bytes", "same_pixels"], "same_image")
     # Correlations of equal thumbnails exceed 1 by a rounding error.
     score = np.where(in_pixels, np.float32(1), np.minimum(best[twins.pixels], np.float32(1)))
     member = np.flatnonzero(in_group)
-    _, first, number = np.unique(of_file[member], return_index=True, return_inverse=True)
     rows = readable["row"].to_numpy()[member]
     columns = {
         "row": rows,
         "uri": table["uri"].take(rows),
         "split": effective_splits(table["split"]).take(rows),
         "label": table["label"].take(rows),
-        "group_id": np.argsort(np.argsort(first))[number],
+        "group_id": numbered(pa.array(of_file[member])),
         "grade": grade[member],
         "score": score[member],
     }
@@ -223,8 +215,7 @@ def _describe_files(readable: pa.Table) -> findings.Files:
 
 def _tally(values: pa.Array | pa.ChunkedArray) -> dict[str, int]:
     """Count how often each value occurs, the most frequent first."""
-    counted = {entry["values"]: entry["counts"] for entry in values.value_counts().to_pylist()}
-    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+    return dict(Counter(sorted(values.to_pylist())).most_common())
 
 
 def _spread(values: pa.ChunkedArray) -> findings.Spread | None:

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 
 from btray.data.fingerprint import SAME_IMAGE
 
-FORMAT_VERSION = 1
-"""Of `audit.json`; rises when a key changes its meaning or goes."""
 GRADES = {
     "same_bytes": "another file of the group is this one, byte by byte",
     "same_pixels": "another file decodes to the same gray pixels, encoded anew or stored in colour",
@@ -168,7 +166,8 @@ class AuditReport:
     not_mri: Suspects
     files: Files
     intensity: Intensity
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+    """Rises when a key changes its meaning or goes."""
 
     def to_json(self) -> bytes:
         """Return `audit.json`, strict JSON; of file names that are not UTF-8 it has "?" for the bytes that are not."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -66,18 +67,11 @@ If `code` is not empty, the file is unreadable and everything after `message` is
 def inspect_block(rows: pa.Table) -> pa.Table:
     """Inspect the files of some rows, with columns row and uri: return them as INSPECTED. A task of Ray Data."""
     records: list[dict[str, Any]] = []
-    pictures = []
     for row, data in _read(rows["row"].to_pylist(), rows["uri"].to_pylist()):
         try:
-            record, thumbs = inspect(data)
-            pictures.append(thumbs)
-            records.append({"row": row, "code": "", "message": "", **record})
+            records.append({"row": row, "code": "", "message": "", **inspect(data)})
         except (StorageError, ScanRejected) as error:
             records.append({"row": row, "code": error.code, "message": str(error)})
-    prints = iter(fingerprint.fingerprints(np.stack(pictures)) if pictures else ())
-    for record in records:
-        if not record["code"]:
-            record["fingerprint"] = next(prints).tobytes()
     return pa.Table.from_pylist(records, schema=INSPECTED)
 
 
@@ -91,11 +85,8 @@ def correlate_block(pairs: pa.Table) -> pa.Table:
     of_image |= dict(zip(pairs["second"].to_pylist(), pairs["second_uri"].to_pylist(), strict=True))
     pictures: dict[int, fingerprint.Thumbnails] = {}
     for image, data in _read(list(of_image), list(of_image.values())):
-        try:
-            if not isinstance(data, StorageError):
-                pictures[image] = fingerprint.thumbnails(fingerprint.representative(decode(data).frames))
-        except ScanRejected:
-            continue  # it was readable a while ago: the pair stays unproven
+        with suppress(StorageError, ScanRejected):  # it was readable a while ago: the pair stays unproven
+            pictures[image] = fingerprint.thumbnails(fingerprint.representative(decode(contents(data)).frames))
     firsts, seconds = pairs["first"].to_numpy(), pairs["second"].to_numpy()
     there = np.array([a in pictures and b in pictures for a, b in zip(firsts, seconds, strict=True)], bool)
     values = np.zeros(len(pairs), np.float32)
@@ -107,22 +98,29 @@ def correlate_block(pairs: pa.Table) -> pa.Table:
     return pa.table({"place": pairs["place"], "correlation": values})
 
 
-def inspect(data: ReadResult) -> tuple[dict[str, Any], fingerprint.Thumbnails]:
-    """Return the columns of INSPECTED of one file, except row, code, message and fingerprint, and its thumbnails.
-
-    Raises:
-        StorageError: if `data` is one.
-        ScanRejected: the file cannot be decoded.
-    """
+def contents(data: ReadResult) -> bytes:
+    """Return the bytes of a file that was read. Raises StorageError if it could not be."""
     if isinstance(data, StorageError):
         raise data
+    return data
+
+
+def inspect(result: ReadResult) -> dict[str, Any]:
+    """Return the columns of INSPECTED of one file, except row, code and message.
+
+    Raises:
+        StorageError: if `result` is one.
+        ScanRejected: the file cannot be decoded.
+    """
+    data = contents(result)
     scan = decode(data)
     facts = examine(data)
     frame = fingerprint.representative(scan.frames)
     small = fingerprint.reduced(frame)
-    columns = {
+    return {
         "byte_digest": hashlib.sha256(data).digest()[:16],
         "pixel_digest": pixel_digest(scan),
+        "fingerprint": fingerprint.fingerprint_of([small]),
         "width": facts.width,
         "height": facts.height,
         "frames": len(scan.frames),
@@ -131,7 +129,6 @@ def inspect(data: ReadResult) -> tuple[dict[str, Any], fingerprint.Thumbnails]:
         "not_mri": why_not_mri(small, facts),
         **gray_levels(frame),
     }
-    return columns, fingerprint.thumbnails(small)
 
 
 def pixel_digest(scan: Scan) -> bytes:

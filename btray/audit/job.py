@@ -18,14 +18,14 @@ import pyarrow.parquet
 import ray.data
 
 from btray import storage
-from btray.audit.analysis import Twins, distinct, group, summarise
+from btray.audit.analysis import Twins, group, summarise
 from btray.audit.config import AuditConfig
 from btray.audit.findings import AuditReport, findings_present
 from btray.audit.inspection import correlate_block, inspect_block
 from btray.audit.report import render_audit
 from btray.core.cluster import connected
 from btray.core.errors import ThresholdExceeded
-from btray.data.duplicates import Pairs, components, near_pairs, verified_pairs
+from btray.data.duplicates import Pairs, components, near_pairs, numbered, verified_pairs
 from btray.data.fingerprint import SAME_IMAGE, unpack
 from btray.data.labelled import read_labelled
 from btray.data.rejections import as_csv, rejections_csv
@@ -53,7 +53,8 @@ def audit(config: AuditConfig) -> str:
     table = read_labelled(config.data, least_classes=1)
     storage.require_writable(out, "--out")
     with connected():
-        inspected = inspect_files(table["uri"])
+        rows = pa.table({"row": np.arange(len(table)), "uri": table["uri"]})
+        inspected = _map_blocks(rows, inspect_block, _BLOCK_ROWS).sort_by("row")
         readable = inspected.filter(pc.equal(inspected["code"], ""))
         twins = find_twins(readable, table["uri"])
     members = group(table, readable, twins)
@@ -73,22 +74,14 @@ def audit(config: AuditConfig) -> str:
     for name, body in files.items():
         storage.write_bytes(storage.join(out, name), body)
     print(summary(report), flush=True)
-    present = findings_present(report)
-    failed = [f"{name}: {present[name]}" for name in config.failing if name in present]
-    if failed:
+    if failed := [f"{name}: {text}" for name, text in findings_present(report).items() if name in config.fail_on]:
         raise ThresholdExceeded(f"--fail-on {'; '.join(failed)}; see {storage.join(out, 'report.html')}")
     return out
 
 
-def inspect_files(uris: pa.ChunkedArray) -> pa.Table:
-    """Return what is known of each file, as `inspection.INSPECTED`, in the order of `uris`. Needs Ray."""
-    rows = pa.table({"row": np.arange(len(uris)), "uri": uris})
-    return _map_blocks(rows, inspect_block, _BLOCK_ROWS).sort_by("row")
-
-
 def find_twins(readable: pa.Table, uris: pa.ChunkedArray) -> Twins:
     """Find which of the readable files (rows of INSPECTED) show the same image. Needs Ray."""
-    pixels = distinct(readable["pixel_digest"])
+    pixels = numbered(readable["pixel_digest"])
     # One file of each set of equal pixels stands for all of them, so that they cost nothing.
     _, first = np.unique(pixels, return_index=True)
     standing = readable.take(first)

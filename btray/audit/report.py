@@ -14,7 +14,7 @@ from PIL import Image
 
 from btray.audit.analysis import conflicting_groups, leaking_members
 from btray.audit.findings import GRADES, AuditReport
-from btray.audit.inspection import NOT_MRI
+from btray.audit.inspection import NOT_MRI, contents
 from btray.data.fingerprint import reduced, representative
 from btray.data.scans import ScanLimits, ScanRejected, decode
 from btray.data.splits import SPLIT_ORDER
@@ -119,13 +119,10 @@ def _pictures(uris: Sequence[str], lines: Sequence[Sequence[str]], marked: Seque
 
 def _thumbnail(data: ReadResult) -> str:
     """Return a small picture as a data URI; empty if the file cannot be read any more."""
-    if isinstance(data, StorageError):
-        return ""
     try:
-        frame = reduced(representative(decode(data).frames))
-    except ScanRejected:
+        picture = Image.fromarray(reduced(representative(decode(contents(data)).frames)))
+    except (StorageError, ScanRejected):
         return ""
-    picture = Image.fromarray(frame)
     picture.thumbnail((_SIDE, _SIDE))
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=80)

@@ -33,8 +33,9 @@ from btray.bulk.worker import PartProcessor
 from btray.core import logs, metrics
 from btray.core.cluster import connected
 from btray.core.console import ProgressLine
-from btray.core.errors import Failed, ThresholdExceeded, UserError
+from btray.core.errors import Failed, UserError
 from btray.data.key_set import Keys
+from btray.data.rejections import enforce_max_rejected
 from btray.storage import FileInfo, lease
 
 _log = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ class ArchiveJob(ABC):
         """Write what is left to write once all parts are there, before the run ends; return the report to leave."""
 
 
-def run_archive(job: ArchiveJob) -> None:
-    """Do the job on what is new in the archive, or print how much that is (`dry_run`).
+def run_archive(job: ArchiveJob) -> str:
+    """Do the job on what is new in the archive, or print how much that is (`dry_run`); return the output's URI.
 
     Raises UserError for unusable input and if another run is writing to this output, StorageError if a store does not
     answer, ThresholdExceeded above `max_rejected`, after writing.
@@ -93,16 +94,12 @@ def run_archive(job: ArchiveJob) -> None:
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
             _estimate(job, listed)
-            return
+            return job.output
         with lease.hold(job.output) as check:
             report = _run(job, listed, check)
-    if config.max_rejected is not None and report.rejected > config.max_rejected * report.objects:
-        code, count = next(iter(report.rejected_by_code.items()))
-        raise ThresholdExceeded(
-            f"{report.rejected} of {report.objects} objects were rejected ({report.rejected / report.objects:.1%}), "
-            f"above --max-rejected {config.max_rejected:.1%}; most often {code} ({count}); mend the data or raise "
-            "--max-rejected"
-        )
+    if config.max_rejected is not None:
+        enforce_max_rejected(report.rejected_by_code, report.objects, config.max_rejected)
+    return job.output
 
 
 @contextmanager

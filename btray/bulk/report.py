@@ -18,6 +18,8 @@ from btray.model.drift import Drift, Profile
 from btray.storage import FileInfo
 
 FORMAT_VERSION = 1
+_optional: Any = Field(None, exclude_if=lambda value: value is None)
+"""What only some runs have: run.json leaves it out of the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,16 +115,11 @@ class RunReport(BaseModel, frozen=True):
     ended_at: str
     resumed: bool
     config: dict[str, Any]
-    model_id: str | None = None
-    drift: dict[str, Drift] | None = None
-    summary_failed: str | None = None
-    not_concluded: str | None = None
+    model_id: str | None = _optional
+    drift: dict[str, Drift] | None = _optional
+    summary_failed: str | None = _optional
+    not_concluded: str | None = _optional
     format_version: int = FORMAT_VERSION
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of run.json; what only some runs have is left out of the others."""
-        optional = ("model_id", "drift", "summary_failed", "not_concluded")
-        return self.model_dump(mode="json", exclude={name for name in optional if getattr(self, name) is None})
 
 
 class AbandonedRun(BaseModel, frozen=True):
@@ -134,10 +131,6 @@ class AbandonedRun(BaseModel, frozen=True):
     state: Literal["abandoned"] = "abandoned"
     request: dict[str, Any]
     format_version: int = FORMAT_VERSION
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of run.json."""
-        return self.model_dump(mode="json")
 
 
 Tally = TypeVar("Tally", bound=PartTally)

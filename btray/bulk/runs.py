@@ -147,7 +147,7 @@ def _close_unwritten_parts(run: Run, schema: pa.Schema) -> None:
 def finish(run: Run, report: RunReport | AbandonedRun) -> str:
     """Write run.json, which ends the run, then remove its worklist; return the URI of run.json."""
     uri = storage.join(run.folder, RUN)
-    storage.write_json(uri, report.to_json())
+    storage.write_json(uri, report.model_dump(mode="json"))
     worklist.remove(run.worklist)
     return uri
 

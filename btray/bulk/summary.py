@@ -68,7 +68,12 @@ def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], 
             ("Out of distribution", f"{profile.out_of_distribution / count:.1%}", "unlike the training images"),
             ("Images per second", f"{report.images_per_second:.0f}", "between the first and the last part"),
         ],
-        notes=_notes(report),
+        notes=[
+            f"Against the {name} ({against.frames:,} frames) there is a large change (PSI above {LARGE}) of: "
+            f"{', '.join(changed)}."
+            for name, against in drifts.items()
+            if (changed := [title for measure, title in _MEASURES.items() if (getattr(against, measure) or 0) > LARGE])
+        ],
         figures=_figures(profiles) if profile.frames else [],
         sheet=[(frame, data_uri(picture)) for frame, picture in zip(frames, pictures, strict=True)],
         report=report,
@@ -88,18 +93,6 @@ def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], 
     uri = storage.join(run.folder, SUMMARY)
     storage.write_text(uri, page)
     return uri
-
-
-def _notes(report: RunReport) -> list[str]:
-    notes = []
-    for name, against in (report.drift or {}).items():
-        changed = [title for measure, title in _MEASURES.items() if (getattr(against, measure) or 0) > LARGE]
-        if changed:
-            notes.append(
-                f"Against the {name} ({against.frames:,} frames) there is a large change (PSI above {LARGE}) of: "
-                f"{', '.join(changed)}."
-            )
-    return notes
 
 
 # ---- figures: shares of the frames, so that runs of any size can be compared

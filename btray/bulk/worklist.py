@@ -19,13 +19,7 @@ from btray.core.errors import UserError
 from btray.storage import FileInfo
 
 SCHEMA = pa.schema(
-    [
-        ("part", pa.int32()),
-        ("uri", pa.string()),
-        ("etag", pa.string()),
-        ("size", pa.int64()),
-        ("place", pa.string()),
-    ]
+    {"part": pa.int32(), "uri": pa.string(), "etag": pa.string(), "size": pa.int64(), "place": pa.string()}
 )
 """Columns of a shard. `part` counts from 0 within the shard, `place` is where the bytes are if that is not `uri`."""
 _PART_SCHEMA = pa.schema([("part", pa.string()), *((field.name, pa.list_(field.type)) for field in [*SCHEMA][1:])])

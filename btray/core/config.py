@@ -7,14 +7,16 @@ environment.
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Self, get_args
+from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -72,12 +74,7 @@ class JobConfig(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take keywords only: a config made in Python does not depend on the environment it is made in."""
         return (init_settings,)
@@ -122,7 +119,7 @@ class JobConfig(BaseSettings):
                 parse_args_method=parse,
             )
             # The first one wins.
-            sources = (InitSettingsSource(cls, file_names), flags, EnvSettingsSource(cls), _read(cls, config_file))
+            sources = (InitSettingsSource(cls, file_names), flags, _Environment(cls), _read(cls, config_file))
             return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings, which mypy overlooks
         except ValidationError as error:
             raise UserError(_explain(error)) from error
@@ -152,6 +149,15 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""
         raise UserError(f"{message} (see --help)")
+
+
+class _Environment(EnvSettingsSource):
+    """Environment variables; several values stand between commas, as in flags, or in a list of JSON."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        if get_origin(field.annotation) is tuple and not value.lstrip().startswith("["):
+            return next(csv.reader([value], skipinitialspace=True), [])
+        return super().decode_complex_value(field_name, field, value)
 
 
 class _ConfigFile(YamlConfigSettingsSource):

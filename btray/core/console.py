@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from rich.console import Console
@@ -54,9 +53,7 @@ class ProgressLine:
         ProgressLine._current = self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         ProgressLine._current = None
         if self._live is not None:
             self._live.update(Text(self._text))  # what stays may take two lines

@@ -10,13 +10,15 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from btray.data.fingerprint import LENGTH, SAME_FINGERPRINT, SAME_IMAGE, VIEWS, Fingerprints, distances, frequencies
 
-Pairs = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int64]
+Pairs = Numbers
 
 # Chosen on pairs of real slices that correlate by 0.99 to 0.9995: all share a bucket, and of other images a pair in
 # some thousand does.
@@ -71,6 +73,12 @@ def components(count: int, pairs: Pairs) -> Numbers:
         return np.zeros(0, np.int64)
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def numbered(values: pa.Array | pa.ChunkedArray) -> Numbers:
+    """Return numbers int64 [n] from 0, equal for equal values, in the order in which those first occur."""
+    encoded = pc.dictionary_encode(values)
+    return np.asarray((encoded.combine_chunks() if isinstance(values, pa.ChunkedArray) else encoded).indices, np.int64)
 
 
 def verified_pairs(

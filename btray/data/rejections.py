@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -44,15 +44,19 @@ def rejections_csv(rejected: pa.Table, table: pa.Table) -> bytes:
     return as_csv(("uri", "error_code", "error"), rows)
 
 
-def enforce_max_rejected(rejected: pa.Table, total: int, limit: float) -> None:
-    """Raise ThresholdExceeded, with the most frequent code, if more than the share `limit` of `total` was rejected."""
-    if total == 0 or len(rejected) / total <= limit:
-        return
-    code, count = Counter(rejected["code"].to_pylist()).most_common(1)[0]
-    raise ThresholdExceeded(
-        f"{len(rejected)} of {total} inputs were rejected ({len(rejected) / total:.1%}), above --max-rejected "
-        f"{limit:.1%}; most often {code} ({count}); mend the data or raise --max-rejected"
-    )
+def enforce_max_rejected(codes: Iterable[str] | Mapping[str, int], total: int, limit: float) -> None:
+    """Raise ThresholdExceeded if more than the share `limit` of `total` inputs was rejected, with one of `codes` each.
+
+    `codes` may be counted already.
+    """
+    counts = Counter(codes)
+    rejected = counts.total()
+    if total and rejected / total > limit:
+        code, count = counts.most_common(1)[0]
+        raise ThresholdExceeded(
+            f"{rejected} of {total} inputs were rejected ({rejected / total:.1%}), above --max-rejected {limit:.1%}; "
+            f"most often {code} ({count}); mend the data or raise --max-rejected"
+        )
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

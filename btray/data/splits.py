@@ -14,7 +14,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ import pyarrow as pa
 from sklearn.model_selection import StratifiedGroupKFold
 
 from btray.core.errors import ThresholdExceeded, UserError
-from btray.data.duplicates import components
+from btray.data.duplicates import Numbers, components, numbered
 from btray.storage.packed import path_of
 
 _log = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ LEAST_BLOCKS = 10
 SPLIT_ORDER = ("train", "val", "test")
 """What is learnt from comes before what tests it: an image leaks from a later split into an earlier one."""
 
-Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 
@@ -216,19 +214,16 @@ def group_rows(table: pa.Table, duplicate_of: Sequence[int | None] | np.ndarray 
     patients, twins = _column(table, "patient_id")[order], twins[order]
     known, twinned = np.flatnonzero(patients != None), np.flatnonzero(twins >= 0)  # noqa: E711 - of each element
     # rows are joined by a common patient or picture, nodes after those of the rows, also through others
-    ties = [(known, _numbered(patients[known]) + count), (twinned, _numbered(twins[twinned]) + 2 * count)]
+    ties = [
+        (known, numbered(pa.array(patients[known])) + count),
+        (twinned, numbered(pa.array(twins[twinned])) + 2 * count),
+    ]
     part = components(3 * count, np.concatenate([np.stack(tie, axis=1) for tie in ties]))[:count]
     _, first, number = np.unique(part, return_index=True, return_inverse=True)
     home = np.where(np.isin(part, part[known]), count + number, np.array(block, np.int64)[first[number]])
     group = np.empty(count, np.int64)
-    group[order] = _numbered(home)
+    group[order] = numbered(pa.array(home))
     return group
-
-
-def _numbered(values: npt.NDArray[Any]) -> Numbers:
-    """Return a number for each of `values` [n], equal for equal ones, from 0 in the order of their first places."""
-    _, first, number = np.unique(values, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[number]
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from btray import storage
 from btray.core.errors import UserError
@@ -75,8 +76,7 @@ def assess(
     manifest, rejected = bundle.manifest, len(scores.rejected)
     if len(scores.row) == 0:
         raise UserError(f"{measured_on}: not one image could be read; see {REJECTED}")
-    numbers = {label: number for number, label in enumerate(manifest.classes)}
-    labels = np.array([numbers[label] for label in table["label"].take(scores.row).to_pylist()], np.int64)
+    labels = pc.index_in(table["label"].take(scores.row), pa.array(manifest.classes)).to_numpy().astype(np.int64)
     probabilities = Classifier.calibrated(scores.answers.logits, manifest.calibration.temperature)
     metrics = measure(bundle, scores, labels, probabilities, measured_on=measured_on, learnt_from=learnt_from)
     figures = {
@@ -89,7 +89,6 @@ def assess(
         counts = manifest.data.counts
         figures["learning_curves"] = plots.learning_curves(
             history,
-            best_epoch=max(history, key=lambda record: record["score"])["epoch"],
             train_images=sum(counts["train"].values()),
             val_images=sum(counts["validation"].values()),
         )
@@ -172,14 +171,16 @@ def _draw_worst_errors(
     chosen = worst_errors(labels, probabilities, _SHOWN_ERRORS)
     names = uris.take(chosen).to_pylist()
     read = zip(chosen, names, FrameSource(manifest.preprocess).from_uris(names), strict=True)
-    shown = [(index, uri, frames[0]) for index, uri, frames in read if not isinstance(frames, Rejection)]
-    predicted, size = probabilities.argmax(1), manifest.preprocess.size
-    return plots.error_grid(
-        np.stack([frame for _, _, frame in shown]) if shown else np.zeros((0, size, size), np.uint8),
-        [manifest.classes[labels[index]] for index, _, _ in shown],
-        [manifest.classes[predicted[index]] for index, _, _ in shown],
-        [float(probabilities[index].max()) for index, _, _ in shown],
-        [storage.name(uri) for _, uri, _ in shown],
-        errors=int((predicted != labels).sum()),
-        total=len(labels),
-    )
+    classes, predicted = manifest.classes, probabilities.argmax(1)
+    shown = [
+        plots.WrongAnswer(
+            frame=frames[0],
+            true=classes[labels[index]],
+            predicted=classes[predicted[index]],
+            confidence=float(probabilities[index].max()),
+            name=storage.name(uri),
+        )
+        for index, uri, frames in read
+        if not isinstance(frames, Rejection)
+    ]
+    return plots.error_grid(shown, errors=int((predicted != labels).sum()), total=len(labels))

@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> str:
     for name, body in files.items():
         storage.write_bytes(storage.join(out, name), body)
     print(summary(assessment.metrics), flush=True)
-    enforce_max_rejected(scores.rejected, len(table), config.max_rejected)
+    enforce_max_rejected(scores.rejected["code"].to_pylist(), len(table), config.max_rejected)
     return out
 
 

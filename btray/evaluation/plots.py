@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -156,31 +156,24 @@ def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold
 
 
 @png
-def learning_curves(
-    history: Sequence[Mapping[str, Any]], *, best_epoch: int, train_images: int, val_images: int
-) -> Figure:
-    """Draw loss, validation macro-F1 and learning rate by epoch; `best_epoch`, whose weights were kept, is marked.
+def learning_curves(history: Sequence[Mapping[str, Any]], *, train_images: int, val_images: int) -> Figure:
+    """Draw loss, validation macro-F1 and learning rate by epoch; the best one, whose weights were kept, is marked.
 
     Args:
-        history: one mapping per epoch with the keys epoch, train_loss, val_loss, val_macro_f1 and learning_rate; if an
-            epoch occurs twice, as after a resumed run, the later entry counts.
-        best_epoch: number of the epoch whose weights were kept.
+        history: one mapping per epoch, at least one, with the keys epoch, train_loss, val_loss, val_macro_f1, score and
+            learning_rate.
         train_images: images that were trained on.
         val_images: images that were validated with.
-
-    Raises:
-        ValueError: there is no epoch.
     """
-    by_epoch = {int(entry["epoch"]): entry for entry in history}
-    if not by_epoch:
-        raise ValueError("the history holds no epoch")
-    epochs = sorted(by_epoch)
+    epochs = [entry["epoch"] for entry in history]
+    kept = max(history, key=lambda entry: entry["score"])
+    best_epoch, best = kept["epoch"], kept["val_macro_f1"]
     subtitle = f"trained on {images(train_images)}, validated on {images(val_images)}"
     figure, body = canvas((6.6, 6.6), "Learning curves", subtitle)
     loss, f1, rate = body.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.1))
 
     def draw(axes: Axes, key: str, colour: str, label: str | None = None) -> None:
-        values = np.array([by_epoch[epoch][key] for epoch in epochs], float)  # a null is drawn as a gap
+        values = np.array([entry[key] for entry in history], float)  # a null is drawn as a gap
         axes.plot(epochs, values, color=colour, label=label, marker="o" if len(epochs) < 3 else None)
 
     draw(loss, "train_loss", BLUE, "training")
@@ -189,7 +182,6 @@ def learning_curves(
     draw(rate, "learning_rate", MUTED)
     for axes in (f1, loss, rate):
         axes.axvline(best_epoch, color=INK, linewidth=1, linestyle=":")
-    best = by_epoch[best_epoch]["val_macro_f1"]
     f1.plot(best_epoch, best, "o", color=VERMILLION, markersize=7, markeredgecolor="white")
     late = epochs.index(best_epoch) > len(epochs) / 2
     f1.annotate(
@@ -213,35 +205,28 @@ def learning_curves(
     return figure
 
 
-@png
-def error_grid(
-    frames: np.ndarray,
-    true: Sequence[str],
-    predicted: Sequence[str],
-    confidence: Sequence[float] | np.ndarray,
-    names: Sequence[str],
-    *,
-    errors: int,
-    total: int,
-) -> Figure:
-    """Draw the k worst errors in order: slice, true label, predicted label, its confidence and the file's name.
+class WrongAnswer(NamedTuple):
+    """A wrongly classified slice, as `error_grid` shows it."""
 
-    Args:
-        frames: slices, uint8 [k, height, width].
-        true: true labels, [k].
-        predicted: predicted labels, [k].
-        confidence: of the predictions, [k].
-        names: of the files, [k].
-        errors: how many errors there were in all.
-        total: how many images were classified.
-    """
-    shown, columns, tile, text = len(frames), 4, 1.72, 0.8
+    frame: np.ndarray
+    """uint8 [height, width]"""
+    true: str
+    predicted: str
+    confidence: float
+    """Of the predicted class."""
+    name: str
+    """Of the file."""
+
+
+@png
+def error_grid(worst: Sequence[WrongAnswer], *, errors: int, total: int) -> Figure:
+    """Draw the `worst` of all `errors` among `total` classified images, in their order."""
+    shown, columns, tile, text = len(worst), 4, 1.72, 0.8
     rows = -(-shown // columns)
     width, height = 0.2 + columns * (tile + 0.12), 0.75 + rows * (tile + text)
     subtitle = f"of {errors} wrong among {images(total)}, most confident first" if errors else images(total)
     figure, _ = canvas((width, height), "Worst errors" if shown else "No error", subtitle)
-    entries = zip(frames, true, predicted, confidence, names, strict=True)
-    for index, (frame, truth, guess, sure, name) in enumerate(entries):
+    for index, (frame, truth, guess, sure, name) in enumerate(worst):
         row, column = divmod(index, columns)
         left, top = 0.16 + column * (tile + 0.12), height - 0.7 - row * (tile + text)
         axes = figure.add_axes((left / width, (top - tile) / height, tile / width, tile / height))

@@ -11,15 +11,7 @@ from markupsafe import Markup, escape
 
 from btray.evaluation.metrics import ECE_BINS, Evaluation, Interval, wilson_interval
 from btray.model.manifest import Manifest
-from btray.reports.page import (
-    NO_DIAGNOSIS,
-    data_uri,
-    encodable,
-    environment,
-    number,
-    percent,
-    render_page,
-)
+from btray.reports.page import NO_DIAGNOSIS, data_uri, encodable, environment, number, percent, render_page
 
 _PACKAGE = "btray.evaluation"
 _COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")

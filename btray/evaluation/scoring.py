@@ -118,20 +118,18 @@ class _Scorer:
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
         source = self.classifier.source
-        records: list[dict[str, Any]] = []
+        answered: list[dict[str, Any]] = []
+        rejected: list[dict[str, Any]] = []
         frames: list[npt.NDArray[np.uint8]] = []
         for row, scan in zip(batch["row"].tolist(), source.scans(batch["uri"].tolist()), strict=True):
             if isinstance(scan, Rejection):
-                records.append({"row": row, "frame": 0, "code": scan.code, "message": scan.message})
+                rejected.append({"row": row, "frame": 0, "code": scan.code, "message": scan.message})
                 continue
             entry = {"row": row, "fingerprint": fingerprint_of(scan.frames), "code": "", "message": ""}
-            records += [entry | {"frame": number} for number in range(len(scan.frames))]
+            answered += [entry | {"frame": number} for number in range(len(scan.frames))]
             frames += source.frames_of(scan)
         if frames:
             output = self.classifier.answer(np.stack(frames))
-            answered = [record for record in records if not record["code"]]
-            for record, logits, features in zip(
-                answered, output.logits.tolist(), output.features.tolist(), strict=True
-            ):
+            for record, logits, features in zip(answered, output.logits, output.features, strict=True):
                 record.update(logits=logits, features=features)
-        return pa.Table.from_pylist(records, schema=_SCHEMA)
+        return pa.Table.from_pylist(answered + rejected, schema=_SCHEMA)

@@ -18,6 +18,7 @@ from btray import storage
 from btray.core.errors import UserError
 from btray.data.frames import FrameSource, Rejection
 from btray.data.preprocess import Frame, make_frame, to_tensor
+from btray.data.scans.gray import to_uint16
 from btray.model.abstention import label_sets
 from btray.model.bundle import Bundle, load_bundle
 from btray.model.engines import EngineName, make_engine
@@ -138,10 +139,6 @@ class Classifier:
         logits, features = self._engine(images)
         return logits.float().cpu().numpy(), features.float().cpu().numpy()
 
-    def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return calibrated probabilities [n, classes]. Raises UserError if the model gives no numbers."""
-        return _probabilities(logits, self.manifest)
-
     @staticmethod
     def calibrated(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
         """Return the softmax of logits [n, classes] divided by `temperature`; each row depends on itself alone."""
@@ -175,7 +172,7 @@ class Classifier:
         if pixels.dtype not in (np.uint8, np.uint16):
             if pixels.dtype.kind not in "biuf" or not np.isfinite(pixels).all():
                 return Rejection("unsupported", f"{pixels.dtype} array with values that are not finite numbers", False)
-            pixels = _spread_over_uint16(pixels)
+            pixels = to_uint16(pixels)  # preprocessing stretches gray levels anyway: no unit is lost
         return [make_frame(pixels, self.manifest.preprocess)]
 
 
@@ -188,7 +185,11 @@ def interpret(output: NetworkOutput, manifest: Manifest, distribution: Distribut
     if len(output.logits) == 0:
         return []
     thresholds, classes = manifest.thresholds, manifest.classes
-    probabilities = _probabilities(output.logits, manifest)
+    probabilities = Classifier.calibrated(output.logits, manifest.calibration.temperature)
+    if not np.isfinite(probabilities).all():
+        raise UserError(
+            f"model {manifest.model_id} gives no finite probabilities: its training diverged; train it again"
+        )
     scores = distribution.scores(output.features).tolist() if distribution else [None] * len(probabilities)
     sets = None if thresholds.conformal is None else label_sets(probabilities, thresholds.conformal)
     answers = []
@@ -207,20 +208,3 @@ def interpret(output: NetworkOutput, manifest: Manifest, distribution: Distribut
             )
         )
     return answers
-
-
-def _probabilities(logits: npt.NDArray[np.float32], manifest: Manifest) -> npt.NDArray[np.float32]:
-    probabilities = Classifier.calibrated(logits, manifest.calibration.temperature)
-    if not np.isfinite(probabilities).all():
-        raise UserError(
-            f"model {manifest.model_id} gives no finite probabilities: its training diverged; train it again"
-        )
-    return probabilities
-
-
-def _spread_over_uint16(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """Map the range of `pixels` to 0 to 65535. Preprocessing stretches gray levels anyway, so no unit is lost."""
-    wide = pixels.astype(np.float64)
-    wide /= max(1.0, float(np.abs(wide).max()))  # so that the range of the largest doubles stays finite
-    low, high = float(wide.min()), float(wide.max())
-    return ((wide - low) * (65535.0 / (high - low or 1.0))).astype(np.uint16)

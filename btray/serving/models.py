@@ -25,7 +25,7 @@ from btray.data.preprocess import Frame
 from btray.data.scans import ScanLimits, count_pages
 from btray.explain import Heat, heat_maps
 from btray.model.bundle import Bundle, load_bundle
-from btray.model.classifier import Classifier
+from btray.model.classifier import Classifier, interpret
 from btray.model.prediction import Prediction
 from btray.serving.access import KeyRing
 from btray.serving.batching import Batcher
@@ -340,5 +340,5 @@ def _warm(classifier: Classifier, largest: int) -> None:
     side = classifier.manifest.preprocess.size
     for count in (1, largest, 1, largest):  # a frozen graph is made ready at its second pass
         frames = np.zeros((count, side, side), np.uint8)
-        classifier.probabilities(classifier.answer(frames).logits)
+        interpret(classifier.answer(frames), classifier.manifest, None)
     heat_maps(classifier, frames[:1])

@@ -58,7 +58,9 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     print(summary(assessment.metrics), flush=True)
     report = storage.join(out, "report.html")
     print(f"model {saved.manifest.model_id}; report {report}; run {data.plan.run_uri}", flush=True)
-    enforce_max_rejected(test.rejected, int(in_splits(source.table, "test").sum()), config.max_rejected)
+    enforce_max_rejected(
+        test.rejected["code"].to_pylist(), int(in_splits(source.table, "test").sum()), config.max_rejected
+    )
     return out
 
 

@@ -147,7 +147,7 @@ def prepare(source: Source) -> TrainingData:
     report_rejections(rejected, table)
     if len(rejected):
         storage.write_bytes(storage.join(run_uri, REJECTED), rejections_csv(rejected, table))
-    enforce_max_rejected(rejected, len(rows), config.max_rejected)
+    enforce_max_rejected(rejected["code"].to_pylist(), len(rows), config.max_rejected)
     # Twins are found before images are held out: both of them go to the same side.
     leak, used, twins = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))
     validation = _choose_validation(source, used, twins)

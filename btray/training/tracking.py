@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 from btray import storage
 from btray.core import metrics
 from btray.core.errors import UserError
+from btray.reports.page import number
 from btray.training.config import TrainConfig
 from btray.training.history import HISTORY, EpochRecord, as_lines, best_record
 
@@ -70,11 +71,11 @@ def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
     if record.val_macro_f1 is not None:
         best = best_record(history)
         validation = (
-            f"val loss {_loss_text(record.val_loss)}  "
+            f"val loss {number(record.val_loss, 'not finite')}  "
             f"val macro-F1 {record.val_macro_f1:.3f} (best {best.val_macro_f1:.3f} in epoch {best.epoch})"
         )
     return (
-        f"epoch {record.epoch}/{epochs}  loss {_loss_text(record.train_loss)}  {validation}  "
+        f"epoch {record.epoch}/{epochs}  loss {number(record.train_loss, 'not finite')}  {validation}  "
         f"{record.images_per_second:.0f} images/s  {_minutes(left)} left"
     )
 
@@ -86,11 +87,7 @@ def summary_line(history: Sequence[EpochRecord]) -> str:
     kept = "on all images"
     if best.val_macro_f1 is not None:
         kept = f"best val macro-F1 {best.val_macro_f1:.3f} in epoch {best.epoch}"
-    return f"trained {last.epoch} epochs in {duration}  loss {_loss_text(last.train_loss)}  {kept}"
-
-
-def _loss_text(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.3f}"
+    return f"trained {last.epoch} epochs in {duration}  loss {number(last.train_loss, 'not finite')}  {kept}"
 
 
 def _minutes(seconds: float) -> str:

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from btray import phantoms, storage
-from btray.audit.analysis import Twins, distinct, group, summarise
+from btray.audit.analysis import Twins, group, summarise
 from btray.audit.config import AuditConfig
 from btray.audit.findings import (
     AuditReport,
@@ -39,6 +39,7 @@ from btray.audit.inspection import inspect_block
 from btray.audit.job import audit
 from btray.audit.report import render_audit
 from btray.core.errors import ThresholdExceeded, UserError
+from btray.data.duplicates import numbered
 from btray.data.fingerprint import correlations, thumbnails
 from btray.data.scans import decode
 from tests.helpers.image_truth import COPIES, REFRAMED, SAME_PIXELS, encode, recall_and_precision
@@ -214,7 +215,7 @@ def test_what_is_written_is_the_contract(
     [
         (["--fail-on", "leak,conflict"], 3, "leak: 2 of 4 test images have a twin in train; conflict: 1 group"),
         (["--fail-on", "patient"], 0, ""),
-        (["--fail-on", "leek"], 2, "'leek' is not a finding; choose from leak, conflict"),
+        (["--fail-on", "leek"], 2, "'leek' is refused: Input should be 'leak', 'conflict'"),
     ],
 )
 def test_fail_on_ends_the_command_with_its_code_and_one_line_after_all_is_written(
@@ -239,7 +240,7 @@ def test_fail_on_ends_the_command_with_its_code_and_one_line_after_all_is_writte
 @pytest.mark.cluster
 def test_each_finding_can_fail_the_job_and_only_if_it_is_there(ray_session: None, leaky: Path, tmp_path: Path) -> None:
     with pytest.raises(ThresholdExceeded) as caught:
-        run(leaky, tmp_path / "out", fail_on="unreadable, not_mri,duplicate,leak,conflict,patient")
+        run(leaky, tmp_path / "out", fail_on=("unreadable", "not_mri", "duplicate", "leak", "conflict", "patient"))
     message = str(caught.value)
     assert "\n" not in message
     for name in ("leak:", "conflict:", "duplicate:", "not_mri:", "unreadable:"):
@@ -308,7 +309,7 @@ def test_patients_in_several_splits_and_images_without_a_split_are_counted(ray_s
     lines += ["copy.png,glioma,val,", "second.png,glioma,test,"]
     (tmp_path / "manifest.csv").write_text("\n".join(lines))
     with pytest.raises(ThresholdExceeded, match="1 of 2 patients are in several splits"):
-        run(tmp_path / "manifest.csv", tmp_path / "out", fail_on="patient")
+        run(tmp_path / "manifest.csv", tmp_path / "out", fail_on=("patient",))
     findings = strict_json(str(tmp_path / "out" / "audit.json"))
     assert findings["patients"] == {"named": 2, "images": 4, "in_several_splits": 1, "images_of_these": 2}
     assert findings["splits"]["train"]["images"] == 1, "an image with no split is trained on"
@@ -358,7 +359,7 @@ def audited(table: pa.Table) -> tuple[AuditReport, str]:
     """The findings of files without duplicates, and the page, made in this process."""
     inspected = inspect_block(pa.table({"row": np.arange(len(table)), "uri": table["uri"]}))
     readable = inspected.filter(pc.equal(inspected["code"], ""))
-    pixels = distinct(readable["pixel_digest"])
+    pixels = numbered(readable["pixel_digest"])
     twins = Twins(pixels, np.zeros((0, 2), np.int64), np.zeros(0, np.float32), 0, 0)
     members = group(table, readable, twins)
     report = summarise("data", table, inspected, twins, members)

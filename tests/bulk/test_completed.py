@@ -90,7 +90,7 @@ def test_a_run_that_ended_without_key_files_gets_some_when_it_is_first_read_by_o
     run = run_with(place, [row("a")], [])
     done_of(place, write_missing=True)
     assert not storage.exists(f"{run.folder}/keys.json"), "more of its parts may follow"
-    storage.write_json(f"{run.folder}/{runs.RUN}", AbandonedRun(request={}).to_json())
+    storage.write_json(f"{run.folder}/{runs.RUN}", AbandonedRun(request={}).model_dump(mode="json"))
     assert done_of(place) == {"a"}
     assert not storage.exists(f"{run.folder}/keys.json"), "a dry run writes nothing"
     assert done_of(place, write_missing=True) == {"a"}

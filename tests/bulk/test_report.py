@@ -44,15 +44,15 @@ def test_the_keys_of_run_json_are_those_of_the_docs_and_none_is_lost() -> None:
         name for line in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", line)
     }
     assert documented == set(RunReport.model_fields) == OF_EVERY_RUN | OF_SOME_RUNS
-    assert set(run_report().to_json()) == OF_EVERY_RUN
-    assert set(run_report(model_id="m", drift={}).to_json()) == OF_EVERY_RUN | {"model_id", "drift"}
+    assert set(run_report().model_dump(mode="json")) == OF_EVERY_RUN
+    assert set(run_report(model_id="m", drift={}).model_dump(mode="json")) == OF_EVERY_RUN | {"model_id", "drift"}
 
 
 def test_a_report_is_read_as_it_was_written_and_cannot_be_changed() -> None:
     drift = Drift(frames=9, labels=0.1, by_label={"glioma": 0.1}, confidence=0.2, ood_score=None)
     report = run_report(objects=3, least_certain=[frame("a", 0.4, "p", 2)], drift={"runs before": drift})
-    assert RunReport.model_validate(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
-    assert AbandonedRun(request={"input": "a"}).to_json() == {
+    assert RunReport.model_validate(json.loads(json.dumps(report.model_dump(mode="json"), allow_nan=False))) == report
+    assert AbandonedRun(request={"input": "a"}).model_dump(mode="json") == {
         "state": "abandoned",
         "request": {"input": "a"},
         "format_version": FORMAT_VERSION,

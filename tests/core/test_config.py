@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from btray import launch, phantoms, storage
+from btray.audit.config import AuditConfig
 from btray.core import config as config_layer
 from btray.core.config import ComponentConfig, JobConfig
 from btray.core.errors import Failed, ThresholdExceeded, UserError
@@ -63,6 +64,14 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
     assert (config.preprocess.size, config.preprocess.margin, config.preprocess.crop) == (96, 0.1, True)
     assert (config.optimiser.learning_rate, config.optimiser.ema, config.optimiser.warmup) == (0.5, 0.25, 0.1)
     assert config.patience == TrainConfig.model_fields["patience"].default
+
+
+@pytest.mark.parametrize("value", ["leak, conflict", '["leak", "conflict"]'])
+def test_several_values_stand_in_a_variable_as_in_a_flag(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("BTRAY_FAIL_ON", value)
+    config = AuditConfig.from_command_line(["--data", "d", "--out", "o"])
+    assert config == AuditConfig.from_command_line(["--data", "d", "--out", "o", "--fail-on", "leak, conflict"])
+    assert config.fail_on == ("leak", "conflict")
 
 
 def test_a_config_made_in_python_does_not_see_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,14 @@ def case(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def history(epochs: int) -> list[dict[str, float]]:
     return [
-        {"epoch": e, "train_loss": 2 / e, "val_loss": 2.2 / e, "val_macro_f1": 1 - 1 / e, "learning_rate": 1e-3 / e}
+        {
+            "epoch": e,
+            "train_loss": 2 / e,
+            "val_loss": 2.2 / e,
+            "val_macro_f1": 1 - 1 / e,
+            "learning_rate": 1e-3 / e,
+            "score": 1 - 1 / e,
+        }
         for e in range(1, epochs + 1)
     ]
 
@@ -117,15 +124,15 @@ def test_figures_survive_one_image_absent_classes_and_hostile_names() -> None:
     size(plots.confusion_matrix(compute_metrics(labels, probabilities, HOSTILE).confusion_matrix))
     size(plots.roc_curves(labels, probabilities, HOSTILE))
     size(plots.reliability_diagram(labels, probabilities))
-    frames = np.zeros((len(HOSTILE), 32, 32), np.uint8)
-    size(plots.error_grid(frames, HOSTILE, HOSTILE, np.ones(len(HOSTILE)), HOSTILE, errors=6, total=6))
+    black = np.zeros((32, 32), np.uint8)
+    size(plots.error_grid([plots.WrongAnswer(black, name, name, 1.0, name) for name in HOSTILE], errors=6, total=6))
 
 
 @pytest.mark.parametrize("classes", [2, 5, 12])
 def test_no_legend_lies_over_a_curve_and_nothing_is_clipped(classes: int) -> None:
     names = [f"class {index} with a rather long name" for index in range(classes)]
     labels, probabilities = case(80, classes)
-    frames = np.zeros((6, 32, 32), np.uint8)
+    frame, file = np.zeros((32, 32), np.uint8), "a file with a rather long name.png"
     with mpl.rc_context(STYLE):
         drawn = {
             "confusion": raw(plots.confusion_matrix)(compute_metrics(labels, probabilities, names).confusion_matrix),
@@ -133,12 +140,11 @@ def test_no_legend_lies_over_a_curve_and_nothing_is_clipped(classes: int) -> Non
             "reliability": raw(plots.reliability_diagram)(labels, probabilities),
             "risk, early": raw(plots.risk_coverage_curve)(labels, probabilities, 0.95),
             "risk, late": raw(plots.risk_coverage_curve)(labels, probabilities, 0.4),
-            "learning": raw(plots.learning_curves)(history(9), best_epoch=8, train_images=10, val_images=3),
+            "learning": raw(plots.learning_curves)(history(9), train_images=10, val_images=3),
             "errors": raw(plots.error_grid)(
-                frames, names[:1] * 6, names[1:2] * 6, [0.9] * 6, ["a file with a rather long name.png"] * 6,
-                errors=6, total=80,
+                [plots.WrongAnswer(frame, names[0], names[1], 0.9, file)] * 6, errors=6, total=80
             ),
-        }  # fmt: skip
+        }
         for name, figure in drawn.items():
             FigureCanvasAgg(figure).draw()
             for legend in figure.findobj(Legend):
@@ -152,36 +158,34 @@ def test_no_legend_lies_over_a_curve_and_nothing_is_clipped(classes: int) -> Non
 
 @pytest.mark.parametrize("shown", [0, 1, 4, 5])
 def test_error_grid_grows_by_rows_of_four(shown: int) -> None:
-    frames = np.full((shown, 48, 40), 128, np.uint8)
-    png = plots.error_grid(
-        frames, ["a"] * shown, ["b"] * shown, [0.9] * shown, ["f.png"] * shown, errors=shown, total=9
-    )
+    wrong = plots.WrongAnswer(np.full((48, 40), 128, np.uint8), "a", "b", 0.9, "f.png")
+    png = plots.error_grid([wrong] * shown, errors=shown, total=9)
     rows = -(-shown // 4)
     assert size(png)[1] == pytest.approx(200 * (0.75 + rows * 2.52), abs=2)
 
 
-def test_error_grid_refuses_lists_of_different_lengths() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        plots.error_grid(np.zeros((2, 8, 8), np.uint8), ["a"], ["b"], [0.9], ["f"], errors=2, total=9)
-
-
 def test_error_grid_shows_the_pixels_it_was_given() -> None:
-    frame = np.full((1, 64, 64), 137, np.uint8)
-    png = plots.error_grid(frame, ["a"], ["b"], [0.9], ["f.png"], errors=1, total=9)
+    wrong = plots.WrongAnswer(np.full((64, 64), 137, np.uint8), "a", "b", 0.9, "f.png")
+    png = plots.error_grid([wrong], errors=1, total=9)
     with Image.open(io.BytesIO(png)) as image:
         assert (np.asarray(image.convert("L")) == 137).sum() > 300 * 300
 
 
-def test_learning_curves_take_one_epoch_gaps_and_repeated_epochs() -> None:
-    images = {"best_epoch": 1, "train_images": 10, "val_images": 3}
+def test_learning_curves_take_one_epoch_and_gaps() -> None:
+    images = {"train_images": 10, "val_images": 3}
     size(plots.learning_curves(history(1), **images))
     broken = history(5)
     broken[2] |= {"val_loss": float("nan"), "val_macro_f1": float("nan")}
     size(plots.learning_curves(broken, **images))
-    once = plots.learning_curves(history(5), **images)
-    assert plots.learning_curves([history(4)[3] | {"val_loss": 99.0}, *history(5)], **images) == once
-    with pytest.raises(ValueError, match="no epoch"):
-        plots.learning_curves([], **images)
+
+
+def test_the_epoch_that_was_kept_is_the_one_of_the_highest_score() -> None:
+    epochs = history(5)
+    epochs[2]["score"] = 2.0
+    with mpl.rc_context(STYLE):
+        figure = raw(plots.learning_curves)(epochs, train_images=10, val_images=3)
+    texts = [text.get_text() for axes in figure.findobj(Axes) for text in axes.texts]
+    assert texts == ["kept: 0.667, epoch 3"]
 
 
 def test_figures_leave_no_global_state_and_are_deterministic() -> None:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, ImageChops, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from PIL import WebPImagePlugin as WebpImagePlugin
 from PIL.ImageFile import ImageFile
 
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
+from btray.data.scans.gray import to_gray
 from btray.data.scans.jpeg import check_jpeg, decode_gray
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -255,7 +256,7 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     image.load()
     page: Image.Image = image if deep is None else Image.fromarray(deep)
     _set_upright(page, image.info)
-    return _gray(page) if deep is None else np.array(page)
+    return to_gray(page) if deep is None else np.array(page)
 
 
 def _set_upright(page: Image.Image, info: dict[str | tuple[int, int], Any]) -> None:
@@ -264,38 +265,6 @@ def _set_upright(page: Image.Image, info: dict[str | tuple[int, int], Any]) -> N
     with contextlib.suppress(Exception):
         page.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
     ImageOps.exif_transpose(page, in_place=True)
-
-
-def _gray(image: Image.Image) -> Array:
-    mode = image.mode
-    if mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint16)
-        key = image.info.get("transparency")
-        return values if key is None else np.where(values == key, np.uint16(0), values)
-    if mode in ("I", "F"):
-        return _to_uint16(np.asarray(image))
-    if mode == "CMYK":
-        image = image.convert("RGB")
-    elif mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if image.has_transparency_data:
-        luma, alpha = image.convert("LA").split()
-        return np.array(ImageChops.multiply(luma, alpha))
-    return np.array(image if image.mode == "L" else image.convert("L"))
-
-
-def _to_uint16(values: Array) -> Array:
-    """Keep or shift 32-bit integers that span no more than 16 bit; scale others, and floats, from their own range."""
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise ScanRejected("decode_failed", "no pixel is a finite number")
-    low, high = float(values[finite].min()), float(values[finite].max())
-    if values.dtype.kind == "i" and high - low <= 0xFFFF:
-        return (values if low >= 0 and high <= 0xFFFF else values - int(low)).astype(np.uint16)
-    if low == high:
-        return np.zeros(values.shape, np.uint16)
-    known = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return np.rint((known - low) * (0xFFFF / (high - low))).astype(np.uint16)
 
 
 def _deep_colour(data: bytes, image: ImageFile) -> Array | None:

@@ -1,0 +1,50 @@
+"""Pixels of any kind -> gray uint8 or uint16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from btray.data.scans.errors import ScanRejected
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def to_gray(image: Image.Image) -> Array:
+    """Return the gray levels [height, width] of an image: luma of colour, transparency laid on black."""
+    mode = image.mode
+    if mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+        key = image.info.get("transparency")
+        return values if key is None else np.where(values == key, np.uint16(0), values)
+    if mode in ("I", "F"):
+        return to_uint16(np.asarray(image))
+    if mode == "CMYK":
+        image = image.convert("RGB")
+    elif mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.has_transparency_data:
+        luma, alpha = image.convert("LA").split()
+        return np.array(ImageChops.multiply(luma, alpha))
+    return np.array(image if image.mode == "L" else image.convert("L"))
+
+
+def to_uint16(values: Array) -> Array:
+    """Keep or shift integers that span no more than 16 bit; scale others, and floats, from their own range.
+
+    What is not finite becomes the nearest end of the range, NaN the lower. Raises ScanRejected if nothing is finite.
+    """
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ScanRejected("decode_failed", "no pixel is a finite number")
+    low, high = values[finite].min().item(), values[finite].max().item()
+    if values.dtype.kind in "iu" and high - low <= 0xFFFF:
+        base = 0 if low >= 0 and high <= 0xFFFF else low
+        shifted: Array = values.astype(np.uint16) - np.uint16(base & 0xFFFF)  # modulo 2^16, which is exact
+        return shifted
+    half = (
+        np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) / 2
+    )  # no range of doubles overflows
+    return np.rint((half - low / 2) / (high / 2 - low / 2 or 1) * 0xFFFF).astype(np.uint16)

@@ -35,7 +35,7 @@ REREAD = 5.0
 
 
 def make_key(file: str, name: str) -> str:
-    """Add a key to `file` and return it; nothing keeps it. Raises UserError if the file cannot be used."""
+    """Add a key to `file` and return it; nothing keeps it. Raises UserError or StorageError if it cannot be used."""
     uri = storage.resolve(file)
     entries = _read_file(uri, missing_ok=True)
     if any(name == known for known, _ in entries):

@@ -48,11 +48,6 @@ def objects() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
-
-
-@pytest.fixture(scope="module")
 def rows(
     ray_session: None, model: str, objects: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:

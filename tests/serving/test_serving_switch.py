@@ -22,11 +22,6 @@ CLASSIFY = "/v1/classify"
 JPEG = "image/jpeg"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
-
-
 def test_a_new_bundle_takes_over_while_the_old_one_answers(model: str, tmp_path: Path) -> None:
     other = bundle_at(tmp_path, "other", seed=7)
     wanted = Classifier.load(other).model_id

@@ -162,8 +162,8 @@ def test_directories_that_hide_nothing_are_read() -> None:
 # ---- kinds that are not read
 
 COMPRESSIONS = {
-    34712: "JPEG 2000", 33003: "JPEG 2000", 50002: "JPEG XL", 34887: "LERC", 50001: "WebP", 34934: "JPEG XR",
-    34933: "PNG", 34661: "JBIG", 65000: "65000",
+    6: "old-style JPEG", 33003: "JPEG 2000", 34661: "JBIG", 34712: "JPEG 2000", 34887: "LERC", 34933: "PNG",
+    34934: "JPEG XR", 50001: "WebP", 50002: "JPEG XL", 65000: "65000",
 }  # fmt: skip
 UNREAD = {
     "DICOM": bytes(128) + b"DICM\2\0\0\0UL\4\0",

@@ -1,7 +1,7 @@
 """Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP and WebP. Every rejection has a code; see `REJECTION_CODES`.
 
 All callers decode with `decode`, so that training, bulk classification and serving see the same pixels. It keeps no
-state and is thread-safe. DICOM and NIfTI are recognised and refused as `unsupported`; nothing is read from disk here.
+state and is thread-safe. Other image formats are refused as `unsupported`, by name; nothing is read from disk here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from btray.data.scans.bmp import check_bmp
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray
-from btray.data.scans.jpeg import check_jpeg, decode_gray
+from btray.data.scans.jpeg import decode_gray
 from btray.data.scans.png import PNG_END, check_png
 from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
 
@@ -95,6 +95,7 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
 }
 _JPEG_LS = re.compile(rb"\xff\xf7\0[\x0b\x0e\x11\x14]")  # its frame header, of one to four components
 _BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
+_TRUNCATED_TEXT = re.compile("truncated|premature end", re.IGNORECASE)
 _UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
 
 
@@ -163,11 +164,14 @@ def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLi
     if kind == "JPEG":
         if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_PROGRESSIVE_SCANS:
             raise ScanRejected("bomb", f"a JPEG of more than {_MAX_PROGRESSIVE_SCANS} progressive scans")
-        if image.mode in ("L", "RGB"):
-            pixels = Image.fromarray(decode_gray(data, image.size, min_side))
-            _set_upright(pixels, image.info)
-            return [np.array(pixels)]
-        check_jpeg(data)
+        gray = decode_gray(data, image.size, min_side)
+        if gray is not None:
+            if not {"exif", "xmp"} & image.info.keys():
+                return [gray]
+            page = Image.fromarray(gray)
+            page.info = image.info
+            _set_upright(page)
+            return [np.array(page)]
         image.draft("L", (min_side, min_side) if min_side else None)
     elif kind == "PNG":
         check_png(data, image)
@@ -207,7 +211,8 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     page: Image.Image = image if deep is None else Image.fromarray(deep)
     if _has_padding(image):
         page = page.convert("RGB")
-    _set_upright(page, image.info)
+    page.info = image.info
+    _set_upright(page)
     return to_gray(page) if deep is None else np.array(page)
 
 
@@ -219,9 +224,8 @@ def _has_padding(image: ImageFile) -> bool:
     return undeclared and image.mode == "RGBA" and not image.getchannel("A").getbbox()
 
 
-def _set_upright(page: Image.Image, info: dict[str | tuple[int, int], Any]) -> None:
-    """Turn a page as the EXIF orientation in `info` says: the network must see the head upright, as people do."""
-    page.info = info
+def _set_upright(page: Image.Image) -> None:
+    """Turn a page as its EXIF orientation says: the network must see the head upright, as people do."""
     with contextlib.suppress(Exception):
         page.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
     ImageOps.exif_transpose(page, in_place=True)
@@ -278,7 +282,7 @@ def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
         return ScanRejected("bomb", f"{kind}: {text}")
     if kind == "JPEG" and "not identified" in text and _JPEG_LS.search(data):
         return ScanRejected("unsupported", "a JPEG-LS file: there is no reader for it here; convert it to PNG or TIFF")
-    if "truncated" in text.lower() or _HAS_NO_END[kind](data):
+    if _TRUNCATED_TEXT.search(text) or _HAS_NO_END[kind](data):
         return ScanRejected("truncated", f"a {kind} truncated after {len(data)} bytes: {text}")
     if _UNSUPPORTED_TEXT.search(text):
         return ScanRejected("unsupported", f"a {kind} of a kind that is not read: {text}")

@@ -18,23 +18,25 @@ from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffIma
 
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.gray import to_uint16
+from btray.data.scans.jpeg import check_jpeg
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _MAX_PAGES = 10_000  # Pillow walks the directories in quadratic time
 # bytes of a value, by TIFF's number of its type; 14 and 15 mean nothing
 _TYPE_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), start=1))
-_LAST_PIXEL_TAG = 347  # tags above it do not say how pixels are stored
+_LAST_PIXEL_TAG = _JPEG_TABLES = 347  # tags above it do not say how pixels are stored
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
 _FILL_ORDER, _SAMPLES, _PLANES, _SUB_DIRECTORIES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 266, 277, 284, 330, 338, 339
 _STRIP_OFFSETS, _TILE_OFFSETS = 273, 324
 _IMAGE_DEPTH, _STK_PLANES = 32997, 33629  # by Silicon Graphics and MetaMorph
 _REDUCED_OR_MASK = 0b101  # bits of a page that is a thumbnail or a mask of another one
-_DEFLATE = (8, 32946)
+_JPEG, _DEFLATE = 7, (8, 32946)
+# libtiff can decode two of them, which are rare, but not strictly: old JPEG, and JPEG of 12 bit
 _NOT_READ: Final = {
-    22610: "JPEG XR", 33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 34661: "JBIG", 34712: "JPEG 2000",
-    34887: "LERC", 34892: "lossy JPEG of DNG", 34933: "PNG", 34934: "JPEG XR", 50001: "WebP", 50002: "JPEG XL",
-    52546: "JPEG XL",
+    6: "old-style JPEG", 22610: "JPEG XR", 33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 34661: "JBIG",
+    34712: "JPEG 2000", 34887: "LERC", 34892: "lossy JPEG of DNG", 34933: "PNG", 34934: "JPEG XR", 50001: "WebP",
+    50002: "JPEG XL", 52546: "JPEG XL",
 }  # fmt: skip
 _SAMPLE_FORMATS: Final = {1: "unsigned", 2: "signed", 3: "floating-point"}
 # the number of slices that ImageJ stores behind one directory; tifffile says only that there are more
@@ -118,11 +120,14 @@ def check_strips(data: bytes, tags: ImageFileDirectory_v2) -> None:
             raise _truncated(data, "pixels lie")
         if compression == 1 and strips and sum(length for _, length in strips) < size:
             raise ScanRejected("truncated", f"a TIFF whose strips have less than the {size} bytes of its pixels")
-        if compression in _DEFLATE and tags.get(_FILL_ORDER, 1) == 1:
-            # libtiff stops at the last pixel, before the checksum
-            for offset, length in strips:
+        for offset, length in strips:
+            strip = data[offset : offset + length]
+            if compression == _JPEG:
+                check_jpeg(strip, tags.get(_JPEG_TABLES, b""))
+            elif compression in _DEFLATE and tags.get(_FILL_ORDER, 1) == 1:
+                # libtiff stops at the last pixel, before the checksum
                 stream = zlib.decompressobj()
-                stream.decompress(data[offset : offset + length], size + 1)
+                stream.decompress(strip, size + 1)
                 if not stream.eof and offsets != _TILE_OFFSETS:  # a tile may be larger than the page
                     raise zlib.error("a strip has another length than its rows")
 
@@ -137,8 +142,9 @@ def read_numbers(image: TiffImageFile) -> Array | None:
 def _check_kind(data: bytes, tags: ImageFileDirectory_v2, pages: int) -> None:
     """Raise `ScanRejected` if a page is of a compression that is not read, or more than one picture."""
     compression = tags.get(_COMPRESSION, 1)
-    if compression in _NOT_READ or compression not in COMPRESSION_INFO:
-        name = _NOT_READ.get(compression, "another method")
+    deep_jpeg = compression == _JPEG and max(tags.get(_BITS, (8,))) > 8
+    if deep_jpeg or compression in _NOT_READ or compression not in COMPRESSION_INFO:
+        name = "JPEG of 12 bit" if deep_jpeg else _NOT_READ.get(compression, "another method")
         raise ScanRejected("unsupported", f"a TIFF compressed with {name} ({compression}): that is not read")
     slices = max(tags.get(_IMAGE_DEPTH, 1), len(_values(tags, _STK_PLANES)))
     samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA_SAMPLES, ())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Scans held in memory at a time: a folder of any size goes through.
 _AT_A_TIME = 32
+_ONE_FRAME = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 def main() -> None:
@@ -56,7 +57,9 @@ def predict(config: PredictConfig) -> None:
     classifier = Classifier.load(config.model, model_id=config.model_id, abstain_below=config.abstain_below)
     print(NOTICE, file=sys.stderr, flush=True)
     inputs = _scans(config.files, classifier.model_id)
-    total = classified = width = 0
+    if not config.json_lines:  # names are listed twice, so that one width suits the first line and the last
+        width = max((_width(scan) for scan in _scans(config.files, classifier.model_id)), default=0)
+    total = classified = 0
     while chunk := list(islice(inputs, _AT_A_TIME)):
         predictions: list[Prediction] = []
         for kind, group in groupby(chunk, type):
@@ -65,7 +68,6 @@ def predict(config: PredictConfig) -> None:
         if config.json_lines:
             lines = [json.dumps(as_record(prediction), allow_nan=False) for prediction in predictions]
         else:
-            width = max(width, *(len(_shown_name(prediction)) for prediction in predictions))
             lines = _table(predictions, classifier.classes, width, header=total == 0)
         print("\n".join(lines), flush=True)
         total += len(predictions)
@@ -108,6 +110,8 @@ def _scans(files: Sequence[str], model_id: str) -> Iterator[str | Prediction]:
 
 def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int, *, header: bool) -> list[str]:
     """Return a table whose first column is `width` wide, by lines; a rejected scan has its code and what was found."""
+    from btray import storage
+
     label_width = max(len("rejected"), *(len(label) for label in classes))
     widths = [max(len(label), 5) for label in classes]
     lines = []
@@ -122,7 +126,10 @@ def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int
             said = f"{name}  {prediction.label:<{label_width}}  {prediction.confidence:>10.3f}  {values}"
             lines.append("  ".join([said, *_marks(prediction, classes)]))
         else:
-            lines.append(f"{name}  {'rejected':<{label_width}}  {prediction.error_code}: {prediction.error}")
+            # After all columns; a storage error begins with the name, which the row begins with too.
+            reason = str(prediction.error).removeprefix(f"{storage.resolve(str(prediction.uri))}: ")
+            empty = " " * (10 + sum(2 + wide for wide in widths))
+            lines.append(f"{name}  {'rejected':<{label_width}}  {empty}  {prediction.error_code}: {reason}")
     return lines
 
 
@@ -140,3 +147,9 @@ def _shown_name(prediction: Prediction) -> str:
     """Return the file, on one line, with the number of the frame from the second one on."""
     name = " ".join(str(prediction.uri).splitlines())
     return f"{name} frame {prediction.frame}" if prediction.frame else name
+
+
+def _width(scan: str | Prediction) -> int:
+    """Return how wide the name is, with the number of a frame if the file may have several."""
+    name = " ".join((scan if isinstance(scan, str) else str(scan.uri)).splitlines())
+    return len(name) + (0 if name.lower().endswith(_ONE_FRAME) else len(" frame 99"))

@@ -110,6 +110,7 @@ class RunReport(BaseModel, frozen=True):
     least_certain: list[ClassifiedFrame] = Field(default_factory=list)
     seconds: float
     seconds_to_first_part: float | None
+    seconds_of_parts: float = 0.0
     seconds_by_stage: dict[str, float]
     images_per_second: float
     images_per_second_with_start: float
@@ -127,8 +128,8 @@ class RunReport(BaseModel, frozen=True):
 
     @property
     def has_rate(self) -> bool:
-        """Whether the run took long enough, from its first part on, for its rate to mean something."""
-        return self.seconds - (self.seconds_to_first_part or self.seconds) >= RATE_SECONDS
+        """Whether the parts took long enough for the rate to mean something."""
+        return self.seconds_of_parts >= RATE_SECONDS
 
 
 class AbandonedRun(BaseModel, frozen=True):
@@ -206,6 +207,7 @@ class Totals(Generic[Tally]):
             rejected_by_code=dict(self.rejected.most_common()),
             seconds=round(elapsed, 3),
             seconds_to_first_part=None if self.first is None else round(self.first - self.started, 3),
+            seconds_of_parts=round(self.rate_seconds, 3),
             seconds_by_stage={stage: round(spent, 3) for stage, spent in self.seconds.items()},
             images_per_second=round(self.rate or self.fresh / elapsed, 2),
             images_per_second_with_start=round(self.fresh / elapsed, 2),

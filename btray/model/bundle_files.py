@@ -9,7 +9,7 @@ from btray import storage
 from btray.core.errors import UserError
 from btray.model.config import MANIFEST, NO_BUNDLE
 from btray.model.manifest import Manifest, is_plain_name, sha256
-from btray.storage import StorageError, user_error
+from btray.storage import StorageError
 
 WEIGHTS = "model.safetensors"
 # Lists the files of a bundle that is being written: what a killed writer left is recognised by it and may be replaced.
@@ -37,12 +37,11 @@ def require_free(uri: str) -> None:
 def own_names(uri: str) -> set[str]:
     """Return the files in `uri` that a bundle lists, or a writer that was killed. Raises UserError for a bad list."""
     own: set[str] = set()
-    names = _names(uri)
+    names = storage.list_names(uri, missing_ok=True)
     if MANIFEST in names:
         own |= {MANIFEST, WEIGHTS, *read_manifest(uri).files}
     if WRITING in names:
-        with _user_errors():
-            own |= {str(name) for name in storage.read_json(storage.join(uri, WRITING))}
+        own |= {str(name) for name in storage.read_json(storage.join(uri, WRITING))}
     for name in own:  # they will be deleted, so none may lead out of the folder
         if not is_plain_name(name):
             raise UserError(f"{uri}: {WRITING} lists {name!r}, which is not a plain file name; name an empty folder")
@@ -51,36 +50,29 @@ def own_names(uri: str) -> set[str]:
 
 def visible_names(uri: str) -> set[str]:
     """Return the names in `uri` but those that begin with `_` or a dot."""
-    return {name for name in _names(uri) if not name.startswith(("_", "."))}
+    return {name for name in storage.list_names(uri, missing_ok=True) if not name.startswith(("_", "."))}
 
 
 def read_manifest(uri: str) -> Manifest:
     """Read the bundle.json of `uri`. Raises UserError if there is none, or if it is damaged."""
-    with _user_errors(NO_BUNDLE.format(uri)):
+    with _missing_means(NO_BUNDLE.format(uri)):
         text = storage.read_text(storage.join(uri, MANIFEST))
     return Manifest.from_text(text, uri)
 
 
 def read_verified(uri: str, name: str, digest: str) -> bytes:
     """Read a file of a bundle. Raises UserError if it is missing or has another digest."""
-    with _user_errors(f"{uri} is incomplete: {name} is missing; copy the bundle again"):
+    with _missing_means(f"{uri} is incomplete: {name} is missing; copy the bundle again"):
         body = storage.read_bytes(storage.join(uri, name))
     if sha256(body) != digest:
         raise UserError(f"{uri}: {name} was changed or damaged: its SHA-256 is not the one in {MANIFEST}")
     return body
 
 
-def _names(uri: str) -> list[str]:
-    with _user_errors():
-        return storage.list_names(uri, missing_ok=True)
-
-
 @contextmanager
-def _user_errors(missing: str | None = None) -> Iterator[None]:
-    """Turn a StorageError within into a UserError; `missing` is its message if the file is not there."""
-    try:
+def _missing_means(message: str) -> Iterator[None]:
+    """Raise UserError with `message` for a file that is not there."""
+    with storage.suppress_missing():
         yield
-    except StorageError as error:
-        if missing is not None and error.code == "not_found":
-            raise UserError(missing) from error
-        raise user_error(error) from error
+        return
+    raise UserError(message)

@@ -16,11 +16,6 @@ from btray.model.config import BACKBONES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
 """Settings of a search that are drawn evenly on a logarithmic scale."""
-RUN_MAY_CHANGE = frozenset({
-    "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow", "abstain_below",
-    "abstain_target", "conformal_error", "refit_epochs",
-})  # fmt: skip
-"""Settings that may differ between two commands for the same run: none changes an epoch that is already trained."""
 BOUNDED = ("dropout", "label_smoothing", *LOGARITHMIC)
 """Settings of a search of which the bounds are given; of the others, the choices."""
 
@@ -105,6 +100,11 @@ class TrainConfig(JobConfig):
 
     record: ClassVar[str] = "config.yaml"
     """The file of the bundle that holds the settings it was made with."""
+    may_change: ClassVar[frozenset[str]] = frozenset({
+        "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow",
+        "abstain_below", "abstain_target", "conformal_error", "refit_epochs",
+    })  # fmt: skip
+    """Settings that may differ between two commands for one run: none changes an epoch that is already trained."""
     data: Uri
     """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id]); local or s3://."""
     out: Uri
@@ -194,7 +194,7 @@ class TrainConfig(JobConfig):
         if self.mlflow and find_spec("mlflow") is None:
             raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'")
         if not self.overwrite:
-            settings = self.model_dump(mode="json", exclude={*RUN_MAY_CHANGE} - {"storage"})
+            settings = self.model_dump(mode="json", exclude={*self.may_change} - {"storage"})
             storage.require_own(self.out, settings, result=MANIFEST, record=self.record)
         require_free(self.out)
         storage.require_writable(self.out, "--out")
@@ -265,6 +265,10 @@ class TuneConfig(TrainConfig):
     """
 
     record: ClassVar[str] = "tune.yaml"
+    # Unlike in a single run, epochs, workers and patience are fixed: trials that differ in them cannot be compared.
+    may_change: ClassVar[frozenset[str]] = TrainConfig.may_change - {"epochs", "num_workers", "patience"} | {
+        "concurrent"
+    }
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tune"
     """Name of the search; the same name resumes a search that was interrupted."""
     epochs: Positive = 12

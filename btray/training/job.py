@@ -24,7 +24,7 @@ from btray.model.drift import REFERENCE, Profile
 from btray.model.manifest import TrainedOn
 from btray.model.ood import REFERENCE_IMAGES, Distribution
 from btray.training.calibration import Limits, calibrate
-from btray.training.config import RUN_MAY_CHANGE, TrainConfig
+from btray.training.config import TrainConfig
 from btray.training.history import HISTORY, as_lines, best_record
 from btray.training.plan import Indices
 from btray.training.prepare import TrainingData, in_splits, prepare, read_source
@@ -51,7 +51,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
         return config.out
     with connected():
         data = prepare(source)
-        claim_run(data, RUN_MAY_CHANGE)
+        claim_run(data)
         trained = TrainedModel(data, fit(data))
         calibrated, validation = _calibrate(trained)
         final, test = _score_test(calibrated, _refit(calibrated))

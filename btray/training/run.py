@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 RUN = "run.json"
 # Settings that change nothing of the model of a run that has ended.
-_WITHOUT_EFFECT = {"num_workers", "max_rejected", "max_failures", "mlflow"}
+_WITHOUT_EFFECT = {"num_workers", "max_rejected", "max_failures", "mlflow", "concurrent"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def is_finished(source: Source) -> bool:
     return storage.differing_setting(yaml.safe_load(storage.read_text(record)), settings) is None
 
 
-def claim_run(data: TrainingData, may_change: Set[str]) -> None:
+def claim_run(data: TrainingData) -> None:
     """Record the identity of the run. One of the same name in the same storage must have the same.
 
     Raises:
         UserError: it has another one; with `overwrite` it is deleted instead.
     """
     plan, config = data.plan, data.plan.config
-    settings = config.model_dump(mode="json", exclude=set(may_change))
+    settings = config.model_dump(mode="json", exclude=set(config.may_change))
     identity = {"config": settings, "classes": list(plan.classes), "data": data.digest()}
     uri = storage.join(plan.run_uri, RUN)
     before = storage.read_json(uri, missing_ok=True)

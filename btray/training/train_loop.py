@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from btray.core import logs
 from btray.core.metrics import lasting
@@ -33,6 +34,12 @@ from btray.training.preemption import InterruptionWatch
 from btray.training.tracking import Tracker
 
 _log = logging.getLogger(__name__)
+
+# Running statistics of batch norms (momentum 0.1) and their moving average follow the weights with a lag of some ten
+# steps each: in a run of a few steps the network learns and its validation score stays flat. Until this many steps
+# were taken, they are measured anew before each validation, on so many batches.
+_STEPS_OF_NORMS = 100
+_BATCHES_OF_NORMS = 16
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -194,6 +201,11 @@ class Trainer:
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Measure the network on the validation images and return its fields of EpochRecord."""
         network = self.evaluated
+        taken = (epoch + 1) * self.plan.steps_per_epoch
+        if taken < _STEPS_OF_NORMS and not (self.fine_tune or self.plan.streaming):
+            # Batch statistics still lean on their start, 0 and 1, and so would every answer.
+            batches = islice(self.feed.train(epoch), _BATCHES_OF_NORMS)
+            update_bn((to_tensor(self._to_device(batch.frames)) for batch in batches), network)
         self.collectives.share_buffers(network)
         if len(self.plan.validation) == 0:  # a refit: the last epoch is the one to keep
             return {"val_loss": None, "val_macro_f1": None, "val_accuracy": None, "score": float(epoch)}

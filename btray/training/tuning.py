@@ -24,7 +24,6 @@ from btray.storage import StorageError
 from btray.training.config import (
     BOUNDED,
     LOGARITHMIC,
-    RUN_MAY_CHANGE,
     OptimiserConfig,
     SpaceConfig,
     TrainConfig,
@@ -48,8 +47,6 @@ _DRIVER_CPUS = 0.01
 # Least CPUs of a worker: as many workers fit as there are CPUs, with the drivers beside them.
 _WORKER_CPUS = 0.9
 _TRIALS = "trials"
-# Unlike in a single run, epochs, workers and patience are fixed: trials that differ in them cannot be compared.
-_SEARCH_MAY_CHANGE = RUN_MAY_CHANGE - {"epochs", "num_workers", "patience"} | {"concurrent"}
 
 
 def tune(config: TuneConfig) -> str:
@@ -61,17 +58,19 @@ def tune(config: TuneConfig) -> str:
         UserError: the input is unusable.
         ThresholdExceeded: more than `max_rejected` of the images cannot be read.
     """
-    chosen = "optuna" if importlib.util.find_spec("optuna") else "random"
-    config = config.model_copy(update={"search": config.search or chosen})
     config.check()
     source = read_source(config)
     if is_finished(source):
         print(f"search {config.name!r} is finished, and its images are the same", flush=True)
         return config.out
-    _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if config.search == "optuna" else "random")
+    record = config.to_yaml().encode()
+    chosen = config.search or ("optuna" if importlib.util.find_spec("optuna") else "random")
+    _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if chosen == "optuna" else "random")
+    config = config.model_copy(update={"search": chosen})
+    source = replace(source, config=config)
     with connected():
         data = prepare(source)
-        claim_run(data, _SEARCH_MAY_CHANGE)
+        claim_run(data)
         folder = data.plan.run_uri
         trials = _search(config, data)
         best = by_score(trials)[0]
@@ -85,7 +84,7 @@ def tune(config: TuneConfig) -> str:
         }
         for name, body in files.items():
             storage.write_bytes(storage.join(folder, name), body)
-        files[config.record] = config.to_yaml().encode()
+        files[config.record] = record
         print(table_text(trials, varied_settings(config.space)), flush=True)
         print(f"trial {best.trial} is the best; trials: {storage.join(folder, 'trials.csv')}", flush=True)
         return train(trial_config(config, best.settings, best.trial), files=files)

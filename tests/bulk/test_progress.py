@@ -85,3 +85,19 @@ def test_the_summary_says_how_many_of_what_and_where_time_went(clock: SimpleName
 @pytest.mark.parametrize(("seconds", "said"), [(0.4, "0:00"), (59.6, "1:00"), (125, "2:05"), (3723, "1:02:03")])
 def test_durations_read_like_a_clock(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_a_rate_over_less_than_five_seconds_is_not_told(clock: SimpleNamespace) -> None:
+    totals = ClassifyTotals()
+    for part, seconds in (("0", 13.0), ("1", 0.01), ("2", 4.9)):
+        clock.seconds += seconds
+        totals.add(part, tally(100))
+    assert "images/s" not in progress_line(totals, listed(400, complete=True))
+    assert "left" not in progress_line(totals, listed(400, complete=True))
+    report = report_of(totals, 0)
+    assert "images/s" not in summarize(report)
+    assert report.images_per_second > 0, "for programs it is there"
+    clock.seconds += 0.2
+    totals.add("3", tally(100))
+    assert "images/s" in progress_line(totals, listed(400, complete=True))
+    assert "images/s" in summarize(report_of(totals, 0))

@@ -59,7 +59,11 @@ def test_each_picture_stands_once_on_the_page_with_how_many_are_like_it(
         rejected_by_code={"truncated": 2},
         profile=tally.profile,
         least_certain=tally.least_certain,
-        drift={"runs before": Drift(frames=9, labels=0.3, by_label={"glioma": 0.3}, confidence=0.1, ood_score=None)},
+        drift={
+            "runs before": Drift(
+                frames=900, observed=900, labels=0.3, by_label={"glioma": 0.3}, confidence=0.1, ood_score=None
+            )
+        },
         config={"input": str(scans)},
     )
     run = Run(run_id="run", group="model", parts="parts", output=str(tmp_path / "out"), request={})
@@ -68,5 +72,5 @@ def test_each_picture_stands_once_on_the_page_with_how_many_are_like_it(
     assert page.count('alt="slice"') == 2
     assert page.count("(3 identical)") == page.count("identical)") == 1
     cells = {text for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL) for text in re.findall(r">([^<>\n]+)<", row)}
-    assert {"classified", "1,234", "rejected: truncated", "2", "runs before (9 frames)", "label mix"} <= cells
+    assert {"classified", "1,234", "rejected: truncated", "2", "runs before (900 frames)", "label mix"} <= cells
     assert {"of the label mix: glioma", "0.300", "out-of-distribution score", "-"} <= cells

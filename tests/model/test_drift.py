@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btray.model.drift import LARGE, OOD_EDGES, Profile, drift, psi_terms
+from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, Profile, drift, psi_terms
 
 counts = st.lists(st.integers(0, 50), min_size=4, max_size=4)
 
@@ -69,3 +70,30 @@ def test_values_at_and_beyond_the_edges_are_counted() -> None:
     assert (profile.confidence[0], profile.confidence[1], profile.confidence[-1]) == (1, 1, 2)
     assert (profile.ood_score[0], profile.ood_score[-1], sum(profile.ood_score)) == (1, 2, 3)
     assert Profile.of([]) == Profile()
+
+
+@pytest.mark.parametrize("labels", [2, 5, 44])
+def test_with_the_frames_that_an_alarm_needs_chance_alone_gives_none(labels: int) -> None:
+    generator = np.random.default_rng(labels)
+
+    def sample(frames: int) -> Profile:
+        """Frames whose confidences, scores and labels are spread as widely as they can be: chance plays most there."""
+        return Profile(
+            labels=Counter(map(str, generator.integers(0, labels, frames).tolist())),
+            confidence=np.histogram(generator.random(frames), CONFIDENCE_EDGES)[0].tolist(),
+            ood_score=np.histogram(generator.gamma(3, 1 / 3, frames).clip(0, 4), OOD_EDGES)[0].tolist(),
+        )
+
+    def alarms(frames: int) -> int:
+        found = [drift(sample(frames), sample(frames)) for _ in range(100)]
+        assert len({each.is_telling for each in found}) == 1
+        return sum(max(each.labels, each.confidence, each.ood_score or 0.0) > LARGE for each in found)
+
+    needed = drift(sample(1000), sample(1000)).frames_needed
+    assert needed == max(400, 20 * labels)
+    assert alarms(needed) <= 4
+    assert alarms(needed // 4) > 50, "a quarter of them is not enough"
+    few, many = sample(needed - 1), sample(10 * needed)
+    assert not drift(many, few).is_telling
+    assert not drift(few, many).is_telling
+    assert drift(many, sample(needed)).is_telling

@@ -25,6 +25,7 @@ QUICK = {
     "BTRAY_NUM_WORKERS": "1",
     "BTRAY_REFIT_EPOCHS": "0",
 }
+QUICK_SEARCH = {"BTRAY_TRIALS": "2", "BTRAY_SEARCH": "random"}
 
 
 def commands() -> list[str]:
@@ -37,7 +38,8 @@ def environment_of(command: str) -> dict[str, str]:
     """Return the environment with this Python first on PATH, the running Ray and, for training, the quick settings."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    return os.environ | running | (QUICK if "jobs/train.py" in command else {})
+    quick = QUICK if "jobs/train.py" in command else QUICK | QUICK_SEARCH if "jobs/tune.py" in command else {}
+    return os.environ | running | quick
 
 
 @pytest.mark.slow
@@ -58,7 +60,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(ray_session: None, t
     metrics = json.loads((tmp_path / "reports" / "first" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["n"] == 5 * 10, "the report covers the test split of the README's data"
     assert len(current(str(tmp_path / "results"))) == 5 * 10
-    assert (tmp_path / "models" / "second" / "bundle.json").is_file()
+    for name in ("second", "tuned"):
+        assert (tmp_path / "models" / name / "bundle.json").is_file()
 
 
 def test_every_job_stands_in_the_readme() -> None:

@@ -32,12 +32,12 @@ from btray.model.bundle import load_bundle, read_fingerprints
 from btray.model.classifier import Classifier
 from btray.training import optimizer, prepare
 from btray.training.checkpoints import Checkpoint
-from btray.training.config import TrainConfig
+from btray.training.config import TrainConfig, TuneConfig
 from btray.training.history import EpochRecord, best_record, score_of
 from btray.training.job import train
 from btray.training.optimizer import weighted_losses
 from btray.training.plan import run_folder
-from btray.training.run import RUN_MAY_CHANGE, best_weights, claim_run
+from btray.training.run import best_weights, claim_run
 from tests.conftest import ROOT
 from tests.helpers.scan_corpus import bad_scans
 from tests.helpers.training_helpers import (
@@ -230,7 +230,7 @@ def test_the_best_finite_checkpoint_is_kept_and_if_there_is_none_the_remedy_is_n
     ranked = [(late, {"score": score_of(0.9, nan)}), (good, {"score": score_of(0.5, 0.7)})]
     assert best_weights(ranked, "train")["w"].item() == 3.0
     for score in (score_of(0.9, nan), 4.0):  # 4.0: of a refit's fifth epoch, which is not validated
-        with pytest.raises(UserError, match=r"diverged.*--optimiser\.learning-rate.*--optimiser\.clip-norm.*--name"):
+        with pytest.raises(UserError, match=r"diverged.*--optimiser\.learning-rate.*--optimiser\.clip-norm.*--out"):
             best_weights([(late, {"score": score})], "train")
 
 
@@ -277,9 +277,15 @@ def test_training_stops_at_patience_and_keeps_the_best_epoch(
 
 
 @pytest.mark.soak
-def test_a_finished_run_is_not_trained_again_and_continues_with_more_epochs(finished: TrainConfig) -> None:
+def test_a_finished_run_returns_at_once_and_continues_with_more_epochs(
+    finished: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     history, model_id = history_of(finished), load_bundle(finished.out).manifest.model_id
-    train(finished)
+    with monkeypatch.context() as patch:
+        patch.setattr("btray.training.job.prepare", None)  # not one image is read
+        again = finished.model_copy(update={"num_workers": "1", "verbose": True, "max_rejected": 0.5})
+        assert train(finished) == train(again) == finished.out
+    assert "is finished" in capsys.readouterr().out
     assert history_of(finished) == history
     assert load_bundle(finished.out).manifest.model_id == model_id
     train(finished.model_copy(update={"epochs": 8, "num_workers": "1:2"}))
@@ -299,7 +305,7 @@ def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
         ({"optimiser": finished.optimiser.model_copy(update={"ema": 0.5})}, "optimiser.ema"),
         ({"network": finished.network.model_copy(update={"widths": (8, 24)})}, "network.widths"),
     ):
-        with pytest.raises(UserError, match=rf"another {key};.*--name"):
+        with pytest.raises(UserError, match=rf"another {key};.*another --out, or --overwrite"):
             train(finished.model_copy(update=change))
     other = write_tree(tmp_path / "other", {"Training/glioma": 20, "Training/meningioma": 20}, seed=9)
     with pytest.raises(UserError, match=r"another data|another classes"):
@@ -308,11 +314,48 @@ def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
     kept = picture.read_bytes()
     try:
         picture.write_bytes(easy_picture(0, 123456))
-        with pytest.raises(UserError, match="another data"):
+        with pytest.raises(UserError, match=r"another data;.*another --out"):
             train(finished)
     finally:
         picture.write_bytes(kept)
     assert history_of(finished) == before
+
+
+def test_a_bundle_of_another_run_is_not_replaced_unless_asked(finished: TrainConfig, tmp_path: Path) -> None:
+    bundle = Path(finished.out, "bundle.json").read_bytes()
+    with pytest.raises(UserError, match=r"another name; give another --out, or --overwrite"):
+        train(finished.model_copy(update={"name": "again"}))
+    with pytest.raises(UserError, match=r"another storage; give another --out"):
+        train(finished.model_copy(update={"storage": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"holds the result of another run"):
+        TuneConfig(data=finished.data, out=finished.out).check()
+    assert Path(finished.out, "bundle.json").read_bytes() == bundle
+    finished.model_copy(update={"name": "again", "overwrite": True}).check()
+
+
+def test_overwriting_deletes_the_run_of_the_same_name_and_no_other(
+    ray_session: None, with_val_split: str, tmp_path: Path
+) -> None:
+    config = tiny(with_val_split, tmp_path / "model")
+    data = prepared(config)
+    claim_run(data)
+    runs = {name: Path(config.storage_uri, name, "state") for name in ("train", "train.refit-6-2", "train2", "other")}
+    for path in runs.values():
+        storage.write_text(str(path), "x")
+
+    def claim(**changes: Any) -> None:
+        changed = config.model_copy(update=changes)
+        claim_run(replace(data, plan=replace(data.plan, config=changed)))
+
+    claim(overwrite=True, epochs=99)
+    assert all(path.exists() for path in runs.values()), "the same run is resumed"
+    with pytest.raises(UserError, match=r"another seed;.*another --out.*--overwrite"):
+        claim(seed=5)
+    claim(seed=5, overwrite=True)
+    assert {name for name, path in runs.items() if path.exists()} == {"train2", "other"}
+    claim(seed=5)
+    with pytest.raises(UserError, match="another seed"):
+        claim()
 
 
 def test_the_same_files_under_another_path_are_the_same_run(
@@ -320,11 +363,11 @@ def test_the_same_files_under_another_path_are_the_same_run(
 ) -> None:
     config = tiny(with_val_split, tmp_path / "model")
     data = prepared(config)
-    claim_run(data, RUN_MAY_CHANGE)
+    claim_run(data)
 
     def claim(source: str) -> None:
-        plan = replace(data.plan, config=config.model_copy(update={"data": source}))
-        claim_run(replace(data, plan=plan), RUN_MAY_CHANGE)
+        plan = replace(data.plan, config=TrainConfig(**dict(config) | {"data": source}))
+        claim_run(replace(data, plan=plan))
 
     monkeypatch.chdir(Path(with_val_split).parent)
     for way in (Path(with_val_split).name, f"./{Path(with_val_split).name}/"):

@@ -276,7 +276,7 @@ def test_the_best_trial_becomes_the_bundle_and_the_same_command_changes_nothing(
     tune(config)
     assert table_of(config) == rows
     assert load_bundle(config.out).manifest.model_id == bundle.manifest.model_id
-    with pytest.raises(UserError, match=r"another trials;.*--name"):
+    with pytest.raises(UserError, match=r"another trials;.*--out"):
         tune(config.model_copy(update={"trials": 5}))
 
 

@@ -23,7 +23,7 @@ from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_
 from btray.acquire.unpack import LeftOut, UnpackLimits
 from btray.core.console import ProgressLine
 from btray.core.errors import UserError
-from btray.data.labels import class_order
+from btray.data.labels import class_order, require_classes
 from btray.storage import StorageError, user_error
 
 MANIFEST_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "label", "split", "patient_id", "source")])
@@ -73,6 +73,8 @@ class SourceRecord:
     bytes: int
     counts: Counts
     left_out: LeftOutFiles
+    warnings: Sequence[str]
+    """What is probably not meant so, folders that look like no class say, and what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ def acquire(config: AcquireConfig) -> str:
         shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
         storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
         acquired = [_acquire_source(source, config, cache, out) for source in sources]
+        require_classes(config.classes, [file.label for _, files in acquired for file in files], "no source")
         return _write(acquired, out)
     except StorageError as error:
         raise user_error(error) from error
@@ -121,7 +124,7 @@ def _acquire_source(
         max_bytes=int(config.max_unpacked_gb * 1e9), max_files=config.max_files, max_ratio=config.max_ratio
     )
     acquired_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    with opened(source, cache=cache, limits=limits) as contents:
+    with opened(source, cache=cache, limits=limits, classes=config.classes) as contents:
         sizes = _copy(contents, storage.join(out, "images", source.name), source.name)
     copied = list(zip(contents.files, sizes, strict=True))
     taken = [file for file, size in copied if isinstance(size, int)]
@@ -140,6 +143,7 @@ def _acquire_source(
         bytes=sum(size for size in sizes if isinstance(size, int)),
         counts=_count(taken),
         left_out=left_out,
+        warnings=contents.warnings,
     )
     return record, taken
 
@@ -235,6 +239,8 @@ def _print_balance(dataset: DatasetRecord) -> None:
         balance = f"{len(totals)} classes; {largest} has {times:.1f} times as many as {smallest}"
     console.print(f"{dataset.images} images; {balance}")
     for source in dataset.sources:
+        if source.warnings:
+            console.print(f"{source.name}: {'; '.join(source.warnings)}")
         if source.left_out.count:
             left_out = source.left_out
             console.print(f"{source.name}: {left_out.count} files left out ({left_out.summary}), see dataset.json")

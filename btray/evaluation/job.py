@@ -34,7 +34,7 @@ def evaluate(config: EvaluateConfig) -> str:
     """
     out = storage.resolve(config.out)
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
-    table = read_labelled(config.data, least_classes=1)
+    table = read_labelled(config.data, classes=config.classes, least_classes=1)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))

@@ -25,7 +25,7 @@ from btray.acquire.unpack import LeftOut, UnpackLimits
 from btray.core.console import ProgressLine
 from btray.core.errors import UserError
 from btray.data.labels import class_order
-from btray.storage import StorageError, user_error
+from btray.storage import StorageError
 
 MANIFEST_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "label", "split", "patient_id", "source")])
 
@@ -102,17 +102,14 @@ def acquire(config: AcquireConfig) -> str:
         UserError: a source cannot be taken as a whole.
     """
     out = storage.resolve(config.out)
-    try:
-        sources = parse_sources(config, out)
-        cache = Path(config.cache or "~/.cache/btray").expanduser().absolute()
-        if any(source.kind in {"http", "archive"} for source in sources):
-            storage.require_writable(str(cache), "--cache")
-        shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
-        storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
-        acquired = [_acquire_source(source, config, cache, out) for source in sources]
-        return _write(acquired, out)
-    except StorageError as error:
-        raise user_error(error) from error
+    sources = parse_sources(config, out)
+    cache = Path(config.cache or "~/.cache/btray").expanduser().absolute()
+    if any(source.kind in {"http", "archive"} for source in sources):
+        storage.require_writable(str(cache), "--cache")
+    shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
+    storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
+    acquired = [_acquire_source(source, config, cache, out) for source in sources]
+    return _write(acquired, out)
 
 
 def _acquire_source(

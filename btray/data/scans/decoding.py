@@ -24,7 +24,7 @@ from PIL.ImageFile import ImageFile
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray
-from btray.data.scans.jpeg import check_jpeg, decode_gray
+from btray.data.scans.jpeg import decode_gray
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -100,6 +100,7 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
     "TIFF": lambda data: False,  # it has no mark of its end; `_check_directories` and `_check_strips` ran before
 }
 _BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
+_TRUNCATED_TEXT = re.compile("truncated|premature end", re.IGNORECASE)
 _UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
 
 
@@ -170,11 +171,14 @@ def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLi
     if kind == "JPEG":
         if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_PROGRESSIVE_SCANS:
             raise ScanRejected("bomb", f"a JPEG of more than {_MAX_PROGRESSIVE_SCANS} progressive scans")
-        if image.mode in ("L", "RGB"):
-            pixels = Image.fromarray(decode_gray(data, image.size, min_side))
-            _set_upright(pixels, image.info)
-            return [np.array(pixels)]
-        check_jpeg(data)
+        gray = decode_gray(data, image.size, min_side)
+        if gray is not None:
+            if not {"exif", "xmp"} & image.info.keys():
+                return [gray]
+            page = Image.fromarray(gray)
+            page.info = image.info
+            _set_upright(page)
+            return [np.array(page)]
         image.draft("L", (min_side, min_side) if min_side else None)
     elif kind == "PNG":
         # Pillow's load checks neither the checksums of the pixels nor that the file ends; verify() spends its object.
@@ -255,13 +259,13 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     deep = _deep_colour(data, image)
     image.load()
     page: Image.Image = image if deep is None else Image.fromarray(deep)
-    _set_upright(page, image.info)
+    page.info = image.info
+    _set_upright(page)
     return to_gray(page) if deep is None else np.array(page)
 
 
-def _set_upright(page: Image.Image, info: dict[str | tuple[int, int], Any]) -> None:
-    """Turn a page as the EXIF orientation in `info` says: the network must see the head upright, as people do."""
-    page.info = info
+def _set_upright(page: Image.Image) -> None:
+    """Turn a page as its EXIF orientation says: the network must see the head upright, as people do."""
     with contextlib.suppress(Exception):
         page.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
     ImageOps.exif_transpose(page, in_place=True)
@@ -316,7 +320,7 @@ def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or _BOMB_TEXT.search(text):
         return ScanRejected("bomb", f"{kind}: {text}")
-    if "truncated" in text.lower() or _HAS_NO_END[kind](data):
+    if _TRUNCATED_TEXT.search(text) or _HAS_NO_END[kind](data):
         return ScanRejected("truncated", f"a {kind} truncated after {len(data)} bytes: {text}")
     if _UNSUPPORTED_TEXT.search(text):
         return ScanRejected("unsupported", f"a {kind} of a kind that is not read: {text}")

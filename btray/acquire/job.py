@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from btray import storage
 from btray.acquire.config import AcquireConfig
+from btray.acquire.paths import StorablePaths
 from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_sources
 from btray.acquire.unpack import LeftOut, UnpackLimits
 from btray.core.console import ProgressLine
@@ -118,7 +119,8 @@ def _acquire_source(
         max_bytes=int(config.max_unpacked_gb * 1e9), max_files=config.max_files, max_ratio=config.max_ratio
     )
     acquired_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    with opened(source, cache=cache, limits=limits) as contents:
+    with opened(source, cache=cache, limits=limits, encoding=config.archive_encoding) as everything:
+        contents = _storable(everything)
         copied = _copy(contents, storage.join(out, "images", source.name), source.name)
     sizes = {file: size for file, size in zip(contents.files, copied, strict=True) if isinstance(size, int)}
     left_out = LeftOutFiles.of([*contents.left_out, *(item for item in copied if isinstance(item, LeftOut))])
@@ -137,6 +139,18 @@ def _acquire_source(
         left_out=left_out,
     )
     return record, list(sizes)
+
+
+def _storable(contents: Contents) -> Contents:
+    """Leave out the files whose names no file system holds, or holds only one of: objects may have any key."""
+    paths, files, left_out = StorablePaths(), [], list(contents.left_out)
+    for file in sorted(contents.files, key=lambda file: "//" in file.path):  # of two for one path the plain one stays
+        path, reason = paths.take(file.path)
+        if reason is None:
+            files.append(replace(file, path=path))
+        else:
+            left_out.append(LeftOut(file.path, reason))
+    return replace(contents, files=files, left_out=left_out)
 
 
 def _copy(contents: Contents, target: str, name: str) -> list[int | LeftOut]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,10 @@ import pyarrow as pa
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.data.labels import canonical_label, label_twins, require_classes
+from btray.data.labels import canonical_label, require_classes
 from btray.data.manifests import column_names, read_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
-from btray.data.trees import LAYOUT, SPLITS, Tree, read_tree
+from btray.data.trees import LAYOUT, SPLITS, read_tree, with_remedy
 from btray.storage import FileInfo, StorageError
 from btray.storage.packed import path_of
 
@@ -85,17 +84,14 @@ def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
         UserError: there is nothing, it cannot be read, or it is not laid out so.
     """
     root = storage.resolve(uri)
-    try:
-        inside = (storage.join(root, name) for name in MANIFESTS)
-        is_manifest = root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root)
-        manifest = root if is_manifest else next((path for path in inside if storage.exists(path)), None)
-        if manifest:
-            return _read_manifest(manifest, manifest.rpartition("/")[0], {}, classes)
-        if is_pack(root):
-            return _read_pack(root, classes)
-        files = {info.uri[len(root) + 1 :]: info for info in storage.list_files(root)}
-    except StorageError as error:
-        raise storage.user_error(error) from error
+    inside = (storage.join(root, name) for name in MANIFESTS)
+    is_manifest = root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root)
+    manifest = root if is_manifest else next((path for path in inside if storage.exists(path)), None)
+    if manifest:
+        return _read_manifest(manifest, manifest.rpartition("/")[0], {}, classes)
+    if is_pack(root):
+        return _read_pack(root, classes)
+    files = {info.uri[len(root) + 1 :]: info for info in storage.list_files(root)}
     if "" in files:
         raise UserError(f"{root} is a file, neither a folder nor a manifest; give {LAYOUT}.")
     return _read_tree(root, files, classes)
@@ -107,32 +103,22 @@ def holds_labels(manifest: str) -> bool:
         return False
     try:
         return {"uri", "label"} <= column_names(manifest).keys()
+    except StorageError:
+        raise
     except UserError:
         return False
 
 
-def _labelled(
-    rows: Iterable[tuple[str, str, object, object, object, object]],
-    left_out: Mapping[str, str],
-    classes: Sequence[str],
-    tree: Tree | None = None,
-) -> Labelled:
-    table = pa.table(list(map(list, zip(*rows, strict=True))), schema=SCHEMA)
-    labels = table["label"].unique().to_pylist()
-    warnings = [] if classes else [*(tree.warnings if tree else ()), *label_twins(labels)]
-    if warnings:
-        warnings[_NAMED:] = [f"and {len(warnings) - _NAMED} more"] * (len(warnings) > _NAMED)
-        meant = shlex.quote((tree and tree.others) or ",".join(labels))
-        warnings.append(f"rename or move what is not meant so, or name the classes that are meant: --classes {meant}")
-    return Labelled(table, left_out, warnings)
+def _table(rows: Iterable[tuple[str, str, object, object, object, object]]) -> pa.Table:
+    return pa.table(list(map(list, zip(*rows, strict=True))), schema=SCHEMA)
 
 
 def _read_tree(root: str, files: Mapping[str, FileInfo], classes: Sequence[str]) -> Labelled:
     """Read a tree from its files, by their paths."""
     tree = read_tree(files, root, classes)
     infos = ((files[path], split, label) for path, (split, label) in tree.images.items())
-    rows = ((info.uri, label, split, None, info.size, info.etag or None) for info, split, label in infos)
-    return _labelled(rows, tree.left_out, classes, tree)
+    table = _table((info.uri, label, split, None, info.size, info.etag or None) for info, split, label in infos)
+    return Labelled(table, tree.left_out, tree.warnings)
 
 
 def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], classes: Sequence[str]) -> Labelled:
@@ -164,7 +150,8 @@ def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], class
     if len(left_out) == len(rows):
         raise UserError(f"{manifest} names no image of the classes {', '.join(classes)}; correct --classes.")
     kept = ((members.get(uri, uri), *facts, None, None) for uri, (_, facts) in rows.items() if uri not in left_out)
-    return _labelled(kept, left_out, classes)
+    table = _table(kept)
+    return Labelled(table, left_out, [] if wanted else with_remedy([], table["label"].unique().to_pylist()))
 
 
 def _read_pack(root: str, classes: Sequence[str]) -> Labelled:

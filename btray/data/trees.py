@@ -8,6 +8,7 @@ reported in `Tree.warnings` and never passed over, unless the caller names the c
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from btray.core.errors import UserError
-from btray.data.labels import CANONICAL, canonical_label
+from btray.data.labels import CANONICAL, canonical_label, label_twins
 from btray.storage import is_hidden
 
 SPLITS = {
@@ -26,6 +27,7 @@ SPLITS = {
 """Names of split folders, and in a manifest's column split, with what they mean."""
 LAYOUT = "one folder per class, or a manifest (.parquet or .csv) with the columns uri,label[,split][,patient_id]"
 
+_MOST_WARNINGS = 20
 _ARCHIVES = {".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst"}
 # What is found beside images in published data sets. There is no list of image suffixes: DICOM files have any or none.
 _NO_IMAGES = {
@@ -76,9 +78,7 @@ class Tree:
     left_out: dict[str, str] = field(default_factory=dict)
     """Why each of the other files is not an image to take."""
     warnings: list[str] = field(default_factory=list)
-    """Each names a folder that does not look like a class."""
-    others: str = ""
-    """The names of the other class folders, for --classes."""
+    """As from `with_remedy`; each names a folder that does not look like a class."""
 
 
 def read_tree(paths: Iterable[str], shown: str, classes: Sequence[str] = ()) -> Tree:
@@ -124,7 +124,21 @@ def read_tree(paths: Iterable[str], shown: str, classes: Sequence[str] = ()) -> 
     others = ",".join(sorted({name for place, name in class_folders if place not in doubts}))
     mixed = {images[path].rpartition("/")[0]: images[path] for path in masks.intersection(labelled)}
     warnings = [*doubts.values(), *(f"{path} looks like a mask beside its image" for path in sorted(mixed.values()))]
-    return Tree(root, labelled, left_out, warnings, others)
+    return Tree(root, labelled, left_out, with_remedy(warnings, {label for _, label in labelled.values()}, others))
+
+
+def with_remedy(warnings: Sequence[str], labels: Collection[str], meant: str = "") -> list[str]:
+    """Return the first of `warnings` and of those about `labels`, and, if there are any, what to do about them.
+
+    `meant` is the example for --classes; default: all labels.
+    """
+    every = [*warnings, *label_twins(labels)]
+    if not every:
+        return []
+    more = [f"and {len(every) - _MOST_WARNINGS} more"] * (len(every) > _MOST_WARNINGS)
+    example = shlex.quote(meant or ",".join(sorted(labels)))
+    remedy = f"rename or move what is not meant so, or name the classes that are meant: --classes {example}"
+    return [*every[:_MOST_WARNINGS], *more, remedy]
 
 
 def reason_to_leave_out(path: str) -> str | None:

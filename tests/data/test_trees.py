@@ -94,7 +94,7 @@ OTHER_NAMES = ["pred", "Predictions", "results", "output", "images", "imgs", "jp
 @pytest.mark.parametrize("name", [*SPLIT_NAMES, *FOLD_NAMES, *MASK_NAMES, *OTHER_NAMES])
 @pytest.mark.parametrize("beside", ["", "Training/"])
 def test_a_folder_that_is_named_for_no_class_is_named(name: str, beside: str) -> None:
-    (warning,) = read_tree([f"{beside}yes/1.jpg", f"{beside}no/1.jpg", f"{beside}{name}/1.jpg"], "it").warnings
+    warning, _ = read_tree([f"{beside}yes/1.jpg", f"{beside}no/1.jpg", f"{beside}{name}/1.jpg"], "it").warnings
     assert warning.startswith(f"{beside}{name} looks like ")
 
 

@@ -131,16 +131,18 @@ class JobConfig(BaseSettings):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def set_environment(variables: Mapping[str, str | None]) -> None:
+def set_environment(variables: Mapping[str, str | None]) -> dict[str, str | None]:
     """Set environment variables for the processes that this one starts, if there is no other way to tell them.
 
-    None unsets a variable.
+    None unsets a variable. Returns what they were before.
     """
+    before = {name: os.environ.get(name) for name in variables}
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+    return before
 
 
 class OneLineParser(argparse.ArgumentParser):

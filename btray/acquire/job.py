@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,13 @@ from rich.table import Table
 
 from btray import storage
 from btray.acquire.config import AcquireConfig
+from btray.acquire.paths import StorablePaths
 from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_sources
 from btray.acquire.unpack import LeftOut, UnpackLimits
 from btray.core.console import ProgressLine
 from btray.core.errors import UserError
 from btray.data.labels import class_order
-from btray.storage import StorageError, user_error
+from btray.storage import StorageError
 
 MANIFEST_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "label", "split", "patient_id", "source")])
 
@@ -101,17 +102,14 @@ def acquire(config: AcquireConfig) -> str:
         UserError: a source cannot be taken as a whole.
     """
     out = storage.resolve(config.out)
-    try:
-        sources = parse_sources(config, out)
-        cache = Path(config.cache or "~/.cache/btray").expanduser().absolute()
-        if any(source.kind in {"http", "archive"} for source in sources):
-            storage.require_writable(str(cache), "--cache")
-        shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
-        storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
-        acquired = [_acquire_source(source, config, cache, out) for source in sources]
-        return _write(acquired, out)
-    except StorageError as error:
-        raise user_error(error) from error
+    sources = parse_sources(config, out)
+    cache = Path(config.cache or "~/.cache/btray").expanduser().absolute()
+    if any(source.kind in {"http", "archive"} for source in sources):
+        storage.require_writable(str(cache), "--cache")
+    shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
+    storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
+    acquired = [_acquire_source(source, config, cache, out) for source in sources]
+    return _write(acquired, out)
 
 
 def _acquire_source(
@@ -121,13 +119,12 @@ def _acquire_source(
         max_bytes=int(config.max_unpacked_gb * 1e9), max_files=config.max_files, max_ratio=config.max_ratio
     )
     acquired_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    with opened(source, cache=cache, limits=limits) as contents:
-        sizes = _copy(contents, storage.join(out, "images", source.name), source.name)
-    copied = list(zip(contents.files, sizes, strict=True))
-    taken = [file for file, size in copied if isinstance(size, int)]
-    broken = [LeftOut(file.uri, size.code) for file, size in copied if isinstance(size, StorageError)]
-    left_out = LeftOutFiles.of(contents.left_out + broken)
-    if not taken:
+    with opened(source, cache=cache, limits=limits, encoding=config.archive_encoding) as everything:
+        contents = _storable(everything)
+        copied = _copy(contents, storage.join(out, "images", source.name), source.name)
+    sizes = {file: size for file, size in zip(contents.files, copied, strict=True) if isinstance(size, int)}
+    left_out = LeftOutFiles.of([*contents.left_out, *(item for item in copied if isinstance(item, LeftOut))])
+    if not sizes:
         raise UserError(f"{source.shown}: none of its {left_out.count} files could be taken ({left_out.summary})")
     record = SourceRecord(
         name=source.name,
@@ -136,36 +133,48 @@ def _acquire_source(
         sha256=contents.sha256,
         license=source.license,
         acquired_at=acquired_at,
-        images=len(taken),
-        bytes=sum(size for size in sizes if isinstance(size, int)),
-        counts=_count(taken),
+        images=len(sizes),
+        bytes=sum(sizes.values()),
+        counts=_count(sizes),
         left_out=left_out,
     )
-    return record, taken
+    return record, list(sizes)
 
 
-def _copy(contents: Contents, target: str, name: str) -> list[int | StorageError]:
-    """Copy the files below `target`; return for each, in order, its size in bytes or why it cannot be read.
+def _storable(contents: Contents) -> Contents:
+    """Leave out the files whose names no file system holds, or holds only one of: objects may have any key."""
+    paths, files, left_out = StorablePaths(), [], list(contents.left_out)
+    for file in sorted(contents.files, key=lambda file: "//" in file.path):  # of two for one path the plain one stays
+        path, reason = paths.take(file.path)
+        if reason is None:
+            files.append(replace(file, path=path))
+        else:
+            left_out.append(LeftOut(file.path, reason))
+    return replace(contents, files=files, left_out=left_out)
+
+
+def _copy(contents: Contents, target: str, name: str) -> list[int | LeftOut]:
+    """Copy the files below `target`; return for each, in order, its size in bytes or why it is left out.
 
     A store that is down ends the job, for a set with holes would pass for the whole one.
     """
 
-    def copy(file: LabelledFile) -> int | StorageError:
+    def copy(file: LabelledFile) -> int | LeftOut:
         try:
             data = storage.read_bytes(file.uri)
         except StorageError as error:
             if error.retryable:
                 raise
-            return error  # a broken file of the source costs itself alone
+            return LeftOut(file.uri, error.code)  # a broken file of the source costs itself alone
         storage.write_bytes(storage.join(target, file.path), data)
         return len(data)
 
-    sizes: list[int | StorageError] = []
+    copied: list[int | LeftOut] = []
     with ProgressLine(keep=False) as progress, ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(contents.files), _BATCH):
-            sizes += pool.map(copy, contents.files[start : start + _BATCH])
-            progress.update(f"copying {name}: {len(sizes)} of {len(contents.files)} files")
-    return sizes
+            copied += pool.map(copy, contents.files[start : start + _BATCH])
+            progress.update(f"copying {name}: {len(copied)} of {len(contents.files)} files")
+    return copied
 
 
 def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str) -> str:
@@ -185,7 +194,7 @@ def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str
             others[0],
         )
     sources = [source for source, _ in acquired]
-    counts = _count([file for _, files in acquired for file in files])
+    counts = _count(file for _, files in acquired for file in files)
     record = DatasetRecord(
         btray_version=version("btray"),
         classes=list(counts),
@@ -204,7 +213,7 @@ def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str
     return manifest
 
 
-def _count(files: Sequence[LabelledFile]) -> Counts:
+def _count(files: Iterable[LabelledFile]) -> Counts:
     splits: dict[str, list[str]] = {}
     for file in files:
         splits.setdefault(file.label, []).append(file.split or _NO_SPLIT)

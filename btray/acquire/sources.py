@@ -138,7 +138,7 @@ def _unused(stem: str, suffix: str, taken: set[str]) -> str:
 
 
 @contextmanager
-def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Contents]:
+def opened(source: Source, *, cache: Path, limits: UnpackLimits, encoding: str) -> Iterator[Contents]:
     """Fetch and unpack `source` below the local folder `cache` and give its labelled images to the block.
 
     Raises:
@@ -160,7 +160,9 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
                 raise UserError(f"{source.shown} has the SHA-256 {sha256}, expected {source.sha256}")
             below = Path(folder) / "content"  # apart from the archive itself, which a listing would find
             below.mkdir()
-            left_out = unpack(archive, below, limits=limits, shown=source.shown, leave_out=reason_to_leave_out)
+            left_out = unpack(
+                archive, below, limits=limits, shown=source.shown, leave_out=reason_to_leave_out, encoding=encoding
+            )
             contents = _read_tree(str(below), source.shown)
             yield replace(contents, left_out=contents.left_out + left_out, sha256=sha256)
 

@@ -31,9 +31,7 @@ def classify(config: ClassifyConfig) -> str:
     Raises UserError for unusable input and if another run is writing to this output, Failed if a store does not
     answer, ThresholdExceeded above `max_rejected`, after writing.
     """
-    job = ClassifyJob(config)
-    run_archive(job)
-    return job.output
+    return run_archive(ClassifyJob(config))
 
 
 class ClassifyJob(ArchiveJob):

@@ -36,7 +36,7 @@ from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
 from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected
-from btray.storage import FileInfo, StorageError, lease
+from btray.storage import FileInfo, lease
 
 _log = logging.getLogger(__name__)
 
@@ -80,10 +80,10 @@ class ArchiveJob(ABC):
         """Write what is left to write once all parts are there, before the run ends; return the report to leave."""
 
 
-def run_archive(job: ArchiveJob) -> None:
-    """Do the job on what is new in the archive, or print how much that is (`dry_run`).
+def run_archive(job: ArchiveJob) -> str:
+    """Do the job on what is new in the archive, or print how much that is (`dry_run`); return the output's URI.
 
-    Raises UserError for unusable input and if another run is writing to this output, Failed if a store does not
+    Raises UserError for unusable input and if another run is writing to this output, StorageError if a store does not
     answer, ThresholdExceeded above `max_rejected`, after writing.
     """
     config = job.config
@@ -94,26 +94,23 @@ def run_archive(job: ArchiveJob) -> None:
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
             _estimate(job, listed)
-            return
+            return job.output
         with lease.hold(job.output) as check:
             report = _run(job, listed, check)
     if config.max_rejected is not None:
         enforce_max_rejected(report.rejected_by_code, report.objects, config.max_rejected)
+    return job.output
 
 
 @contextmanager
 def _readable_errors() -> Iterator[None]:
-    """Raise what is meant for the user without Ray's traceback, and storage errors as one line with a remedy."""
+    """Raise what is meant for the user without Ray's traceback."""
     try:
         yield
-    except (UserError, Failed, StorageError) as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        if isinstance(cause, StorageError):
-            user_error = storage.user_error(cause)
-            cause = Failed(str(user_error)) if cause.retryable else user_error
-        if cause is error:
-            raise
-        raise cause from error
+    except (UserError, Failed) as error:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise error.cause from error
+        raise
 
 
 def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:

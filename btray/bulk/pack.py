@@ -31,9 +31,7 @@ def pack(config: PackConfig) -> str:
     UserError for unusable input, for a pack of another archive, and if another run is writing to this output,
     ThresholdExceeded above `max_rejected`, after writing.
     """
-    job = PackJob(config)
-    run_archive(job)
-    return job.output
+    return run_archive(PackJob(config))
 
 
 class PackJob(ArchiveJob):

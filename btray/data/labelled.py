@@ -52,18 +52,15 @@ def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
             `least_classes` classes.
     """
     root = storage.resolve(uri)
-    try:
-        inside = (storage.join(root, name) for name in MANIFESTS)
-        is_manifest = root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root)
-        manifest = root if is_manifest else next((path for path in inside if storage.exists(path)), None)
-        if manifest:
-            table = _manifest_table(manifest, manifest.rpartition("/")[0], {})
-        elif is_pack(root):
-            table = _pack_table(root)
-        else:
-            table = _tree_table(root, ((info.uri.removeprefix(root), info) for info in storage.list_files(root)))
-    except StorageError as error:
-        raise storage.user_error(error) from error
+    inside = (storage.join(root, name) for name in MANIFESTS)
+    is_manifest = root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root)
+    manifest = root if is_manifest else next((path for path in inside if storage.exists(path)), None)
+    if manifest:
+        table = _manifest_table(manifest, manifest.rpartition("/")[0], {})
+    elif is_pack(root):
+        table = _pack_table(root)
+    else:
+        table = _tree_table(root, ((info.uri.removeprefix(root), info) for info in storage.list_files(root)))
     classes = table["label"].unique().to_pylist()
     if len(classes) < least_classes:
         hint = "" if manifest else " Name the folder that holds the class folders, no folder above or below it."
@@ -80,6 +77,8 @@ def holds_labels(manifest: str) -> bool:
         return False
     try:
         return {"uri", "label"} <= column_names(manifest).keys()
+    except StorageError:
+        raise
     except UserError:
         return False
 

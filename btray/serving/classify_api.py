@@ -122,21 +122,17 @@ def classify_routes(service: Service) -> APIRouter:
     ) -> Response:
         split = service.split()
         body = await read_body(request, service.limits)
-        content_type = request.headers.get("content-type", "")
-
-        async def answer() -> Response:
-            uploads = await images_in(content_type, body, service.limits)
+        async with service.in_time():
+            uploads = await images_in(request.headers.get("content-type", ""), body, service.limits)
             content = await classify(service, split.choose(), uploads, explain, top_k)
-            return Response(content.model_dump_json(exclude_unset=True), media_type="application/json")
-
-        return await service.in_time(answer())
+        return Response(content.model_dump_json(exclude_unset=True), media_type="application/json")
 
     @routes.get("/v1/models", summary="The models that answer, and the outcome of the latest switch")
     async def list_models() -> ModelsAnswer:
         split = service.split()
         models = [
             ModelAnswer(name=split.config.name, role=role, share=share, **dict(model.facts))
-            for model, role, share in zip(split.models(), ("main", "canary"), split.shares(), strict=False)
+            for model, role, share in zip(split.models, ("main", "canary"), split.shares, strict=False)
         ]
         return ModelsAnswer(notice=NOTICE, models=models, switch=service.models.switch)
 

@@ -32,7 +32,7 @@ from btray.serving.batching import Batcher
 from btray.serving.config import ServiceConfig
 from btray.serving.metrics import Metrics
 from btray.serving.problems import Answer, Problem
-from btray.storage import StorageError, is_retryable
+from btray.storage import StorageError
 from btray.storage.retry import backoff_delays
 
 _log = logging.getLogger(__name__)
@@ -91,10 +91,9 @@ class ModelFacts(Answer):
     def of(cls, bundle: Bundle) -> Self:
         """Return the facts of `bundle`; without a readable metrics.json there is no accuracy."""
         manifest = bundle.manifest
-        try:
+        content = None
+        with suppress(StorageError):
             content = storage.read_json(storage.join(bundle.uri, "metrics.json"))
-        except StorageError:
-            content = None
         metrics = content if isinstance(content, dict) else {}
         measured_on = metrics.get("measured_on")
         return cls(
@@ -199,30 +198,26 @@ class TrafficSplit:
     decoders: Executor
     """Images are decoded on its threads, which end once nobody holds the split."""
     keys: KeyRing | None
-    main: ServedModel
-    canary: ServedModel | None
+    models: list[ServedModel]
+    """The main model, then the canary if there is one."""
 
-    def models(self) -> list[ServedModel]:
-        """Return the main model, then the canary."""
-        return [self.main, *([self.canary] if self.canary else [])]
-
+    @property
     def shares(self) -> list[float]:
         """Return the share of the requests that each of `models` answers."""
         share = self.config.canary.share if self.config.canary else 0.0
-        return [1 - share, share][: len(self.models())]
+        return [1 - share, share][: len(self.models)]
 
     def choose(self, version: str | None = None) -> ServedModel:
         """Return the model of one request: `version` (a model_id) if it is given, else by share.
 
         Raises Problem if that version is not served.
         """
-        models = self.models()
         if version is None:
-            return random.choices(models, self.shares())[0]  # noqa: S311 - no secret
-        for model in models:
+            return random.choices(self.models, self.shares)[0]  # noqa: S311 - no secret
+        for model in self.models:
             if model.model_id == version:
                 return model
-        served = ", ".join(model.model_id for model in models)
+        served = ", ".join(model.model_id for model in self.models)
         raise Problem(404, "not_found", f"no version {version[:80]!r} is served; there are {served}")
 
 
@@ -281,8 +276,8 @@ class ServedModels:
         while True:
             try:
                 return await asyncio.to_thread(self._load, config)
-            except UserError as error:
-                if not is_retryable(error):
+            except StorageError as error:
+                if not error.retryable:
                     raise
                 self._report(number, "loading", config.model, f"{error}; it is tried again")
                 with suppress(TimeoutError):
@@ -303,15 +298,14 @@ class ServedModels:
 
     def _load(self, config: ServiceConfig) -> TrafficSplit:
         keys = KeyRing.of(config.keys) if config.keys is not None else None
-        main = self._served(config.model, config.model_id, config)
-        canary = self._served(config.canary.model, config.canary.model_id, config) if config.canary else None
-        return TrafficSplit(config, ThreadPoolExecutor(config.decoders, "decode"), keys, main, canary)
+        models = [self._served(entry.model, entry.model_id, config) for entry in (config, config.canary) if entry]
+        return TrafficSplit(config, ThreadPoolExecutor(config.decoders, "decode"), keys, models)
 
     def _served(self, uri: str, model_id: str | None, config: ServiceConfig) -> ServedModel:
         """Return the model of a bundle; one that is served already is kept, with the new limits."""
         settings = (uri, model_id, config.abstain_below, config.max_batch, config.engine)
         limits = ScanLimits(max_bytes=config.limits.max_body, max_pixels=int(config.limits.max_megapixels * 1e6))
-        for model in self.split.models() if self.split else ():
+        for model in self.split.models if self.split else ():
             if model.settings == settings:
                 return replace(model, source=replace(model.source, limits=limits))
         bundle = load_bundle(uri, model_id=model_id).abstaining_below(config.abstain_below)

@@ -6,7 +6,7 @@ row per image: `label`, `probabilities`, and what tells how far to trust them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, Depends, Request
@@ -104,16 +104,16 @@ def protocol_routes(service: Service) -> APIRouter:
     @models.get("/versions/{version}", summary=_METADATA)
     async def metadata(name: str, model: ServedModel = model_of_path) -> ModelMetadata:
         classes = list(model.classifier.classes)
-        outputs = output_specs(classes)
+
+        def described(specs: Iterable[tuple[str, str, list[int]]]) -> list[TensorMetadata]:
+            return [TensorMetadata(name=name, datatype=datatype, shape=shape) for name, datatype, shape in specs]
+
         return ModelMetadata(
             name=name,
-            versions=[served.model_id for served in service.split().models()],
+            versions=[served.model_id for served in service.split().models],
             platform="btray_pytorch",
-            inputs=[
-                TensorMetadata(name="image", datatype="BYTES", shape=[-1]),
-                TensorMetadata(name="pixels", datatype="UINT8", shape=[-1, -1, -1]),
-            ],
-            outputs=[TensorMetadata(name=output, datatype=kind, shape=shape) for output, kind, shape in outputs],
+            inputs=described([("image", "BYTES", [-1]), ("pixels", "UINT8", [-1, -1, -1])]),
+            outputs=described(output_specs(classes)),
             parameters={"classes": classes, "pixels_datatypes": ["UINT8", "FP32"]},
         )
 
@@ -126,17 +126,13 @@ def protocol_routes(service: Service) -> APIRouter:
     @models.post("/versions/{version}/infer", **_INFER)
     async def infer(request: Request, name: str, model: ServedModel = model_of_path) -> Response:
         body = await read_body(request, service.limits)
-        length = request.headers.get(LENGTH_HEADER)
-
-        async def answer() -> Response:
-            parsed = await service.decoding(parse_request, body, length, service.limits)
+        async with service.in_time():
+            parsed = await service.decoding(parse_request, body, request.headers.get(LENGTH_HEADER), service.limits)
             predictions = await _predict(service, model, parsed)
-            head = InferAnswer(model_name=name, model_version=model.model_id, id=parsed.body.id)
-            outputs = output_arrays(predictions, model.classifier.classes)
-            content, headers = format_answer(head, outputs, parsed.body)
-            return Response(content, headers=headers)
-
-        return await service.in_time(answer())
+        head = InferAnswer(model_name=name, model_version=model.model_id, id=parsed.body.id)
+        outputs = output_arrays(predictions, model.classifier.classes)
+        content, headers = format_answer(head, outputs, parsed.body)
+        return Response(content, headers=headers)
 
     routes.include_router(models)
     return routes

@@ -6,7 +6,6 @@ in their order. Each element of BYTES follows four bytes with its length; in JSO
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 import struct
@@ -16,10 +15,11 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, FailFast, Field, TypeAdapter, ValidationError, field_validator
 
 from btray.serving.config import LimitsConfig
 from btray.serving.problems import Problem, first_error
+from btray.serving.uploads import Base64, parse_json, too_many_images
 
 Array = npt.NDArray[Any]
 Datatype = Literal["BYTES", "UINT8", "FP32"]
@@ -27,6 +27,12 @@ Datatype = Literal["BYTES", "UINT8", "FP32"]
 _TYPES: Final[dict[str, np.dtype[Any]]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
 _DATATYPES: Final = {"U": "BYTES", "f": "FP32", "b": "BOOL"}
 """The protocol's name of a kind of NumPy array."""
+_ELEMENTS: Final[dict[str, TypeAdapter[list[Any]]]] = {
+    "BYTES": TypeAdapter(Annotated[list[Base64], FailFast()]),
+    "UINT8": TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, le=255)]], FailFast()]),
+    "FP32": TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]], FailFast()]),
+}
+"""What the elements of an input are in JSON."""
 _MAX_RANK: Final = 3  # images, height, width
 LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 
@@ -116,9 +122,7 @@ class InferRequest:
 def parse_request(body: bytes, header_length: str | None, limits: LimitsConfig) -> InferRequest:
     """Parse a request; `header_length` is the HTTP header of that name. Raises Problem if it is not valid.
 
-    JSON may have `limits.max_json` bytes: reading it holds the interpreter's lock, and with it all other requests. For
-    the same reason a tensor's claims are checked against its bytes and `limits.max_images` before anything is made of
-    it.
+    A tensor's claims are checked against its bytes and `limits.max_images` before anything is made of it.
     """
     head, tail = body, b""
     if header_length is not None:
@@ -126,15 +130,7 @@ def parse_request(body: bytes, header_length: str | None, limits: LimitsConfig) 
         if not 0 < length <= len(body):
             raise Problem(400, "bad_body", f"{LENGTH_HEADER} {header_length[:40]!r} does not fit {len(body)} bytes")
         head, tail = body[:length], body[length:]
-    if len(head) > limits.max_json:
-        detail = f"JSON of {len(head)} bytes, above {limits.max_json}: send tensors by the binary tensor extension"
-        raise Problem(413, "too_large", detail)
-    try:
-        content = InferBody.model_validate_json(head)
-    except ValidationError as error:
-        # An error of the whole body: it is not JSON, or not an object.
-        code = "bad_request" if error.errors()[0]["loc"] else "bad_body"
-        raise Problem(400, code, first_error(error)) from error
+    content = parse_json(InferBody, head, limits, "send tensors by the binary tensor extension", (400, "bad_request"))
     return InferRequest(content, _elements(content.inputs[0], tail, limits.max_images))
 
 
@@ -177,7 +173,7 @@ def _elements(tensor: InputTensor, raw: bytes, max_images: int) -> list[bytes] |
     """Return the elements of a tensor; `raw` is what follows the JSON."""
     shape, size = tensor.shape, tensor.parameters.binary_data_size
     if (math.prod(shape) if tensor.datatype == "BYTES" else shape[0]) > max_images:
-        raise Problem(413, "too_many_images", f"the request has more than {max_images} images")
+        raise too_many_images(max_images)
     if size is None and not raw:
         return _from_json(tensor)
     if size != len(raw):
@@ -186,16 +182,14 @@ def _elements(tensor: InputTensor, raw: bytes, max_images: int) -> list[bytes] |
     if tensor.datatype == "BYTES":
         return _unpack(tensor, raw)
     kind = _TYPES[tensor.datatype]
-    if len(raw) % kind.itemsize:
-        detail = f"{tensor.name}: {len(raw)} bytes are not a whole number of {tensor.datatype}"
-        raise Problem(400, "bad_request", detail)
-    _require_filled(tensor, len(raw) // kind.itemsize)
+    _require_filled(tensor, len(raw) / kind.itemsize)
     return np.frombuffer(raw, kind).reshape(shape)
 
 
-def _require_filled(tensor: InputTensor, elements: int) -> None:
+def _require_filled(tensor: InputTensor, elements: float) -> None:
     if elements != math.prod(tensor.shape):
-        raise Problem(400, "bad_request", f"{tensor.name}: {elements} elements do not fill the shape {tensor.shape}")
+        detail = f"{tensor.name}: {elements:.10g} elements do not fill the shape {tensor.shape}"
+        raise Problem(400, "bad_request", detail)
 
 
 def _from_json(tensor: InputTensor) -> list[bytes] | Array:
@@ -207,18 +201,14 @@ def _from_json(tensor: InputTensor) -> list[bytes] | Array:
             elements = [item for element in elements for item in (element if isinstance(element, list) else [element])]
     _require_filled(tensor, len(elements))
     try:
-        if tensor.datatype == "BYTES":
-            return [base64.b64decode(element, validate=True) for element in elements]
         # Before NumPy sees them: of texts it makes an array of as many times the longest one.
-        kinds = (int,) if tensor.datatype == "UINT8" else (int, float)
-        if not all(type(element) in kinds for element in elements):
-            raise ValueError(f"these are not values of {tensor.datatype}")
-        if tensor.datatype == "UINT8" and not 0 <= min(elements) <= max(elements) <= 255:
-            raise ValueError("UINT8 lies in 0 to 255")
-        with np.errstate(over="ignore"):  # a number that is not a finite FP32 becomes a rejected image
-            return np.array(elements, np.float64).astype(_TYPES[tensor.datatype]).reshape(tensor.shape)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise Problem(400, "bad_request", f"{tensor.name}: {error}") from error
+        values = _ELEMENTS[tensor.datatype].validate_python(elements)
+    except ValidationError as error:
+        raise Problem(400, "bad_request", f"{tensor.name}, {tensor.datatype}: {first_error(error)}") from error
+    if tensor.datatype == "BYTES":
+        return values
+    with np.errstate(over="ignore"):  # a number that is not a finite FP32 becomes a rejected image
+        return np.array(values, np.float64).astype(_TYPES[tensor.datatype]).reshape(tensor.shape)
 
 
 def _unpack(tensor: InputTensor, raw: bytes) -> list[bytes]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from btray.data.scans import count_pages
@@ -72,8 +73,7 @@ class Service:
         pages = count() if sum(map(len, images)) < _SMALL else await self.decoding(count)
         if pages > most:
             raise Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
-        decoded = await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
-        decoded = prepare(decoded)
+        decoded = prepare(await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images)))
         return decoded, await self.predict(model, decoded)
 
     async def predict(self, model: ServedModel, images: Sequence[DecodedImage]) -> list[Prediction]:
@@ -82,11 +82,12 @@ class Service:
         self.metrics.predictions(predictions)
         return predictions
 
-    async def in_time(self, answering: Awaitable[Result]) -> Result:
-        """Await `answering`. Raises Problem if it takes longer than the service's timeout."""
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Raise Problem if the block takes longer than the service's timeout."""
         try:
             async with asyncio.timeout(self.limits.timeout):
-                return await answering
+                yield
         except TimeoutError as error:
             detail = f"no answer within {self.limits.timeout:g} seconds"
             raise Problem(503, "timeout", detail, retry_after=5) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from python_multipart.multipart import parse_options_header
@@ -14,6 +14,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from btray.serving.config import LimitsConfig
 from btray.serving.problems import Problem, first_error
+
+Content = TypeVar("Content", bound=BaseModel)
 
 _MAX_NAME = 255
 _CHUNK = 256 * 1024
@@ -64,10 +66,7 @@ async def images_in(content_type: str, body: bytes, limits: LimitsConfig) -> lis
     if kind == b"multipart/form-data":
         uploads = await _from_multipart(content_type, body, limits.max_images)
     elif kind == b"application/json":
-        if len(body) > limits.max_json:
-            detail = f"JSON of {len(body)} bytes, above {limits.max_json}: send the images as multipart/form-data"
-            raise Problem(413, "too_large", detail)
-        uploads = _from_json(body)
+        uploads = parse_json(ClassifyRequest, body, limits, "send the images as multipart/form-data").images
     elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
         uploads = [Upload(data=body)]
     else:
@@ -75,25 +74,34 @@ async def images_in(content_type: str, body: bytes, limits: LimitsConfig) -> lis
         detail = f"content type {content_type[:80]!r} is not supported; {others}"
         raise Problem(415, "unsupported_media_type", detail)
     if len(uploads) > limits.max_images:
-        raise _too_many(limits.max_images)
+        raise too_many_images(limits.max_images)
     if not uploads:
         raise Problem(400, "bad_body", "there is no image in the request")
     return uploads
 
 
-def _too_many(most: int) -> Problem:
+def too_many_images(most: int) -> Problem:
+    """Return the problem of a request with more than `most` images."""
     return Problem(413, "too_many_images", f"the request has more than {most} images")
 
 
-def _from_json(body: bytes) -> list[Upload]:
+def parse_json(
+    kind: type[Content], body: bytes, limits: LimitsConfig, remedy: str, wrong: tuple[int, str] = (422, "invalid")
+) -> Content:
+    """Return the `kind` that `body` is in JSON, of at most `limits.max_json` bytes; `remedy` is for more of them.
+
+    Reading JSON holds the interpreter's lock, and with it all other requests. Raises Problem: for values that the
+    `kind` does not take, one with the status and the code `wrong`.
+    """
+    if len(body) > limits.max_json:
+        raise Problem(413, "too_large", f"JSON of {len(body)} bytes, above {limits.max_json}: {remedy}")
     try:
-        return ClassifyRequest.model_validate_json(body).images
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             raise Problem(400, "bad_body", f"the body is not valid JSON: {first['ctx']['error']}") from error
-        expected = '{"images": [{"data": BASE64, "name": TEXT}, ...]}'
-        raise Problem(422, "invalid", f"{first_error(error)}; expected {expected}") from error
+        raise Problem(*wrong, f"{first_error(error)}; /openapi.json has an example") from error
 
 
 class _FormInMemory(MultiPartParser):
@@ -122,7 +130,7 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many"):
-            raise _too_many(most) from error
+            raise too_many_images(most) from error
         raise Problem(400, "bad_body", f"the body is not valid multipart/form-data: {error.message}") from error
     if not parser.ended:
         raise Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")

@@ -21,7 +21,7 @@ import pyarrow.fs
 from btray.core.errors import UserError
 from btray.storage import local as local_files
 from btray.storage import packed, s3
-from btray.storage.errors import StorageError, storage_errors_for, suppress_missing, user_error
+from btray.storage.errors import StorageError, storage_errors_for, suppress_missing
 from btray.storage.file_info import FileInfo
 
 # ---- names
@@ -178,7 +178,7 @@ def require_writable(folder: str, flag: str) -> None:
     except StorageError as error:
         if error.retryable:
             raise  # a store that is down is not wrong use: the job exits with 1, not with 2
-        raise UserError(f"{flag} {user_error(StorageError(error.code, folder, error.detail))}") from error
+        raise UserError(f"{flag} {StorageError(error.code, folder, error.detail)}") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:

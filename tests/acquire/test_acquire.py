@@ -22,6 +22,7 @@ from btray.acquire.job import acquire
 from btray.acquire.sources import class_root, reason_to_leave_out
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
+from tests.helpers.flat_store import flat_store
 from tests.helpers.http_files import FileServer, Misbehaviour
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -448,6 +449,36 @@ def test_archive_and_folder_in_a_bucket_become_the_same_data_set_in_a_bucket(tmp
     assert content_of(remote) == content_of(local)
     assert summary_of(remote)["sources"][0]["left_out"]["reasons"] == {"hidden": 1}
     assert "out" in storage.read_text(f"{bucket}/out/config.yaml")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_keys_that_no_file_system_holds_are_left_out_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    odd = {
+        "glioma/" + "x" * 300 + ".jpg": "unusable_name",
+        "glioma/a/b.jpg": "colliding_name",  # beside glioma/a
+        "glioma//1.jpg": "duplicate_name",
+        "glioma/1.jpg": None,
+        "glioma/B.jpg": None,
+        "glioma/b.jpg": "colliding_name",
+        "glioma/1.jpg.": None,
+        "glioma/a": None,
+        "glioma/u\u0308.jpg": None,
+        "glioma/\xfc.jpg": "colliding_name",
+        "no_tumor//2.jpg": None,
+        "no_tumor/c\\d.jpg": None,
+        "glioma/../no_tumor/3.jpg": "hidden",
+    }
+    with flat_store(monkeypatch, {f"in/{key}": key.encode() for key in odd}) as bucket:
+        manifest = run(tmp_path, f"{bucket}/in", out=f"{bucket}/out" if remote else str(tmp_path / "out"))
+        left_out = summary_of(manifest)["sources"][0]["left_out"]
+        taken = sorted(chain.from_iterable(content_of(manifest).values()))
+        uris = [row["uri"] for row in rows_of(manifest)]
+    assert {item["name"]: item["reason"] for item in left_out["files"]} == {k: why for k, why in odd.items() if why}
+    assert taken == sorted(key.encode() for key, why in odd.items() if not why)
+    assert len(set(uris)) == len(uris)
+    assert not list(tmp_path.rglob("3.jpg"))
 
 
 @pytest.mark.s3

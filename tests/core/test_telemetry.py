@@ -28,7 +28,7 @@ from btray.model.drift import Drift
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import run_report
 from tests.helpers.debian import install
-from tests.helpers.path_server import PathServer
+from tests.helpers.http_files import PathServer
 from tests.helpers.tiny_bundle import saved_bundle
 from tests.helpers.training_helpers import write_tree
 from tools.loopback_cluster import LoopbackCluster, free_ports

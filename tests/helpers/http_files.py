@@ -1,4 +1,4 @@
-"""A loopback HTTP server with Range support and configurable misbehaviour, for the download tests."""
+"""HTTP servers on loopback: one file with Range support and configurable misbehaviour, and files by path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,43 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from typing import Self
+
+
+class LoopbackServer:
+    """An HTTP server in a thread, on a free port."""
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        """Answer a GET or a PUT."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        answer = self.answer
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer(self)
+
+            def do_PUT(self) -> None:
+                answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Log nothing: the tests read what the server recorded."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
 
 
 @dataclass
@@ -36,7 +72,7 @@ class Misbehaviour:
     """Answer with a range of the current file, whatever version was requested."""
 
 
-class FileServer:
+class FileServer(LoopbackServer):
     """Serve `content` at every path; `plan[i]` is the misbehaviour of response i, `always` that of all later ones."""
 
     def __init__(self, content: bytes) -> None:
@@ -46,31 +82,8 @@ class FileServer:
         self.requests: list[Request] = []
         self.before_answer: Callable[[int], None] = lambda number: None
 
-    def __enter__(self) -> FileServer:
-        files = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                files.answer(self)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Log nothing: the tests read `requests` instead."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
     def url(self, path: str = "set.zip") -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/{path}"
+        return f"http://127.0.0.1:{self.port}/{path}"
 
     @property
     def sent(self) -> int:
@@ -115,3 +128,32 @@ class FileServer:
             return 416, b"", headers | {"Content-Range": f"bytes */{len(self.content)}"}
         end = f"{len(self.content) - 1}/{len(self.content)}"
         return 206, self.content[start:], headers | {"Content-Range": f"bytes {start}-{end}"}
+
+
+class PathServer(LoopbackServer):
+    """Serve `files` by path; a PUT is answered with the content of its path, and its body kept in `put`."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = dict(files)
+        self.asked: list[tuple[str, str]] = []
+        self.put: dict[str, bytes] = {}
+        self.refusals: list[int] = []
+        """Statuses with which to refuse the next requests."""
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.command == "PUT":
+            self.put[handler.path] = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        self.asked.append((handler.command, handler.path))
+        body = self.files.get(handler.path)
+        handler.send_response(self.refusals.pop(0) if self.refusals else 404 if body is None else 200)
+        handler.send_header("Content-Length", str(len(body or b"")))
+        handler.send_header("Content-Type", "text/plain; version=0.0.4")
+        handler.end_headers()
+        handler.wfile.write(body or b"")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def count(self, path: str) -> int:
+        return sum(asked == path for _, asked in self.asked)

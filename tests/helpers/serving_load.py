@@ -71,8 +71,8 @@ class Load:
                         answer = session.post(
                             self.served.url + "/v1/classify", scan(), headers=self.served.headers, timeout=30
                         )
-                    except requests.ConnectionError:
-                        answer = None
+                    except (requests.ConnectionError, requests.ReadTimeout):
+                        answer = None  # retried, and lost after the last try: as a replica that never answers is
                     if answer is not None and answer.status_code == 200:
                         self.answers.append((200, answer.json()["model_id"]))
                         break

@@ -15,15 +15,10 @@ from btray.core.errors import UserError
 from btray.serving import access, gate
 from btray.serving.access import KeyRing, make_key, revoke_key
 from btray.serving.config import ServeConfig, is_loopback
-from tests.helpers.serving_helpers import Running, bundle_at, problem, running, scan
+from tests.helpers.serving_helpers import Running, problem, running, scan
 from tools.processes import until
 
 JPEG = "image/jpeg"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
 
 
 @pytest.fixture

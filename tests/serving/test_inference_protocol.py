@@ -22,19 +22,9 @@ from btray.model.classifier import Classifier
 from btray.serving.config import LimitsConfig
 from btray.serving.oip_codec import LENGTH_HEADER, InferRequest, parse_request
 from btray.serving.problems import Problem
-from tests.helpers.serving_helpers import Running, bundle_at, problem, running, scan
+from tests.helpers.serving_helpers import Running, problem, running, scan
 
 INFER = "/v2/models/btray/infer"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
-
-
-@pytest.fixture(scope="module")
-def classifier(model: str) -> Classifier:
-    return Classifier.load(model)
 
 
 @pytest.fixture(scope="module")

@@ -48,11 +48,6 @@ def objects() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
-
-
-@pytest.fixture(scope="module")
 def rows(
     ray_session: None, model: str, objects: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
@@ -234,8 +229,7 @@ def test_wrong_use_is_told_before_anything_starts(tmp_path: Path) -> None:
                 run_service(ServeConfig(**flags), lambda: ServeConfig(model=model))
 
 
-STORE_AWAY = UserError("the store does not answer")
-STORE_AWAY.__cause__ = StorageError("unavailable", "s3://b/x")
+STORE_AWAY = StorageError("unavailable", "s3://b/x")
 
 
 @pytest.mark.parametrize(

@@ -32,16 +32,6 @@ CUT_GZIP = gzip.compress(b"x" * 99)[:-9]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
-
-
-@pytest.fixture(scope="module")
-def classifier(model: str) -> Classifier:
-    return Classifier.load(model)
-
-
-@pytest.fixture(scope="module")
 def service(model: str) -> Iterator[Running]:
     with running(model=model) as served:
         yield served

@@ -17,14 +17,9 @@ from hypothesis.errors import Unsatisfiable
 
 from btray.model.classifier import Classifier
 from tests.helpers.hostile_bodies import hostile_bodies
-from tests.helpers.serving_helpers import SLOWEST, Running, bundle_at, running, scan, status_of
+from tests.helpers.serving_helpers import SLOWEST, Running, running, scan, status_of
 
 LIMITS = {"max_body_mb": 2, "timeout": 5, "max_images": 16, "max_megapixels": 20}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
 
 
 @pytest.fixture(scope="module")

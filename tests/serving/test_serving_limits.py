@@ -41,11 +41,6 @@ LIMITS = {"max_requests": 2, "max_reading": 4, "max_frames": 20, "max_json_mb": 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
-
-
-@pytest.fixture(scope="module")
 def service(model: str) -> Iterator[Running]:
     with running(model=model, limits=LIMITS) as served:
         yield served
@@ -126,7 +121,7 @@ def test_beyond_what_is_in_work_requests_are_refused_with_the_time_to_wait(servi
 def test_what_cannot_be_read_waits_for_no_model(service: Running) -> None:
     with ThreadPoolExecutor(1) as pool, no_predictions(service):
         held = pool.submit(service.post, CLASSIFY, scan(), JPEG)
-        until(lambda: not service.service.split().main.batcher.idle)
+        until(lambda: not service.service.split().models[0].batcher.idle)
         problem(service.post(CLASSIFY, b"x", JPEG), 400, "not_an_image")
         files = [("images", ("a", b"")), ("images", ("b", b"x"))]
         results = service.post(CLASSIFY, files=files).json()["results"]
@@ -152,7 +147,7 @@ def test_only_what_is_small_is_decoded_where_it_is_classified(
     assert threads == ["predict", "decode", "decode"]
     with ThreadPoolExecutor(2) as pool, no_predictions(service):
         pool.submit(service.post, CLASSIFY, scan(), JPEG)
-        until(lambda: not service.service.split().main.batcher.idle)
+        until(lambda: not service.service.split().models[0].batcher.idle)
         pool.submit(service.post, CLASSIFY, scan(), JPEG)
         until(lambda: threads[3:] == ["decode"])
 
@@ -271,7 +266,7 @@ def test_a_config_takes_over_with_its_access_and_not_before_its_model(model: str
         before = service.served()
 
         async def seen() -> tuple[bool, bool]:
-            models = service.service.split().models()
+            models = service.service.split().models
             return [model.model_id for model in models] != before, service.service.access.insecure
 
         service.configure(model=other, insecure=True)

@@ -41,8 +41,8 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(model=bundle_at(tmp_path_factory.mktemp("bundle"), "model")) as served:
+def service(model: str) -> Iterator[Running]:
+    with running(model=model) as served:
         yield served
 
 

@@ -22,11 +22,6 @@ CLASSIFY = "/v1/classify"
 JPEG = "image/jpeg"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return bundle_at(tmp_path_factory.mktemp("bundle"), "model")
-
-
 def test_a_new_bundle_takes_over_while_the_old_one_answers(model: str, tmp_path: Path) -> None:
     other = bundle_at(tmp_path, "other", seed=7)
     wanted = Classifier.load(other).model_id
@@ -110,7 +105,7 @@ def test_a_bundle_whose_store_is_away_is_tried_again_until_it_is_there_or_anothe
     def unreliable(uri: str, **options: Any) -> Bundle:
         away[uri] = away.get(uri, 0) - 1
         if away[uri] >= 0:
-            raise UserError("the store does not answer") from StorageError("unavailable", uri)
+            raise StorageError("unavailable", uri)
         return load_bundle(uri, **options)
 
     monkeypatch.setattr(served_models, "load_bundle", unreliable)

@@ -21,7 +21,8 @@ from btray.bulk.config import ClassifyConfig
 from btray.core.config import ENV_PREFIX
 from tests.conftest import ROOT
 from tests.helpers.deploy_helpers import DEPLOY, resources
-from tests.helpers.path_server import PathServer
+from tests.helpers.http_files import PathServer
+from tools.processes import until
 
 EXTRAS = ("tune",)
 """Extras of btray that the jobs on a cluster need."""
@@ -121,7 +122,7 @@ def test_a_spot_notice_drains_the_node_in_the_time_that_is_left(tmp_path: Path) 
             command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True
         )
         try:
-            server.until(lambda: server.count("/latest/meta-data/spot/instance-action") >= 2)
+            until(lambda: server.count("/latest/meta-data/spot/instance-action") >= 2)
             assert not called.exists(), "no notice, no drain"
             server.files["/latest/meta-data/spot/instance-action"] = json.dumps(
                 {"action": "terminate", "time": taken}

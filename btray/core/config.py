@@ -10,7 +10,8 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
@@ -131,18 +132,26 @@ class JobConfig(BaseSettings):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def set_environment(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+def set_environment(variables: Mapping[str, str | None]) -> None:
     """Set environment variables for the processes that this one starts, if there is no other way to tell them.
 
-    None unsets a variable. Returns what they were before.
+    None unsets a variable.
     """
-    before = {name: os.environ.get(name) for name in variables}
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    return before
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """At the end of the block, let the environment be as it was before it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        set_environment({**dict.fromkeys(os.environ), **before})
 
 
 class OneLineParser(argparse.ArgumentParser):

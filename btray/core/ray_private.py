@@ -18,7 +18,7 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
-from btray.core.config import set_environment
+from btray.core.config import restored_environment, set_environment
 
 # The runtime environment of the job that `ray job submit` started. Without it unset, a Ray of this process's own would
 # look for the submitted package in its own, empty store, and no worker would start.
@@ -68,20 +68,20 @@ def own_ray() -> Iterator[None]:
         port = str(probe.getsockname()[1])
     variables = {
         JOB_CONFIG_VARIABLE: None,
-        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE"),  # Ray sets it to token unless the user has set it
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray then sets RAY_AUTH_MODE, unless the user has set it
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,
     }
     core: Any = ray._raylet
-    before, was_enabled = set_environment(variables), ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    core.AuthenticationTokenLoader.instance().reset_cache()
+    before = ray_constants.ENABLE_RAY_CLUSTER
     try:
-        yield
+        with restored_environment():
+            set_environment(variables)
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            core.AuthenticationTokenLoader.instance().reset_cache()
+            yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = was_enabled
-        set_environment(before)
+        ray_constants.ENABLE_RAY_CLUSTER = before
         core.AuthenticationTokenLoader.instance().reset_cache()
         core.Config.initialize("")
 

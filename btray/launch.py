@@ -99,18 +99,8 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except (Failed, UserError, ThresholdExceeded) as error:
-        sys.exit(_report(error, error.exit_code))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         sys.exit(143)
-    except Exception as error:
-        from btray.storage.errors import StorageError, user_error  # heavy, and only a failure needs it
-
-        if not isinstance(error, StorageError):
-            raise  # a mistake of ours: its traceback is wanted
-        sys.exit(_report(user_error(error), 1 if error.retryable else 2))
-
-
-def _report(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return code

@@ -93,8 +93,8 @@ def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TI
     etag: reading it tells why.
 
     Raises, when the first item is requested or later:
-        UserError: the archive is not there, is of no known kind, or its manifest cannot be read.
-        StorageError: listing failed half-way.
+        UserError: the archive is of no known kind, or its manifest cannot be read.
+        StorageError: it cannot be reached, or listing failed half-way.
     """
     root = storage.resolve(uri)
     read = _reader_of(root)
@@ -103,14 +103,9 @@ def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TI
             raise selection.refusal()
         yield from selection.by_time(selection.by_name(_path_below(root), _list_folder(root)))
         return
-    try:
-        with storage_errors_for(root):
-            objects = selection.by_name(_path_function(root, read), _read_names(root, read))
-            yield from selection.by_time(objects if read is list_pack else _describe(objects, patience))
-    except StorageError as error:
-        if error.retryable:
-            raise
-        raise storage.user_error(error) from error
+    with storage_errors_for(root):
+        objects = selection.by_name(_path_function(root, read), _read_names(root, read))
+        yield from selection.by_time(objects if read is list_pack else _describe(objects, patience))
 
 
 def _reader_of(root: str) -> Reader | None:
@@ -122,12 +117,9 @@ def _reader_of(root: str) -> Reader | None:
         "manifest.json": named_in_inventory,
     }
     by_ending = next((read for end, read in readers.items() if root.lower().endswith(end)), None)
-    try:
-        if by_ending is not None and not storage.is_folder(root):
-            return by_ending
-        return list_pack if is_pack(root) else None
-    except StorageError as error:
-        raise storage.user_error(error) from error
+    if by_ending is not None and not storage.is_folder(root):
+        return by_ending
+    return list_pack if is_pack(root) else None
 
 
 def _path_function(root: str, read: Reader) -> Callable[[str], str]:
@@ -151,13 +143,8 @@ def _read_names(root: str, read: Reader) -> Iterator[FileInfo]:
 
 def _list_folder(root: str) -> Iterator[FileInfo]:
     info: FileInfo | None = None
-    try:
-        for info in storage.list_files(root):
-            yield info
-    except StorageError as error:
-        if info is not None:
-            raise
-        raise storage.user_error(error) from error
+    for info in storage.list_files(root):
+        yield info
     if info is None:
         raise UserError(f"{root} holds no file; give {_KINDS}.")
 

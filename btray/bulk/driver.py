@@ -36,7 +36,7 @@ from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
 from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected
-from btray.storage import FileInfo, StorageError, lease
+from btray.storage import FileInfo, lease
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ArchiveJob(ABC):
 def run_archive(job: ArchiveJob) -> str:
     """Do the job on what is new in the archive, or print how much that is (`dry_run`); return the output's URI.
 
-    Raises UserError for unusable input and if another run is writing to this output, Failed if a store does not
+    Raises UserError for unusable input and if another run is writing to this output, StorageError if a store does not
     answer, ThresholdExceeded above `max_rejected`, after writing.
     """
     config = job.config
@@ -104,17 +104,13 @@ def run_archive(job: ArchiveJob) -> str:
 
 @contextmanager
 def _readable_errors() -> Iterator[None]:
-    """Raise what is meant for the user without Ray's traceback, and storage errors as one line with a remedy."""
+    """Raise what is meant for the user without Ray's traceback."""
     try:
         yield
-    except (UserError, Failed, StorageError) as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        if isinstance(cause, StorageError):
-            user_error = storage.user_error(cause)
-            cause = Failed(str(user_error)) if cause.retryable else user_error
-        if cause is error:
-            raise
-        raise cause from error
+    except (UserError, Failed) as error:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise error.cause from error
+        raise
 
 
 def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:
@@ -185,7 +181,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
 def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
     config = job.config
-    with connected(dashboard=False), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
+    with connected(), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(

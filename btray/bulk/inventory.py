@@ -14,7 +14,7 @@ import pyarrow.parquet
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.manifests import csv_batches, open_for_arrow
-from btray.storage import FileInfo, StorageError
+from btray.storage import FileInfo
 
 _NEEDED = ("Bucket", "Key", "Size", "ETag")
 _COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet, as LastModifiedDate -> last_modified_date
@@ -34,8 +34,6 @@ def named_in_inventory(root: str) -> Iterator[FileInfo]:
         files = [str(file["key"]) for file in report["files"]]
         kind, bucket = str(report["fileFormat"]), str(report["destinationBucket"]).rpartition(":")[2]
         fields = [name.strip() for name in str(report["fileSchema"]).split(",")]
-    except StorageError as error:
-        raise storage.user_error(error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{root} is not a valid S3 Inventory manifest ({error!r}); give the manifest.json that S3 wrote."
@@ -92,7 +90,7 @@ def _entry(row: dict[str, Any]) -> FileInfo | None:
     if str(row.get("is_latest", True)).lower() == "false" or str(row.get("is_delete_marker")).lower() == "true":
         return None
     key, size = row["key"], int(row.get("size") or 0)
-    if (size == 0 and key.endswith(("/", "_$folder$"))) or any(p.startswith((".", "_")) for p in key.split("/")):
+    if (size == 0 and key.endswith(("/", "_$folder$"))) or storage.is_hidden(key):
         return None
     modified = datetime.fromisoformat(str(row.get("last_modified_date") or _UNKNOWN_TIME))
     if modified.tzinfo is None:

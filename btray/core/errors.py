@@ -17,7 +17,7 @@ class Failed(Exception):
 class UserError(Exception):
     """Wrong use or unusable input: one line that names the value and the remedy; exit code 2."""
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
 
 
 class ThresholdExceeded(Exception):

@@ -39,7 +39,7 @@ from btray.model.manifest import (
 )
 from btray.model.network import Network, build_network
 from btray.model.ood import Distribution
-from btray.storage import StorageError, user_error
+from btray.storage import StorageError
 
 WEIGHTS = "model.safetensors"
 OOD = "ood.safetensors"
@@ -213,12 +213,11 @@ def require_free(uri: str) -> None:
 def _own_names(uri: str) -> set[str]:
     """Return the files in `uri` that a bundle lists, or a writer that was killed. Raises UserError for a bad list."""
     own: set[str] = set()
-    names = _names(uri)
+    names = storage.list_names(uri, missing_ok=True)
     if MANIFEST in names:
         own |= {MANIFEST, WEIGHTS, *_read_manifest(uri).files}
     if _WRITING in names:
-        with _user_errors():
-            own |= {str(name) for name in storage.read_json(storage.join(uri, _WRITING))}
+        own |= {str(name) for name in storage.read_json(storage.join(uri, _WRITING))}
     for name in own:  # they will be deleted, so none may lead out of the folder
         if not is_plain_name(name):
             raise UserError(f"{uri}: {_WRITING} lists {name!r}, which is not a plain file name; name an empty folder")
@@ -226,22 +225,17 @@ def _own_names(uri: str) -> set[str]:
 
 
 def _visible_names(uri: str) -> set[str]:
-    return {name for name in _names(uri) if not name.startswith(("_", "."))}
-
-
-def _names(uri: str) -> list[str]:
-    with _user_errors():
-        return storage.list_names(uri, missing_ok=True)
+    return {name for name in storage.list_names(uri, missing_ok=True) if not name.startswith(("_", "."))}
 
 
 def _read_manifest(uri: str) -> Manifest:
-    with _user_errors(f"{uri} is not a model bundle: it has no {MANIFEST}; give the --out of a training"):
+    with _missing_means(f"{uri} is not a model bundle: it has no {MANIFEST}; give the --out of a training"):
         text = storage.read_text(storage.join(uri, MANIFEST))
     return Manifest.from_text(text, uri)
 
 
 def _read_verified(uri: str, name: str, digest: str) -> bytes:
-    with _user_errors(f"{uri} is incomplete: {name} is missing; copy the bundle again"):
+    with _missing_means(f"{uri} is incomplete: {name} is missing; copy the bundle again"):
         body = storage.read_bytes(storage.join(uri, name))
     if sha256(body) != digest:
         raise UserError(f"{uri}: {name} was changed or damaged: its SHA-256 is not the one in {MANIFEST}")
@@ -249,14 +243,12 @@ def _read_verified(uri: str, name: str, digest: str) -> bytes:
 
 
 @contextmanager
-def _user_errors(missing: str | None = None) -> Iterator[None]:
-    """Turn a StorageError within into a UserError; `missing` is its message if the file is not there."""
-    try:
+def _missing_means(message: str) -> Iterator[None]:
+    """Raise UserError with `message` for a file that is not there."""
+    with storage.suppress_missing():
         yield
-    except StorageError as error:
-        if missing is not None and error.code == "not_found":
-            raise UserError(missing) from error
-        raise user_error(error) from error
+        return
+    raise UserError(message)
 
 
 def _tensors(uri: str, name: str, body: bytes) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from btray import storage
 from btray.core.errors import UserError
 from btray.serving.config import is_loopback
 from btray.serving.problems import Problem
-from btray.storage import StorageError, user_error
+from btray.storage import StorageError
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class KeyRing:
             self._digests = _digests_in(self.uri)
         except UserError as error:
             # A store that is down for a minute must not lock everyone out.
-            if not storage.is_retryable(error):
+            if not (isinstance(error, StorageError) and error.retryable):
                 self._digests = []
             _log.warning("API keys: %s; %s", error, "the old ones hold" if self._digests else "no key is accepted")
 
@@ -138,12 +138,9 @@ def _digests_in(uri: str) -> list[bytes]:
 
 def _read_file(uri: str, *, missing_ok: bool = False) -> list[tuple[str, str]]:
     """Return (name, SHA-256) of each key."""
-    try:
-        text = storage.read_text(uri)
-    except StorageError as error:
-        if error.code == "not_found" and missing_ok:
-            return []
-        raise user_error(error) from error
+    if missing_ok and not storage.exists(uri):
+        return []
+    text = storage.read_text(uri)
     entries = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split("#")[0].split()

@@ -28,7 +28,7 @@ from btray.serving.gate import Gate
 from btray.serving.problems import first_error
 from btray.serving.ray_serve_private import haproxy_host
 from btray.serving.service import Service
-from btray.storage import is_retryable
+from btray.storage import StorageError
 
 Config = TypeVar("Config", bound=ComponentConfig)
 
@@ -68,7 +68,7 @@ class Replica:
             await self.service.models.configure(config)
         except Exception as error:
             if self.service.models.split is None:
-                if is_retryable(error):
+                if isinstance(error, StorageError) and error.retryable:
                     raise  # Serve starts a replica again, and the store may have come back by then
                 good = await _served_by_others()
                 if good is None or good == config:

@@ -32,7 +32,7 @@ from btray.serving.batching import Batcher
 from btray.serving.config import ServiceConfig
 from btray.serving.metrics import Metrics
 from btray.serving.problems import Answer, Problem
-from btray.storage import StorageError, is_retryable
+from btray.storage import StorageError
 from btray.storage.retry import backoff_delays
 
 _log = logging.getLogger(__name__)
@@ -276,8 +276,8 @@ class ServedModels:
         while True:
             try:
                 return await asyncio.to_thread(self._load, config)
-            except UserError as error:
-                if not is_retryable(error):
+            except StorageError as error:
+                if not error.retryable:
                     raise
                 self._report(number, "loading", config.model, f"{error}; it is tried again")
                 with suppress(TimeoutError):

@@ -86,11 +86,12 @@ UNREACHABLE_CODES: Final = frozenset(code for code, kind in KINDS.items() if kin
 """Codes of a store that answers nothing, or nobody for now: it is worth waiting for."""
 
 
-class StorageError(Exception):
-    """A path or object that could not be read, listed or written.
+class StorageError(UserError):
+    """A path or object that could not be read, listed or written: one line that names it and the remedy.
 
     `code` is not_found, forbidden, throttled, unavailable, changed, is_directory, too_large or failed; `uri` is the
-    path or object; `retryable` is true if the same request may succeed later (throttled, unavailable).
+    path or object; `retryable` is true if the same request may succeed later (throttled, unavailable). A job that ends
+    with it exits with 1 then, so that whatever supervises the job starts it again, and else with 2.
     """
 
     def __init__(self, code: str, uri: str, detail: str = "") -> None:
@@ -98,6 +99,7 @@ class StorageError(Exception):
         self.code = code
         self.uri = uri
         self.detail = " ".join(detail.split())
+        self.exit_code = 1 if self.retryable else 2
 
     @property
     def retryable(self) -> bool:
@@ -105,19 +107,9 @@ class StorageError(Exception):
         return self.code in UNREACHABLE_CODES
 
     def __str__(self) -> str:
-        return f"{self.uri}: {self.code}" + (f" ({self.detail})" if self.detail else "")
-
-
-def user_error(error: StorageError) -> UserError:
-    """Return the same failure as one line with a remedy, for a URI that the user named."""
-    kind = KINDS[error.code]
-    remedy = kind.remedy + (kind.s3_remedy if error.uri.startswith("s3://") else "")
-    return UserError(f"{error.uri}: {remedy}" + (f" ({error.detail})." if error.detail else "."))
-
-
-def is_retryable(error: Exception) -> bool:
-    """Return whether the cause of `error`, of `user_error`, is a store that may be back at another try."""
-    return isinstance(error.__cause__, StorageError) and error.__cause__.retryable
+        kind = KINDS[self.code]
+        remedy = kind.remedy + (kind.s3_remedy if self.uri.startswith("s3://") else "")
+        return f"{self.uri}: {remedy}" + (f" ({self.detail})" if self.detail else "")
 
 
 @contextmanager

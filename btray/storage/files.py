@@ -21,7 +21,7 @@ import pyarrow.fs
 from btray.core.errors import UserError
 from btray.storage import local as local_files
 from btray.storage import packed, s3
-from btray.storage.errors import StorageError, storage_errors_for, suppress_missing, user_error
+from btray.storage.errors import StorageError, storage_errors_for, suppress_missing
 from btray.storage.file_info import FileInfo
 
 # ---- names
@@ -93,7 +93,7 @@ def describe(uri: str) -> FileInfo:
 def list_files(uri: str) -> Iterator[FileInfo]:
     """Yield every file below a folder, at any depth, whatever its name; of a file, itself. Sorted in each folder.
 
-    Left out: directory markers, and every part below `uri` that begins with `.` or `_`. Symbolic links are followed.
+    Left out: directory markers, and what is hidden below `uri` (`is_hidden`). Symbolic links are followed.
     What cannot be examined (a broken link, say) is listed with size 0 and an empty etag: reading it tells why. The etag
     is S3's without quotes; locally `SIZE-MTIME_NS`. A local name that is not UTF-8 is listed with backslash escapes and
     a warning.
@@ -178,7 +178,7 @@ def require_writable(folder: str, flag: str) -> None:
     except StorageError as error:
         if error.retryable:
             raise  # a store that is down is not wrong use: the job exits with 1, not with 2
-        raise UserError(f"{flag} {user_error(StorageError(error.code, folder, error.detail))}") from error
+        raise UserError(f"{flag} {StorageError(error.code, folder, error.detail)}") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:

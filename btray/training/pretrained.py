@@ -15,7 +15,6 @@ from btray.model.bundle import load_bundle
 from btray.model.config import NetworkConfig
 from btray.model.manifest import MANIFEST
 from btray.model.network import build_network, load_matching
-from btray.storage import StorageError, user_error
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +37,9 @@ def read_initial_weights(uri: str, network: NetworkConfig, classes: int) -> dict
 
 
 def _read(uri: str) -> dict[str, Tensor]:
-    try:
-        if storage.exists(storage.join(uri, MANIFEST)):
-            return load_bundle(uri).weights
-        data = storage.read_bytes(uri)
-    except StorageError as error:
-        raise user_error(error) from error
+    if storage.exists(storage.join(uri, MANIFEST)):
+        return load_bundle(uri).weights
+    data = storage.read_bytes(uri)
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(data)

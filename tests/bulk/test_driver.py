@@ -93,9 +93,9 @@ def test_a_run_that_is_stopped_while_it_concludes_is_resumed(nightly: Any, monke
 
 
 @pytest.mark.parametrize("in_a_worker", [False, True])
-@pytest.mark.parametrize(("code", "kind"), [("unavailable", Failed), ("throttled", Failed), ("forbidden", UserError)])
+@pytest.mark.parametrize(("code", "exit_code"), [("unavailable", 1), ("throttled", 1), ("forbidden", 2)])
 def test_a_store_that_may_come_back_is_a_failure_and_one_that_refuses_a_mistake(
-    nightly: Any, monkeypatch: pytest.MonkeyPatch, code: str, kind: type[Exception], in_a_worker: bool
+    nightly: Any, monkeypatch: pytest.MonkeyPatch, code: str, exit_code: int, in_a_worker: bool
 ) -> None:
     error: Exception = StorageError(code, "s3://bucket/out", "what the store said")
     if in_a_worker:
@@ -105,8 +105,9 @@ def test_a_store_that_may_come_back_is_a_failure_and_one_that_refuses_a_mistake(
         raise error
 
     monkeypatch.setattr(runs, "begin", failing)
-    with pytest.raises(kind, match=r"^s3://bucket/out: .*what the store said") as caught:
+    with pytest.raises(StorageError, match=r"^s3://bucket/out: .*what the store said") as caught:
         nightly()
+    assert caught.value.exit_code == exit_code
     assert "\n" not in str(caught.value)
 
 

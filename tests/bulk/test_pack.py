@@ -71,7 +71,7 @@ def test_a_pack_grows_by_what_is_new_and_asks_again_for_what_the_store_withheld(
     output = packed(scans, tmp_path / "out")
     before = {info.uri: info for info in packs.list_pack(output)}
     assert len(before) == 6
-    with pytest.raises(storage.StorageError, match="not_found"):
+    with pytest.raises(storage.StorageError, match="nothing is there"):
         storage.read_bytes(before[str(scans / "gone.jpg")].place)
 
     (scans / "gone.jpg").unlink()
@@ -159,7 +159,7 @@ def test_a_damaged_shard_is_an_error_and_no_other_scan(ray_session: None, tmp_pa
         storage.read_bytes(member_uri(str(damaged), 0, "a.jpg"))
     assert caught.value.retryable, "the scan itself may be fine: read loose, or packed again"
     assert pickle.loads(pickle.dumps(caught.value)).retryable
-    with pytest.raises(storage.StorageError, match="not_found"):
+    with pytest.raises(storage.StorageError, match="nothing is there"):
         storage.read_bytes(member_uri(str(shard), 2, "c.jpg"))
     answers = read_many([place, f"{shard}.no.parquet#0/x", str(tmp_path / "scans" / "a.jpg")])
     assert [type(answer) for answer in answers] == [bytes, storage.StorageError, bytes]

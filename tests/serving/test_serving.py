@@ -229,8 +229,7 @@ def test_wrong_use_is_told_before_anything_starts(tmp_path: Path) -> None:
                 run_service(ServeConfig(**flags), lambda: ServeConfig(model=model))
 
 
-STORE_AWAY = UserError("the store does not answer")
-STORE_AWAY.__cause__ = StorageError("unavailable", "s3://b/x")
+STORE_AWAY = StorageError("unavailable", "s3://b/x")
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_bundle_whose_store_is_away_is_tried_again_until_it_is_there_or_anothe
     def unreliable(uri: str, **options: Any) -> Bundle:
         away[uri] = away.get(uri, 0) - 1
         if away[uri] >= 0:
-            raise UserError("the store does not answer") from StorageError("unavailable", uri)
+            raise StorageError("unavailable", uri)
         return load_bundle(uri, **options)
 
     monkeypatch.setattr(served_models, "load_bundle", unreliable)

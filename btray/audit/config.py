@@ -18,6 +18,8 @@ class AuditConfig(JobConfig):
 
     data: Uri
     """Labelled data, as for training; one class is enough."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     out: Uri
     """Folder for the audit; local or s3://."""
     overwrite: bool = Field(default=False, exclude=True)

@@ -16,6 +16,8 @@ class EvaluateConfig(JobConfig):
     """Model bundle."""
     data: Uri
     """Labelled data, as for training; its test split if it has one, else all of it. One class is enough."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     out: Uri
     """Folder for the report; local or s3://."""
     overwrite: bool = Field(default=False, exclude=True)

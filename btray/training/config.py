@@ -107,6 +107,8 @@ class TrainConfig(JobConfig):
     """Settings that may differ between two commands for one run: none changes an epoch that is already trained."""
     data: Uri
     """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id]); local or s3://."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     out: Uri
     """Where the model bundle is written; local or s3://."""
     overwrite: bool = Field(default=False, exclude=True)

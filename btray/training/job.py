@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     if is_finished(source):
         print(f"run {config.name!r} is finished, and its images are the same; --overwrite assesses it anew", flush=True)
         return config.out
-    with connected():
+    with connected(dashboard=True):
         data = prepare(source)
         claim_run(data)
         trained = TrainedModel(data, fit(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import struct
 import zlib
@@ -200,6 +201,9 @@ UNREAD = {
     "JPEG XL file": b"\0\0\0\x0cJXL \r\n\x87\n",
     "JPEG XR": b"II\xbc\1\x20\0\0\0",
     "JPEG-LS": b"\xff\xd8\xff\xf7\0\x0b\x08\0\x48\0\x60\1\1\x11\0\xff\xda\0\x08\1\1\0\0\0\0\1\2\3\xff\xd9",
+    "CgBI": b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI",
+    "gzip": gzip.compress(corpus.good_scans()["tiff_gray"]),
+    "hierarchical": corpus.good_scans()["jpeg_gray"].replace(b"\xff\xc0", b"\xff\xc5", 1),
     "HEIC": b"\0\0\0\x18ftypheic",
     "AVIF": b"\0\0\0\x1cftypavif",
     "Photoshop": b"8BPS\0\1",

@@ -354,6 +354,10 @@ def _bombs() -> dict[str, tuple[bytes, str]]:
     struct.pack_into("<I", overlapping, 10 + 1200, 12)
     struct.pack_into("<H", overlapping, 12, 100)
 
+    text_of = struct.Struct("<HHHIII")  # one entry: a description of a MiB at the end, and the next directory
+    texts = b"".join(text_of.pack(1, 270, 2, 2**20, 8 + 100 * 18, 8 + 18 * (page + 1)) for page in range(100))
+    overlapping_values = b"II*\0\x08\0\0\0" + texts + bytes(2**20)
+
     progressive = good_scans()["jpeg_progressive"]
     last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     bombs = {
@@ -369,6 +373,7 @@ def _bombs() -> dict[str, tuple[bytes, str]]:
         "tiff_header_bomb": tiff,
         "tiff_of_many_pages": b"II*\0\x08\0\0\0" + chain,
         "tiff_of_overlapping_pages": bytes(overlapping),
+        "tiff_of_overlapping_values": overlapping_values,
     }
     return {name: (data, "bomb") for name, data in bombs.items()}
 

@@ -93,7 +93,8 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
     "WebP": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
     "TIFF": lambda data: False,  # it has no mark of its end; `open_pages` and `check_strips` look at what it needs
 }
-_JPEG_LS = re.compile(rb"\xff\xf7\0[\x0b\x0e\x11\x14]")  # its frame header, of one to four components
+# frame headers, of one to four components, of processes that libjpeg does not know
+_RARE_JPEG = re.compile(rb"\xff([\xc5-\xc7\xcb\xcd-\xcf\xf7])\0[\x0b\x0e\x11\x14]")
 _BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
 _TRUNCATED_TEXT = re.compile("truncated|premature end", re.IGNORECASE)
 _UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
@@ -280,8 +281,9 @@ def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or _BOMB_TEXT.search(text):
         return ScanRejected("bomb", f"{kind}: {text}")
-    if kind == "JPEG" and "not identified" in text and _JPEG_LS.search(data):
-        return ScanRejected("unsupported", "a JPEG-LS file: there is no reader for it here; convert it to PNG or TIFF")
+    if kind == "JPEG" and (rare := _RARE_JPEG.search(data)):
+        name = "JPEG-LS" if rare[1] == b"\xf7" else "hierarchical or arithmetic-coded lossless JPEG"
+        return ScanRejected("unsupported", f"a {name} file: there is no reader for it here; convert it to PNG or TIFF")
     if _TRUNCATED_TEXT.search(text) or _HAS_NO_END[kind](data):
         return ScanRejected("truncated", f"a {kind} truncated after {len(data)} bytes: {text}")
     if _UNSUPPORTED_TEXT.search(text):

@@ -11,7 +11,7 @@ Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP"]
 
 _FORMATS: Final[dict[Format, re.Pattern[bytes]]] = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
-    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n(?!.{4}CgBI)", re.DOTALL),
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "BMP": re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),  # sizes that its header has
     "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
@@ -45,6 +45,7 @@ _FOREIGN: Final = tuple(
         (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL file"),
         (rb"II\xbc", "a JPEG XR file"),
         (rb".{4}ftyp", "a HEIC, AVIF or MP4 file"),
+        (rb"\x89PNG", "a PNG of Apple's own kind (CgBI)"),
         (rb"8BPS", "a Photoshop file"),
         (rb"gimp xcf", "a GIMP file"),
         (rb"\0\0[\x01\x02]\0[^\0]\0|icns", "an icon"),
@@ -66,7 +67,10 @@ _FOREIGN: Final = tuple(
         (rb"%!PS", "a PostScript file"),
         (rb"\xc5\xd0\xd3\xc6", "an EPS file"),
         (rb"RIFF.{4}AVI |\x1a\x45\xdf\xa3|\0\0\x01[\xb3\xba]|\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a video"),
-        (rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>|\s)*<(?:svg:)?svg\b", "an SVG drawing"),
+        (
+            rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>|<!--(?:(?!-->).)*-->|<!DOCTYPE svg[^>]*>|\s)*<(?:svg:)?svg\b",
+            "an SVG drawing",
+        ),
     )
 )
 _TARGA_END = b"TRUEVISION-XFILE.\0"
@@ -96,6 +100,8 @@ def describe_foreign(data: bytes) -> tuple[str, str]:
     if data.startswith(b"\x1f\x8b"):
         with contextlib.suppress(zlib.error):
             head = zlib.decompressobj(wbits=31).decompress(data[:65536], 1024)
+        if packed := recognise_format(head):
+            return "unsupported", f"a {packed} packed with gzip: unpack it"
     name = next((name for beginning, name in _FOREIGN if beginning.match(head)), "")
     if name or data.endswith(_TARGA_END):
         return "unsupported", f"{name or 'a Targa picture'}: there is no reader for it here; convert it to PNG or TIFF"

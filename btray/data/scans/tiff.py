@@ -23,6 +23,7 @@ from btray.data.scans.jpeg import check_jpeg
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _MAX_PAGES = 10_000  # Pillow walks the directories in quadratic time
+_SHARED_VALUES = 2**26  # bytes; pages may share a colour profile
 # bytes of a value, by TIFF's number of its type; 14 and 15 mean nothing
 _TYPE_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), start=1))
 _LAST_PIXEL_TAG = _JPEG_TABLES = 347  # tags above it do not say how pixels are stored
@@ -52,7 +53,7 @@ def find_directories(data: bytes) -> list[int]:
     order, word, before, inline = _layout(data)
     entry = struct.calcsize(order + "HH" + word * 2)
     found: dict[int, None] = {}
-    entries = 0
+    entries = values = 0
     try:
         (offset,) = struct.unpack_from(order + word, data, inline)
         while offset and offset not in found:
@@ -61,12 +62,13 @@ def find_directories(data: bytes) -> list[int]:
             first = offset + before
             (offset,) = struct.unpack_from(order + word, data, first + count * entry)
             entries += count
-            # directories that overlap have more entries than the file has room for
-            if len(found) > _MAX_PAGES or entries * entry > len(data):
+            # directories that overlap have more entries, and their values more bytes, than the file has room for
+            if len(found) > _MAX_PAGES or entries * entry > len(data) or values > 4 * len(data) + _SHARED_VALUES:
                 raise ScanRejected("bomb", f"a TIFF of more than {_MAX_PAGES} pages or of overlapping directories")
             for at in range(first, first + count * entry, entry):
                 tag, kind, length, value = struct.unpack_from(order + "HH" + word * 2, data, at)
                 size = length * _TYPE_SIZES.get(kind, 0)
+                values += size
                 if tag <= _LAST_PIXEL_TAG and size > inline and value + size > len(data):
                     raise _truncated(data, f"tag {tag} lies")
     except (struct.error, OverflowError) as error:
@@ -84,20 +86,14 @@ def open_pages(data: bytes) -> Iterator[TiffImageFile]:
     directories = find_directories(data)
     image = None
     for page, offset in enumerate(directories):
-        tags = _read_tags(data, offset)
-        if page and int(tags.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
-            continue
-        _check_kind(data, tags, len(directories))
         try:
             image = image or TiffImageFile(io.BytesIO(data))
             image.seek(page)
         except SyntaxError as error:
-            if "unknown pixel mode" not in str(error):
-                raise
-            kind = _SAMPLE_FORMATS.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "unknown")
-            pixels = f"{tags.get(_SAMPLES, 1)} x {tags.get(_BITS, (1,))[0]}-bit {kind} samples per pixel"
-            text = f"a TIFF of {pixels}, photometric interpretation {tags.get(_PHOTOMETRIC)}: that is not read"
-            raise ScanRejected("unsupported", text) from error
+            raise _explain(error, data, offset, len(directories)) from error
+        if page and int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
+            continue
+        _check_kind(data, image.tag_v2, len(directories))
         # libtiff turns numbers to the byte order of this machine; Pillow knows that of unsigned ones alone
         image.tile = [
             tile._replace(args=(re.sub(r"B([SF])$", r"N\1", tile.args[0]), *tile.args[1:]))
@@ -139,6 +135,21 @@ def read_numbers(image: TiffImageFile) -> Array | None:
     return None if number is None else to_uint16(np.asarray(image).view(number))
 
 
+def _explain(error: Exception, data: bytes, offset: int, pages: int) -> Exception:
+    """Return why a page is refused that Pillow cannot open, by its tags, which Pillow then keeps to itself."""
+    tags = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
+    stream = io.BytesIO(data)
+    stream.seek(offset)
+    tags.load(stream)
+    _check_kind(data, tags, pages)
+    if "unknown pixel mode" not in str(error):
+        return error
+    kind = _SAMPLE_FORMATS.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "unknown")
+    pixels = f"{tags.get(_SAMPLES, 1)} x {tags.get(_BITS, (1,))[0]}-bit {kind} samples per pixel"
+    text = f"a TIFF of {pixels}, photometric interpretation {tags.get(_PHOTOMETRIC)}: that is not read"
+    return ScanRejected("unsupported", text)
+
+
 def _check_kind(data: bytes, tags: ImageFileDirectory_v2, pages: int) -> None:
     """Raise `ScanRejected` if a page is of a compression that is not read, or more than one picture."""
     compression = tags.get(_COMPRESSION, 1)
@@ -174,14 +185,6 @@ def _values(tags: ImageFileDirectory_v2, tag: int) -> tuple[Any, ...]:
     """Return the values of a tag that Pillow does not know, of which it gives a single one bare."""
     value = tags.get(tag, ())
     return value if isinstance(value, tuple) else (value,)
-
-
-def _read_tags(data: bytes, offset: int) -> ImageFileDirectory_v2:
-    tags = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
-    stream = io.BytesIO(data)
-    stream.seek(offset)
-    tags.load(stream)
-    return tags
 
 
 def _truncated(data: bytes, what: str) -> ScanRejected:

@@ -143,6 +143,25 @@ def test_rejected_scans_are_rows_with_their_code_between_the_others(
         assert f" rejected {code}: " in " ".join(line.split())
 
 
+def test_columns_stay_where_they_are_and_a_rejection_has_its_code_and_name_once(
+    btray: Callable[..., Ended], model: str, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_AT_A_TIME", 1)
+    folder = tmp_path / "scans"
+    for name, data in (("a.jpg", scan.read_bytes()), ("b.jpg", b"hi"), ("c with a longer name.jpg", scan.read_bytes())):
+        storage.write_bytes(str(folder / name), data)
+    storage.write_bytes(str(folder / "pages.tiff"), scan_corpus.good_scans()["tiff_pages"])
+    lines = btray("predict", "--model", model, folder, tmp_path / "absent.jpg").out
+    place = lines[0].index("label")
+    assert all(line[place - 2 : place] == "  " and line[place] != " " for line in lines)
+    whole = [line for line in lines if " rejected " not in line]
+    assert len({len(line) for line in whole}) == 1, "columns stand below their titles"
+    rejected = [line for line in lines if " rejected " in line]
+    assert [line[len(lines[0]) :].split(":")[0].strip() for line in rejected] == ["not_an_image", "not_found"]
+    for line, name in zip(rejected, (folder / "b.jpg", tmp_path / "absent.jpg"), strict=True):
+        assert line.count(str(name)) == line.count("not_an_image") + line.count("not_found") == 1
+
+
 def test_where_nothing_could_be_classified_the_exit_code_is_2(
     btray: Callable[..., Ended], model: str, tmp_path: Path
 ) -> None:

@@ -394,5 +394,5 @@ def test_a_classification_that_is_stopped_ends_in_order_and_the_same_command_goe
     assert "Traceback" not in said
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert "taking up run" in done.stderr
+    assert "resuming run" in done.stderr
     assert current(output, columns=["uri"]).num_rows == 4000

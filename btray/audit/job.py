@@ -28,7 +28,7 @@ from btray.core.errors import ThresholdExceeded
 from btray.data.duplicates import Pairs, components, near_pairs, numbered, verified_pairs
 from btray.data.fingerprint import SAME_IMAGE, unpack
 from btray.data.labelled import read_labelled
-from btray.data.rejections import as_csv, rejections_csv
+from btray.data.rejections import as_csv, rejections_csv, require_found
 
 # Files per block: some seconds' work for one core, so that the cost of starting a task does not count.
 _BLOCK_ROWS = 128
@@ -55,6 +55,7 @@ def audit(config: AuditConfig) -> str:
     with connected():
         rows = pa.table({"row": np.arange(len(table)), "uri": table["uri"]})
         inspected = _map_blocks(rows, inspect_block, _BLOCK_ROWS).sort_by("row")
+        require_found(inspected["code"].to_pylist(), len(table), config.data)
         readable = inspected.filter(pc.equal(inspected["code"], ""))
         twins = find_twins(readable, table["uri"])
     members = group(table, readable, twins)

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from btray import storage
+from btray.acquire.config import AcquireConfig
 from btray.bulk.archive import Selection, list_archive
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
@@ -155,3 +157,11 @@ def test_the_cases_that_people_sent_name_what_is_there(name: str) -> None:
     uris = listed(CASES / name)
     assert len(uris) == 8
     assert all(Path(uri).is_file() for uri in uris)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_other_text_may_have_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "keys.txt").write_text("radiology " + "0" * 64 + "\r\n", encoding=encoding)
+    assert storage.read_text(str(tmp_path / "keys.txt")).split()[0] == "radiology"
+    (tmp_path / "run.yaml").write_text("source: [a]\r\nout: b\r\n", encoding=encoding)
+    assert AcquireConfig.from_command_line(["--config", str(tmp_path / "run.yaml")]).out == "b"

@@ -17,6 +17,8 @@ class AcquireConfig(JobConfig):
     local or s3://; several are merged. A comma separates: put one that holds a comma between double quotes."""
     out: str
     """Where images, manifest.parquet and dataset.json are written; local or s3://."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     sha256: tuple[str, ...] = ()
     """SHA-256 of each archive, in the order of --source; `-` for none."""
     license: tuple[str, ...] = ()

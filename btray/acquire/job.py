@@ -24,7 +24,7 @@ from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_
 from btray.acquire.unpack import LeftOut, UnpackLimits
 from btray.core.console import ProgressLine
 from btray.core.errors import UserError
-from btray.data.labels import class_order
+from btray.data.labels import class_order, label_twins, require_classes
 from btray.storage import StorageError
 
 MANIFEST_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "label", "split", "patient_id", "source")])
@@ -74,6 +74,8 @@ class SourceRecord:
     bytes: int
     counts: Counts
     left_out: LeftOutFiles
+    warnings: Sequence[str]
+    """What is probably not meant so, folders that look like no class say, and what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ def acquire(config: AcquireConfig) -> str:
     shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
     storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
     acquired = [_acquire_source(source, config, cache, out) for source in sources]
+    require_classes(config.classes, [file.label for _, files in acquired for file in files], "no source")
     return _write(acquired, out)
 
 
@@ -119,7 +122,8 @@ def _acquire_source(
         max_bytes=int(config.max_unpacked_gb * 1e9), max_files=config.max_files, max_ratio=config.max_ratio
     )
     acquired_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    with opened(source, cache=cache, limits=limits, encoding=config.archive_encoding) as everything:
+    opening = opened(source, cache=cache, limits=limits, encoding=config.archive_encoding, classes=config.classes)
+    with opening as everything:
         contents = _storable(everything)
         copied = _copy(contents, storage.join(out, "images", source.name), source.name)
     sizes = {file: size for file, size in zip(contents.files, copied, strict=True) if isinstance(size, int)}
@@ -137,6 +141,7 @@ def _acquire_source(
         bytes=sum(sizes.values()),
         counts=_count(sizes),
         left_out=left_out,
+        warnings=contents.warnings,
     )
     return record, list(sizes)
 
@@ -243,7 +248,11 @@ def _print_balance(dataset: DatasetRecord) -> None:
         times = totals[largest] / totals[smallest]
         balance = f"{len(totals)} classes; {largest} has {times:.1f} times as many as {smallest}"
     console.print(f"{dataset.images} images; {balance}")
+    for twins in label_twins(dataset.counts) if sources else ():
+        console.print(f"{twins}: training refuses them")
     for source in dataset.sources:
+        if source.warnings:
+            console.print(f"{source.name}: {'; '.join(source.warnings)}")
         if source.left_out.count:
             left_out = source.left_out
             console.print(f"{source.name}: {left_out.count} files left out ({left_out.summary}), see dataset.json")

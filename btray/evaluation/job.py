@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from btray import storage
 from btray.core.cluster import connected, require_gpus
+from btray.core.console import ProgressLine
 from btray.data.labelled import read_labelled
 from btray.data.labels import require_known_labels
 from btray.data.rejections import (
@@ -41,13 +42,13 @@ def evaluate(config: EvaluateConfig) -> str:
     """
     out = storage.resolve(config.out)
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
-    table = read_labelled(config.data, least_classes=1)
+    table = read_labelled(config.data, classes=config.classes, least_classes=1)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))
     require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
     storage.require_writable(out, "--out")
-    with connected():
+    with connected(), ProgressLine(f"classifying {len(table)} images", keep=False):
         if config.use_gpu:
             require_gpus()
         scores = score(

@@ -94,7 +94,7 @@ def describe(uri: str) -> FileInfo:
 def list_files(uri: str) -> Iterator[FileInfo]:
     """Yield every file below a folder, at any depth, whatever its name; of a file, itself. Sorted in each folder.
 
-    Left out: directory markers, and every part below `uri` that begins with `.` or `_`. Symbolic links are followed.
+    Left out: directory markers, and what is hidden below `uri` (`is_hidden`). Symbolic links are followed.
     What cannot be examined (a broken link, say) is listed with size 0 and an empty etag: reading it tells why. The etag
     is S3's without quotes; locally `SIZE-MTIME_NS`. A local name that is not UTF-8 is listed with backslash escapes and
     a warning.

@@ -122,7 +122,7 @@ def read_source(config: TrainConfig) -> Source:
         UserError: fewer than two classes outside val and test, a label there that no training image has, or nothing
             that can be read.
     """
-    table = read_labelled(config.data)
+    table = read_labelled(config.data, classes=config.classes)
     classes = class_order(table.filter(~in_splits(table, "val", "test"))["label"].to_pylist())
     if len(classes) < 2:
         names = ", ".join(classes) or "none"

@@ -24,6 +24,7 @@ from btray.audit.findings import AuditReport, findings_present
 from btray.audit.inspection import correlate_block, inspect_block
 from btray.audit.report import render_audit
 from btray.core.cluster import connected
+from btray.core.console import ProgressLine
 from btray.core.errors import ThresholdExceeded
 from btray.data.duplicates import Pairs, components, near_pairs, numbered, verified_pairs
 from btray.data.fingerprint import SAME_IMAGE, unpack
@@ -55,10 +56,11 @@ def audit(config: AuditConfig) -> str:
     table = data.table
     require_classes(config.classes, table["label"].to_pylist(), f"nothing in {config.data}")
     storage.require_writable(out, "--out")
-    with connected():
+    with connected(), ProgressLine(f"inspecting {len(table)} images", keep=False) as line:
         rows = pa.table({"row": np.arange(len(table)), "uri": table["uri"]})
         inspected = _map_blocks(rows, inspect_block, _BLOCK_ROWS).sort_by("row")
         readable = inspected.filter(pc.equal(inspected["code"], ""))
+        line.update(f"comparing {len(readable)} images with one another")
         twins = find_twins(readable, table["uri"])
     members = group(table, readable, twins)
     report = summarise(config.data, data, inspected, twins, members)

@@ -181,7 +181,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
 def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
     config = job.config
-    with connected(dashboard=False), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
+    with connected(), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(

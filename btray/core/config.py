@@ -10,7 +10,8 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
@@ -141,6 +142,16 @@ def set_environment(variables: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """At the end of the block, let the environment be as it was before it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        set_environment({**dict.fromkeys(os.environ), **before})
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from btray import storage
 from btray.core.cluster import connected, require_gpus
+from btray.core.console import ProgressLine
 from btray.data.labelled import read_labelled
 from btray.data.labels import require_known_labels
 from btray.data.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
@@ -40,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> str:
         table = table.filter(pc.equal(table["split"], split))
     require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
     storage.require_writable(out, "--out")
-    with connected():
+    with connected(), ProgressLine(f"classifying {len(table)} images", keep=False):
         if config.use_gpu:
             require_gpus()
         scores = score(

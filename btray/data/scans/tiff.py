@@ -29,7 +29,7 @@ _TYPE_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8,
 _LAST_PIXEL_TAG = _JPEG_TABLES = 347  # tags above it do not say how pixels are stored
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
 _FILL_ORDER, _SAMPLES, _PLANES, _SUB_DIRECTORIES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 266, 277, 284, 330, 338, 339
-_STRIP_OFFSETS, _TILE_OFFSETS = 273, 324
+_STRIP_OFFSETS, _TILE_OFFSETS, _SUBSAMPLING = 273, 324, 530
 _IMAGE_DEPTH, _STK_PLANES = 32997, 33629  # by Silicon Graphics and MetaMorph
 _REDUCED_OR_MASK = 0b101  # bits of a page that is a thumbnail or a mask of another one
 _JPEG, _DEFLATE = 7, (8, 32946)
@@ -157,6 +157,8 @@ def _check_kind(data: bytes, tags: ImageFileDirectory_v2, pages: int) -> None:
     if deep_jpeg or compression in _NOT_READ or compression not in COMPRESSION_INFO:
         name = "JPEG of 12 bit" if deep_jpeg else _NOT_READ.get(compression, "another method")
         raise ScanRejected("unsupported", f"a TIFF compressed with {name} ({compression}): that is not read")
+    if compression == 1 and max(tags.get(_SUBSAMPLING, (1,))) > 1:
+        raise ScanRejected("unsupported", "a TIFF of subsampled YCbCr without compression: that is not read")
     slices = max(tags.get(_IMAGE_DEPTH, 1), len(_values(tags, _STK_PLANES)))
     samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA_SAMPLES, ())
     description = str(tags.get(_DESCRIPTION, ""))

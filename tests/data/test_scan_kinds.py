@@ -314,6 +314,21 @@ def test_strips_that_are_missing_or_short_are_refused(compression: int) -> None:
         assert outcome(strips_of(compression, change)).startswith(("truncated: ", "decode_failed: "))
 
 
+@pytest.mark.parametrize("compression", PACKERS)
+def test_tiles_that_are_missing_are_refused(compression: int) -> None:
+    padded = np.pad(PICTURE, ((0, 56), (0, 32)))
+    tiles = [padded[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)]
+    packed = [PACKERS[compression](tile.tobytes()) for tile in tiles]
+    for kept in (4, 3, 2):
+        offsets = [8 + sum(map(len, packed[:number])) for number in range(kept)]
+        tags = {322: [64], 323: [64], 324: offsets, 325: [len(tile) for tile in packed[:kept]]}
+        data = corpus.tiff_of(SHAPE, {258: [8], 259: [compression], 262: [1]} | tags, packed[:kept], order="<")
+        if kept == 4:
+            np.testing.assert_array_equal(decode(data).frames[0], PICTURE)
+        else:
+            assert outcome(data).startswith("truncated: a TIFF that has not all 4"), kept
+
+
 def short_png(whole: bytes, share: float) -> bytes:
     """Return a PNG with right checksums and that share of the stream of pixels of a whole one."""
     chunks, at = [], 8

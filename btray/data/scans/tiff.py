@@ -108,10 +108,18 @@ def check_strips(data: bytes, tags: ImageFileDirectory_v2) -> None:
     """Raise an exception if strips or tiles of a page are not there, or not whole."""
     bits, samples = tags.get(_BITS, (1,)), tags.get(_SAMPLES, 1)
     planes = samples if tags.get(_PLANES) == 2 else 1
-    size = planes * tags[_HEIGHT] * -(-tags[_WIDTH] * bits[0] * samples // planes // 8)
+    width, height = tags[_WIDTH], tags[_HEIGHT]
+    size = planes * height * -(-width * bits[0] * samples // planes // 8)
     compression = tags.get(_COMPRESSION, 1)
-    for offsets, lengths in ((_STRIP_OFFSETS, 279), (_TILE_OFFSETS, 325)):
-        strips = list(zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False))
+    for offsets, lengths, across, down in (
+        (_STRIP_OFFSETS, 279, width, tags.get(278, height)),
+        (_TILE_OFFSETS, 325, tags.get(322), tags.get(323)),
+    ):
+        if offsets not in tags:
+            continue
+        if len(tags[offsets]) < (count := planes * -(-width // across) * -(-height // down)):
+            raise ScanRejected("truncated", f"a TIFF that has not all {count} strips or tiles of its pixels")
+        strips = list(zip(tags[offsets], tags.get(lengths, ()), strict=False))
         if any(offset + length > len(data) for offset, length in strips):
             raise _truncated(data, "pixels lie")
         if compression == 1 and strips and sum(length for _, length in strips) < size:

@@ -97,7 +97,7 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
 _RARE_JPEG = re.compile(rb"\xff([\xc5-\xc7\xcb\xcd-\xcf\xf7])\0[\x0b\x0e\x11\x14]")
 _BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
 _TRUNCATED_TEXT = re.compile("truncated|premature end", re.IGNORECASE)
-_UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
+_UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle", re.IGNORECASE)
 
 
 def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DEFAULT_LIMITS) -> Scan:

@@ -114,6 +114,8 @@ def tiff_of(shape: tuple[int, ...], tags: dict[int, list[int] | bytes], strips: 
     lengths = [len(strip) for strip in strips]
     offsets = [8 + sum(lengths[:number]) for number in range(len(strips))]
     rows = {256: [shape[1]], 257: [shape[0]], 259: [1], 273: offsets, 278: [-(-shape[0] // len(strips))], 279: lengths}
+    if 324 in tags:  # tiles, not strips
+        rows = {tag: rows[tag] for tag in (256, 257, 259)}
     tags = rows | tags
     body = b"".join(strips)
     body += bytes(len(body) % 2)

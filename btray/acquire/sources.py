@@ -20,12 +20,12 @@ from btray.acquire.download import digest, download, without_secrets
 from btray.acquire.unpack import SUFFIXES, LeftOut, UnpackLimits, unpack
 from btray.core.errors import UserError
 from btray.data.labelled import MANIFESTS, list_labelled
+from btray.data.manifests import ENDINGS, kind_of
 from btray.data.trees import read_tree, reason_to_leave_out
 from btray.storage.errors import storage_errors_for
 
 Kind = Literal["kaggle", "http", "archive", "folder", "manifest"]
 
-_MANIFESTS = (".parquet", ".csv")
 _COPIED_AT_A_TIME = 1 << 20  # bytes
 
 
@@ -109,9 +109,9 @@ def _kind_of(given: str) -> tuple[str, Kind]:
     uri = storage.resolve(given)
     if not storage.exists(uri):
         raise UserError(f"--source {given}: nothing is there; check the spelling (a comma separates sources)")
-    if storage.is_folder(uri):
-        return uri, "folder"
-    return uri, "manifest" if uri.lower().endswith(_MANIFESTS) else "archive"
+    if kind_of(uri) == "manifest":
+        return uri, "manifest"
+    return uri, "folder" if storage.is_folder(uri) else "archive"
 
 
 def _default_name(uri: str) -> str:
@@ -119,7 +119,7 @@ def _default_name(uri: str) -> str:
         last = uri.split("/")[1]
     else:
         last = storage.name(unquote(urlsplit(uri).path) if uri.lower().startswith(("http://", "https://")) else uri)
-    suffix = next((end for end in (*SUFFIXES, *_MANIFESTS) if last.lower().endswith(end)), "")
+    suffix = next((end for end in (*SUFFIXES, *ENDINGS) if last.lower().endswith(end)), "")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last[: len(last) - len(suffix)]).strip("._-")[:80] or "source"
 
 

@@ -42,11 +42,11 @@ def build_app(service: Service) -> Gate:
         description=openapi.DESCRIPTION,
         docs_url=None,  # FastAPI's own page for it loads scripts from elsewhere
         redoc_url=None,
-        exception_handlers=dict.fromkeys(_ERRORS, _answer_error),
+        exception_handlers={**dict.fromkeys(_ERRORS, _answer_error), 404: _answer_no_route},
     )
     for path, (name, kind) in _PAGE.items():
         content = resources.files("btray").joinpath("serving/static", name).read_bytes()
-        app.add_api_route(path, partial(_send, content, kind), methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, partial(_send, content, kind), methods=["GET"], include_in_schema=False)
 
     @app.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
@@ -78,6 +78,15 @@ def build_app(service: Service) -> Gate:
 
 async def _send(content: bytes, kind: str) -> Response:
     return Response(content, media_type=kind)
+
+
+async def _answer_no_route(request: Request, _: Exception) -> Response:
+    """Answer a path that is not there; Triton's client asks for some that the protocol leaves open."""
+    detail = f"nothing is at {request.url.path[:80]}; /openapi.json lists what is"
+    if request.url.path.startswith("/v2/"):
+        detail += ". Of the Open Inference Protocol it is health, metadata and inference, without Triton's extensions "
+        detail += "(model configuration, statistics, model repository, shared memory, trace, logging)"
+    return Problem(404, "not_found", detail).response()
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:

@@ -86,7 +86,7 @@ def whole_slices(kind: str, folder: Path, count: int) -> Iterator[bytes]:
 
 def damage(data: bytes, file_format: str, kind: str, rng: random.Random) -> bytes:
     """Return `data` after an accident of a kind: in the entropy-coded data of a JPEG, behind the magic of others."""
-    start, end = (data.rindex(b"\xff\xda") + 14, len(data) - 2) if file_format == "JPEG" else (16, len(data))
+    start, end = _codes(data) if file_format == "JPEG" else (16, len(data))
     at = rng.randrange(start, end)
     if kind == "cut":
         return data[:at] + (rng.choice((b"", b"\xff\xd9")) if file_format == "JPEG" else b"")
@@ -97,6 +97,14 @@ def damage(data: bytes, file_format: str, kind: str, rng: random.Random) -> byte
     if kind == "lost":
         return data[:at] + data[min(end, at + rng.choice((1, 1, 2, 16, 512))) :]
     return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+
+
+def _codes(data: bytes) -> tuple[int, int]:
+    """Return where the entropy-coded data of a JPEG begins and ends."""
+    at = 2
+    while data[at + 1] != 0xDA:  # a scan
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"), data.index(b"\xff\xd9", at)
 
 
 def tally(wholes: list[bytes], file_format: str, each: int, rng: random.Random) -> Tally:

@@ -24,7 +24,7 @@ from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray
 from btray.data.scans.jpeg import decode_gray
-from btray.data.scans.png import PNG_END, check_png
+from btray.data.scans.png import PNG_END, check_png, check_rows
 from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -97,7 +97,7 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
 _RARE_JPEG = re.compile(rb"\xff([\xc5-\xc7\xcb\xcd-\xcf\xf7])\0[\x0b\x0e\x11\x14]")
 _BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
 _TRUNCATED_TEXT = re.compile("truncated|premature end", re.IGNORECASE)
-_UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
+_UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle", re.IGNORECASE)
 
 
 def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DEFAULT_LIMITS) -> Scan:
@@ -209,6 +209,8 @@ def _frame(data: bytes, image: ImageFile) -> Array:
     if deep is None:
         deep = _deep_colour(data, image)
     image.load()
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        check_rows(data, image)
     page: Image.Image = image if deep is None else Image.fromarray(deep)
     if _has_padding(image):
         page = page.convert("RGB")

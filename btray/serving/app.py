@@ -10,6 +10,7 @@ from functools import partial
 from importlib import resources
 from typing import Final
 
+import jinja2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -40,7 +41,7 @@ def build_app(service: Service) -> Gate:
         title="btray",
         version=openapi.version(),
         description=openapi.DESCRIPTION,
-        docs_url=None,  # FastAPI's own page for it loads scripts from elsewhere
+        docs_url=None,  # FastAPI's own page for it loads scripts from elsewhere; ours is below
         redoc_url=None,
         exception_handlers={**dict.fromkeys(_ERRORS, _answer_error), 404: _answer_no_route},
     )
@@ -73,6 +74,9 @@ def build_app(service: Service) -> Gate:
     app.include_router(classify_routes(service))
     app.include_router(protocol_routes(service))
     openapi.define(app, ProblemAnswer, ClassifyRequest, InferBody)
+    template = resources.files("btray").joinpath("serving/static/docs.html").read_text(encoding="utf-8")
+    docs = jinja2.Template(template, autoescape=True).render(api=app.openapi()).encode()
+    app.add_api_route("/docs", partial(_send, docs, "text/html"), methods=["GET", "HEAD"], include_in_schema=False)
     return Gate(app, service)
 
 

@@ -24,9 +24,9 @@ from btray.serving.service import Service
 _log = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset(
-    ("/", "/page.css", "/page.js", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+    ("/", "/page.css", "/page.js", "/docs", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 )
-"""Answered without a key: the page, which holds no data, and the health of the service."""
+"""Answered without a key: the pages, which hold no data, and the health of the service."""
 
 _SECURITY_HEADERS: Final = {
     "x-content-type-options": "nosniff",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import io
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -234,6 +236,20 @@ def test_every_answer_has_the_headers_that_keep_a_page_safe(service: Running) ->
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         assert answer.headers["Cache-Control"] == "no-store"
         assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_the_page_on_the_api_shows_every_route_and_loads_nothing_from_elsewhere(service: Running) -> None:
+    page = service.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    schema = service.get("/openapi.json").json()
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            assert f"{method.upper()} {html.escape(path)}</code>" in page.text
+            for code in route["responses"]:
+                assert f"<code>{code}</code>" in page.text
+    assert [
+        link for link in re.findall(r'(?:src|href)="([^"]*)"', page.text) if "://" in link or link[:2] == "//"
+    ] == []
 
 
 def test_openapi_names_every_route_with_its_errors_and_examples(service: Running) -> None:

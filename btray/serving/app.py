@@ -47,7 +47,7 @@ def build_app(service: Service) -> Gate:
     )
     for path, (name, kind) in _PAGE.items():
         content = resources.files("btray").joinpath("serving/static", name).read_bytes()
-        app.add_api_route(path, partial(_send, content, kind), methods=["GET"], include_in_schema=False)
+        app.add_api_route(path, partial(_send, content, kind), include_in_schema=False)
 
     @app.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
@@ -76,7 +76,7 @@ def build_app(service: Service) -> Gate:
     openapi.define(app, ProblemAnswer, ClassifyRequest, InferBody)
     template = resources.files("btray").joinpath("serving/static/docs.html").read_text(encoding="utf-8")
     docs = jinja2.Template(template, autoescape=True).render(api=app.openapi()).encode()
-    app.add_api_route("/docs", partial(_send, docs, "text/html"), methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_api_route("/docs", partial(_send, docs, "text/html"), include_in_schema=False)
     return Gate(app, service)
 
 

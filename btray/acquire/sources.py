@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,12 @@ from btray.acquire.download import digest, download, without_secrets
 from btray.acquire.unpack import SUFFIXES, LeftOut, UnpackLimits, unpack
 from btray.core.errors import UserError
 from btray.data.labelled import MANIFESTS, list_labelled
+from btray.data.manifests import ENDINGS, kind_of
 from btray.data.trees import read_tree, reason_to_leave_out
 from btray.storage.errors import storage_errors_for
 
 Kind = Literal["kaggle", "http", "archive", "folder", "manifest"]
 
-_MANIFESTS = (".parquet", ".csv")
 _COPIED_AT_A_TIME = 1 << 20  # bytes
 
 
@@ -107,9 +108,9 @@ def _kind_of(given: str) -> tuple[str, Kind]:
         raise UserError(f"--source {given} names no server; write http(s)://SERVER/PATH")
     if not storage.exists(given):
         raise UserError(f"--source {given}: nothing is there; check the spelling (a comma separates sources)")
-    if storage.is_folder(given):
-        return given, "folder"
-    return given, "manifest" if given.lower().endswith(_MANIFESTS) else "archive"
+    if kind_of(given) == "manifest":
+        return given, "manifest"
+    return given, "folder" if storage.is_folder(given) else "archive"
 
 
 def _default_name(uri: str) -> str:
@@ -117,16 +118,20 @@ def _default_name(uri: str) -> str:
         last = uri.split("/")[1]
     else:
         last = storage.name(unquote(urlsplit(uri).path) if uri.lower().startswith(("http://", "https://")) else uri)
-    suffix = next((end for end in (*SUFFIXES, *_MANIFESTS) if last.lower().endswith(end)), "")
+    suffix = next((end for end in (*SUFFIXES, *ENDINGS) if last.lower().endswith(end)), "")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last[: len(last) - len(suffix)]).strip("._-")[:80] or "source"
 
 
 def _unused(stem: str, suffix: str, taken: set[str]) -> str:
     """Return the name, with a number if one file system or another would take it for one of `taken`; add it to them."""
     numbered = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
-    unused = next(name for name in itertools.chain([stem + suffix], numbered) if name.casefold() not in taken)
-    taken.add(unused.casefold())
+    unused = next(name for name in itertools.chain([stem + suffix], numbered) if _folded(name) not in taken)
+    taken.add(_folded(unused))
     return unused
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @contextmanager
@@ -211,10 +216,14 @@ def _read_tree(folder: str, shown: str, classes: Sequence[str]) -> Contents:
     """
     names = [info.uri[len(folder) + 1 :] for info in storage.list_files(folder)]
     tree = read_tree(names, shown, classes)
-    files = [
-        LabelledFile(storage.join(folder, name), name.removeprefix(f"{tree.root}/"), label=label, split=split)
-        for name, (split, label) in tree.images.items()
-    ]
+    files = []
+    folders: dict[str, str] = {}  # glioma/ beside Glioma/: one class, but on some file systems one folder as well
+    taken: set[str] = set()
+    for name, (split, label) in tree.images.items():
+        above, _, last = name.removeprefix(f"{tree.root}/").rpartition("/")
+        if above not in folders:
+            folders[above] = _unused(above, "", taken)
+        files.append(LabelledFile(storage.join(folder, name), f"{folders[above]}/{last}", label=label, split=split))
     left_out = [*tree.left_out.items(), *((name, "hidden") for name in _hidden(folder, names))]
     return Contents(files, [LeftOut(name, reason) for name, reason in left_out], warnings=tree.warnings)
 

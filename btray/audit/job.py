@@ -30,7 +30,7 @@ from btray.data.duplicates import Pairs, components, near_pairs, numbered, verif
 from btray.data.fingerprint import SAME_IMAGE, unpack
 from btray.data.labelled import list_labelled
 from btray.data.labels import require_classes
-from btray.data.rejections import as_csv, rejections_csv
+from btray.data.rejections import as_csv, rejections_csv, require_found
 
 # Files per block: some seconds' work for one core, so that the cost of starting a task does not count.
 _BLOCK_ROWS = 128
@@ -59,6 +59,7 @@ def audit(config: AuditConfig) -> str:
     with connected(), ProgressLine(f"inspecting {len(table)} images", keep=False) as line:
         rows = pa.table({"row": np.arange(len(table)), "uri": table["uri"]})
         inspected = _map_blocks(rows, inspect_block, _BLOCK_ROWS).sort_by("row")
+        require_found(inspected["code"].to_pylist(), len(table), config.data)
         readable = inspected.filter(pc.equal(inspected["code"], ""))
         line.update(f"comparing {len(readable)} images with one another")
         twins = find_twins(readable, table["uri"])

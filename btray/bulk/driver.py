@@ -35,7 +35,7 @@ from btray.core.cluster import connected
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
 from btray.data.key_set import Keys
-from btray.data.rejections import enforce_max_rejected
+from btray.data.rejections import enforce_max_rejected, require_found
 from btray.storage import FileInfo, lease
 
 _log = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ def run_archive(job: ArchiveJob) -> str:
             return job.output
         with lease.hold(job.output) as check:
             report = _run(job, listed, check)
+    if not report.unchanged:
+        require_found(report.rejected_by_code, report.objects, config.input)
     if config.max_rejected is not None:
         enforce_max_rejected(report.rejected_by_code, report.objects, config.max_rejected)
     return job.output

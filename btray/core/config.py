@@ -210,7 +210,7 @@ class _ConfigFile(YamlConfigSettingsSource):
     """The file of --config."""
 
     def _read_file(self, file_path: Any) -> dict[str, Any]:
-        content = super()._read_file(file_path)
+        content = yaml.safe_load(Path(file_path).read_bytes()) or {}  # bytes: Windows may have written UTF-16
         if not isinstance(content, dict):
             raise UserError(f"--config {file_path}: expected 'key: value' lines, found a {type(content).__name__}")
         _refuse_odd_keys(content, f"--config {file_path}")

@@ -13,9 +13,9 @@ import pyarrow as pa
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.labels import canonical_label, require_classes
-from btray.data.manifests import column_names, read_manifest
+from btray.data.manifests import column_names, kind_of, read_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
-from btray.data.trees import LAYOUT, SPLITS, read_tree, with_remedy
+from btray.data.trees import LAYOUT, SPLITS, no_class, read_tree, with_remedy
 from btray.storage import FileInfo, StorageError
 from btray.storage.packed import path_of
 
@@ -74,7 +74,7 @@ def read_labelled(uri: str, *, classes: Sequence[str] = (), least_classes: int =
 def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
     """List the labelled images of a class-per-folder tree or a manifest.
 
-    What a tree is, `btray.data.trees` says. A manifest is a .parquet or .csv file with uri,label[,split][,patient_id],
+    What a tree is, `btray.data.trees` says. A manifest is a Parquet or CSV file with uri,label[,split][,patient_id],
     or a folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's folder. A
     packed archive gives what was packed into it, by the same rules, with member URIs. Labels are canonical; split is
     null, train, val or test; size (bytes) and etag are null in a manifest's rows. If `classes` are given, images with
@@ -85,8 +85,7 @@ def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
     """
     root = storage.resolve(uri)
     inside = (storage.join(root, name) for name in MANIFESTS)
-    is_manifest = root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root)
-    manifest = root if is_manifest else next((path for path in inside if storage.exists(path)), None)
+    manifest = root if kind_of(root) == "manifest" else next((path for path in inside if storage.exists(path)), None)
     if manifest:
         return _read_manifest(manifest, manifest.rpartition("/")[0], {}, classes)
     if is_pack(root):
@@ -98,11 +97,9 @@ def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
 
 
 def holds_labels(manifest: str) -> bool:
-    """Return whether a .parquet or .csv file has the columns of a labelled manifest."""
-    if not manifest.lower().endswith((".parquet", ".csv")):
-        return False
+    """Return whether this is a manifest with the columns of a labelled one."""
     try:
-        return {"uri", "label"} <= column_names(manifest).keys()
+        return kind_of(manifest) == "manifest" and {"uri", "label"} <= column_names(manifest).keys()
     except StorageError:
         raise
     except UserError:
@@ -128,7 +125,7 @@ def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], class
     """
     rows: dict[str, tuple[int, tuple[str, str | None, str | None]]] = {}
     for number, (uri, label, split, patient) in read_manifest(
-        manifest, SCHEMA.names[:4], required=("uri", "label"), folder=folder
+        manifest, SCHEMA.names[:4], required=("uri", "label"), folder=folder, known=members
     ):
         known_split = SPLITS.get((split or "").strip().casefold())
         if known_split is None and (split or "").strip():
@@ -151,7 +148,9 @@ def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], class
         raise UserError(f"{manifest} names no image of the classes {', '.join(classes)}; correct --classes.")
     kept = ((members.get(uri, uri), *facts, None, None) for uri, (_, facts) in rows.items() if uri not in left_out)
     table = _table(kept)
-    return Labelled(table, left_out, [] if wanted else with_remedy([], table["label"].unique().to_pylist()))
+    labels = table["label"].unique().to_pylist()
+    doubts = [f"label {label!r} looks like {kind}" for label in labels if (kind := no_class(label))]
+    return Labelled(table, left_out, [] if wanted else with_remedy(doubts, labels))
 
 
 def _read_pack(root: str, classes: Sequence[str]) -> Labelled:

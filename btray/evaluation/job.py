@@ -11,7 +11,14 @@ from btray.core.cluster import connected, require_gpus
 from btray.core.console import ProgressLine
 from btray.data.labelled import read_labelled
 from btray.data.labels import require_known_labels
-from btray.data.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
+from btray.data.rejections import (
+    REJECTED,
+    as_csv,
+    enforce_max_rejected,
+    rejections_csv,
+    report_rejections,
+    require_found,
+)
 from btray.evaluation.assessment import assess
 from btray.evaluation.config import EvaluateConfig
 from btray.evaluation.report import summary
@@ -50,6 +57,7 @@ def evaluate(config: EvaluateConfig) -> str:
     report_rejections(scores.rejected, table)
     # Before anything is measured: if not one image can be read, this list is all that tells why.
     storage.write_bytes(storage.join(out, REJECTED), rejections_csv(scores.rejected, table))
+    require_found(scores.rejected["code"].to_pylist(), len(table), config.data)
     measured_on = f"the test split of {config.data}" if split else f"all of {config.data}"
     assessment = assess(bundle, table, scores, measured_on=measured_on, learnt_from=read_fingerprints(bundle))
     files = assessment.files | {

@@ -8,6 +8,7 @@ Safe in threads and in Ray workers.
 
 from __future__ import annotations
 
+import codecs
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -126,10 +127,10 @@ def open_ranges(uri: str) -> IO[bytes]:
 
 
 def read_text(uri: str) -> str:
-    """Return the file as UTF-8 text. Raises StorageError; `failed` if it is not UTF-8."""
+    """Return the file as text: UTF-8, or UTF-16 with a byte-order mark. Raises StorageError; `failed` if it is not."""
     data = read_bytes(uri)
     with storage_errors_for(uri):
-        return data.decode()
+        return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 def read_json(uri: str, *, missing_ok: bool = False) -> Any:

@@ -314,6 +314,48 @@ def test_strips_that_are_missing_or_short_are_refused(compression: int) -> None:
         assert outcome(strips_of(compression, change)).startswith(("truncated: ", "decode_failed: "))
 
 
+@pytest.mark.parametrize("compression", PACKERS)
+def test_tiles_that_are_missing_are_refused(compression: int) -> None:
+    padded = np.pad(PICTURE, ((0, 56), (0, 32)))
+    tiles = [padded[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)]
+    packed = [PACKERS[compression](tile.tobytes()) for tile in tiles]
+    for kept in (4, 3, 2):
+        offsets = [8 + sum(map(len, packed[:number])) for number in range(kept)]
+        tags = {322: [64], 323: [64], 324: offsets, 325: [len(tile) for tile in packed[:kept]]}
+        data = corpus.tiff_of(SHAPE, {258: [8], 259: [compression], 262: [1]} | tags, packed[:kept], order="<")
+        if kept == 4:
+            np.testing.assert_array_equal(decode(data).frames[0], PICTURE)
+        else:
+            assert outcome(data).startswith("truncated: a TIFF that has not all 4"), kept
+
+
+def short_png(whole: bytes, share: float) -> bytes:
+    """Return a PNG with right checksums and that share of the stream of pixels of a whole one."""
+    chunks, at = [], 8
+    while at < len(whole):
+        end = at + 8 + int.from_bytes(whole[at : at + 4], "big")
+        chunks.append((whole[at + 4 : at + 8], whole[at + 8 : end]))
+        at = end + 4
+    stream = zlib.decompress(b"".join(body for name, body in chunks if name == b"IDAT"))
+    pixels = (b"IDAT", zlib.compress(stream[: int(len(stream) * share)]))
+    return corpus.png_of([chunk for chunk in chunks[:-1] if chunk[0] != b"IDAT"] + [pixels, chunks[-1]])
+
+
+@pytest.mark.parametrize("name", [name for name in corpus.good_scans() if name.startswith("png_")])
+def test_a_png_without_its_last_rows_is_refused(name: str) -> None:
+    whole = corpus.good_scans()[name]
+    np.testing.assert_array_equal(decode(short_png(whole, 1)).frames[0], decode(whole).frames[0])
+    for share in (0.999, 0.9, 0.6, 0.2):
+        assert outcome(short_png(whole, share)).startswith(("truncated: ", "decode_failed: ")), share
+
+
+@pytest.mark.parametrize("level", [0, 0x55, 255])
+def test_a_png_of_one_level_is_whole(level: int) -> None:
+    levels = np.full_like(PICTURE, level)
+    np.testing.assert_array_equal(decode(corpus.encode(levels, "PNG")).frames[0], levels)
+    np.testing.assert_array_equal(decode(corpus.encode(levels > 0, "PNG")).frames[0], (levels > 0) * 255)
+
+
 def test_deflated_strips_are_checked_to_their_last_byte() -> None:
     def flip(strips: list[bytes]) -> list[bytes]:
         return [strips[0][:-1] + bytes([strips[0][-1] ^ 1]), *strips[1:]]

@@ -170,6 +170,8 @@ def _blocks(bits: bytes, blocks: list[_Component], quantization: dict[int, int])
             value = word >> 32 - (at & 7) - size & (1 << size) - 1
             component.predictor += value if value >> size - 1 else value - (1 << size) + 1
             at += size
+        if at > end:
+            raise InvalidStreamError("end of data")
         step = quantization[component.table]
         if abs(component.predictor) * step > _DC_LIMIT + step:
             raise InvalidStreamError("range of DC")

@@ -114,6 +114,8 @@ def tiff_of(shape: tuple[int, ...], tags: dict[int, list[int] | bytes], strips: 
     lengths = [len(strip) for strip in strips]
     offsets = [8 + sum(lengths[:number]) for number in range(len(strips))]
     rows = {256: [shape[1]], 257: [shape[0]], 259: [1], 273: offsets, 278: [-(-shape[0] // len(strips))], 279: lengths}
+    if 324 in tags:  # tiles, not strips
+        rows = {tag: rows[tag] for tag in (256, 257, 259)}
     tags = rows | tags
     body = b"".join(strips)
     body += bytes(len(body) % 2)
@@ -383,6 +385,8 @@ def _damaged() -> dict[str, tuple[bytes, str]]:
     png[len(png) // 2] ^= 0x10
     tiff = bytearray(good_scans()["tiff_rgb_lzw"])
     tiff[60:90] = b"\xff" * 30
+    jpeg = good_scans()["jpeg_gray"]
+    middle = (jpeg.index(b"\xff\xda") + len(jpeg)) // 2
     no_table = good_scans()["jpeg_gray"].replace(b"\xff\xdb", b"\xff\xfe")  # quantisation table -> comment
     no_pixels = png_of([(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 0, 0, 0, 0)), (b"IEND", b"")])
     nowhere = encode(np.full((HEIGHT, WIDTH), np.nan, np.float32), "TIFF")
@@ -390,6 +394,8 @@ def _damaged() -> dict[str, tuple[bytes, str]]:
         "png_flipped_bit": (bytes(png), "decode_failed"),
         "png_without_pixels": (no_pixels, "decode_failed"),
         "jpeg_without_table": (no_table, "decode_failed"),
+        "jpeg_with_a_hole": (jpeg[:middle] + bytes(100) + jpeg[middle + 100 :], "truncated"),
+        "jpeg_cut_before_its_end_mark": (jpeg[:middle] + b"\xff\xd9", "truncated"),
         "tiff_of_nan": (nowhere, "decode_failed"),
     }
 

@@ -29,7 +29,7 @@ _TYPE_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8,
 _LAST_PIXEL_TAG = _JPEG_TABLES = 347  # tags above it do not say how pixels are stored
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
 _FILL_ORDER, _SAMPLES, _PLANES, _SUB_DIRECTORIES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 266, 277, 284, 330, 338, 339
-_STRIP_OFFSETS, _TILE_OFFSETS = 273, 324
+_STRIP_OFFSETS, _TILE_OFFSETS, _SUBSAMPLING = 273, 324, 530
 _IMAGE_DEPTH, _STK_PLANES = 32997, 33629  # by Silicon Graphics and MetaMorph
 _REDUCED_OR_MASK = 0b101  # bits of a page that is a thumbnail or a mask of another one
 _JPEG, _DEFLATE = 7, (8, 32946)
@@ -108,10 +108,18 @@ def check_strips(data: bytes, tags: ImageFileDirectory_v2) -> None:
     """Raise an exception if strips or tiles of a page are not there, or not whole."""
     bits, samples = tags.get(_BITS, (1,)), tags.get(_SAMPLES, 1)
     planes = samples if tags.get(_PLANES) == 2 else 1
-    size = planes * tags[_HEIGHT] * -(-tags[_WIDTH] * bits[0] * samples // planes // 8)
+    width, height = tags[_WIDTH], tags[_HEIGHT]
+    size = planes * height * -(-width * bits[0] * samples // planes // 8)
     compression = tags.get(_COMPRESSION, 1)
-    for offsets, lengths in ((_STRIP_OFFSETS, 279), (_TILE_OFFSETS, 325)):
-        strips = list(zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False))
+    for offsets, lengths, across, down in (
+        (_STRIP_OFFSETS, 279, width, tags.get(278, height)),
+        (_TILE_OFFSETS, 325, tags.get(322), tags.get(323)),
+    ):
+        if offsets not in tags:
+            continue
+        if len(tags[offsets]) < (count := planes * -(-width // across) * -(-height // down)):
+            raise ScanRejected("truncated", f"a TIFF that has not all {count} strips or tiles of its pixels")
+        strips = list(zip(tags[offsets], tags.get(lengths, ()), strict=False))
         if any(offset + length > len(data) for offset, length in strips):
             raise _truncated(data, "pixels lie")
         if compression == 1 and strips and sum(length for _, length in strips) < size:
@@ -157,6 +165,8 @@ def _check_kind(data: bytes, tags: ImageFileDirectory_v2, pages: int) -> None:
     if deep_jpeg or compression in _NOT_READ or compression not in COMPRESSION_INFO:
         name = "JPEG of 12 bit" if deep_jpeg else _NOT_READ.get(compression, "another method")
         raise ScanRejected("unsupported", f"a TIFF compressed with {name} ({compression}): that is not read")
+    if compression == 1 and max(tags.get(_SUBSAMPLING, (1,))) > 1:
+        raise ScanRejected("unsupported", "a TIFF of subsampled YCbCr without compression: that is not read")
     slices = max(tags.get(_IMAGE_DEPTH, 1), len(_values(tags, _STK_PLANES)))
     samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA_SAMPLES, ())
     description = str(tags.get(_DESCRIPTION, ""))

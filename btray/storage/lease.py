@@ -171,12 +171,12 @@ class Lease:
 
     def check(self) -> None:
         """Raise UserError if the lease is lost; a process that was suspended for so long does not know it yet."""
-        for _ in range(3):  # again if that took as long: what was seen then says nothing of now
+        for attempt in range(4):  # again if that took as long: what was seen then says nothing of now
             if self.lost or time.monotonic() - self._renewed <= EXPIRY:
                 break
+            if attempt == 3:
+                raise StorageError("unavailable", self.folder, f"renewing the lease takes more than {EXPIRY:.0f} s")
             self._renew()
-        else:
-            raise StorageError("unavailable", self.folder, f"renewing the lease takes more than {EXPIRY:.0f} s")
         if self.lost:
             raise UserError(
                 f"another run has taken over {_output(self.folder)}, since this one gave no sign of life for "
@@ -196,7 +196,7 @@ class Lease:
             self._holder = replace(self._holder, beat=self._holder.beat + 1, released=released)
             now = time.monotonic()  # others count from the write on, which must not be earlier
             storage.write_bytes(self._uri(self.number), self._content())
-            self.lost = not self._is_highest()
+            self.lost = self.lost or not self._is_highest()
             self._renewed = now
 
     def _create(self, number: int, before: Holder) -> bool:

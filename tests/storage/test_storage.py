@@ -635,7 +635,7 @@ def test_public_buckets_are_read_unsigned_and_those_whose_requester_pays_at_thei
         assert storage.read_bytes(uri) == _Faulty.body
         storage.write_new(uri, b"x")
     assert client.fetch_body("bucket", "k", lambda *_: None) == _Faulty.body
-    assert storage.open_ranges("s3://bucket/k").read(10) == _Faulty.body[:10]
+    storage.describe("s3://bucket/k")
     assert seen - {(expected[0], None)} == {expected} - {(expected[0], None)}
     assert {unsigned for unsigned, _ in seen} == {expected[0]}
 

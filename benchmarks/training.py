@@ -113,7 +113,7 @@ def _ray_loader(manifest: Path) -> float:
     table = read_labelled(str(manifest))
     rows = pa.table({"row": np.arange(len(table)), "uri": table["uri"], "label": np.zeros(len(table), np.int64)})
     source = FrameSource(PreprocessConfig())
-    with connected():
+    with connected(dashboard=True):
         decode_rows(rows, source).materialize()
         started = time.perf_counter()
         decode_rows(rows, source).materialize()

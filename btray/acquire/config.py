@@ -17,6 +17,8 @@ class AcquireConfig(JobConfig):
     local or s3://; several are merged. A comma separates: put one that holds a comma between double quotes."""
     out: str
     """Where images, manifest.parquet and dataset.json are written; local or s3://."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     sha256: tuple[str, ...] = ()
     """SHA-256 of each archive, in the order of --source; `-` for none."""
     license: tuple[str, ...] = ()
@@ -25,6 +27,9 @@ class AcquireConfig(JobConfig):
     """Name of each source, in the order of --source, for folders and the manifest; default: made from the source."""
     cache: str | None = None
     """Local folder for downloads, so that an interrupted one is resumed, and for unpacking; default: ~/.cache/btray."""
+    archive_encoding: str = "utf-8"
+    """Encoding of those names in archives that are not marked as UTF-8, such as gbk, shift_jis or cp437; names that \
+    are in another one are left out."""
     max_unpacked_gb: Annotated[float, Field(gt=0)] = 50.0
     """Unpacked size above which an archive is refused as a bomb, in GB."""
     max_files: Positive = 10_000_000
@@ -40,6 +45,15 @@ class AcquireConfig(JobConfig):
             if digest != "-" and not (len(digest) == 64 and all(c in "0123456789abcdef" for c in digest)):
                 raise ValueError(f"{digest!r} is not a SHA-256: give 64 hexadecimal digits, or - for none")
         return lower
+
+    @field_validator("archive_encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            b"".decode(value)
+        except LookupError as error:
+            raise ValueError(f"{value!r} is not a text encoding: write utf-8, gbk, shift_jis or cp437, say") from error
+        return value
 
     @model_validator(mode="after")
     def _at_most_one_per_source(self) -> Self:

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,12 @@ from rich.table import Table
 
 from btray import storage
 from btray.acquire.config import AcquireConfig
+from btray.acquire.paths import StorablePaths
 from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_sources
 from btray.acquire.unpack import LeftOut, UnpackLimits
 from btray.core.console import ProgressLine
 from btray.core.errors import UserError
-from btray.data.labels import class_order
+from btray.data.labels import class_order, label_twins, require_classes
 from btray.storage import StorageError
 
 MANIFEST_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "label", "split", "patient_id", "source")])
@@ -73,6 +74,8 @@ class SourceRecord:
     bytes: int
     counts: Counts
     left_out: LeftOutFiles
+    warnings: Sequence[str]
+    """What is probably not meant so, folders that look like no class say, and what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,7 @@ def acquire(config: AcquireConfig) -> str:
     shown = config.model_copy(update={"source": tuple(source.shown for source in sources)})
     storage.write_text(storage.join(out, "config.yaml"), shown.to_yaml())
     acquired = [_acquire_source(source, config, cache, out) for source in sources]
+    require_classes(config.classes, [file.label for _, files in acquired for file in files], "no source")
     return _write(acquired, out)
 
 
@@ -118,7 +122,9 @@ def _acquire_source(
         max_bytes=int(config.max_unpacked_gb * 1e9), max_files=config.max_files, max_ratio=config.max_ratio
     )
     acquired_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    with opened(source, cache=cache, limits=limits) as contents:
+    opening = opened(source, cache=cache, limits=limits, encoding=config.archive_encoding, classes=config.classes)
+    with opening as everything:
+        contents = _storable(everything)
         copied = _copy(contents, storage.join(out, "images", source.name), source.name)
     sizes = {file: size for file, size in zip(contents.files, copied, strict=True) if isinstance(size, int)}
     left_out = LeftOutFiles.of([*contents.left_out, *(item for item in copied if isinstance(item, LeftOut))])
@@ -135,8 +141,21 @@ def _acquire_source(
         bytes=sum(sizes.values()),
         counts=_count(sizes),
         left_out=left_out,
+        warnings=contents.warnings,
     )
     return record, list(sizes)
+
+
+def _storable(contents: Contents) -> Contents:
+    """Leave out the files whose names no file system holds, or holds only one of: objects may have any key."""
+    paths, files, left_out = StorablePaths(), [], list(contents.left_out)
+    for file in sorted(contents.files, key=lambda file: "//" in file.path):  # of two for one path the plain one stays
+        path, reason = paths.take(file.path)
+        if reason is None:
+            files.append(replace(file, path=path))
+        else:
+            left_out.append(LeftOut(file.path, reason))
+    return replace(contents, files=files, left_out=left_out)
 
 
 def _copy(contents: Contents, target: str, name: str) -> list[int | LeftOut]:
@@ -229,7 +248,11 @@ def _print_balance(dataset: DatasetRecord) -> None:
         times = totals[largest] / totals[smallest]
         balance = f"{len(totals)} classes; {largest} has {times:.1f} times as many as {smallest}"
     console.print(f"{dataset.images} images; {balance}")
+    for twins in label_twins(dataset.counts) if sources else ():
+        console.print(f"{twins}: training refuses them")
     for source in dataset.sources:
+        if source.warnings:
+            console.print(f"{source.name}: {'; '.join(source.warnings)}")
         if source.left_out.count:
             left_out = source.left_out
             console.print(f"{source.name}: {left_out.count} files left out ({left_out.summary}), see dataset.json")

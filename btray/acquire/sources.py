@@ -6,7 +6,7 @@ import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -18,23 +18,14 @@ from btray.acquire.config import AcquireConfig
 from btray.acquire.download import digest, download, without_secrets
 from btray.acquire.unpack import SUFFIXES, LeftOut, UnpackLimits, unpack
 from btray.core.errors import UserError
-from btray.data.labelled import MANIFESTS, SPLITS, class_of, read_labelled
-from btray.data.labels import CANONICAL, canonical_label
+from btray.data.labelled import MANIFESTS, list_labelled
+from btray.data.manifests import ENDINGS, kind_of
+from btray.data.trees import read_tree, reason_to_leave_out
 from btray.storage.errors import storage_errors_for
 
 Kind = Literal["kaggle", "http", "archive", "folder", "manifest"]
 
-_MANIFESTS = (".parquet", ".csv")
 _COPIED_AT_A_TIME = 1 << 20  # bytes
-_ARCHIVES = {".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst"}
-# What is found beside images in published data sets. There is no list of image suffixes: DICOM files have any or none.
-_NO_IMAGES = {
-    ".csv", ".tsv", ".txt", ".md", ".rst", ".json", ".jsonl", ".xml", ".html", ".htm", ".yaml", ".yml", ".log",
-    ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".rtf", ".parquet", ".sqlite",
-    ".py", ".pyc", ".ipynb", ".m", ".r", ".sh", ".bat", ".exe", ".dll",
-    ".mat", ".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth", ".onnx", ".keras", ".safetensors",
-    ".db", ".ini", ".lnk", ".url", ".bib", ".tex", ".mp4", ".avi", ".mov", ".svg",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +64,8 @@ class Contents:
 
     files: list[LabelledFile]
     left_out: list[LeftOut] = field(default_factory=list)
+    warnings: Sequence[str] = ()
+    """Each names folders or labels that are probably not meant so."""
     sha256: str | None = None
     """Of an archive."""
 
@@ -115,9 +108,9 @@ def _kind_of(given: str) -> tuple[str, Kind]:
     uri = storage.resolve(given)
     if not storage.exists(uri):
         raise UserError(f"--source {given}: nothing is there; check the spelling (a comma separates sources)")
-    if storage.is_folder(uri):
-        return uri, "folder"
-    return uri, "manifest" if uri.lower().endswith(_MANIFESTS) else "archive"
+    if kind_of(uri) == "manifest":
+        return uri, "manifest"
+    return uri, "folder" if storage.is_folder(uri) else "archive"
 
 
 def _default_name(uri: str) -> str:
@@ -125,7 +118,7 @@ def _default_name(uri: str) -> str:
         last = uri.split("/")[1]
     else:
         last = storage.name(unquote(urlsplit(uri).path) if uri.lower().startswith(("http://", "https://")) else uri)
-    suffix = next((end for end in (*SUFFIXES, *_MANIFESTS) if last.lower().endswith(end)), "")
+    suffix = next((end for end in (*SUFFIXES, *ENDINGS) if last.lower().endswith(end)), "")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last[: len(last) - len(suffix)]).strip("._-")[:80] or "source"
 
 
@@ -138,18 +131,22 @@ def _unused(stem: str, suffix: str, taken: set[str]) -> str:
 
 
 @contextmanager
-def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Contents]:
-    """Fetch and unpack `source` below the local folder `cache` and give its labelled images to the block.
+def opened(
+    source: Source, *, cache: Path, limits: UnpackLimits, encoding: str, classes: Sequence[str]
+) -> Iterator[Contents]:
+    """Fetch and unpack `source` below the local folder `cache` and give its images to the block.
+
+    If `classes` are named, images of others are left out.
 
     Raises:
         UserError: the source cannot be fetched, is unsafe or holds no labelled images.
     """
     if source.kind == "kaggle":
-        yield _read_tree(_from_kaggle(source.uri), source.shown)
+        yield _read_tree(_from_kaggle(source.uri), source.shown, classes)
     elif source.kind == "folder":
-        yield _read_folder(source.uri, source.shown)
+        yield _read_folder(source.uri, source.shown, classes)
     elif source.kind == "manifest":
-        yield _read_manifest(source.uri)
+        yield _read_manifest(source.uri, classes)
     else:
         with storage_errors_for(str(cache)):
             cache.mkdir(parents=True, exist_ok=True)
@@ -160,8 +157,10 @@ def opened(source: Source, *, cache: Path, limits: UnpackLimits) -> Iterator[Con
                 raise UserError(f"{source.shown} has the SHA-256 {sha256}, expected {source.sha256}")
             below = Path(folder) / "content"  # apart from the archive itself, which a listing would find
             below.mkdir()
-            left_out = unpack(archive, below, limits=limits, shown=source.shown, leave_out=reason_to_leave_out)
-            contents = _read_tree(str(below), source.shown)
+            left_out = unpack(
+                archive, below, limits=limits, shown=source.shown, leave_out=reason_to_leave_out, encoding=encoding
+            )
+            contents = _read_tree(str(below), source.shown, classes)
             yield replace(contents, left_out=contents.left_out + left_out, sha256=sha256)
 
 
@@ -192,57 +191,33 @@ def _from_kaggle(uri: str) -> str:
 # ---- what is in a source
 
 
-def reason_to_leave_out(path: str) -> str | None:
-    """Return why the file `path`, relative to its source, is not an image to take; None if it may be one."""
-    if any(part.startswith((".", "_")) for part in path.split("/")):
-        return "hidden"
-    suffix = PurePosixPath(path).suffix.lower()
-    if suffix in _ARCHIVES and not path.lower().endswith(".nii.gz"):
-        return "archive_inside"
-    return "no_image" if suffix in _NO_IMAGES else None
-
-
-def _read_folder(uri: str, shown: str) -> Contents:
+def _read_folder(uri: str, shown: str, classes: Sequence[str]) -> Contents:
     """Return what the manifest of a user's folder names, if it has one at its top, or else its class tree."""
     manifest = next((name for name in MANIFESTS if storage.exists(storage.join(uri, name))), None)
     if manifest is None:
-        return _read_tree(uri, shown)
-    contents = _read_manifest(storage.join(uri, manifest))
-    known = {file.uri for file in contents.files} | {storage.join(uri, manifest)}
+        return _read_tree(uri, shown, classes)
+    contents = _read_manifest(storage.join(uri, manifest), classes)
+    known = {file.uri for file in contents.files} | {item.name for item in contents.left_out}
+    known.add(storage.join(uri, manifest))
     others = [info.uri[len(uri) + 1 :] for info in storage.list_files(uri) if info.uri not in known]
-    return replace(
-        contents, left_out=[LeftOut(name, reason_to_leave_out(name) or "not_in_manifest") for name in others]
-    )
+    rest = [LeftOut(name, reason_to_leave_out(name) or "not_in_manifest") for name in others]
+    return replace(contents, left_out=contents.left_out + rest)
 
 
-def _read_tree(folder: str, shown: str) -> Contents:
+def _read_tree(folder: str, shown: str, classes: Sequence[str]) -> Contents:
     """Return the images of the class tree at `folder` or somewhere below it.
 
-    What a tree is stands in `btray.data.labelled`; unlike `read_labelled` this takes one class too, for other sources
-    may bring the others, and no manifest: one inside a downloaded archive could name any file of this machine.
+    Unlike `read_labelled` this takes one class too, for other sources may bring the others, and no manifest: one inside
+    a downloaded archive could name any file of this machine.
     """
     names = [info.uri[len(folder) + 1 :] for info in storage.list_files(folder)]
-    reasons = {name: reason for name in names if (reason := reason_to_leave_out(name))}
-    images = [name for name in names if name not in reasons]
-    if not images:
-        raise UserError(f"{shown} holds no images")
-    root = class_root(images, shown)
-    files = []
-    for name in images:
-        path = name.removeprefix(f"{root}/")
-        known = class_of(path)
-        if not _is_below(name, root):
-            reasons[name] = "outside_class_tree"
-        elif known is None:
-            reasons[name] = "no_class_folder"
-        else:
-            files.append(LabelledFile(storage.join(folder, name), path, label=known[1], split=known[0]))
-    if not files:
-        raise UserError(
-            f"{shown} holds {len(images)} images, such as {images[0]}, but no class folders; give one per class"
-        )
-    left_out = [*reasons.items(), *((name, "hidden") for name in _hidden(folder, names))]
-    return Contents(files, [LeftOut(name, reason) for name, reason in left_out])
+    tree = read_tree(names, shown, classes)
+    files = [
+        LabelledFile(storage.join(folder, name), name.removeprefix(f"{tree.root}/"), label=label, split=split)
+        for name, (split, label) in tree.images.items()
+    ]
+    left_out = [*tree.left_out.items(), *((name, "hidden") for name in _hidden(folder, names))]
+    return Contents(files, [LeftOut(name, reason) for name, reason in left_out], warnings=tree.warnings)
 
 
 def _hidden(folder: str, names: Iterable[str]) -> Iterator[str]:
@@ -252,58 +227,20 @@ def _hidden(folder: str, names: Iterable[str]) -> Iterator[str]:
         location = storage.join(folder, below) if below else folder
         # missing: a local name that is not UTF-8, which was listed with escapes
         for name in storage.list_names(location, missing_ok=True):
-            if name.startswith((".", "_")):
+            if storage.is_hidden(name):
                 yield from (info.uri[len(folder) + 1 :] for info in storage.list_files(storage.join(location, name)))
 
 
-def class_root(names: Iterable[str], shown: str) -> str:
-    """Find the folder, relative and without slashes around it, whose children are the classes or the splits.
-
-    It is the topmost one with a child that is named like a split or a known class; if there is none, single folders
-    count as wrappers down to the first that has files or several children.
-
-    Raises:
-        UserError: several unrelated folders look like a class tree.
-    """
-    with_files = {name.rpartition("/")[0] for name in names}
-    children: dict[str, set[str]] = {}
-    for folders in (folder.split("/") for folder in with_files if folder):
-        for depth, child in enumerate(folders):
-            children.setdefault("/".join(folders[:depth]), set()).add(child)
-    known = sorted(
-        folder
-        for folder, below in children.items()
-        if any(child.casefold() in SPLITS or canonical_label(child) in CANONICAL for child in below)
-    )
-    # a tree in a tree, Training/glioma say, is one tree: only the topmost folders count
-    tops = [folder for folder in known if not any(folder != top and _is_below(folder, top) for top in known)]
-    if len(tops) > 1:
-        several = ", ".join(repr(top) for top in tops[:3])
-        raise UserError(
-            f"{shown} holds {len(tops)} class trees ({several}, ...); unpack it and give each as a --source"
-        )
-    root = tops[0] if tops else ""
-    while not tops and root not in with_files and len(children.get(root, ())) == 1:
-        (child,) = (f"{root}/{child}".strip("/") for child in children[root])
-        if child in with_files:
-            break
-        root = child
-    return root
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return not folder or path.startswith(f"{folder}/")
-
-
-def _read_manifest(uri: str) -> Contents:
+def _read_manifest(uri: str, classes: Sequence[str]) -> Contents:
     """Return the files that a manifest names, put into folders by split and label; one class is enough."""
     files = []
     taken: set[str] = set()
-    for row in read_labelled(uri, least_classes=1).select(["uri", "label", "split", "patient_id"]).to_pylist():
+    data = list_labelled(uri, classes)
+    for row in data.table.select(["uri", "label", "split", "patient_id"]).to_pylist():
         folders = [
-            re.sub(r"[/\\\0]", "-", part).lstrip("._") or "class" for part in (row["split"], row["label"]) if part
+            re.sub(r"[/\\\0]", "-", part).lstrip(".") or "class" for part in (row["split"], row["label"]) if part
         ]
         path = "/".join([*folders, storage.name(row["uri"])])
         suffix = PurePosixPath(path).suffix
         files.append(LabelledFile(path=_unused(path.removesuffix(suffix), suffix, taken), **row))
-    return Contents(files)
+    return Contents(files, [LeftOut(*item) for item in data.left_out.items()], warnings=data.warnings)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import logging
 import lzma
 import stat
 import struct
 import tarfile
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any, Final, Self, TypeVar, cast
 
+from btray.acquire.paths import StorablePaths
 from btray.core.errors import UserError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
@@ -25,9 +26,10 @@ SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".ta
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 _CHUNK = 1 << 20
 _HEADER_BYTES = 4 << 20  # a tar header with its long-name extensions is a few kB; a hostile one claims gigabytes
-_NAME_BYTES = 200  # file systems end at 255 bytes a name; a temporary file's suffix must still fit
 # What zipfile, tarfile and the decompressors raise on broken or hostile input; some of it is not documented.
 _DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError,
@@ -38,7 +40,13 @@ _DECOMPRESSORS: Final[dict[bytes, Callable[[IO[bytes]], Any]]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
-_OTHER_FORMATS = {b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip", b"\x28\xb5\x2f\xfd": "Zstandard"}
+_OTHER_FORMATS = {
+    b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip", b"\x28\xb5\x2f\xfd": "Zstandard", b"\x04\x22\x4d\x18": "LZ4",
+    b"LZIP": "lzip", b"\x1f\x9d": "compress (.Z)", b"MSCF": "cabinet", b"PK\x07\x08": "split zip",
+}  # fmt: skip
+_METHODS = {1: "shrink", 6: "implode", 9: "Deflate64", 93: "Zstandard", 95: "xz", 97: "WavPack", 98: "PPMd"}
+_UTF8_NAME = 0x800  # flag of a zip's member
+_UNICODE_PATH = 0x7075  # extra field of Info-ZIP: version, CRC of the other name, name in UTF-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +79,11 @@ class _Unpacking:
     shown: str
     folder: Path
     limits: UnpackLimits
-    leave_out: Callable[[str], str | None]
+    paths: StorablePaths
+    encoding: str
     left_out: list[LeftOut] = field(default_factory=list)
     members: int = 0
     spent: int = 0
-    files: dict[str, str] = field(default_factory=dict)
-    """Paths that were taken, by their folded form."""
-    folders: set[str] = field(default_factory=set)
-    """Folded paths of their folders."""
 
     def take(self, member: _Member) -> None:
         """Unpack one member, unless it is left out. Raises UserError."""
@@ -107,6 +112,8 @@ class _Unpacking:
         """Return what `read` gives; what it raises means damage. It writes nothing: a full disk is not damage."""
         try:
             return read()
+        except NotImplementedError as error:  # of zipfile
+            raise UserError(f"{self.shown} uses {error}; repack it") from error
         except _DAMAGE as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.shown} is damaged or no zip or tar archive ({why}); get it again") from error
@@ -127,51 +134,35 @@ class _Unpacking:
 
     def target(self, name: str) -> Path | None:
         """Return where the file `name` goes; None if it is left out, which is noted."""
-        parts = self._split_name(name)
-        path = "/".join(parts)
-        # equal for two names which one file system or another takes for the same
-        keys = [unicodedata.normalize("NFC", "/".join(parts[:end])).casefold() for end in range(1, len(parts) + 1)]
-        if reason := self._reason_to_skip(path, keys):
-            self.left_out.append(LeftOut(name=name.encode("utf-8", "backslashreplace").decode(), reason=reason))
-            return None
-        self.folders.update(keys[:-1])
-        self.files[keys[-1]] = path
-        return self.folder.joinpath(*parts)
-
-    def _split_name(self, name: str) -> list[str]:
-        """Split a member's name; archives made on Windows separate with backslashes."""
-        unix = name.replace("\\", "/")
+        unix = name.replace("\\", "/")  # archives made on Windows may separate so
         if unix.startswith("/") or PureWindowsPath(name).drive:
             raise self.unsafe(name, "has an absolute path")
-        parts = [part for part in unix.split("/") if part not in {"", "."}]
-        if ".." in parts:
+        if ".." in unix.split("/"):
             raise self.unsafe(name, "lies outside the archive ('..')")
-        if not parts or "\0" in name:
+        if not unix.strip("./") or "\0" in name:
             raise self.unsafe(name, "has no usable name")
-        return parts
-
-    def _reason_to_skip(self, path: str, keys: list[str]) -> str | None:
-        try:
-            longest = max(len(part.encode()) for part in path.split("/"))
-        except UnicodeEncodeError:
-            return "unusable_name"
-        if longest > _NAME_BYTES:
-            return "unusable_name"
-        if self.files.get(keys[-1]) == path:
-            return "duplicate_name"
-        if keys[-1] in self.files or keys[-1] in self.folders or any(key in self.files for key in keys[:-1]):
-            return "colliding_name"
-        return self.leave_out(path)
+        path, reason = self.paths.take(unix)
+        if reason is None:
+            return self.folder / path
+        self.left_out.append(LeftOut(name=name.encode("utf-8", "backslashreplace").decode(), reason=reason))
+        return None
 
 
 def unpack(
-    archive: Path, folder: Path, *, limits: UnpackLimits, shown: str, leave_out: Callable[[str], str | None]
+    archive: Path,
+    folder: Path,
+    *,
+    limits: UnpackLimits,
+    shown: str,
+    leave_out: Callable[[str], str | None],
+    encoding: str = "utf-8",
 ) -> list[LeftOut]:
     """Unpack `archive` (zip, tar, tar.gz, tar.bz2, tar.xz; told by its content) into the empty `folder`.
 
     Besides the files that `leave_out` names, those are left out, and returned, whose name is in the archive already
     (`duplicate_name`; the first one is kept), differs from another only in case or Unicode form or is also a folder
-    (`colliding_name`), or cannot be stored (`unusable_name`). Archives inside the archive stay packed.
+    (`colliding_name`), cannot be stored (`unusable_name`) or is not in `encoding` (`unknown_encoding`: decoded by
+    guess, it would become another class). Archives inside the archive stay packed.
 
     Args:
         archive: The file.
@@ -179,12 +170,13 @@ def unpack(
         limits: What the archive may unpack to.
         shown: What errors call the archive.
         leave_out: Gives, for a path in the archive, the reason why it is not wanted, or None.
+        encoding: Of names that are not marked as UTF-8.
 
     Raises:
-        UserError: an absolute path, a `..`, a link, a device, an encrypted member, more files or bytes than `limits`
-            allows, and damage of any kind.
+        UserError: an absolute path, a `..`, a link, a device, an encrypted member, a compression that is not read, more
+            files or bytes than `limits` allows, and damage of any kind.
     """
-    state = _Unpacking(archive.stat().st_size, shown, folder, limits, leave_out)
+    state = _Unpacking(archive.stat().st_size, shown, folder, limits, StorablePaths(leave_out), encoding)
     with archive.open("rb") as file:
         start = file.read(8)
         file.seek(0)
@@ -195,9 +187,18 @@ def unpack(
         # by content: servers and people misname archives
         opener = next((opener for magic, opener in _DECOMPRESSORS.items() if start.startswith(magic)), nullcontext)
         with opener(file) as stream:
-            members = _zip_members(file) if start.startswith(b"PK") else _tar_members(stream, state)
+            members = _zip_members(file, state) if start.startswith(b"PK") else _tar_members(stream, state)
             while member := state.undamaged(lambda: next(members, None)):
                 state.take(member)
+    unknown = [item.name for item in state.left_out if item.reason == "unknown_encoding"]
+    if unknown:
+        message = (
+            f"{shown}: {len(unknown)} names are not in {encoding}, such as {unknown[0]}; name theirs with "
+            "--archive-encoding, such as gbk, shift_jis or cp437"
+        )
+        if not state.paths.files:
+            raise UserError(message)
+        _log.warning("%s.", message)
     return state.left_out
 
 
@@ -210,13 +211,35 @@ class _Member:
     encrypted: bool = False
 
 
-def _zip_members(file: IO[bytes]) -> Iterator[_Member]:
+def _zip_members(file: IO[bytes], state: _Unpacking) -> Iterator[_Member]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             mode = stat.S_IFMT(info.external_attr >> 16)  # that of Unix; 0 if the archive was made elsewhere
-            is_folder = info.is_dir() or info.filename.endswith("\\")
-            content = partial(archive.open, info) if mode in {0, stat.S_IFREG, stat.S_IFDIR} else None
-            yield _Member(info.filename, is_folder, content, encrypted=bool(info.flag_bits & 1))
+            name = _zip_name(info, state.encoding)
+            content = partial(_open_in_zip, archive, info) if mode in {0, stat.S_IFREG, stat.S_IFDIR} else None
+            yield _Member(name, name.endswith(("/", "\\")), content, encrypted=bool(info.flag_bits & 1))
+
+
+def _open_in_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    try:
+        return archive.open(info)
+    except NotImplementedError as error:
+        method = _METHODS.get(info.compress_type, str(error))
+        raise NotImplementedError(f"a compression that is not read ({method}, member {info.filename!r})") from error
+
+
+def _zip_name(info: zipfile.ZipInfo, encoding: str) -> str:
+    """Return a member's name; zipfile takes what is not marked as UTF-8 for CP 437, which it seldom is."""
+    if info.flag_bits & _UTF8_NAME:
+        return info.filename
+    raw = info.orig_filename.encode("cp437")
+    extra = info.extra
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        if kind == _UNICODE_PATH and extra[5:9] == struct.pack("<L", zlib.crc32(raw)):
+            return extra[9 : 4 + size].decode()
+        extra = extra[4 + size :]
+    return raw.partition(b"\0")[0].decode(encoding, "surrogateescape")
 
 
 def _tar_members(stream: IO[bytes], state: _Unpacking) -> Iterator[_Member]:
@@ -224,7 +247,7 @@ def _tar_members(stream: IO[bytes], state: _Unpacking) -> Iterator[_Member]:
     meter = _Meter(stream)
     meter.limit = _HEADER_BYTES
     with tarfile.TarFile.open(
-        fileobj=cast("IO[bytes]", meter), mode="r|", bufsize=_CHUNK, tarinfo=_StrictTarInfo
+        fileobj=cast("IO[bytes]", meter), mode="r|", bufsize=_CHUNK, tarinfo=_StrictTarInfo, encoding=state.encoding
     ) as archive:
         reader = cast("IO[bytes]", archive.fileobj)
         while info := archive.next():

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from btray.audit import findings
 from btray.data.duplicates import Numbers, Pairs, components, numbered
 from btray.data.fingerprint import SAME_IMAGE
+from btray.data.labelled import Labelled
 from btray.data.splits import SPLIT_ORDER, group_occurrence, have_earlier_twin
 
 _MOST_SIZES = 20
@@ -77,16 +78,19 @@ def effective_splits(splits: pa.ChunkedArray) -> pa.Array:
     return named if named.null_count == len(named) else named.fill_null("train")
 
 
-def summarise(data: str, table: pa.Table, inspected: pa.Table, twins: Twins, members: pa.Table) -> findings.AuditReport:
+def summarise(
+    source: str, data: Labelled, inspected: pa.Table, twins: Twins, members: pa.Table
+) -> findings.AuditReport:
     """Return the content of audit.json.
 
     Args:
-        data: URI of the data.
-        table: the labelled files.
+        source: URI of the data.
+        data: the labelled files.
         inspected: what is known of each (`inspection.INSPECTED`), in the same order.
         twins: which of the readable ones show the same image.
         members: those in groups, as from `group`.
     """
+    table = data.table
     splits, labels, patients = effective_splits(table["split"]), table["label"].combine_chunks(), table["patient_id"]
     is_readable = pc.equal(inspected["code"], "")
     readable, rejected = inspected.filter(is_readable), inspected.filter(pc.invert(is_readable))
@@ -97,10 +101,14 @@ def summarise(data: str, table: pa.Table, inspected: pa.Table, twins: Twins, mem
     conflicts = conflicting_groups(members)
     combinations = Counter(tuple(sorted(names)) for names in conflicts["label_distinct"].to_pylist())
     return findings.AuditReport(
-        data=data,
+        data=source,
         images=len(table),
         classes=sorted(labels.unique().to_pylist()),
         splits=_count_splits(splits, labels),
+        left_out=findings.LeftOut(
+            files=len(data.left_out), by_reason=dict(Counter(data.left_out.values()).most_common())
+        ),
+        warnings=list(data.warnings),
         unreadable=findings.Unreadable(images=len(rejected), by_code=_tally(rejected["code"])),
         duplicates=_count_duplicates(len(readable), twins, members),
         leakage=_find_leakage(splits, labels, np.asarray(is_readable), members),

@@ -17,6 +17,8 @@ class AuditConfig(JobConfig):
 
     data: str
     """Labelled data, as for training; one class is enough."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     out: str
     """Folder for the audit; local or s3://."""
     fail_on: tuple[Literal["leak", "conflict", "patient", "duplicate", "not_mri", "unreadable"], ...] = ()

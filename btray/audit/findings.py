@@ -33,6 +33,14 @@ class Unreadable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Files of the source that are not audited, no images or in no class folder."""
+
+    files: int
+    by_reason: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Duplicates:
     """Readable files in groups of the same image, and what finding them took."""
 
@@ -157,6 +165,9 @@ class AuditReport:
     classes: list[str]
     splits: dict[str, SplitCounts]
     """By split; "all" if no file names one."""
+    left_out: LeftOut
+    warnings: list[str]
+    """What is probably not meant so, folders that look like no class say, and what to do about it."""
     unreadable: Unreadable
     duplicates: Duplicates
     leakage: dict[str, Leakage]

@@ -24,11 +24,13 @@ from btray.audit.findings import AuditReport, findings_present
 from btray.audit.inspection import correlate_block, inspect_block
 from btray.audit.report import render_audit
 from btray.core.cluster import connected
+from btray.core.console import ProgressLine
 from btray.core.errors import ThresholdExceeded
 from btray.data.duplicates import Pairs, components, near_pairs, numbered, verified_pairs
 from btray.data.fingerprint import SAME_IMAGE, unpack
-from btray.data.labelled import read_labelled
-from btray.data.rejections import as_csv, rejections_csv
+from btray.data.labelled import list_labelled
+from btray.data.labels import require_classes
+from btray.data.rejections import as_csv, rejections_csv, require_found
 
 # Files per block: some seconds' work for one core, so that the cost of starting a task does not count.
 _BLOCK_ROWS = 128
@@ -40,7 +42,7 @@ _FARTHEST = float(np.sqrt(2 - 2 * SAME_IMAGE)) + 1e-4  # the rounding of half pr
 def audit(config: AuditConfig) -> str:
     """Audit the labelled data of `config.data` and write the findings to `config.out`.
 
-    Writes audit.json, duplicates.parquet, report.html, unreadable.csv, not_mri.csv and config.yaml.
+    Writes audit.json, duplicates.parquet, report.html, unreadable.csv, left_out.csv, not_mri.csv and config.yaml.
 
     Returns:
         The URI of that folder.
@@ -50,15 +52,19 @@ def audit(config: AuditConfig) -> str:
         ThresholdExceeded: there is a finding of `fail_on`; raised after all is written.
     """
     out = storage.resolve(config.out)
-    table = read_labelled(config.data, least_classes=1)
+    data = list_labelled(config.data, config.classes)
+    table = data.table
+    require_classes(config.classes, table["label"].to_pylist(), f"nothing in {config.data}")
     storage.require_writable(out, "--out")
-    with connected():
+    with connected(), ProgressLine(f"inspecting {len(table)} images", keep=False) as line:
         rows = pa.table({"row": np.arange(len(table)), "uri": table["uri"]})
         inspected = _map_blocks(rows, inspect_block, _BLOCK_ROWS).sort_by("row")
+        require_found(inspected["code"].to_pylist(), len(table), config.data)
         readable = inspected.filter(pc.equal(inspected["code"], ""))
+        line.update(f"comparing {len(readable)} images with one another")
         twins = find_twins(readable, table["uri"])
     members = group(table, readable, twins)
-    report = summarise(config.data, table, inspected, twins, members)
+    report = summarise(config.data, data, inspected, twins, members)
     duplicates = io.BytesIO()
     pyarrow.parquet.write_table(members.drop_columns("row"), duplicates)
     suspects = readable.filter(pc.not_equal(readable["not_mri"], ""))
@@ -67,6 +73,7 @@ def audit(config: AuditConfig) -> str:
         "audit.json": report.to_json(),
         "duplicates.parquet": duplicates.getvalue(),
         "unreadable.csv": rejections_csv(inspected.filter(pc.not_equal(inspected["code"], "")), table),
+        "left_out.csv": as_csv(("path", "reason"), data.left_out.items()),
         "not_mri.csv": as_csv(("uri", "reason"), zip(suspect_uris, suspects["not_mri"].to_pylist(), strict=True)),
         "report.html": render_audit(report, table, inspected, members, most_groups=config.report_groups).encode(),
         "config.yaml": config.to_yaml().encode(),
@@ -122,4 +129,6 @@ def summary(report: AuditReport) -> str:
         f"patients: {present.get('patient', 'none found') if report.patients.named else none_named}",
         f"not MRI: {present.get('not_mri', 'none found')}",
         f"unreadable: {present.get('unreadable', 'none found')}",
+        f"left out: {', '.join(f'{reason} {count}' for reason, count in report.left_out.by_reason.items()) or 'none'}",
+        *(f"layout: {warning}" for warning in report.warnings),
     ])  # fmt: skip

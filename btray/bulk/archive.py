@@ -19,7 +19,7 @@ import pyarrow as pa
 from btray import storage
 from btray.bulk.inventory import named_in_inventory
 from btray.core.errors import UserError
-from btray.data.manifests import named_in_list, named_in_manifest
+from btray.data.manifests import kind_of, named_in_list, named_in_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
 from btray.storage import FileInfo, StorageError, s3
 from btray.storage.errors import storage_errors_for
@@ -110,15 +110,10 @@ def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TI
 
 def _reader_of(root: str) -> Reader | None:
     """Return how `root` is read if it is a file that names others or a pack; None: it is listed."""
-    readers: dict[str, Reader] = {
-        ".parquet": named_in_manifest,
-        ".csv": named_in_manifest,
-        ".txt": named_in_list,
-        "manifest.json": named_in_inventory,
-    }
-    by_ending = next((read for end, read in readers.items() if root.lower().endswith(end)), None)
-    if by_ending is not None and not storage.is_folder(root):
-        return by_ending
+    if kind := kind_of(root):
+        return named_in_manifest if kind == "manifest" else named_in_list
+    if root.lower().endswith("manifest.json") and not storage.is_folder(root):
+        return named_in_inventory
     return list_pack if is_pack(root) else None
 
 

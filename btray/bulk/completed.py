@@ -170,8 +170,11 @@ def _key_file(folder: str, number: int) -> str:
 
 
 def _files(folder: str) -> Iterator[FileInfo]:
+    """Yield the files of the table below `folder`; below `_` is what is no data."""
     with storage.suppress_missing():
-        yield from (info for info in storage.list_files(folder) if info.uri.endswith(".parquet"))
+        for info in storage.list_files(folder):
+            if info.uri.endswith(".parquet") and "/_" not in info.uri.removeprefix(folder):
+                yield info
 
 
 def _files_of(folder: str, run_id: str) -> Iterator[FileInfo]:

@@ -35,7 +35,7 @@ from btray.core.cluster import connected
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
 from btray.data.key_set import Keys
-from btray.data.rejections import enforce_max_rejected
+from btray.data.rejections import enforce_max_rejected, require_found
 from btray.storage import FileInfo, lease
 
 _log = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ def run_archive(job: ArchiveJob) -> str:
             return job.output
         with lease.hold(job.output) as check:
             report = _run(job, listed, check)
+    if not report.unchanged:
+        require_found(report.rejected_by_code, report.objects, config.input)
     if config.max_rejected is not None:
         enforce_max_rejected(report.rejected_by_code, report.objects, config.max_rejected)
     return job.output
@@ -181,7 +183,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
 def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
     config = job.config
-    with connected(dashboard=False), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
+    with connected(), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(

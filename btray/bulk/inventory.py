@@ -90,7 +90,7 @@ def _entry(row: dict[str, Any]) -> FileInfo | None:
     if str(row.get("is_latest", True)).lower() == "false" or str(row.get("is_delete_marker")).lower() == "true":
         return None
     key, size = row["key"], int(row.get("size") or 0)
-    if (size == 0 and key.endswith(("/", "_$folder$"))) or any(p.startswith((".", "_")) for p in key.split("/")):
+    if (size == 0 and key.endswith(("/", "_$folder$"))) or storage.is_hidden(key):
         return None
     modified = datetime.fromisoformat(str(row.get("last_modified_date") or _UNKNOWN_TIME))
     if modified.tzinfo is None:

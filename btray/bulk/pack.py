@@ -19,6 +19,7 @@ from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.key_set import Keys
 from btray.data.labelled import holds_labels
+from btray.data.manifests import kind_of, parts_of
 from btray.data.scans import ScanLimits
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult
@@ -44,12 +45,10 @@ class PackJob(ArchiveJob):
         """Examine input and output. Raises UserError if the input is a pack, or the output one of another archive."""
         super().__init__(config, group="pack")
         self.source = storage.resolve(config.input)
-        is_file = storage.is_file(self.source)
-        self.root = self.source.rpartition("/")[0] if is_file else self.source
+        names_others = kind_of(self.source) is not None or storage.is_file(self.source)
+        self.root = self.source.rpartition("/")[0] if names_others else self.source
         # the copy of a labelled manifest within the pack
-        self.manifest = (
-            f"_manifest{Path(self.source).suffix.lower()}" if is_file and holds_labels(self.source) else None
-        )
+        self.manifest = f"_manifest{Path(self.source).suffix.lower()}" if holds_labels(self.source) else None
         if packs.is_pack(self.source):
             raise UserError(f"--input {self.source} is a packed archive already; give what was packed")
         if packs.is_pack(self.output) and (before := packs.describe_pack(self.output).root) != self.root:
@@ -70,7 +69,9 @@ class PackJob(ArchiveJob):
     def conclude(self, run: Run, report: RunReport) -> RunReport:
         """Copy the manifest and describe the pack; print what was packed."""
         if self.manifest:
-            storage.write_bytes(storage.join(self.output, self.manifest), storage.read_bytes(self.source))
+            for part in parts_of(self.source):
+                copy = storage.join(self.output, self.manifest) + part.removeprefix(self.source)
+                storage.write_bytes(copy, storage.read_bytes(part))
         packs.write_description(self.output, packs.Pack(self.root, self.manifest))
         print(summarize_counts(report, "packed"), flush=True)
         return report

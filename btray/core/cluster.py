@@ -7,7 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import ray
@@ -20,7 +20,7 @@ from btray.core.ray_private import (
     QUIET_LOGGERS,
     cluster_address,
     forward_worker_lines,
-    on_loopback,
+    own_ray,
     started_ray_here,
     without_false_errors,
 )
@@ -31,10 +31,11 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def connected(*, dashboard: bool = True, join: bool = True) -> Iterator[None]:
+def connected(*, dashboard: bool = False, join: bool = True) -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
-    A connection or local cluster made here ends with the block; only this machine reaches the latter.
+    A connection or local cluster made here ends with the block. The latter is this process's own: it shares neither
+    token nor port with a cluster that runs here, and only this machine reaches it.
 
     Args:
         dashboard: Whether a local cluster has one, and with it the state API, which Ray Train needs. It takes a tenth
@@ -47,37 +48,39 @@ def connected(*, dashboard: bool = True, join: bool = True) -> Iterator[None]:
         yield
         return
     _quieten_ray()
-    try:
-        address = cluster_address() if join else None
-        with nullcontext() if address else on_loopback():
-            ray.init(
-                address=None if address else "local",
-                configure_logging=False,
-                include_dashboard=None if dashboard else False,
+    with ExitStack() as stack:
+        try:
+            address = cluster_address() if join else None
+            if address is None:
+                stack.enter_context(own_ray())
+                # The dashboard's usual port is for that of `ray start`.
+                with console.ProgressLine("starting Ray", keep=False):
+                    ray.init(address="local", configure_logging=False, include_dashboard=dashboard, dashboard_port=0)
+            else:
+                ray.init(configure_logging=False)
+                _log.info("using the Ray cluster at %s", address)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from (
+                error
             )
-    except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers: {error}; start one, or unset RAY_ADDRESS for a local one") from error
-    try:
+        stack.callback(ray.shutdown)
         forward_worker_lines(console.show_worker_lines)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
-        with nullcontext() if logs.is_verbose() else without_false_errors():
+        with without_false_errors():
             yield
-    finally:
-        ray.shutdown()
 
 
 def _quieten_ray() -> None:
-    """Leave what Ray says about itself in its log files, so that a run's output is the job's; --verbose shows it."""
+    """Leave what Ray says of what btray does on purpose in its log files, also with --verbose."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
     logs.take_over("ray", "ray.data", "ray.serve")
-    if not logs.is_verbose():
-        for name in QUIET_LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        # Ray switches these on when it is imported, so a filter of `launch`, which is set earlier, has no effect.
-        warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray switches these on when it is imported, so a filter of `launch`, which is set earlier, has no effect.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

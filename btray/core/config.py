@@ -10,7 +10,8 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
@@ -143,6 +144,16 @@ def set_environment(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """At the end of the block, let the environment be as it was before it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        set_environment({**dict.fromkeys(os.environ), **before})
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors of one line."""
 
@@ -164,7 +175,7 @@ class _ConfigFile(YamlConfigSettingsSource):
     """The file of --config."""
 
     def _read_file(self, file_path: Any) -> dict[str, Any]:
-        content = super()._read_file(file_path)
+        content = yaml.safe_load(Path(file_path).read_bytes()) or {}  # bytes: Windows may have written UTF-16
         if not isinstance(content, dict):
             raise UserError(f"--config {file_path}: expected 'key: value' lines, found a {type(content).__name__}")
         _refuse_odd_keys(content, f"--config {file_path}")

@@ -16,6 +16,8 @@ from btray.core import logs
 
 _log = logging.getLogger(__name__)
 _REDRAW_SECONDS = 0.25
+# What the core tells the user although all is well: many actors that share a CPU, and the end of Serve's controller.
+_HARMLESS = ("worker processes have been started", "ServeController.graceful_shutdown failed")
 _ray_log = logging.getLogger("ray.workers")  # INFO of a library: --verbose shows it
 
 
@@ -24,12 +26,15 @@ class ProgressLine:
 
     Other output appears above it. At the end of the block it is left standing, whole, or goes if not `keep`, for a
     summary that the job prints. Nothing is shown if stderr is not a terminal, or if the log is JSON.
+
+    `of_workers`: workers rewrite it too; if not, their progress is left out, because the job speaks for all of them.
     """
 
     _current: ClassVar[ProgressLine | None] = None
 
-    def __init__(self, text: str = "", *, keep: bool = True) -> None:
+    def __init__(self, text: str = "", *, keep: bool = True, of_workers: bool = True) -> None:
         self._text = text
+        self.of_workers = of_workers
         self._drawn = 0.0
         console = Console(stderr=True)
         self._live = None
@@ -69,19 +74,26 @@ def show_progress(text: str) -> None:
 
 
 def show_worker_lines(batch: Mapping[str, Any]) -> None:
-    """Print the lines that btray logs in a worker; everything else in `batch`, Ray's message, is for --verbose."""
+    """Print what btray logs in a worker and what goes wrong in Ray; else `batch`, Ray's message, is for --verbose."""
     source = batch.get("actor_name") or batch.get("task_name") or "process"
     for line in batch["lines"]:
         if line.startswith(logs.PROGRESS):
-            show_progress(line.removeprefix(logs.PROGRESS))
+            if ProgressLine._current is None or ProgressLine._current.of_workers:
+                show_progress(line.removeprefix(logs.PROGRESS))
         elif line.startswith(logs.LINE):
             own = line.removeprefix(logs.LINE)
             if logs.is_json() and not own.startswith("{"):  # of a replica, which is not told the format
                 _log.info("%s", own)
             else:
                 print(own, file=sys.stderr, flush=True)
-        elif batch.get("pid") == "autoscaler" and ("Error:" in line or "Warning:" in line):
-            # The cluster cannot grow as the job needs: without this the job would seem to hang.
-            _log.warning("cluster: %s", line.rpartition(":event_summary:")[2])
+        elif batch.get("pid") == "raylet" and not any(text in line for text in _HARMLESS):
+            _log.warning("Ray: %s", " ".join(line.split()))
+        elif batch.get("pid") == "autoscaler":
+            _, marked, event = line.rpartition(":event_summary:")
+            if "Error:" in line or "Warning:" in line:
+                # The cluster cannot grow as the job needs: without this the job would seem to hang.
+                _log.warning("cluster: %s", event)
+            elif marked:  # the rest is the state of the whole cluster, every five seconds
+                _ray_log.info("cluster: %s", event)
         else:
             _ray_log.info("(%s pid=%s) %s", source, batch.get("pid"), line)

@@ -102,11 +102,6 @@ def is_json() -> bool:
     return _handler.style == "json"
 
 
-def is_verbose() -> bool:
-    """Return whether what Ray prints is wanted too."""
-    return _handler.verbose
-
-
 def bind(**names: str) -> None:
     """Put `names` (job, run_id, ...) into every JSON line of this process from now on."""
     _handler.bound.update(names)

@@ -6,6 +6,8 @@ Written against Ray 2.60. None of these has a public counterpart there.
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,16 +18,20 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
-from btray.core.config import set_environment
+from btray.core.config import restored_environment, set_environment
 
 # The runtime environment of the job that `ray job submit` started. Without it unset, a Ray of this process's own would
 # look for the submitted package in its own, empty store, and no worker would start.
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
-# Loggers that warn of what btray does on purpose: progress bars are off because the job draws its own line, and tokens
-# are a matter of docs/operations.md. `ray.init(logging_level=...)` cannot silence them alone. If they are renamed, the
-# warnings come back.
-QUIET_LOGGERS = ("ray.data._internal.progress", "ray._private.authentication.authentication_token_setup")
+# Loggers that warn of what btray does on purpose: progress bars are off because the job draws its own line, tokens are
+# a matter of docs/operations.md, and of several Rays on this machine `cluster_address` says which one is joined.
+# `ray.init(logging_level=...)` cannot silence them alone. If they are renamed, the warnings come back.
+QUIET_LOGGERS = (
+    "ray.data._internal.progress",
+    "ray._private.authentication.authentication_token_setup",
+    "ray._private.services",
+)
 
 # Ray Data makes its actors with arguments in the object store, on purpose, and the core warns of each.
 _FALSE_ERROR = r"core_worker\.cc:.*has constructor arguments in the object store"
@@ -41,20 +47,43 @@ def cluster_address() -> str | None:
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
-    """Let a Ray that is started in this block listen on 127.0.0.1 only, not on all interfaces.
+def own_ray() -> Iterator[None]:
+    """Let the Ray that is started in this block, and ends with it, share nothing with any other Ray of this user.
 
-    Ray does so on macOS and Windows, where this constant is False; its environment variable is read at import and would
-    hold for clusters to join as well, whose addresses must not become loopback. If the constant moves, a laptop's Ray
-    is open to its network: test_a_ray_that_a_job_starts_listens_on_loopback_alone fails.
+    It listens on 127.0.0.1 only, not on all interfaces. Ray does so on macOS and Windows, where this constant is False;
+    its environment variable is read at import and would hold for clusters to join as well, whose addresses must not
+    become loopback. If the constant moves, a laptop's Ray is open to its network.
+
+    Its token is in the environment of its processes. Else Ray would write ~/.ray/auth_token, readable for all users,
+    and every later `ray start` would require it. The core keeps the token and the mode that it has read.
+
+    Its processes know its address. Else those that ask for it find the Ray of `ray start`, or several: Ray Train's
+    PlacementGroupCleaner would take its controller for dead. The port is chosen here, since workers get the environment
+    of a process that is started before the address is known.
+
+    If one of these moves, tests/system/test_cluster_jobs.py fails.
     """
-    set_environment({JOB_CONFIG_VARIABLE: None})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    variables = {
+        JOB_CONFIG_VARIABLE: None,
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray then sets RAY_AUTH_MODE, unless the user has set it
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,
+    }
+    core: Any = ray._raylet
     before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        yield
+        with restored_environment():
+            set_environment(variables)
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            core.AuthenticationTokenLoader.instance().reset_cache()
+            yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+        core.AuthenticationTokenLoader.instance().reset_cache()
+        core.Config.initialize("")
 
 
 def started_ray_here() -> bool:
@@ -67,11 +96,13 @@ def started_ray_here() -> bool:
 
 
 def forward_worker_lines(show: Callable[[Mapping[str, Any]], None]) -> None:
-    """Hand each batch of workers' output to `show` instead of Ray's printer; call it after every `ray.init`.
+    """Hand each batch of workers' output, and of the core's messages, to `show`; call it after every `ray.init`.
 
     Ray's own switches (RAY_DISABLE_WORKER_LOG_PREFIX, RAY_DEDUP_LOGS, RAY_COLOR_PREFIX) change how lines look, but
-    cannot leave out those that Ray writes itself. If the name of the handler changes, lines come twice.
+    cannot leave out those that Ray writes itself. If the name of the handler changes, lines come twice; if that of the
+    function does, messages of the core have Ray's look.
     """
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: show(data)
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     global_worker_stdstream_dispatcher.remove_handler("btray")
     global_worker_stdstream_dispatcher.add_handler("btray", show)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import pyarrow as pa
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.data.labels import canonical_label
-from btray.data.manifests import column_names, read_manifest
+from btray.data.labels import canonical_label, require_classes
+from btray.data.manifests import column_names, kind_of, read_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
+from btray.data.trees import LAYOUT, SPLITS, read_tree, with_remedy
 from btray.storage import FileInfo, StorageError
 from btray.storage.packed import path_of
 
 _log = logging.getLogger(__name__)
 
-SPLITS = {
-    **dict.fromkeys(("training", "train"), "train"),
-    **dict.fromkeys(("validation", "valid", "val"), "val"),
-    **dict.fromkeys(("testing", "test"), "test"),
-}
-"""Names of split folders, and in a manifest's column split, with what they mean."""
 MANIFESTS = ("manifest.parquet", "manifest.csv")
 SCHEMA = pa.schema(
     [
@@ -35,102 +32,100 @@ SCHEMA = pa.schema(
         pa.field("etag", pa.string()),
     ]
 )
-_LAYOUT = "one folder per class, or a manifest (.parquet or .csv) with the columns uri,label[,split][,patient_id]"
+_NAMED = 20
 
 
-def read_labelled(uri: str, *, least_classes: int = 2) -> pa.Table:
-    """Return the labelled images of a class-per-folder tree or a manifest, as a table with SCHEMA.
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images, and what was found beside them."""
 
-    A tree is `CLASS/**/FILE`, or `SPLIT/CLASS/**/FILE` with the split folders of SPLITS in any case; every file counts,
-    whatever its name, but hidden ones. A manifest is a .parquet or .csv file with uri,label[,split][,patient_id], or a
-    folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's folder. A packed
-    archive gives what was packed into it, by the same rules, with member URIs. Labels are canonical; split is null,
-    train, val or test; size (bytes) and etag are null in a manifest's rows.
+    table: pa.Table
+    """With SCHEMA."""
+    left_out: Mapping[str, str]
+    """Why other files, by their paths or URIs, are not in the table."""
+    warnings: Sequence[str]
+    """Each names folders or labels that are probably not meant so; the last one, what to do about them."""
+
+
+def read_labelled(uri: str, *, classes: Sequence[str] = (), least_classes: int = 2) -> pa.Table:
+    """Return the labelled images of `list_labelled` as a table with SCHEMA, and log what is left out.
 
     Raises:
-        UserError: there is nothing, it cannot be read, it is not laid out so, or it has fewer than
-            `least_classes` classes.
+        UserError: as `list_labelled`; something is not laid out as it seems to be meant; one of `classes` is not there;
+            or there are fewer than `least_classes` classes.
+    """
+    data = list_labelled(uri, classes)
+    if data.warnings:
+        raise UserError(f"{uri}: {'; '.join(data.warnings)}.")
+    if data.left_out:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(data.left_out.values()).most_common())
+        named = ", ".join(islice(data.left_out, _NAMED)) + ", ..." * (len(data.left_out) > _NAMED)
+        _log.warning("%d files of %s are left out (%s): %s", len(data.left_out), uri, reasons, named)
+    found = data.table["label"].unique().to_pylist()
+    require_classes(classes, found, f"nothing in {uri}")
+    if len(found) < least_classes:
+        raise UserError(
+            f"{uri}: all {len(data.table)} images are labelled {found[0]!r}; at least two classes are needed. "
+            "Of a tree, name the folder that holds the class folders, no folder below it."
+        )
+    return data.table
+
+
+def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
+    """List the labelled images of a class-per-folder tree or a manifest.
+
+    What a tree is, `btray.data.trees` says. A manifest is a Parquet or CSV file with uri,label[,split][,patient_id],
+    or a folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's folder. A
+    packed archive gives what was packed into it, by the same rules, with member URIs. Labels are canonical; split is
+    null, train, val or test; size (bytes) and etag are null in a manifest's rows. If `classes` are given, images with
+    other labels are left out.
+
+    Raises:
+        UserError: there is nothing, it cannot be read, or it is not laid out so.
     """
     root = storage.resolve(uri)
     inside = (storage.join(root, name) for name in MANIFESTS)
-    is_manifest = root.lower().endswith((".parquet", ".csv")) and not storage.is_folder(root)
-    manifest = root if is_manifest else next((path for path in inside if storage.exists(path)), None)
+    manifest = root if kind_of(root) == "manifest" else next((path for path in inside if storage.exists(path)), None)
     if manifest:
-        table = _manifest_table(manifest, manifest.rpartition("/")[0], {})
-    elif is_pack(root):
-        table = _pack_table(root)
-    else:
-        table = _tree_table(root, ((info.uri.removeprefix(root), info) for info in storage.list_files(root)))
-    classes = table["label"].unique().to_pylist()
-    if len(classes) < least_classes:
-        hint = "" if manifest else " Name the folder that holds the class folders, no folder above or below it."
-        raise UserError(
-            f"{manifest or root}: all {len(table)} images are labelled {classes[0]!r}; at least two classes are needed."
-            + hint
-        )
-    return table
+        return _read_manifest(manifest, manifest.rpartition("/")[0], {}, classes)
+    if is_pack(root):
+        return _read_pack(root, classes)
+    files = {info.uri[len(root) + 1 :]: info for info in storage.list_files(root)}
+    if "" in files:
+        raise UserError(f"{root} is a file, neither a folder nor a manifest; give {LAYOUT}.")
+    return _read_tree(root, files, classes)
 
 
 def holds_labels(manifest: str) -> bool:
-    """Return whether a .parquet or .csv file has the columns of a labelled manifest."""
-    if not manifest.lower().endswith((".parquet", ".csv")):
-        return False
+    """Return whether this is a manifest with the columns of a labelled one."""
     try:
-        return {"uri", "label"} <= column_names(manifest).keys()
+        return kind_of(manifest) == "manifest" and {"uri", "label"} <= column_names(manifest).keys()
     except StorageError:
         raise
     except UserError:
         return False
 
 
-def class_of(path: str) -> tuple[str | None, str] | None:
-    """Return split and label of a file at `path` below the root of a tree; None if it is in no class folder."""
-    first, *rest = [part for part in path.split("/") if part]
-    split = SPLITS.get(first.casefold()) if rest else None
-    label, *below = rest if split else [first, *rest]
-    return (split, canonical_label(label)) if below else None
-
-
-def _table(rows: Iterable[tuple[object, ...]]) -> pa.Table:
+def _table(rows: Iterable[tuple[str, str, object, object, object, object]]) -> pa.Table:
     return pa.table(list(map(list, zip(*rows, strict=True))), schema=SCHEMA)
 
 
-# ---- folder trees
+def _read_tree(root: str, files: Mapping[str, FileInfo], classes: Sequence[str]) -> Labelled:
+    """Read a tree from its files, by their paths."""
+    tree = read_tree(files, root, classes)
+    infos = ((files[path], split, label) for path, (split, label) in tree.images.items())
+    table = _table((info.uri, label, split, None, info.size, info.etag or None) for info, split, label in infos)
+    return Labelled(table, tree.left_out, tree.warnings)
 
 
-def _tree_table(root: str, files: Iterable[tuple[str, FileInfo]]) -> pa.Table:
-    """Return the table of a tree, from the paths of its files below its root."""
-    rows, loose = [], []
-    for path, info in files:
-        if info.uri == root:
-            raise UserError(f"{root} is a file, neither a folder nor a manifest; give {_LAYOUT}.")
-        if known := class_of(path):
-            split, label = known
-            rows.append((info.uri, label, split, None, info.size, info.etag or None))
-        else:
-            loose.append(info.uri)
-    if not rows and not loose:
-        raise UserError(f"{root} holds no file; give {_LAYOUT}.")
-    if not rows:
-        raise UserError(
-            f"{root} holds {len(loose)} files (such as {storage.name(loose[0])}) but no class folders; give {_LAYOUT}."
-        )
-    if loose:
-        _log.warning("%d files lie in no class folder of %s and are left out, such as %s.", len(loose), root, loose[0])
-    return _table(rows)
-
-
-# ---- manifests and packed archives
-
-
-def _manifest_table(manifest: str, folder: str, members: dict[str, str]) -> pa.Table:
-    """Return the table of a manifest whose relative URIs start at `folder`; `members` are the packed ones of its URIs.
+def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], classes: Sequence[str]) -> Labelled:
+    """Read a manifest whose relative URIs start at `folder`; `members` are the packed ones of its URIs.
 
     What a pack does not hold keeps its own URI: reading it tells whether it is there.
     """
     rows: dict[str, tuple[int, tuple[str, str | None, str | None]]] = {}
     for number, (uri, label, split, patient) in read_manifest(
-        manifest, SCHEMA.names[:4], required=("uri", "label"), folder=folder
+        manifest, SCHEMA.names[:4], required=("uri", "label"), folder=folder, known=members
     ):
         known_split = SPLITS.get((split or "").strip().casefold())
         if known_split is None and (split or "").strip():
@@ -147,15 +142,22 @@ def _manifest_table(manifest: str, folder: str, members: dict[str, str]) -> pa.T
             )
     if not rows:
         raise UserError(f"{manifest} has no rows; list the images with the columns uri,label[,split][,patient_id].")
-    return _table((members.get(uri, uri), *facts, None, None) for uri, (_, facts) in rows.items())
+    wanted = {canonical_label(name) for name in classes}
+    left_out = {uri: "not_in_classes" for uri, (_, (label, *_)) in rows.items() if wanted and label not in wanted}
+    if len(left_out) == len(rows):
+        raise UserError(f"{manifest} names no image of the classes {', '.join(classes)}; correct --classes.")
+    kept = ((members.get(uri, uri), *facts, None, None) for uri, (_, facts) in rows.items() if uri not in left_out)
+    table = _table(kept)
+    return Labelled(table, left_out, [] if wanted else with_remedy([], table["label"].unique().to_pylist()))
 
 
-def _pack_table(root: str) -> pa.Table:
-    """Return the table of what was packed: by its manifest, or else as a tree."""
+def _read_pack(root: str, classes: Sequence[str]) -> Labelled:
+    """Read what was packed: by its manifest, or else as a tree."""
     pack = describe_pack(root)
     members = {info.uri: info for info in list_pack(root)}
     inside = (members.get(storage.join(pack.root, name)) for name in MANIFESTS)
     manifest = storage.join(root, pack.manifest) if pack.manifest else next((i.place for i in inside if i), None)
     if manifest is None:
-        return _tree_table(root, ((path_of(info.place), replace(info, uri=info.place)) for info in members.values()))
-    return _manifest_table(manifest, pack.root, {uri: info.place for uri, info in members.items()})
+        files = {path_of(info.place): replace(info, uri=info.place) for info in members.values()}
+        return _read_tree(root, files, classes)
+    return _read_manifest(manifest, pack.root, {uri: info.place for uri, info in members.items()}, classes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 
 from btray.core.errors import UserError
 
@@ -24,17 +25,35 @@ def canonical_label(folder_name: str) -> str:
     """Return the canonical label that a folder name or manifest label means, or else the name itself, stripped.
 
     Case, spaces, `-`, `_` and a closing "tumor" or "tumour" do not count: `Glioma_Tumor`, `no tumour` and `notumor` are
-    known.
+    known. A name has the Unicode form NFC, whatever the file system or editor that wrote it; characters without width
+    do not count, and 1.0 is 1, since the same column is text in a CSV file and numbers in a Parquet file.
     """
-    name = folder_name.strip()
-    key = re.sub(r"[\W_]+", "", name.casefold())
+    name = unicodedata.normalize("NFC", re.sub("[\u00ad\u200b\u2060\ufeff]", "", folder_name)).strip()
+    name = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", name)
+    key = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
     return _CANONICAL_BY_ALIAS.get(re.sub(r"tumou?rs?$", "", key), name)
+
+
+def label_twins(labels: Iterable[str]) -> list[str]:
+    """Name labels that a reader would take for the same: they differ in case, spaces or width only."""
+    alike: dict[str, list[str]] = {}
+    for label in sorted(set(labels)):
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), []).append(label)
+    return [
+        f"{' and '.join(map(repr, names))} are labels that look alike" for names in alike.values() if len(names) > 1
+    ]
 
 
 def class_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the distinct labels in the order of a model's outputs: as in CANONICAL, then the others sorted."""
     distinct = set(labels)
     return tuple(label for label in CANONICAL if label in distinct) + tuple(sorted(distinct - set(CANONICAL)))
+
+
+def require_classes(classes: Sequence[str], labels: Collection[str], source: str) -> None:
+    """Raise UserError if one of `classes`, by any name that means it, is none of the `labels` that `source` has."""
+    if missing := [name for name in classes if canonical_label(name) not in labels]:
+        raise UserError(f"--classes {missing[0]}: {source} has this class; there are {', '.join(class_order(labels))}")
 
 
 def require_known_labels(labels: Iterable[str], classes: Sequence[str], source: str) -> None:

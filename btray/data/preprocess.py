@@ -6,6 +6,7 @@ are exact: integer look-up tables and sums, so that the same scan gives the same
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from btray.data.config import PreprocessConfig
+from btray.data.scans import decode
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,17 @@ _OBJECT_CONTRAST = 22
 _SMALLEST_HEAD = 0.08
 # Backgrounds above this level are white paper or an inverted picture, and are made black.
 _BRIGHT = 128
+
+# A gray JPEG of 40x40 pixels, made with libjpeg-turbo from a head-like pattern.
+_TEST_JPEG = base64.b64decode(
+    "/9j/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBkeFxlZ2P/wAALCAAoACgBAREA"
+    "/8QAGQAAAgMBAAAAAAAAAAAAAAAABQYBAwQC/8QALxAAAQMCBQEHAgcAAAAAAAAAAQIDEQAhBAUSMUFRBhMUInGBkRZhQmKhsbLR8P/aAAgBAQAA"
+    "PwBArdluU4nMlEtAJbSYU4raeg6mOKJnsvCQrxZI5Ia46i9xWDM8mfwGtYUHmUkArSIiYiRxvQ2rsJh1YrEtspsVmCeg5PxT0y203h0NNICEpTp0"
+    "kGBf7e9/U7gz3YKTrFydiN7gGfm/3FQB3zSUKRI0gQRKVW2I9VCknNcH4LHuNJu2TqbP5f8AW9qt7PgKzrDg9VfxNOSFDSO8E6BqMjYcCI3PToK6"
+    "khspIUVgJc0nfck/qahJ1EJHmEeUxII229LEb2pU7UmcybuSAyNzfc0Py7FeDxzL94SfNG8Gxj7wTTq48h1rSwBoVcQZmeZq4ujEKQpSVtujdQEg"
+    "H96nQrSoDzSOEEe5BBE0k51ixjMepSI0NpDaSDMgc1gopk+cKy5Wh1svMn8MwU+n9UX+qcNAOnETPCQkD4N/c0NzPPDiWlMYVvumlE6lEDUR0tt8"
+    "mg1f/9k="
+)
 
 
 class Box(NamedTuple):
@@ -83,13 +96,15 @@ def to_tensor(frames: torch.Tensor) -> torch.Tensor:
 
 
 def preprocess_digest(config: PreprocessConfig) -> str:
-    """Return the SHA-256 of what preprocessing makes of fixed test patterns.
+    """Return the SHA-256 of what decoding makes of a fixed JPEG, at each scale, and preprocessing of fixed patterns.
 
-    A bundle keeps it, and loading compares it: another library version that resizes differently is noticed.
+    A bundle keeps it, and loading compares it: another library version that decodes or resizes differently is noticed.
     """
     import torch
 
     digest = hashlib.sha256()
+    for min_side in (40, 20, 10, 5):  # whole, 1/2, 1/4 and 1/8
+        digest.update(decode(_TEST_JPEG, min_side=min_side).frames[0].tobytes())
     for pattern in (_test_pattern(np.dtype(np.uint8)), _test_pattern(np.dtype(np.uint16))):
         frame = make_frame(pattern, config)
         digest.update(frame.tobytes())

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from btray.core.errors import ThresholdExceeded
+from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.frames import FRAMES_PER_SCAN
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,15 @@ def rejections_csv(rejected: pa.Table, table: pa.Table) -> bytes:
     """Return a CSV file of every rejected input with its code and the reason."""
     rows = [(table["uri"][entry["row"]].as_py(), entry["code"], entry["message"]) for entry in rejected.to_pylist()]
     return as_csv(("uri", "error_code", "error"), rows)
+
+
+def require_found(codes: Iterable[str] | Mapping[str, int], total: int, source: str) -> None:
+    """Raise UserError if not one of the `total` inputs that `source` names is there; `codes` as below."""
+    if total and Counter(codes)["not_found"] == total:
+        raise UserError(
+            f"{source}: not one of the {total} files that it names was found; check how they are spelt, and where "
+            "relative names start: at the folder of the list"
+        )
 
 
 def enforce_max_rejected(codes: Iterable[str] | Mapping[str, int], total: int, limit: float) -> None:

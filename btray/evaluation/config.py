@@ -12,6 +12,8 @@ class EvaluateConfig(JobConfig):
     """Model bundle."""
     data: str
     """Labelled data, as for training; its test split if it has one, else all of it. One class is enough."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     out: str
     """Folder for the report; local or s3://."""
     model_id: str | None = None

@@ -8,9 +8,17 @@ import pyarrow.compute as pc
 
 from btray import storage
 from btray.core.cluster import connected, require_gpus
+from btray.core.console import ProgressLine
 from btray.data.labelled import read_labelled
 from btray.data.labels import require_known_labels
-from btray.data.rejections import REJECTED, as_csv, enforce_max_rejected, rejections_csv, report_rejections
+from btray.data.rejections import (
+    REJECTED,
+    as_csv,
+    enforce_max_rejected,
+    rejections_csv,
+    report_rejections,
+    require_found,
+)
 from btray.evaluation.assessment import assess
 from btray.evaluation.config import EvaluateConfig
 from btray.evaluation.report import summary
@@ -34,13 +42,13 @@ def evaluate(config: EvaluateConfig) -> str:
     """
     out = storage.resolve(config.out)
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
-    table = read_labelled(config.data, least_classes=1)
+    table = read_labelled(config.data, classes=config.classes, least_classes=1)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))
     require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
     storage.require_writable(out, "--out")
-    with connected():
+    with connected(), ProgressLine(f"classifying {len(table)} images", keep=False):
         if config.use_gpu:
             require_gpus()
         scores = score(
@@ -49,6 +57,7 @@ def evaluate(config: EvaluateConfig) -> str:
     report_rejections(scores.rejected, table)
     # Before anything is measured: if not one image can be read, this list is all that tells why.
     storage.write_bytes(storage.join(out, REJECTED), rejections_csv(scores.rejected, table))
+    require_found(scores.rejected["code"].to_pylist(), len(table), config.data)
     measured_on = f"the test split of {config.data}" if split else f"all of {config.data}"
     assessment = assess(bundle, table, scores, measured_on=measured_on, learnt_from=read_fingerprints(bundle))
     files = assessment.files | {

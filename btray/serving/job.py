@@ -54,11 +54,12 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
             _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
             while signals.get() == signal.SIGHUP:
                 _reload(config, reload)
-        _log.info("draining")
+        _log.info("draining: what was asked is answered first")
         # While replicas finish what they hold, the proxy stays; a shutdown alone would end all at once.
         with suppress(TimeoutError):
             serve.delete(APPLICATION)
         serve.shutdown()
+    _log.info("stopped")
     return url
 
 
@@ -153,7 +154,7 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
             binary = wrapper(Path(folder), get_haproxy_binary(), config.host, config.limits.places)
             environment |= haproxy_environment(Path(folder), binary, free_port)
         set_environment(environment)
-        with connected(join=False, dashboard=False):
+        with connected(join=False):
             yield
 
 

@@ -4,6 +4,7 @@ from btray.storage.errors import StorageError as StorageError
 from btray.storage.errors import storage_errors_for as storage_errors_for
 from btray.storage.errors import suppress_missing as suppress_missing
 from btray.storage.file_info import FileInfo as FileInfo
+from btray.storage.file_info import is_hidden as is_hidden
 from btray.storage.files import arrow_filesystem as arrow_filesystem
 from btray.storage.files import delete as delete
 from btray.storage.files import delete_many as delete_many

@@ -15,3 +15,8 @@ class FileInfo:
     modified: float
     place: str = ""
     """The URI that its bytes are read from, if not `uri`: that of a member of a packed archive."""
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a part of `path` is hidden: its name begins with a dot, or is __MACOSX, where macOS keeps such."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))

@@ -8,6 +8,7 @@ Safe in threads and in Ray workers.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -93,7 +94,7 @@ def describe(uri: str) -> FileInfo:
 def list_files(uri: str) -> Iterator[FileInfo]:
     """Yield every file below a folder, at any depth, whatever its name; of a file, itself. Sorted in each folder.
 
-    Left out: directory markers, and every part below `uri` that begins with `.` or `_`. Symbolic links are followed.
+    Left out: directory markers, and what is hidden below `uri` (`is_hidden`). Symbolic links are followed.
     What cannot be examined (a broken link, say) is listed with size 0 and an empty etag: reading it tells why. The etag
     is S3's without quotes; locally `SIZE-MTIME_NS`. A local name that is not UTF-8 is listed with backslash escapes and
     a warning.
@@ -146,10 +147,10 @@ def open_ranges(uri: str) -> IO[bytes]:
 
 
 def read_text(uri: str) -> str:
-    """Return the file as UTF-8 text. Raises StorageError; `failed` if it is not UTF-8."""
+    """Return the file as text: UTF-8, or UTF-16 with a byte-order mark. Raises StorageError; `failed` if it is not."""
     data = read_bytes(uri)
     with storage_errors_for(uri):
-        return data.decode()
+        return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 def read_json(uri: str, *, missing_ok: bool = False) -> Any:

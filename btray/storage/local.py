@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from btray.storage.errors import StorageError, check_file, storage_errors_for, suppress_missing
-from btray.storage.file_info import FileInfo
+from btray.storage.file_info import FileInfo, is_hidden
 from btray.storage.retry import retry
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def _walk(folder: str, above: set[tuple[int, int]]) -> Iterator[FileInfo]:
     with storage_errors_for(folder), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries)
     for name in names:
-        if name.startswith((".", "_")):
+        if is_hidden(name):
             continue
         path = os.path.join(folder, name)
         try:

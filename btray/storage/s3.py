@@ -29,7 +29,7 @@ from obstore.store import S3Store
 
 from btray.storage import errors
 from btray.storage.errors import StorageError, check_file, code_of_response, storage_errors_for, suppress_missing
-from btray.storage.file_info import FileInfo
+from btray.storage.file_info import FileInfo, is_hidden
 from btray.storage.retry import retry_async
 
 Check = Callable[[int, str], None]
@@ -244,7 +244,7 @@ def list_files(uri: str) -> Iterator[FileInfo]:
             below = item["Key"].removeprefix(prefix)
             # `_$folder$` is how Hadoop marks an empty folder
             marker = item["Size"] == 0 and (item["Key"].endswith("/") or below.endswith("_$folder$"))
-            if not marker and not any(part.startswith((".", "_")) for part in below.split("/")):
+            if not marker and not is_hidden(below):
                 yield _info(f"s3://{bucket}/{item['Key']}", item["Size"], item)
     if empty and key:
         yield describe(uri)

@@ -90,6 +90,8 @@ class TrainConfig(JobConfig):
 
     data: str
     """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id]); local or s3://."""
+    classes: tuple[str, ...] = ()
+    """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
     out: str
     """Where the model bundle is written; local or s3://."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "train"

@@ -47,7 +47,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     logs.bind(run_id=config.name)
     require_destinations(config)
     source = read_source(config)
-    with connected():
+    with connected(dashboard=True):
         data = prepare(source)
         claim_run(data, RUN_MAY_CHANGE)
         trained = TrainedModel(data, fit(data))

@@ -25,7 +25,14 @@ from btray.data.fingerprint import unpack
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.data.labelled import read_labelled
 from btray.data.labels import class_order, require_known_labels
-from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv, rejections_in, report_rejections
+from btray.data.rejections import (
+    REJECTED,
+    enforce_max_rejected,
+    rejections_csv,
+    rejections_in,
+    report_rejections,
+    require_found,
+)
 from btray.data.splits import Leak, find_leak, hold_out, report_leak
 from btray.model.network import build_network
 from btray.training.config import TrainConfig
@@ -115,7 +122,7 @@ def read_source(config: TrainConfig) -> Source:
         UserError: fewer than two classes outside val and test, a label there that no training image has, or nothing
             that can be read.
     """
-    table = read_labelled(config.data)
+    table = read_labelled(config.data, classes=config.classes)
     classes = class_order(table.filter(~in_splits(table, "val", "test"))["label"].to_pylist())
     if len(classes) < 2:
         names = ", ".join(classes) or "none"
@@ -147,6 +154,7 @@ def prepare(source: Source) -> TrainingData:
     report_rejections(rejected, table)
     if len(rejected):
         storage.write_bytes(storage.join(run_uri, REJECTED), rejections_csv(rejected, table))
+    require_found(rejected["code"].to_pylist(), len(rows), config.data)
     enforce_max_rejected(rejected["code"].to_pylist(), len(rows), config.max_rejected)
     # Twins are found before images are held out: both of them go to the same side.
     leak, used, twins = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))

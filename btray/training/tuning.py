@@ -17,7 +17,10 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from btray import storage
+from btray.core import logs
 from btray.core.cluster import connected, cpus, gpus, started_ray_here
+from btray.core.config import set_environment
+from btray.core.console import ProgressLine, show_progress
 from btray.core.errors import UserError
 from btray.model.config import NetworkConfig
 from btray.model.network import build_network, count_flops, count_parameters
@@ -61,7 +64,7 @@ def tune(config: TuneConfig) -> str:
     _log.info("search: %s", "Optuna's tree-structured Parzen estimator" if config.search == "optuna" else "random")
     require_destinations(config)
     source = read_source(config)
-    with connected():
+    with connected(dashboard=True):
         data = prepare(source)
         claim_run(data, _SEARCH_MAY_CHANGE)
         folder = data.plan.run_uri
@@ -172,10 +175,16 @@ def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
                 ),
             ),
             run_config=ray.tune.RunConfig(
-                name="search", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_Announce()]
+                name="search",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                verbose=0,
+                callbacks=[_Announce(config)],
             ),
         )
-    results = tuner.fit()
+    set_environment({"RAY_AIR_NEW_OUTPUT": "0"})  # the new one prints a table of settings also with verbose=0
+    with ProgressLine("starting the trials", keep=False, of_workers=False):
+        results = tuner.fit()
     return [_record(config, results[number], len(data.plan.classes)) for number in range(len(results))]
 
 
@@ -250,11 +259,25 @@ def _run_trial(point: Settings, *, config: TuneConfig, data: TrainingData, withi
 
 
 class _Announce(ray.tune.Callback):
-    """Prints a line for each trial that ends."""
+    """Prints a line for each trial that ends, and rewrites the live line with each epoch of any."""
+
+    def __init__(self, config: TuneConfig) -> None:
+        self._trials, self._epochs = config.trials, config.epochs
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if logs.is_json():
+            return
+        latest = [result, *(other.last_result or {} for other in trials)]
+        best = max(last.get("val_macro_f1", 0.0) for last in latest)
+        show_progress(
+            f"trial {trial.trial_id}  epoch {result.get('epoch', 0)}/{self._epochs}  "
+            f"val macro-F1 {result.get('val_macro_f1', float('nan')):.3f}  "
+            f"{sum(other.is_finished() for other in trials)} of {self._trials} trials ended, best now {best:.3f}"
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
-        ended = sum(other.is_finished() for other in trials)
+        ended = 1 + sum(other.is_finished() for other in trials if other is not trial)
         print(
             f"trial {trial.trial_id} ended after {last.get('epoch', 0)} epochs, "
             f"val macro-F1 {last.get('val_macro_f1', float('nan')):.3f} ({ended} of {len(trials)} started have ended)",

@@ -19,9 +19,9 @@ import pytest
 from btray import storage
 from btray.acquire.config import AcquireConfig
 from btray.acquire.job import acquire
-from btray.acquire.sources import class_root, reason_to_leave_out
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
+from tests.helpers.flat_store import flat_store
 from tests.helpers.http_files import FileServer, Misbehaviour
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,34 +209,6 @@ def test_the_class_tree_is_found_below_wrapper_folders(tmp_path: Path, wrapper: 
     manifest = run(tmp_path, tmp_path / "one.zip")
     assert sorted(row["uri"] for row in rows_of(manifest)) == sorted(f"images/one/{name}" for name in SPLITS)
     assert summary_of(manifest)["sources"][0]["left_out"]["reasons"] == ({"outside_class_tree": 1} if wrapper else {})
-
-
-@pytest.mark.parametrize(
-    ("names", "root"),
-    [
-        (["yes/1.png", "no/1.png"], ""),
-        (["w/yes/1.png", "w/no/1.png"], "w"),
-        (["v/w/yes/patient/1.png", "v/w/other/patient/1.png"], "v/w"),
-        (["w/1.png"], ""),
-        (["metastasis/1.png"], ""),
-        (["w/metastasis/1.png"], "w"),
-        (["Testing/a/1.png"], ""),
-        (["w/test/a/1.png", "w/train/a/1.png"], "w"),
-    ],
-)
-def test_the_root_of_a_class_tree(names: list[str], root: str) -> None:
-    assert class_root(names, "it") == root
-
-
-def test_two_class_trees_in_one_archive_are_not_guessed_at() -> None:
-    with pytest.raises(UserError, match="'raw'") as caught:
-        class_root(["raw/glioma/1.png", "clean/glioma/1.png"], "it")
-    assert "'clean'" in str(caught.value)
-
-
-def test_dicom_names_of_every_kind_may_be_images() -> None:
-    for name in ("IM0001", "1.2.840.113619.2.55", "a.dcm", "a.nii.gz", "A.JPEG", "a.IMA"):
-        assert reason_to_leave_out(f"glioma/{name}") is None
 
 
 def test_a_manifest_is_a_source_and_its_names_do_not_collide(tmp_path: Path) -> None:
@@ -448,6 +420,36 @@ def test_archive_and_folder_in_a_bucket_become_the_same_data_set_in_a_bucket(tmp
     assert content_of(remote) == content_of(local)
     assert summary_of(remote)["sources"][0]["left_out"]["reasons"] == {"hidden": 1}
     assert "out" in storage.read_text(f"{bucket}/out/config.yaml")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_keys_that_no_file_system_holds_are_left_out_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    odd = {
+        "glioma/" + "x" * 300 + ".jpg": "unusable_name",
+        "glioma/a/b.jpg": "colliding_name",  # beside glioma/a
+        "glioma//1.jpg": "duplicate_name",
+        "glioma/1.jpg": None,
+        "glioma/B.jpg": None,
+        "glioma/b.jpg": "colliding_name",
+        "glioma/1.jpg.": None,
+        "glioma/a": None,
+        "glioma/u\u0308.jpg": None,
+        "glioma/\xfc.jpg": "colliding_name",
+        "no_tumor//2.jpg": None,
+        "no_tumor/c\\d.jpg": None,
+        "glioma/../no_tumor/3.jpg": "hidden",
+    }
+    with flat_store(monkeypatch, {f"in/{key}": key.encode() for key in odd}) as bucket:
+        manifest = run(tmp_path, f"{bucket}/in", out=f"{bucket}/out" if remote else str(tmp_path / "out"))
+        left_out = summary_of(manifest)["sources"][0]["left_out"]
+        taken = sorted(chain.from_iterable(content_of(manifest).values()))
+        uris = [row["uri"] for row in rows_of(manifest)]
+    assert {item["name"]: item["reason"] for item in left_out["files"]} == {k: why for k, why in odd.items() if why}
+    assert taken == sorted(key.encode() for key, why in odd.items() if not why)
+    assert len(set(uris)) == len(uris)
+    assert not list(tmp_path.rglob("3.jpg"))
 
 
 @pytest.mark.s3

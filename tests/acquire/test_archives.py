@@ -7,8 +7,10 @@ import io
 import os
 import random
 import struct
+import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +23,14 @@ LIMITS = UnpackLimits(max_bytes=1 << 30, max_files=100, max_ratio=200)
 
 
 def run(
-    archive: Path, limits: UnpackLimits = LIMITS, leave_out: Callable[[str], str | None] = lambda _: None
+    archive: Path,
+    limits: UnpackLimits = LIMITS,
+    leave_out: Callable[[str], str | None] = lambda _: None,
+    encoding: str = "utf-8",
 ) -> list[LeftOut]:
     folder = archive.parent / "unpacked"
     folder.mkdir(exist_ok=True)
-    return unpack(archive, folder, limits=limits, shown="it", leave_out=leave_out)
+    return unpack(archive, folder, limits=limits, shown="it", leave_out=leave_out, encoding=encoding)
 
 
 def unpacked(archive: Path) -> dict[str, bytes]:
@@ -188,7 +193,7 @@ def test_names_that_cannot_be_stored_are_named(tmp_path: Path) -> None:
     long = "x" * 300 + ".png"
     archive = make_tar(tmp_path / "names.tar", [(long, b"1"), (os.fsdecode(b"\xff.png"), b"2"), ("ok.png", b"3")])
     left_out = run(archive)
-    assert [item.reason for item in left_out] == ["unusable_name", "unusable_name"]
+    assert [item.reason for item in left_out] == ["unusable_name", "unknown_encoding"]
     assert "".join(item.name for item in left_out).encode()
     assert unpacked(archive) == {"ok.png": b"3"}
 
@@ -257,6 +262,8 @@ def test_a_second_tar_behind_the_first_is_not_lost(tmp_path: Path) -> None:
     [
         (b"<!DOCTYPE html><html>log in</html>", "web page"),
         (b"Rar!\x1a\x07\x00", "RAR"),
+        (b"7z\xbc\xaf\x27\x1c\x00\x04", "7-Zip"),
+        (b"PK\x07\x08PK\x03\x04", "split zip"),
         (b"plain text, and quite a lot of it " * 40, "no zip or tar"),
         (gzip.compress(b"no tar in here", mtime=0), "no zip or tar"),
         (b"", "no zip or tar"),
@@ -276,3 +283,94 @@ def test_an_encrypted_zip_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.png.*encrypted"):
         run(path)
+
+
+def patched_method(path: Path, method: int) -> Path:
+    """Write a zip whose member says that it was compressed by `method`."""
+    make_zip(path, [("a.png", b"1" * 50)])
+    data = bytearray(path.read_bytes())
+    for offset in (8, data.index(b"PK\x01\x02") + 10):
+        data[offset : offset + 2] = struct.pack("<H", method)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("method", "name"), [(9, "Deflate64"), (93, "Zstandard"), (95, "xz"), (98, "PPMd"), (77, "")])
+def test_a_compression_that_is_not_read_is_not_called_damage(tmp_path: Path, method: int, name: str) -> None:
+    with pytest.raises(UserError, match=rf"a compression that is not read \({name}.*a\.png.*repack it") as caught:
+        run(patched_method(tmp_path / "z.zip", method))
+    assert "damaged" not in str(caught.value)
+    assert len(run(tmp_path / "z.zip", leave_out=lambda _: "no_image")) == 1  # what is not wanted need not be read
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_the_other_compressions_are_read(tmp_path: Path, compression: int) -> None:
+    archive = make_zip(tmp_path / "z.zip", [("a.png", b"1" * 50)], compression)
+    assert run(archive) == []
+    assert unpacked(archive) == {"a.png": b"1" * 50}
+
+
+def legacy_zip(path: Path, name: bytes, extra: bytes = b"") -> Path:
+    """Write a zip with one member, whose name is not marked as UTF-8."""
+    info = zipfile.ZipInfo("x" * len(name))
+    info.extra = extra
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(info, b"0")
+    path.write_bytes(path.read_bytes().replace(b"x" * len(name), name))
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "cp437", "cp1252"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_names_in_a_legacy_encoding_are_decoded_right_or_left_out(tmp_path: Path, encoding: str, kind: str) -> None:
+    name = {"gbk": "胶质瘤/表\u7ca7.png", "shift_jis": "腫瘍/表.png"}.get(encoding, "Müll/ö.png")
+    raw = name.encode(encoding)
+    if kind == "zip":
+        archive = legacy_zip(tmp_path / "a", raw)
+    else:
+        with tarfile.open(tmp_path / "a", "w", encoding=encoding, format=tarfile.GNU_FORMAT) as file:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            file.addfile(info, io.BytesIO(b"0"))
+        archive = tmp_path / "a"
+    with pytest.raises(UserError, match=r"1 names are not in utf-8.*--archive-encoding"):
+        run(archive)
+    assert unpacked(archive) == {}
+    assert run(archive, encoding=encoding) == []
+    assert unpacked(archive) == {name: b"0"}
+
+
+def test_what_is_left_out_for_its_encoding_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    archive = make_tar(tmp_path / "a", [(os.fsdecode("胶质瘤".encode("gbk")) + "/1.png", b"1"), ("b/2.png", b"2")])
+    assert [item.reason for item in run(archive)] == ["unknown_encoding"]
+    assert unpacked(archive) == {"b/2.png": b"2"}
+    assert "1 names are not in utf-8" in caplog.text
+
+
+def test_utf8_that_is_not_marked_and_the_extra_field_of_info_zip_are_read(tmp_path: Path) -> None:
+    archive = legacy_zip(tmp_path / "a", "Gehirn/ü日.png".encode())
+    assert run(archive) == []
+    assert unpacked(archive) == {"Gehirn/ü日.png": b"0"}
+    raw, right = b"??????/1.png", "胶质瘤/1.png".encode()
+    body = struct.pack("<BL", 1, zlib.crc32(raw)) + right
+    archive = legacy_zip(tmp_path / "b", raw, extra=struct.pack("<HH", 0x7075, len(body)) + body)
+    assert run(archive) == []
+    assert unpacked(archive)["胶质瘤/1.png"] == b"0"
+
+
+@pytest.mark.parametrize("options", [["--format=gnu"], ["--format=pax"], ["--format=posix", "--sparse-version=1.0"]])
+def test_sparse_members_of_a_tar_are_whole(tmp_path: Path, options: list[str]) -> None:
+    content = b"head" + bytes(300_000) + b"tail"
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(content[:4])
+        file.seek(len(content) - 4)
+        file.write(content[-4:])
+    (tmp_path / "b.png").write_bytes(b"after")
+    subprocess.run(["tar", "-cS", *options, "-f", "it.tar", "a.png", "b.png"], cwd=tmp_path, check=True)
+    archive = tmp_path / "it.tar"
+    assert archive.stat().st_size < len(content)
+    assert run(archive) == []
+    assert unpacked(archive) == {"a.png": content, "b.png": b"after"}
+    (tmp_path / "unpacked/b.png").unlink()
+    assert len(run(archive, leave_out=lambda name: "no_image" if name == "a.png" else None)) == 1
+    assert unpacked(archive)["b.png"] == b"after"

@@ -41,12 +41,21 @@ from btray.audit.report import render_audit
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.duplicates import numbered
 from btray.data.fingerprint import correlations, thumbnails
+from btray.data.labelled import Labelled
 from btray.data.scans import decode
 from tests.helpers.image_truth import COPIES, REFRAMED, SAME_PIXELS, encode, recall_and_precision
 from tests.helpers.pages import HOSTILE, Page
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"audit.json", "duplicates.parquet", "report.html", "unreadable.csv", "not_mri.csv", "config.yaml"}
+FILES = {
+    "audit.json",
+    "duplicates.parquet",
+    "report.html",
+    "left_out.csv",
+    "unreadable.csv",
+    "not_mri.csv",
+    "config.yaml",
+}
 COLUMNS = ["uri", "split", "label", "group_id", "grade", "score"]
 
 
@@ -346,8 +355,14 @@ def test_unusable_data_are_refused_before_anything_is_written(tmp_path: Path) ->
 def test_data_and_audit_may_lie_in_object_storage(ray_session: None, bucket: str) -> None:
     for name, copy in (("a.png", "original"), ("b +%41.jpg", "recompressed")):
         storage.write_bytes(f"{bucket}/data/glioma/{name}", COPIES[copy](slice_of(2)))
+    storage.write_bytes(f"{bucket}/data/glioma/Thumbs.db", b"no image")
+    storage.write_bytes(f"{bucket}/data/pred/a.png", encode(slice_of(5)))
     findings = run(f"{bucket}/data", f"{bucket}/out")
     assert set(storage.list_names(f"{bucket}/out")) == FILES
+    assert findings["left_out"] == {"files": 1, "by_reason": {"no_image": 1}}
+    assert storage.read_text(f"{bucket}/out/left_out.csv").splitlines() == ["path,reason", "glioma/Thumbs.db,no_image"]
+    assert findings["warnings"][0] == "pred looks like predictions"
+    assert "pred looks like predictions" in storage.read_text(f"{bucket}/out/report.html")
     assert findings["duplicates"]["by_grade"] == {"same_bytes": 0, "same_pixels": 0, "same_image": 2}
     assert {row["uri"] for row in duplicates(f"{bucket}/out")} == {
         f"{bucket}/data/glioma/a.png",
@@ -362,7 +377,8 @@ def audited(table: pa.Table) -> tuple[AuditReport, str]:
     pixels = numbered(readable["pixel_digest"])
     twins = Twins(pixels, np.zeros((0, 2), np.int64), np.zeros(0, np.float32), 0, 0)
     members = group(table, readable, twins)
-    report = summarise("data", table, inspected, twins, members)
+    data = Labelled(table, {"Thumbs.db": "no_image"}, ["pred looks like predictions"])
+    report = summarise("data", data, inspected, twins, members)
     return report, render_audit(report, table, inspected, members, most_groups=9)
 
 
@@ -390,8 +406,8 @@ def test_audit_json_has_the_documented_fields_in_this_order_and_a_version(tmp_pa
     report, _ = audited(labelled_files(tmp_path, ["a.png"] * 4, ["l", "m", "n", "o"]))
     record = json.loads(report.to_json())
     assert list(record) == [
-        "data", "images", "classes", "splits", "unreadable", "duplicates", "leakage", "label_conflicts", "patients",
-        "not_mri", "files", "intensity", "format_version",
+        "data", "images", "classes", "splits", "left_out", "warnings", "unreadable", "duplicates", "leakage",
+        "label_conflicts", "patients", "not_mri", "files", "intensity", "format_version",
     ]  # fmt: skip
     assert record["format_version"] == 1
     assert record["leakage"]["test"]["in"] == {"train": 1}

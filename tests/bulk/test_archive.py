@@ -23,14 +23,14 @@ from btray.data.labelled import read_labelled
 from btray.storage import s3
 from tests.helpers.classify_helpers import FIELDS, write_inventory
 
-NAMES = ("a.jpg", "deep/b c+%.png", "deep/日本.jpg", "noext")
+NAMES = ("_raw/_DSC0001", "a.jpg", "deep/b c+%.png", "deep/日本.jpg", "noext")
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder or bucket with the objects of NAMES, and some that do not count."""
     root = str(tmp_path / "scans") if request.param == "local" else request.getfixturevalue("bucket")
-    for name in (*NAMES, ".hidden.jpg", "_tmp/x.jpg"):
+    for name in (*NAMES, ".hidden.jpg", "deep/.tmp/x.jpg", "__MACOSX/a.jpg"):
         storage.write_bytes(storage.join(root, name), name.encode())
     return root
 
@@ -56,7 +56,7 @@ def test_a_prefix_gives_all_but_hidden_objects(place: str) -> None:
 
 def test_globs_match_the_path_below_the_input(place: str) -> None:
     assert sorted(listed(place, include=["*.jpg"])) == sorted(uris(place, "a.jpg", "deep/日本.jpg"))
-    assert sorted(listed(place, exclude=["deep/*"])) == uris(place, "a.jpg", "noext")
+    assert sorted(listed(place, exclude=["deep/*"])) == uris(place, "_raw/_DSC0001", "a.jpg", "noext")
     assert listed(place, include=["*.jpg", "noext"], exclude=["deep*", "a*"]) == uris(place, "noext")
 
 
@@ -73,7 +73,7 @@ def test_an_output_that_holds_all_of_the_input_is_refused(place: str, tmp_path: 
         with pytest.raises(UserError, match="name an output beside") as caught:
             listed(source, outside=output)
         assert f"--output {output} " in str(caught.value)
-    assert listed(manifest, outside=f"{place}/deep") == uris(place, "a.jpg", "noext")
+    assert listed(manifest, outside=f"{place}/deep") == uris(place, "_raw/_DSC0001", "a.jpg", "noext")
     assert len(listed(f"{place}/deep", outside=f"{place}/de")) == 2
 
 
@@ -215,6 +215,7 @@ def test_an_inventory_of_a_bucket_and_a_listing_of_it_count_the_same_objects(buc
         "day/_tmp/a.jpg",
         "day/a_b.jpg",
         "day/.x",
+        "__MACOSX/x.jpg",
         "day/x_$folder$",
         "day/",
         "k=v/#1?.jpg",
@@ -223,12 +224,12 @@ def test_an_inventory_of_a_bucket_and_a_listing_of_it_count_the_same_objects(buc
         body = b"" if name.endswith(("/", "$")) else b"x"
         s3.call(bucket, "put_object", Key=name, Body=body)
     counted = sorted(info.uri for info in storage.list_files(bucket))
-    assert counted == [f"{bucket}/day/a_b.jpg", f"{bucket}/k=v/#1?.jpg"]
+    assert counted == [f"{bucket}/{name}" for name in ("_raw/a.jpg", "day/_tmp/a.jpg", "day/a_b.jpg", "k=v/#1?.jpg")]
     rows = [{"Key": name, "Size": 0 if name.endswith(("/", "$")) else 1} for name in names]
     assert sorted(listed(write_inventory(bucket, kind, rows))) == counted
 
     assert listed(f"{bucket}/_raw") == [f"{bucket}/_raw/a.jpg"]
-    assert "names 1 objects, of which none counts" in refusal(write_inventory(bucket, kind, rows[:1]))
+    assert "names 1 objects, of which none counts" in refusal(write_inventory(bucket, kind, rows[1:2]))
 
 
 @pytest.mark.s3

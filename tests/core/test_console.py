@@ -105,10 +105,14 @@ def test_a_line_of_a_process_that_logs_text_is_wrapped_for_a_json_log(
 
 
 def test_a_cluster_that_cannot_grow_is_worth_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.begin()
-    shown([":event_summary:Error: No available node types can fulfill {'GPU': 1.0}", ":event_summary:Adding 1 node"],
-          pid="autoscaler", actor_name=None)  # fmt: skip
-    assert capsys.readouterr().err == "cluster: Error: No available node types can fulfill {'GPU': 1.0}\n"
+    lines = [":event_summary:Error: No available node types can fulfill {'GPU': 1.0}", ":event_summary:Adding 1 node",
+             "======== Autoscaler status: ========"]  # fmt: skip
+    for verbose in (False, True):
+        logs.begin(verbose=verbose)
+        shown(lines, pid="autoscaler", actor_name=None)
+        said = capsys.readouterr().err.splitlines()
+        assert said[0] == "cluster: Error: No available node types can fulfill {'GPU': 1.0}"
+        assert said[1:] == ["cluster: Adding 1 node"] * verbose
 
 
 def test_what_ray_logs_in_this_process_is_one_of_our_lines_or_stays_in_its_files(
@@ -127,6 +131,36 @@ def test_what_ray_logs_in_this_process_is_one_of_our_lines_or_stays_in_its_files
     logger.info("chatter")
     assert capsys.readouterr().err == "worth it\n"
     assert to_file.getvalue().splitlines() == ["worth it", "for Ray's own file", "chatter"]
+
+
+def test_what_the_core_says_is_one_of_our_lines_and_what_is_no_trouble_is_for_verbose(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = ["A worker died:\nout of memory", "WARNING: 8 PYTHON worker processes have been started on node: ab",
+             "Task ServeController.graceful_shutdown failed. There are infinite retries remaining"]  # fmt: skip
+    for verbose in (False, True):
+        logs.begin(verbose=verbose)
+        shown(lines, pid="raylet", actor_name=None)
+        said = capsys.readouterr().err.splitlines()
+        assert said[0] == "Ray: A worker died: out of memory"
+        assert len(said) == 1 + 2 * verbose
+
+
+def test_a_line_that_speaks_for_all_workers_is_not_rewritten_by_one_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressLine("starting", of_workers=False):
+        shown([f"{logs.PROGRESS}epoch 1/2"])
+        console.show_progress("trial 1  epoch 1/2")
+    shown([f"{logs.PROGRESS}epoch 2/2"])
+    assert capsys.readouterr().out == "trial 1  epoch 1/2\nepoch 2/2\n", "where there is no terminal"
+    terminal = a_terminal(monkeypatch)
+    with ProgressLine("starting", of_workers=False) as line:
+        line._drawn = 0.0
+        shown([f"{logs.PROGRESS}epoch 1/2"])
+        console.show_progress("trial 1")
+    assert "epoch" not in terminal.getvalue()
+    assert "trial 1" in terminal.getvalue()
 
 
 def test_the_live_line_is_rewritten_below_other_output_and_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:

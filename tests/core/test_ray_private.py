@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -45,7 +46,7 @@ def test_in_the_block_this_machine_is_loopback_and_the_submitted_package_is_forg
     monkeypatch.setenv(ray_private.JOB_CONFIG_VARIABLE, "{}")
     monkeypatch.setattr(ray._private.worker, "_global_node", None)
     before = ray_constants.ENABLE_RAY_CLUSTER
-    with ray_private.on_loopback():
+    with ray_private.own_ray():
         assert services.get_node_ip_address() == "127.0.0.1"
         assert ray_private.JOB_CONFIG_VARIABLE not in os.environ
     assert before == ray_constants.ENABLE_RAY_CLUSTER
@@ -56,7 +57,8 @@ def test_the_loggers_that_are_silenced_are_those_that_warn() -> None:
         assert importlib.import_module(name).logger is logging.getLogger(name)
 
 
-def test_worker_lines_reach_the_given_function_alone() -> None:
+def test_worker_lines_reach_the_given_function_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", print)
     before = list(global_worker_stdstream_dispatcher.handlers)
     batches: list[object] = []
     try:
@@ -65,6 +67,9 @@ def test_worker_lines_reach_the_given_function_alone() -> None:
         ray_private.forward_worker_lines(batches.append)
         global_worker_stdstream_dispatcher.emit("a batch")
         assert batches == ["a batch"]
+        ray._private.worker.print_to_stdstream("of the core", ignore_prefix=False)
+        assert batches[1:] == ["of the core"]
+        assert "print_to_stdstream(\n" in inspect.getsource(ray._private.worker.listen_error_messages)
         assert "ray_print_logs" in Path(ray._private.worker.__file__).read_text(), "the name under which Ray prints"
     finally:
         global_worker_stdstream_dispatcher.handlers = before

@@ -63,7 +63,7 @@ def test_a_tree_with_split_folders_in_any_case_is_read_whole(place: str) -> None
         "Training/no_tumor/deep/er/no extension",
         "VAL/notumor/x.dcm",
         "valid/Glioma/50%+#1.png",
-        "testing/abscess/Thumbs.db",
+        "testing/abscess/_DSC0001",
         "Testing/abscess/日本.jpg",
     )
     assert rows(place, read_labelled(place)) == {
@@ -71,7 +71,7 @@ def test_a_tree_with_split_folders_in_any_case_is_read_whole(place: str) -> None
         "Training/no_tumor/deep/er/no extension": ("no_tumor", "train"),
         "VAL/notumor/x.dcm": ("no_tumor", "val"),
         "valid/Glioma/50%+#1.png": ("glioma", "val"),
-        "testing/abscess/Thumbs.db": ("abscess", "test"),
+        "testing/abscess/_DSC0001": ("abscess", "test"),
         "Testing/abscess/日本.jpg": ("abscess", "test"),
     }
 
@@ -82,13 +82,13 @@ def test_sizes_and_etags_are_those_of_the_listing(place: str) -> None:
     assert {row["uri"]: (row["size"], row["etag"]) for row in read_labelled(place).to_pylist()} == listed
 
 
-def test_hidden_files_do_not_count_and_loose_ones_are_named_in_the_log(
+def test_hidden_files_do_not_count_and_what_else_is_left_out_is_named_in_the_log(
     place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(place, "a/1.jpg", "a/.DS_Store", "_cache/x.jpg", "b/2.jpg", "dataset.json", "train/loose.jpg")
-    assert set(rows(place, read_labelled(place))) == {"a/1.jpg", "b/2.jpg"}
-    assert "2 files" in caplog.text
-    assert "dataset.json" in caplog.text
+    write(place, "a/1.jpg", "a/.DS_Store", "__MACOSX/a/1.jpg", "_b/_2.jpg", "a/Thumbs.db", "README", "train/loose.jpg")
+    assert set(rows(place, read_labelled(place))) == {"a/1.jpg", "_b/_2.jpg"}
+    assert "3 files" in caplog.text
+    assert "(no_image 2, no_class_folder 1): README, a/Thumbs.db, train/loose.jpg" in caplog.text
 
 
 def test_a_folder_named_like_a_split_is_a_class_only_where_it_holds_no_class(place: str) -> None:
@@ -104,7 +104,9 @@ def test_a_missing_folder_is_refused(place: str) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert "no file" in refusal(str(tmp_path))
+    assert "no images" in refusal(str(tmp_path))
+    write(str(tmp_path), "a/notes.txt")
+    assert "no images (1 other files, such as a/notes.txt)" in refusal(str(tmp_path))
 
 
 def test_files_without_class_folders_are_refused(place: str) -> None:
@@ -115,8 +117,16 @@ def test_files_without_class_folders_are_refused(place: str) -> None:
 
 
 def test_a_single_class_is_refused(place: str) -> None:
-    write(place, "archive/glioma/1.jpg", "archive/no_tumor/1.jpg")
-    assert "'archive'" in refusal(place)
+    write(place, "archive/abscess/1.jpg", "archive/abscess/2.jpg")
+    assert "'abscess'" in refusal(place)
+
+
+def test_the_classes_are_found_below_a_folder_that_holds_nothing_else(place: str) -> None:
+    write(place, "archive/Training/glioma/1.jpg", "archive/Testing/no_tumor/1.jpg", "figures/1.jpg")
+    assert rows(place, read_labelled(place)) == {
+        "archive/Training/glioma/1.jpg": ("glioma", "train"),
+        "archive/Testing/no_tumor/1.jpg": ("no_tumor", "test"),
+    }
 
 
 def test_a_single_file_that_is_no_manifest_is_refused(place: str) -> None:
@@ -164,6 +174,27 @@ def test_a_manifest_of_either_kind_gives_the_same_rows_by_its_name_or_its_folder
     filesystem, path = storage.arrow_filesystem(storage.join(place, "manifest.parquet"))
     pq.write_table(pa.table(columns), path, filesystem=filesystem)
     assert read_labelled(storage.join(place, "manifest.parquet")).equals(table)
+
+
+def test_a_label_is_the_same_as_text_and_as_a_number_of_any_kind(tmp_path: Path) -> None:
+    uris, numbers = ["a.jpg", "b.jpg", "c.jpg"], [1, 2, 10]
+    write_csv(str(tmp_path), "uri,label", "a.jpg,1.0", "b.jpg,2", "c.jpg, 10.00")
+    expected = read_labelled(str(tmp_path))["label"]
+    assert expected.to_pylist() == ["1", "2", "10"]
+    for kind in (pa.int8(), pa.int64(), pa.float32(), pa.float64(), pa.decimal128(6, 2), pa.string()):
+        labels = pa.array(numbers, pa.float64() if pa.types.is_string(kind) else kind).cast(kind)
+        pq.write_table(pa.table({"uri": uris, "label": labels}), tmp_path / "m.parquet")
+        assert read_labelled(str(tmp_path / "m.parquet"))["label"].to_pylist() == expected.to_pylist(), kind
+
+
+def test_classes_choose_among_the_labels_of_a_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    uri = write_csv(str(tmp_path), "uri,label", "a.jpg,Glioma", "b.jpg,me\u0301ta", "c.jpg,x")
+    table = read_labelled(uri, classes=("glioma tumor", "m\u00e9ta"))
+    assert table["label"].to_pylist() == ["glioma", "m\u00e9ta"]
+    assert "(not_in_classes 1)" in caplog.text
+    for missing in (("glioma", "y"), ("y",)):
+        with pytest.raises(UserError, match="--classes"):
+            read_labelled(uri, classes=missing)
 
 
 def test_dots_in_relative_uris_are_resolved_against_the_manifest(place: str) -> None:

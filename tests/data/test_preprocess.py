@@ -20,6 +20,7 @@ from btray.data import preprocess
 from btray.data.config import PreprocessConfig
 from btray.data.frames import FrameSource
 from btray.data.preprocess import Box, decode_side, make_frame, preprocess_digest, to_tensor
+from btray.data.scans import Scan
 from btray.evaluation import scoring
 from btray.model.classifier import Classifier
 from btray.phantoms import CLASSES, encoded_phantom, phantom
@@ -29,9 +30,9 @@ from tests.helpers.digest_scorer import DigestScorer, digests
 from tests.helpers.tiny_bundle import PREPROCESS, random_bundle
 
 CONFIG = PreprocessConfig()
-# What preprocessing by default makes of its test patterns. It may change only together with `manifest.FORMAT_VERSION`:
-# every bundle that was trained before would be refused.
-GOLDEN_DIGEST = "53781067e29baae5ab3be6e5249613749f9f6579d6494c091236de2250fe8eb3"
+# What decoding makes of a fixed JPEG, and preprocessing by default of its test patterns. It may change only together
+# with `manifest.FORMAT_VERSION`: every bundle that was trained before would be refused.
+GOLDEN_DIGEST = "1167692f4cdea153c4a2031266fbec2356a9e1f40a8fa6f1bc54aa35e52e3ad2"
 
 Scene = tuple[np.ndarray, tuple[float, float, float, float]]
 
@@ -289,6 +290,18 @@ def test_the_default_transform_is_the_one_that_bundles_were_made_with() -> None:
     assert preprocess_digest(CONFIG) == GOLDEN_DIGEST
     changed = [{"size": 96}, {"crop": False}, {"margin": 0.1}, {"low_percentile": 5}, {"high_percentile": 95}]
     assert len({preprocess_digest(CONFIG.model_copy(update=change)) for change in changed}) == len(changed)
+
+
+def test_the_digest_notices_a_decoder_that_gives_other_pixels_at_any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = preprocess.decode
+    for side in (40, 20, 10, 5):
+
+        def other(data: bytes, *, min_side: int, side: int = side) -> Scan:
+            frame = real(data, min_side=min_side).frames[0]
+            return Scan([frame ^ np.uint8(len(frame) == side)])
+
+        monkeypatch.setattr(preprocess, "decode", other)
+        assert preprocess_digest(CONFIG) != GOLDEN_DIGEST
 
 
 @pytest.mark.cluster

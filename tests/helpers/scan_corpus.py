@@ -102,26 +102,34 @@ def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
 def write_tiff(pixels: np.ndarray, *, order: str = "<", photometric: int = 2) -> bytes:
     """Return a one-strip TIFF of uint16 `pixels` [height, width(, bands)], in variants that Pillow cannot write."""
     bands = pixels.shape[2] if pixels.ndim == 3 else 1
-    body = pixels.astype(order + "u2").tobytes()
-    bits_at, strip_at = 8 + 2 + 9 * 12 + 4, 8 + 2 + 9 * 12 + 4 + 8
-    bits = struct.pack(order + "4H", *([16] * bands + [0] * (4 - bands)))
-    tags = [
-        (256, 4, 1, pixels.shape[1]),
-        (257, 4, 1, pixels.shape[0]),
-        (258, 3, bands, bits_at if bands > 2 else 16),
-        (259, 3, 1, 1),
-        (262, 3, 1, photometric),
-        (273, 4, 1, strip_at),
-        (277, 3, 1, bands),
-        (278, 4, 1, pixels.shape[0]),
-        (279, 4, 1, len(body)),
-    ]
-    directory = struct.pack(order + "H", len(tags))
-    for tag, kind, count, value in tags:
-        packed = struct.pack(order + "HH", value, 0) if kind == 3 and count == 1 else struct.pack(order + "I", value)
-        directory += struct.pack(order + "HHI", tag, kind, count) + packed
+    tags = {258: [16] * bands, 262: [photometric], 277: [bands]}
+    return tiff_of(pixels.shape, tags, [pixels.astype(order + "u2").tobytes()], order=order)
+
+
+def tiff_of(shape: tuple[int, ...], tags: dict[int, list[int] | bytes], strips: list[bytes], *, order: str) -> bytes:
+    """Return a TIFF of one directory: `shape` is [height, width, ...], `tags` what TIFF 6.0 calls SHORT, LONG, ASCII.
+
+    Header, strips, directory, long values: the first strip begins at byte 8.
+    """
+    lengths = [len(strip) for strip in strips]
+    offsets = [8 + sum(lengths[:number]) for number in range(len(strips))]
+    rows = {256: [shape[1]], 257: [shape[0]], 259: [1], 273: offsets, 278: [-(-shape[0] // len(strips))], 279: lengths}
+    if 324 in tags:  # tiles, not strips
+        rows = {tag: rows[tag] for tag in (256, 257, 259)}
+    tags = rows | tags
+    body = b"".join(strips)
+    body += bytes(len(body) % 2)
+    directory, values = b"", b""
+    values_at = 8 + len(body) + 2 + 12 * len(tags) + 4
+    for tag, given in sorted(tags.items()):
+        kind = 2 if isinstance(given, bytes) else 4 if max(given) > 0xFFFF or tag == 254 else 3
+        packed = given if isinstance(given, bytes) else struct.pack(f"{order}{len(given)}{'HI'[kind - 3]}", *given)
+        directory += struct.pack(order + "HHI", tag, kind, len(given))
+        directory += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(order + "I", values_at + len(values))
+        values += packed if len(packed) > 4 else b""
     magic = b"II*\0" if order == "<" else b"MM\0*"
-    return magic + struct.pack(order + "I", 8) + directory + struct.pack(order + "I", 0) + bits + body
+    begin = magic + struct.pack(order + "I", 8 + len(body)) + body
+    return begin + struct.pack(order + "H", len(tags)) + directory + bytes(4) + values
 
 
 def _gray() -> Image.Image:
@@ -341,14 +349,16 @@ def _bombs() -> dict[str, tuple[bytes, str]]:
     webp_below_pillows_bound = bytearray(webp)
     webp_below_pillows_bound[21:25] = (9999 | 9999 << 14).to_bytes(4, "little")
 
-    tiff = bytearray(write_tiff(np.dstack([picture16()] * 3)))
-    struct.pack_into("<I", tiff, 8 + 2 + 8, 65_000)
-    struct.pack_into("<I", tiff, 8 + 2 + 12 + 8, 65_000)
+    tiff = tiff_of((65_000, 65_000), {258: [16] * 3, 262: [2], 277: [3]}, [bytes(1000)], order="<")
 
     chain = b"".join(struct.pack("<HI", 0, 8 + 6 * (page + 1)) for page in range(20_000))
     overlapping = bytearray(b"II*\0" + struct.pack("<IH", 8, 100) + bytes(1208))
     struct.pack_into("<I", overlapping, 10 + 1200, 12)
     struct.pack_into("<H", overlapping, 12, 100)
+
+    text_of = struct.Struct("<HHHIII")  # one entry: a description of a MiB at the end, and the next directory
+    texts = b"".join(text_of.pack(1, 270, 2, 2**20, 8 + 100 * 18, 8 + 18 * (page + 1)) for page in range(100))
+    overlapping_values = b"II*\0\x08\0\0\0" + texts + bytes(2**20)
 
     progressive = good_scans()["jpeg_progressive"]
     last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
@@ -362,9 +372,10 @@ def _bombs() -> dict[str, tuple[bytes, str]]:
         "bmp_header_bomb": bytes(bmp),
         "webp_header_bomb": bytes(webp),
         "webp_smaller_header_bomb": bytes(webp_below_pillows_bound),
-        "tiff_header_bomb": bytes(tiff),
+        "tiff_header_bomb": tiff,
         "tiff_of_many_pages": b"II*\0\x08\0\0\0" + chain,
         "tiff_of_overlapping_pages": bytes(overlapping),
+        "tiff_of_overlapping_values": overlapping_values,
     }
     return {name: (data, "bomb") for name, data in bombs.items()}
 
@@ -374,6 +385,8 @@ def _damaged() -> dict[str, tuple[bytes, str]]:
     png[len(png) // 2] ^= 0x10
     tiff = bytearray(good_scans()["tiff_rgb_lzw"])
     tiff[60:90] = b"\xff" * 30
+    jpeg = good_scans()["jpeg_gray"]
+    middle = (jpeg.index(b"\xff\xda") + len(jpeg)) // 2
     no_table = good_scans()["jpeg_gray"].replace(b"\xff\xdb", b"\xff\xfe")  # quantisation table -> comment
     no_pixels = png_of([(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 0, 0, 0, 0)), (b"IEND", b"")])
     nowhere = encode(np.full((HEIGHT, WIDTH), np.nan, np.float32), "TIFF")
@@ -381,6 +394,8 @@ def _damaged() -> dict[str, tuple[bytes, str]]:
         "png_flipped_bit": (bytes(png), "decode_failed"),
         "png_without_pixels": (no_pixels, "decode_failed"),
         "jpeg_without_table": (no_table, "decode_failed"),
+        "jpeg_with_a_hole": (jpeg[:middle] + bytes(100) + jpeg[middle + 100 :], "truncated"),
+        "jpeg_cut_before_its_end_mark": (jpeg[:middle] + b"\xff\xd9", "truncated"),
         "tiff_of_nan": (nowhere, "decode_failed"),
     }
 

@@ -161,7 +161,7 @@ def test_folders_give_every_file_below_them_in_order(
     names = ["a/1.jpg", "a/b/2.jpg", "a/no ending", "c/3.jpg", "c/4.jpg"]
     for name in names:
         storage.write_bytes(str(tmp_path / "in" / name), scan.read_bytes())
-    (tmp_path / "in" / "_hidden").write_bytes(b"x")
+    (tmp_path / "in" / ".hidden").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     ended = btray(
         "predict", "--model", model, "--json", tmp_path / "in", tmp_path / "empty", scan, tmp_path / "in" / "c"

@@ -61,6 +61,25 @@ def test_the_commands_of_the_readme_run_one_after_the_other(ray_session: None, t
     assert (tmp_path / "models" / "second" / "bundle.json").is_file()
 
 
+def test_what_the_commands_write_is_neither_committed_nor_uploaded() -> None:
+    text = README.read_text(encoding="utf-8")
+    written = {*re.findall(r"--out(?:put)? ([\w-]+)", text), *re.findall(r"write_data_set\('([\w-]+)'", text)} - {
+        "OUT",
+        "s3",
+    }
+    assert {"scans", "dataset", "models", "runs"} <= written
+    for file in (".gitignore", ".rayignore"):
+        ignored = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        assert sorted(name for name in written if f"/{name}/" not in ignored) == [], file
+
+
+def test_a_token_is_made_readable_for_its_owner_alone() -> None:
+    files = [README, ROOT / "cluster.yaml", *(path for top in ("docs", "deploy") for path in (ROOT / top).rglob("*.*"))]
+    lines = [line for path in files for line in path.read_text().splitlines() if "get-auth-token --generate" in line]
+    assert len(lines) >= 3
+    assert [line for line in lines if "(umask 077 && ray get-auth-token" not in line] == []
+
+
 def test_every_job_stands_in_the_readme() -> None:
     text = README.read_text(encoding="utf-8")
     missing = [path.name for path in (ROOT / "jobs").glob("*.py") if f"jobs/{path.name}" not in text]

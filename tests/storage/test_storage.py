@@ -118,11 +118,21 @@ def test_odd_names_come_back_as_they_were_written(place: str) -> None:
 
 def test_listing_leaves_out_hidden_parts_below_the_folder_but_not_above_it(place: str) -> None:
     root = storage.join(place, "_run", ".cache")
-    for name in ("b/2.jpg", "b/10.jpg", "a.jpg", "_x/1.jpg", ".y/1.jpg", "b/_1.jpg", "b/.DS_Store", "c/d/e/f"):
+    for name in (
+        "b/2.jpg",
+        "b/10.jpg",
+        "a.jpg",
+        "_x/1.jpg",
+        ".y/1.jpg",
+        "b/_1.jpg",
+        "b/.DS_Store",
+        "c/d/e/f",
+        "__MACOSX/1",
+    ):
         storage.write_bytes(storage.join(root, name), b"x")
     names = [info.uri.removeprefix(root + "/") for info in storage.list_files(root)]
-    assert names == ["a.jpg", "b/10.jpg", "b/2.jpg", "c/d/e/f"]
-    assert storage.list_names(root) == [".y", "_x", "a.jpg", "b", "c"]
+    assert names == ["_x/1.jpg", "a.jpg", "b/10.jpg", "b/2.jpg", "b/_1.jpg", "c/d/e/f"]
+    assert storage.list_names(root) == [".y", "__MACOSX", "_x", "a.jpg", "b", "c"]
 
 
 def test_what_is_missing_is_not_found_and_a_neighbours_prefix_is_no_folder(place: str) -> None:

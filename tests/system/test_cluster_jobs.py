@@ -281,29 +281,51 @@ def test_a_job_without_a_cluster_starts_one_leaves_no_process_and_logs_pure_json
     assert {line["run_id"] for line in lines if line["logger"] == "btray.training.tracking"} == {"train"}
 
 
-_LISTENS = """
+_OWN = """
 import os, ray
 from btray.core.cluster import connected
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from tools.processes import descendants, listened_on
 
 @ray.remote
 def task():
-    return os.getpid()
+    return canonicalize_bootstrap_address_or_die(None), os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
 
+before = dict(os.environ)
 with connected():
-    ray.get(task.remote())
-    print({address for address, _ in listened_on(descendants(os.getpid()) | {os.getpid()})})
-print(len(descendants(os.getpid())))
+    found, mode, token = ray.get(task.remote())
+    print(found == ray.get_runtime_context().gcs_address, mode, len(token))
+    listeners = listened_on(descendants(os.getpid()) | {os.getpid()})
+    print({address for address, _ in listeners}, 8265 in {port for _, port in listeners})
+print(len(descendants(os.getpid())), {name for name in before if before[name] != os.environ.get(name)})
+print({name for name in os.environ if name.startswith("RAY_")} - {*before})
 """
 
 
 @pytest.mark.cluster
-def test_a_ray_that_a_job_starts_listens_on_loopback_alone() -> None:
-    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", _LISTENS], env=environment, capture_output=True, text=True,
-                          check=False, timeout=200)  # fmt: skip
+@pytest.mark.slow
+def test_a_ray_that_a_job_starts_shares_nothing_with_that_of_ray_start(tmp_path: Path) -> None:
+    """A new user's first hour: a job alone, then `ray start` and `ray job submit`, with no token anywhere."""
+    home = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    cluster = LoopbackCluster(cpus=1, settings=home)
+    del cluster.environment["RAY_AUTH_MODE"]
+    # As if that Ray ran already: this is how Ray finds it.
+    (cluster.folder / "ray").mkdir()
+    (cluster.folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    done = subprocess.run([sys.executable, "-c", _OWN], env=cluster.environment | {"RAY_ADDRESS": "local"},
+                          capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["{'127.0.0.1'}", "0"]
+    assert done.stdout.splitlines() == ["True token 64", "{'127.0.0.1'} False", "0 set()", "set()"]
+    assert not (tmp_path / ".ray").exists()
+    with cluster:
+        submitted = cluster.ray("job", "submit", "--", sys.executable, "-c", "print('it', 'ran')")
+    assert submitted.returncode == 0, submitted.stderr
+    assert "it ran" in submitted.stdout
+    assert not (tmp_path / ".ray").exists()
+    (command,) = re.findall(r"^(\(umask.*?\)) ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    subprocess.run(["bash", "-ec", command], env=cluster.environment, check=True, timeout=100)
+    assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
 # ---- clusters that grow
@@ -394,5 +416,5 @@ def test_a_classification_that_is_stopped_ends_in_order_and_the_same_command_goe
     assert "Traceback" not in said
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert "taking up run" in done.stderr
+    assert "resuming run" in done.stderr
     assert current(output, columns=["uri"]).num_rows == 4000

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,10 +259,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.soak
 @pytest.mark.parametrize("search", ["random", "optuna"])
 def test_the_best_trial_becomes_the_bundle_and_the_same_command_changes_nothing(
-    ray_session: None, pictures: str, tmp_path: Path, search: str
+    ray_session: None, pictures: str, tmp_path: Path, search: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small_search(pictures, tmp_path / "model", search=search)
     assert tune(config) == config.out
+    said = capsys.readouterr().out
+    assert len(set(re.findall(r"^trial (\S+)  epoch 1/\d+  val macro-F1 \d", said, re.MULTILINE))) == 3
     rows = table_of(config)
     assert len(rows) == 3
     assert {"finished"} <= {line["state"] for line in rows} <= {"finished", "stopped"}

@@ -1,16 +1,14 @@
 """Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP and WebP. Every rejection has a code; see `REJECTION_CODES`.
 
 All callers decode with `decode`, so that training, bulk classification and serving see the same pixels. It keeps no
-state and is thread-safe. DICOM and NIfTI are recognised and refused as `unsupported`; nothing is read from disk here.
+state and is thread-safe. Other image formats are refused as `unsupported`, by name; nothing is read from disk here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import re
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +19,13 @@ from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin
 from PIL import WebPImagePlugin as WebpImagePlugin
 from PIL.ImageFile import ImageFile
 
+from btray.data.scans.bmp import check_bmp
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray
-from btray.data.scans.jpeg import check_jpeg, decode_gray
+from btray.data.scans.jpeg import decode_gray
+from btray.data.scans.png import PNG_END, check_png, check_rows
+from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -75,32 +76,28 @@ _COLOURLESS = ("1", "L", "LA", "I", "F")
 _READERS: Final[dict[Format, type[ImageFile]]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
     "WebP": WebpImagePlugin.WebPImageFile,
 }
 
-_MAX_PAGES = 10_000  # Pillow walks a TIFF's directories in quadratic time
 # Encoders write about ten; each costs libjpeg a pass over the whole image, however few bytes it has.
 _MAX_PROGRESSIVE_SCANS = 100
-_PNG_END = b"IEND\xaeB`\x82"  # with its checksum
-# bytes of a value, by TIFF's number of its type; 14 and 15 mean nothing
-_TIFF_TYPE_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), start=1))
-_LAST_PIXEL_TAG = 347  # tags above it do not say how pixels are stored
-_SUBFILE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES = 254, 258, 262, 284
-_REDUCED_OR_MASK = 0b101  # bits of a TIFF page that is a thumbnail or a mask of another one
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _EXTRA_SAMPLES = 258, 262, 284, 338  # tags of TIFF
 _DEEP_RAW_MODE = re.compile(r"(?P<bands>RGBA?|LA);16(?P<order>[BLN])$")
 _OPPOSITE_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 # Whether the end that the format prescribes is missing.
 _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
     "JPEG": lambda data: data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"),
-    "PNG": lambda data: _PNG_END not in data,
+    "PNG": lambda data: PNG_END not in data,
     "BMP": lambda data: int.from_bytes(data[2:6], "little") > len(data),
     "WebP": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
-    "TIFF": lambda data: False,  # it has no mark of its end; `_check_directories` and `_check_strips` ran before
+    "TIFF": lambda data: False,  # it has no mark of its end; `open_pages` and `check_strips` look at what it needs
 }
+# frame headers, of one to four components, of processes that libjpeg does not know
+_RARE_JPEG = re.compile(rb"\xff([\xc5-\xc7\xcb\xcd-\xcf\xf7])\0[\x0b\x0e\x11\x14]")
 _BOMB_TEXT = re.compile("decompression bomb|MAX_TEXT|Too much memory")
-_UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle|unknown pixel mode", re.IGNORECASE)
+_TRUNCATED_TEXT = re.compile("truncated|premature end", re.IGNORECASE)
+_UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle", re.IGNORECASE)
 
 
 def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DEFAULT_LIMITS) -> Scan:
@@ -138,7 +135,7 @@ def _decoding(data: bytes) -> Iterator[Format]:
 def count_pages(data: bytes) -> int:
     """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it."""
     try:
-        return max(1, _check_directories(data)) if recognise_format(data) == "TIFF" else 1
+        return len(find_directories(data)) if recognise_format(data) == "TIFF" else 1
     except ScanRejected:
         return 1
 
@@ -146,7 +143,7 @@ def count_pages(data: bytes) -> int:
 def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
     """Return what kind of file a scan is, and a small copy of its colours. Raises `ScanRejected` and nothing else."""
     with _decoding(data) as kind:
-        image = _READERS[kind](io.BytesIO(data))
+        image = next(open_pages(data)) if kind == "TIFF" else _READERS[kind](io.BytesIO(data))
         _check_size(image, limits)
         mode, (width, height) = image.mode, image.size
         if mode.startswith(_COLOURLESS):
@@ -160,82 +157,38 @@ def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
 
 def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLimits) -> list[Array]:
     if kind == "TIFF":
-        _check_directories(data)
+        return list(_pages(data, limits))
     image = _READERS[kind](io.BytesIO(data))
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return list(_pages(data, image, limits))
     _check_size(image, limits)
     if getattr(image, "is_animated", False):
         raise ScanRejected("animated", f"a {kind} animation of {getattr(image, 'n_frames', 'several')} frames")
     if kind == "JPEG":
         if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_PROGRESSIVE_SCANS:
             raise ScanRejected("bomb", f"a JPEG of more than {_MAX_PROGRESSIVE_SCANS} progressive scans")
-        if image.mode in ("L", "RGB"):
-            pixels = Image.fromarray(decode_gray(data, image.size, min_side))
-            _set_upright(pixels, image.info)
-            return [np.array(pixels)]
-        check_jpeg(data)
+        gray = decode_gray(data, image.size, min_side)
+        if gray is not None:
+            if not {"exif", "xmp"} & image.info.keys():
+                return [gray]
+            page = Image.fromarray(gray)
+            page.info = image.info
+            _set_upright(page)
+            return [np.array(page)]
         image.draft("L", (min_side, min_side) if min_side else None)
     elif kind == "PNG":
-        # Pillow's load checks neither the checksums of the pixels nor that the file ends; verify() spends its object.
-        if _PNG_END not in data:
-            raise ScanRejected("truncated", f"a PNG truncated after {len(data)} bytes: no end chunk")
-        PngImagePlugin.PngImageFile(io.BytesIO(data)).verify()
+        check_png(data, image)
+    elif kind == "BMP":
+        check_bmp(data, image)
     return [_frame(data, image)]
 
 
-def _pages(data: bytes, image: TiffImagePlugin.TiffImageFile, limits: ScanLimits) -> Iterator[Array]:
+def _pages(data: bytes, limits: ScanLimits) -> Iterator[Array]:
     pixels = 0
-    for page in itertools.count():
-        try:
-            image.seek(page)
-        except EOFError:
-            return
-        if page and int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
-            continue
+    for image in open_pages(data):
         pixels = _check_size(image, limits, pixels)
-        _check_strips(image.tag_v2, len(data))
+        check_strips(data, image.tag_v2)
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero: Pillow inverts up to 8 bit only
         frame = _frame(data, image)
         yield np.invert(frame) if inverted and frame.dtype == np.uint16 else frame
-
-
-def _check_directories(data: bytes) -> int:
-    """Count a TIFF's pages. Raises `ScanRejected` if their list is truncated or endless, which Pillow ignores."""
-    order, big = "<" if data.startswith(b"II") else ">", b"+" in data[:4]
-    count_format, entry, inline, word = ("Q", 20, 8, "Q") if big else ("H", 12, 4, "I")
-    seen: set[int] = set()
-    entries = 0
-    try:
-        (offset,) = struct.unpack_from(order + word, data, inline)
-        while offset and offset not in seen:
-            seen.add(offset)
-            (count,) = struct.unpack_from(order + count_format, data, offset)
-            first = offset + struct.calcsize(count_format)
-            (offset,) = struct.unpack_from(order + word, data, first + count * entry)
-            entries += count
-            # directories that overlap have more entries than the file has room for
-            if len(seen) > _MAX_PAGES or entries * entry > len(data):
-                raise ScanRejected("bomb", f"a TIFF of more than {_MAX_PAGES} pages or of overlapping directories")
-            for at in range(first, first + count * entry, entry):
-                tag, kind, length, value = struct.unpack_from(order + "HH" + word * 2, data, at)
-                size = length * _TIFF_TYPE_SIZES.get(kind, 0)
-                if tag <= _LAST_PIXEL_TAG and size > inline and value + size > len(data):
-                    raise ScanRejected(
-                        "truncated", f"a TIFF truncated after {len(data)} bytes: tag {tag} lies after that"
-                    )
-    except (struct.error, OverflowError) as error:
-        raise ScanRejected(
-            "truncated", f"a TIFF truncated after {len(data)} bytes: a directory lies after that"
-        ) from error
-    return len(seen)
-
-
-def _check_strips(tags: TiffImagePlugin.ImageFileDirectory_v2, end: int) -> None:
-    for offsets, lengths in ((273, 279), (324, 325)):  # strips, tiles
-        for offset, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False):
-            if offset + length > end:
-                raise ScanRejected("truncated", f"a TIFF truncated after {end} bytes: pixels lie after that")
 
 
 def _check_size(image: Image.Image, limits: ScanLimits, pixels_before: int = 0) -> int:
@@ -252,16 +205,30 @@ def _check_size(image: Image.Image, limits: ScanLimits, pixels_before: int = 0) 
 
 def _frame(data: bytes, image: ImageFile) -> Array:
     """Return the current page, in gray, of a file that is open and not loaded."""
-    deep = _deep_colour(data, image)
+    deep = read_numbers(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+    if deep is None:
+        deep = _deep_colour(data, image)
     image.load()
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        check_rows(data, image)
     page: Image.Image = image if deep is None else Image.fromarray(deep)
-    _set_upright(page, image.info)
+    if _has_padding(image):
+        page = page.convert("RGB")
+    page.info = image.info
+    _set_upright(page)
     return to_gray(page) if deep is None else np.array(page)
 
 
-def _set_upright(page: Image.Image, info: dict[str | tuple[int, int], Any]) -> None:
-    """Turn a page as the EXIF orientation in `info` says: the network must see the head upright, as people do."""
-    page.info = info
+def _has_padding(image: ImageFile) -> bool:
+    """Return whether a fourth band is 0 everywhere and need not be alpha: BMP and most TIFF do not say what it is."""
+    undeclared = isinstance(image, BmpImagePlugin.BmpImageFile) or (
+        isinstance(image, TiffImagePlugin.TiffImageFile) and _EXTRA_SAMPLES not in image.tag_v2
+    )
+    return undeclared and image.mode == "RGBA" and not image.getchannel("A").getbbox()
+
+
+def _set_upright(page: Image.Image) -> None:
+    """Turn a page as its EXIF orientation says: the network must see the head upright, as people do."""
     with contextlib.suppress(Exception):
         page.getexif()  # if it cannot be read, Pillow keeps it as empty: the pixels are taken as they are stored
     ImageOps.exif_transpose(page, in_place=True)
@@ -316,7 +283,10 @@ def _rejection(error: Exception, data: bytes, kind: Format) -> ScanRejected:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)) or _BOMB_TEXT.search(text):
         return ScanRejected("bomb", f"{kind}: {text}")
-    if "truncated" in text.lower() or _HAS_NO_END[kind](data):
+    if kind == "JPEG" and (rare := _RARE_JPEG.search(data)):
+        name = "JPEG-LS" if rare[1] == b"\xf7" else "hierarchical or arithmetic-coded lossless JPEG"
+        return ScanRejected("unsupported", f"a {name} file: there is no reader for it here; convert it to PNG or TIFF")
+    if _TRUNCATED_TEXT.search(text) or _HAS_NO_END[kind](data):
         return ScanRejected("truncated", f"a {kind} truncated after {len(data)} bytes: {text}")
     if _UNSUPPORTED_TEXT.search(text):
         return ScanRejected("unsupported", f"a {kind} of a kind that is not read: {text}")

@@ -11,30 +11,69 @@ Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP"]
 
 _FORMATS: Final[dict[Format, re.Pattern[bytes]]] = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
-    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n(?!.{4}CgBI)", re.DOTALL),
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "BMP": re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),  # sizes that its header has
     "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 }
 _GIF_FRAME = re.compile(rb"\x21\xf9\x04.{4}\x00\x2c", re.DOTALL)
-_FOREIGN: Final[tuple[tuple[int, bytes, str], ...]] = (
-    (128, b"DICM", "a DICOM file"),
-    (344, b"n+1\0", "a NIfTI file"),
-    (344, b"ni1\0", "a NIfTI header"),
-    (4, b"n+2\0", "a NIfTI-2 file"),
-    (0, b"NRRD000", "an NRRD file"),
-    (0, b"ObjectType = Image", "a MetaImage file"),
-    (0, b"\x89HDF\r\n", "an HDF5 (perhaps MINC or MATLAB) file"),
-    (0, b"%PDF-", "a PDF document"),
-    (0, b"%!PS", "a PostScript file"),
-    (0, b"\xc5\xd0\xd3\xc6", "an EPS file"),
-    (0, b"8BPS", "a Photoshop file"),
-    (0, b"\0\0\1\0", "an icon"),
-    (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 file"),
-    (0, b"\0\0\0\x0cJXL ", "a JPEG XL file"),
-    (4, b"ftyp", "a HEIC, AVIF or MP4 file"),
-    (0, b"<svg", "an SVG drawing"),
+# Kinds that hold pictures and are not read here, by their beginning or, after `.{N}`, by what stands at byte N.
+_FOREIGN: Final = tuple(
+    (re.compile(beginning, re.DOTALL), name)
+    for beginning, name in (
+        (rb".{128}DICM|[\x02\x08]\0.\0(?:CS|DA|LO|OB|UI|UL)", "a DICOM file"),
+        (rb".{344}n[i+]1\0", "a NIfTI file"),
+        (rb".{4}n[i+]2\0", "a NIfTI-2 file"),
+        # the size of its header, and a number of dimensions
+        (rb"\x5c\x01\0\0.{36}[\x01-\x07]\0|\0\0\x01\x5c.{36}\0[\x01-\x07]", "an Analyze 7.5 header"),
+        (rb"\0\0\0\x01(?:\0\0[^\0].|\0\0\0[^\0]){3}\0\0..\0\0\0[\0-\x05]", "a FreeSurfer MGH volume"),
+        (rb"NRRD000", "an NRRD file"),
+        (rb"(?:ObjectType|NDims) *= ", "a MetaImage header"),
+        (rb"\s*type *= *(?:string|integer|float)-attribute", "an AFNI header"),
+        (rb"# === DATA DESCRIPTION FILE", "a Philips PAR header"),
+        (rb"CDF[\x01\x02\x05]", "a NetCDF file, such as MINC 1"),
+        (rb"MATLAB 5\.0 MAT", "a MATLAB 5 file"),
+        (rb"MATLAB 7\.3 MAT", "a MATLAB 7.3 file"),
+        (rb"\x89HDF\r\n|.{512}\x89HDF\r\n", "an HDF5 file, such as MINC 2"),
+        (rb"\x93NUMPY", "a NumPy array (NPY)"),
+        (rb"PK\x03\x04.{26}[^/]{1,80}\.npy", "NumPy arrays (NPZ)"),
+        (rb"SIMPLE  =", "a FITS file"),
+        (rb".{208}MAP ", "an MRC volume"),
+        (rb"# vtk DataFile", "a VTK file"),
+        (rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d+\s|P7\n|P[Ff]4?\s+\d", "a netpbm picture (PBM, PGM, PPM, PAM or PFM)"),
+        (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 file"),
+        (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL file"),
+        (rb"II\xbc", "a JPEG XR file"),
+        (rb".{4}ftyp", "a HEIC, AVIF or MP4 file"),
+        (rb"\x89PNG", "a PNG of Apple's own kind (CgBI)"),
+        (rb"8BPS", "a Photoshop file"),
+        (rb"gimp xcf", "a GIMP file"),
+        (rb"\0\0[\x01\x02]\0[^\0]\0|icns", "an icon"),
+        (rb"\x76\x2f\x31\x01", "an OpenEXR file"),
+        (rb"#\?R(?:ADIANC|GB)E", "a Radiance picture"),
+        (rb"DDS ", "a DDS texture"),
+        (rb"qoif", "a QOI picture"),
+        (rb"FLIF", "a FLIF picture"),
+        (rb"BPG\xfb", "a BPG picture"),
+        (rb"[\x8a\x8b][MJ]NG\r\n", "an MNG or JNG file"),
+        (rb"\x97JB2\r\n", "a JBIG2 file"),
+        (rb"AT&TFORM", "a DjVu document"),
+        (rb"\x0a[\x02-\x05]\x01[\x01\x02\x04\x08]", "a PCX picture"),
+        (rb"\x01\xda[\0\x01][\x01\x02]\0[\x01-\x03]", "an SGI picture"),
+        (rb"\x59\xa6\x6a\x95", "a Sun raster picture"),
+        (rb"/\* XPM \*/|#define \w+_width \d", "an X11 picture (XPM or XBM)"),
+        (rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a Windows metafile"),
+        (rb"%PDF-", "a PDF document"),
+        (rb"%!PS", "a PostScript file"),
+        (rb"\xc5\xd0\xd3\xc6", "an EPS file"),
+        (rb"RIFF.{4}AVI |\x1a\x45\xdf\xa3|\0\0\x01[\xb3\xba]|\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a video"),
+        (
+            rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>|<!--(?:(?!-->).)*-->|<!DOCTYPE svg[^>]*>|\s)*<(?:svg:)?svg\b",
+            "an SVG drawing",
+        ),
+    )
 )
+_TARGA_END = b"TRUEVISION-XFILE.\0"
 _NO_IMAGE: Final[tuple[tuple[bytes, str], ...]] = (
     (b"<!doctype html", "an HTML page (perhaps an error of a web server)"),
     (b"<html", "an HTML page (perhaps an error of a web server)"),
@@ -61,9 +100,11 @@ def describe_foreign(data: bytes) -> tuple[str, str]:
     if data.startswith(b"\x1f\x8b"):
         with contextlib.suppress(zlib.error):
             head = zlib.decompressobj(wbits=31).decompress(data[:65536], 1024)
-    for offset, magic, name in _FOREIGN:
-        if head.startswith(magic, offset):
-            return "unsupported", f"{name}: there is no reader for it here; convert it to PNG or TIFF"
+        if packed := recognise_format(head):
+            return "unsupported", f"a {packed} packed with gzip: unpack it"
+    name = next((name for beginning, name in _FOREIGN if beginning.match(head)), "")
+    if name or data.endswith(_TARGA_END):
+        return "unsupported", f"{name or 'a Targa picture'}: there is no reader for it here; convert it to PNG or TIFF"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for magic, name in _NO_IMAGE:
         if text.startswith(magic) or data.startswith(magic):

@@ -1,0 +1,201 @@
+"""TIFF, strictly: pages that are cut, of a kind that is not read or that hide slices are refused.
+
+Pillow decodes the others. Tags are those of TIFF 6.0, unless a comment names their source.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
+
+from btray.data.scans.errors import ScanRejected
+from btray.data.scans.gray import to_uint16
+from btray.data.scans.jpeg import check_jpeg
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_MAX_PAGES = 10_000  # Pillow walks the directories in quadratic time
+_SHARED_VALUES = 2**26  # bytes; pages may share a colour profile
+# bytes of a value, by TIFF's number of its type; 14 and 15 mean nothing
+_TYPE_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), start=1))
+_LAST_PIXEL_TAG = _JPEG_TABLES = 347  # tags above it do not say how pixels are stored
+_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
+_FILL_ORDER, _SAMPLES, _PLANES, _SUB_DIRECTORIES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 266, 277, 284, 330, 338, 339
+_STRIP_OFFSETS, _TILE_OFFSETS, _SUBSAMPLING = 273, 324, 530
+_IMAGE_DEPTH, _STK_PLANES = 32997, 33629  # by Silicon Graphics and MetaMorph
+_REDUCED_OR_MASK = 0b101  # bits of a page that is a thumbnail or a mask of another one
+_JPEG, _DEFLATE = 7, (8, 32946)
+# libtiff can decode two of them, which are rare, but not strictly: old JPEG, and JPEG of 12 bit
+_NOT_READ: Final = {
+    6: "old-style JPEG", 22610: "JPEG XR", 33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 34661: "JBIG",
+    34712: "JPEG 2000", 34887: "LERC", 34892: "lossy JPEG of DNG", 34933: "PNG", 34934: "JPEG XR", 50001: "WebP",
+    50002: "JPEG XL", 52546: "JPEG XL",
+}  # fmt: skip
+_SAMPLE_FORMATS: Final = {1: "unsigned", 2: "signed", 3: "floating-point"}
+# the number of slices that ImageJ stores behind one directory; tifffile says only that there are more
+_IMAGEJ_SLICES = re.compile(r"ImageJ=.*?^images=(\d+)", re.DOTALL | re.MULTILINE)
+_TIFFFILE_SHAPE = re.compile(r'{"shape": \[([\d, ]+)\].*"truncated": true')
+
+
+def find_directories(data: bytes) -> list[int]:
+    """Return where each page's directory lies. Raises `ScanRejected` if their list is truncated or endless.
+
+    Pillow ignores both.
+    """
+    order, word, before, inline = _layout(data)
+    entry = struct.calcsize(order + "HH" + word * 2)
+    found: dict[int, None] = {}
+    entries = values = 0
+    try:
+        (offset,) = struct.unpack_from(order + word, data, inline)
+        while offset and offset not in found:
+            found[offset] = None
+            (count,) = struct.unpack_from(order + ("Q" if before == 8 else "H"), data, offset)
+            first = offset + before
+            (offset,) = struct.unpack_from(order + word, data, first + count * entry)
+            entries += count
+            # directories that overlap have more entries, and their values more bytes, than the file has room for
+            if len(found) > _MAX_PAGES or entries * entry > len(data) or values > 4 * len(data) + _SHARED_VALUES:
+                raise ScanRejected("bomb", f"a TIFF of more than {_MAX_PAGES} pages or of overlapping directories")
+            for at in range(first, first + count * entry, entry):
+                tag, kind, length, value = struct.unpack_from(order + "HH" + word * 2, data, at)
+                size = length * _TYPE_SIZES.get(kind, 0)
+                values += size
+                if tag <= _LAST_PIXEL_TAG and size > inline and value + size > len(data):
+                    raise _truncated(data, f"tag {tag} lies")
+    except (struct.error, OverflowError) as error:
+        raise _truncated(data, "a directory lies") from error
+    if not found:
+        raise ScanRejected("truncated", "a TIFF without a page")
+    return list(found)
+
+
+def open_pages(data: bytes) -> Iterator[TiffImageFile]:
+    """Yield the file at each page that is neither thumbnail nor mask, not loaded. Raises `ScanRejected`.
+
+    Its strips are still to be checked, when its size is known to be within limits.
+    """
+    directories = find_directories(data)
+    image = None
+    for page, offset in enumerate(directories):
+        try:
+            image = image or TiffImageFile(io.BytesIO(data))
+            image.seek(page)
+        except SyntaxError as error:
+            raise _explain(error, data, offset, len(directories)) from error
+        if page and int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
+            continue
+        _check_kind(data, image.tag_v2, len(directories))
+        # libtiff turns numbers to the byte order of this machine; Pillow knows that of unsigned ones alone
+        image.tile = [
+            tile._replace(args=(re.sub(r"B([SF])$", r"N\1", tile.args[0]), *tile.args[1:]))
+            if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
+            else tile
+            for tile in image.tile
+        ]
+        yield image
+
+
+def check_strips(data: bytes, tags: ImageFileDirectory_v2) -> None:
+    """Raise an exception if strips or tiles of a page are not there, or not whole."""
+    bits, samples = tags.get(_BITS, (1,)), tags.get(_SAMPLES, 1)
+    planes = samples if tags.get(_PLANES) == 2 else 1
+    width, height = tags[_WIDTH], tags[_HEIGHT]
+    size = planes * height * -(-width * bits[0] * samples // planes // 8)
+    compression = tags.get(_COMPRESSION, 1)
+    for offsets, lengths, across, down in (
+        (_STRIP_OFFSETS, 279, width, tags.get(278, height)),
+        (_TILE_OFFSETS, 325, tags.get(322), tags.get(323)),
+    ):
+        if offsets not in tags:
+            continue
+        if len(tags[offsets]) < (count := planes * -(-width // across) * -(-height // down)):
+            raise ScanRejected("truncated", f"a TIFF that has not all {count} strips or tiles of its pixels")
+        strips = list(zip(tags[offsets], tags.get(lengths, ()), strict=False))
+        if any(offset + length > len(data) for offset, length in strips):
+            raise _truncated(data, "pixels lie")
+        if compression == 1 and strips and sum(length for _, length in strips) < size:
+            raise ScanRejected("truncated", f"a TIFF whose strips have less than the {size} bytes of its pixels")
+        for offset, length in strips:
+            strip = data[offset : offset + length]
+            if compression == _JPEG:
+                check_jpeg(strip, tags.get(_JPEG_TABLES, b""))
+            elif compression in _DEFLATE and tags.get(_FILL_ORDER, 1) == 1:
+                # libtiff stops at the last pixel, before the checksum
+                stream = zlib.decompressobj()
+                stream.decompress(strip, size + 1)
+                if not stream.eof and offsets != _TILE_OFFSETS:  # a tile may be larger than the page
+                    raise zlib.error("a strip has another length than its rows")
+
+
+def read_numbers(image: TiffImageFile) -> Array | None:
+    """Return uint16 of the pixels of a page whose numbers Pillow takes for others; None for any other page."""
+    kind = (image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0], image.tag_v2.get(_BITS, (1,))[0])
+    number = {(2, 8): np.int8, (1, 32): np.uint32}.get(kind)
+    return None if number is None else to_uint16(np.asarray(image).view(number))
+
+
+def _explain(error: Exception, data: bytes, offset: int, pages: int) -> Exception:
+    """Return why a page is refused that Pillow cannot open, by its tags, which Pillow then keeps to itself."""
+    tags = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
+    stream = io.BytesIO(data)
+    stream.seek(offset)
+    tags.load(stream)
+    _check_kind(data, tags, pages)
+    if "unknown pixel mode" not in str(error):
+        return error
+    kind = _SAMPLE_FORMATS.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "unknown")
+    pixels = f"{tags.get(_SAMPLES, 1)} x {tags.get(_BITS, (1,))[0]}-bit {kind} samples per pixel"
+    text = f"a TIFF of {pixels}, photometric interpretation {tags.get(_PHOTOMETRIC)}: that is not read"
+    return ScanRejected("unsupported", text)
+
+
+def _check_kind(data: bytes, tags: ImageFileDirectory_v2, pages: int) -> None:
+    """Raise `ScanRejected` if a page is of a compression that is not read, or more than one picture."""
+    compression = tags.get(_COMPRESSION, 1)
+    deep_jpeg = compression == _JPEG and max(tags.get(_BITS, (8,))) > 8
+    if deep_jpeg or compression in _NOT_READ or compression not in COMPRESSION_INFO:
+        name = "JPEG of 12 bit" if deep_jpeg else _NOT_READ.get(compression, "another method")
+        raise ScanRejected("unsupported", f"a TIFF compressed with {name} ({compression}): that is not read")
+    if compression == 1 and max(tags.get(_SUBSAMPLING, (1,))) > 1:
+        raise ScanRejected("unsupported", "a TIFF of subsampled YCbCr without compression: that is not read")
+    slices = max(tags.get(_IMAGE_DEPTH, 1), len(_values(tags, _STK_PLANES)))
+    samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA_SAMPLES, ())
+    description = str(tags.get(_DESCRIPTION, ""))
+    if told := _IMAGEJ_SLICES.match(description):
+        slices = max(slices, int(told[1]) if int(told[1]) > pages else 1)
+    elif told := _TIFFFILE_SHAPE.match(description):
+        slices = math.prod(map(int, told[1].split(","))) // (tags[_WIDTH] * tags[_HEIGHT] * samples)
+    if tags.get(_PHOTOMETRIC, 0) <= 1:  # samples beyond gray and alpha
+        slices = max(slices, samples - sum(kind in (1, 2) for kind in extra))
+    # by the first tag of their own directories, which tells whether they are smaller copies
+    order, word, before, _ = _layout(data)
+    for offset in _values(tags, _SUB_DIRECTORIES):
+        tag, _, _, value = struct.unpack_from(order + "HH" + word * 2, data, offset + before)
+        slices += not (tag == _SUBFILE and value & _REDUCED_OR_MASK)
+    if slices > 1:
+        text = f"a TIFF of {slices} slices behind one directory: save each as a page of its own"
+        raise ScanRejected("unsupported", text)
+
+
+def _layout(data: bytes) -> tuple[str, str, int, int]:
+    """Return byte order and word as struct's letters; bytes before a directory's first entry and of a value."""
+    return "<" if data.startswith(b"II") else ">", *(("Q", 8, 8) if b"+" in data[:4] else ("I", 2, 4))
+
+
+def _values(tags: ImageFileDirectory_v2, tag: int) -> tuple[Any, ...]:
+    """Return the values of a tag that Pillow does not know, of which it gives a single one bare."""
+    value = tags.get(tag, ())
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _truncated(data: bytes, what: str) -> ScanRejected:
+    return ScanRejected("truncated", f"a TIFF truncated after {len(data)} bytes: {what} after that")

@@ -42,8 +42,7 @@ _CREDENTIALS_HOLD = timedelta(minutes=1)  # botocore, asked again, renews those 
 _KEYS_PER_DELETE = 1000  # the most that DeleteObjects takes
 _CONNECTING = threading.Lock()  # of the threads that want a bucket the first finds its region
 _silent_until: dict[str, float] = {}  # when a bucket that gave no answer is looked for again
-# Settings that botocore has as arguments alone, under the names of GDAL and object_store: the name in ~/.aws/config,
-# environment variables, default, conversion.
+# Settings that botocore lacks, named as in GDAL and object_store: in ~/.aws/config, variables, default, conversion
 _SETTINGS = {
     "no_sign_request": ("no_sign_request", ["AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE"], "", str.casefold),
     "request_payer": ("request_payer", "AWS_REQUEST_PAYER", "", str.casefold),
@@ -111,6 +110,7 @@ def client() -> _Client:
         anon=anonymous,
         requester_pays=requester_pays,
         use_listings_cache=False,  # other processes write too
+        local_expiry_check=True,  # whether a file changed between two ranges: not by If-Match, see `create`
         config_kwargs={
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,

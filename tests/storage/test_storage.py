@@ -599,6 +599,21 @@ def _use_every_client(uri: str) -> None:
 
 
 @pytest.mark.s3
+def test_no_client_needs_if_match_which_cephs_gateway_refuses(s3: S3Server, remote: str) -> None:
+    def as_ceph(request: Request) -> None:
+        if request.headers.get("If-Match", "").startswith('"'):
+            request.refuse(412, "PreconditionFailed")
+        else:
+            request.forward()
+
+    storage.write_bytes(f"{remote}/k", b"x")
+    with s3_proxy(s3, as_ceph):
+        _use_every_client(f"{remote}/k")
+        with storage.open_ranges(f"{remote}/k") as file:
+            assert file.read(1) == b"x"
+
+
+@pytest.mark.s3
 def test_a_bucket_in_another_region_costs_one_redirect_by_whatever_client(s3: S3Server, remote: str) -> None:
     storage.write_bytes(f"{remote}/k", b"x")
     redirected = []

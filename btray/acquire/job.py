@@ -252,7 +252,7 @@ def _print_balance(dataset: DatasetRecord) -> None:
         console.print(f"{twins}: training refuses them")
     for source in dataset.sources:
         if source.warnings:
-            console.print(f"{source.name}: {'; '.join(source.warnings)}")
+            console.print(f"{source.name}: {'; '.join(source.warnings)}", soft_wrap=True)
         if source.left_out.count:
             left_out = source.left_out
             console.print(f"{source.name}: {left_out.count} files left out ({left_out.summary}), see dataset.json")

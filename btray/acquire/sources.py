@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -125,9 +126,13 @@ def _default_name(uri: str) -> str:
 def _unused(stem: str, suffix: str, taken: set[str]) -> str:
     """Return the name, with a number if one file system or another would take it for one of `taken`; add it to them."""
     numbered = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
-    unused = next(name for name in itertools.chain([stem + suffix], numbered) if name.casefold() not in taken)
-    taken.add(unused.casefold())
+    unused = next(name for name in itertools.chain([stem + suffix], numbered) if _folded(name) not in taken)
+    taken.add(_folded(unused))
     return unused
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @contextmanager
@@ -212,10 +217,14 @@ def _read_tree(folder: str, shown: str, classes: Sequence[str]) -> Contents:
     """
     names = [info.uri[len(folder) + 1 :] for info in storage.list_files(folder)]
     tree = read_tree(names, shown, classes)
-    files = [
-        LabelledFile(storage.join(folder, name), name.removeprefix(f"{tree.root}/"), label=label, split=split)
-        for name, (split, label) in tree.images.items()
-    ]
+    files = []
+    folders: dict[str, str] = {}  # glioma/ beside Glioma/: one class, but on some file systems one folder as well
+    taken: set[str] = set()
+    for name, (split, label) in tree.images.items():
+        above, _, last = name.removeprefix(f"{tree.root}/").rpartition("/")
+        if above not in folders:
+            folders[above] = _unused(above, "", taken)
+        files.append(LabelledFile(storage.join(folder, name), f"{folders[above]}/{last}", label=label, split=split))
     left_out = [*tree.left_out.items(), *((name, "hidden") for name in _hidden(folder, names))]
     return Contents(files, [LeftOut(name, reason) for name, reason in left_out], warnings=tree.warnings)
 

@@ -15,7 +15,7 @@ from btray.core.errors import UserError
 from btray.data.labels import canonical_label, require_classes
 from btray.data.manifests import column_names, kind_of, read_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
-from btray.data.trees import LAYOUT, SPLITS, read_tree, with_remedy
+from btray.data.trees import LAYOUT, SPLITS, no_class, read_tree, with_remedy
 from btray.storage import FileInfo, StorageError
 from btray.storage.packed import path_of
 
@@ -148,7 +148,9 @@ def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], class
         raise UserError(f"{manifest} names no image of the classes {', '.join(classes)}; correct --classes.")
     kept = ((members.get(uri, uri), *facts, None, None) for uri, (_, facts) in rows.items() if uri not in left_out)
     table = _table(kept)
-    return Labelled(table, left_out, [] if wanted else with_remedy([], table["label"].unique().to_pylist()))
+    labels = table["label"].unique().to_pylist()
+    doubts = [f"label {label!r} looks like {kind}" for label in labels if (kind := no_class(label))]
+    return Labelled(table, left_out, [] if wanted else with_remedy(doubts, labels))
 
 
 def _read_pack(root: str, classes: Sequence[str]) -> Labelled:

@@ -60,11 +60,20 @@ _MASKS = (
 _PREDICTIONS = r"(?:pred(?:ict|icted|iction)?|output|result|inference|heatmap)s?"
 _FOLDS = r"(?:k|cv|(?:k|cv)?fold|crossval(?:idation)?|part|partition|batch|subset|split|set)\d+|(?:k|\d+(?:th)?)?folds?"
 _IMAGES = r"(?:all|raw|original)?(?:images?|imgs?|pictures?|slices|scans|jpe?gs?|pngs?|dicoms?|dcm|niftis?|nii)"
+_VERSIONS = r"(?:augment(?:ed|ations?)|cropped|resized|(?:pre)?processed|raw|originals?|copy|backup)"
+_PATIENTS = r"(?:patient|subject|sub|case|participant|study|series|session)s?\d+"
+_SERIES = re.compile(r".*\d.*|axial|coronal|sagittal|flair|dwi|adc|swi|pre|post|left|right")
 _BELOW = {"a split": _SPLIT, "masks": re.compile(_MASKS + _FILLER), "predictions": re.compile(_PREDICTIONS + _FILLER)}
-_NO_CLASSES = _BELOW | {"a fold": re.compile(_FOLDS), "a folder of images": re.compile(_IMAGES)}
+_NO_CLASSES = _BELOW | {
+    "a fold": re.compile(_FOLDS),
+    "a folder of images": re.compile(_IMAGES),
+    "a version of the images": re.compile(_VERSIONS + _FILLER),
+    "a patient": re.compile(_PATIENTS),
+}
 _SPLIT_WORD = r"(?:train(?:ing)?|test(?:ing)?|val(?:id|idation)?|dev)"
 _OF_SPLIT = re.compile(rf"^{_SPLIT_WORD}[\W_]+|[\W_]+{_SPLIT_WORD}$", re.I)  # train_glioma, glioma-test
-_MASK_FILE = re.compile(r"(.+?)[ _.-](?:masks?|seg(?:mentation)?|label|annotation|contour|gt|roi)(?:[ _.-]?\d+)?", re.I)
+_MASK = r"(?:masks?|seg(?:mentation)?|label|annotation|contour|gt|roi)"
+_MASK_FILE = re.compile(rf"(.+?)[ _.-]{_MASK}(?:[ _.-]?\d+)?|(.*/)?{_MASK}[ _.-]([^/]+)", re.I)  # 1_mask, mask_1
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,11 @@ def reason_to_leave_out(path: str) -> str | None:
     return "no_image" if is_other else None
 
 
+def no_class(name: str) -> str | None:
+    """Return what a class folder or label of this name looks like, if that is no class."""
+    return _looks_like(name, _NO_CLASSES)
+
+
 def class_root(names: Iterable[str], shown: str, wanted: Collection[str] = ()) -> str:
     """Find the folder, relative and without slashes around it, whose children are the classes or the splits.
 
@@ -230,7 +244,7 @@ def _doubtful_folders(folders: Mapping[str, tuple[str | None, str]], root: str) 
     doubts: dict[str, str] = {}
     for folder, (place, name, below) in cuts.items():
         label = folders[folder][1]
-        if kind := _looks_like(name, _NO_CLASSES):
+        if kind := no_class(name):
             doubts.setdefault(place, f"{place} looks like {kind}")
         elif (whole := _OF_SPLIT.sub("", label)) != label and (bare[whole] > 1 or canonical_label(whole) in known):
             doubts.setdefault(place, f"{place} looks like a split of a class")
@@ -242,7 +256,24 @@ def _doubtful_folders(folders: Mapping[str, tuple[str | None, str]], root: str) 
             is_harmless = kind == "a split" and len(inner_splits) == 1 and label in CANONICAL and place not in folders
             if kind and not is_harmless:
                 doubts.setdefault(place, f"{place} holds {inner}, which looks like {kind}")
-    return doubts
+    return _alike(cuts.values(), folders) | doubts
+
+
+def _alike(cuts: Collection[tuple[str, str, list[str]]], images: Collection[str]) -> dict[str, str]:
+    """Return which folders hold the same folders, as two versions of a data set do; of no known class, nor images."""
+    children: dict[str, set[str]] = {}
+    for place, name, below in cuts:
+        if place not in images and canonical_label(name) not in CANONICAL:
+            children.setdefault(place, set()).update(key for key in map(_key, below[:1]) if not _SERIES.fullmatch(key))
+    alike: dict[frozenset[str], dict[str, str]] = {}
+    for place, names in children.items():
+        alike.setdefault(frozenset(names), {}).setdefault(place.rpartition("/")[2], place)
+    return {
+        place: f"{' and '.join(places.values())} hold the same folders, which look like classes"
+        for names, places in alike.items()
+        if len(names) > 1 and len(places) > 1
+        for place in [min(places.values())]
+    }
 
 
 def _cut(folder: str, root: str, split: str | None) -> tuple[str, str, list[str]]:
@@ -259,7 +290,8 @@ def _looks_like(name: str, kinds: Mapping[str, re.Pattern[str]]) -> str | None:
 def _mask_files(paths: Iterable[str]) -> set[str]:
     """Return those of `paths` that are named for a mask and whose image lies beside them: 1.png and 1_mask.png."""
     stems = {path: re.sub(r"(\.nii)?\.[^./]*$", "", path, flags=re.IGNORECASE) for path in paths}
-    masks = {path: match[1] for path, stem in stems.items() if (match := _MASK_FILE.fullmatch(stem))}
+    matches = {path: match for path, stem in stems.items() if (match := _MASK_FILE.fullmatch(stem))}
+    masks = {path: match[1] or (match[2] or "") + match[3] for path, match in matches.items()}
     # the image may have a word of its own: 1_t1.nii beside 1_seg.nii
     beside = {part for path, stem in stems.items() if path not in masks for part in (stem, stem.rpartition("_")[0])}
     return {path for path, image in masks.items() if image in beside}

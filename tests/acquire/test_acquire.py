@@ -7,7 +7,9 @@ import io
 import json
 import subprocess
 import sys
+import unicodedata
 import zipfile
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +211,23 @@ def test_the_class_tree_is_found_below_wrapper_folders(tmp_path: Path, wrapper: 
     manifest = run(tmp_path, tmp_path / "one.zip")
     assert sorted(row["uri"] for row in rows_of(manifest)) == sorted(f"images/one/{name}" for name in SPLITS)
     assert summary_of(manifest)["sources"][0]["left_out"]["reasons"] == ({"outside_class_tree": 1} if wrapper else {})
+
+
+def test_folders_of_one_class_are_merged_and_no_image_of_theirs_is_lost(tmp_path: Path) -> None:
+    names = [
+        "Glioma/1.png",
+        "glioma/1.png",
+        "glioma/p/1.png",
+        "M\u00e9ta/1.png",
+        "Me\u0301ta/1.png",
+        "glioma tumor/1.png",
+    ]
+    source = make_tree(tmp_path / "one", {name: name.encode() for name in names})
+    manifest = run(tmp_path, source)
+    assert Counter(row["label"] for row in rows_of(manifest)) == {"glioma": 4, "m\u00e9ta".title(): 2}
+    stored = {storage.join(str(tmp_path / "out"), row["uri"]) for row in rows_of(manifest)}
+    assert {storage.read_bytes(uri).decode() for uri in stored} == set(names)
+    assert len({unicodedata.normalize("NFC", uri).casefold() for uri in stored}) == len(names)
 
 
 def test_a_manifest_is_a_source_and_its_names_do_not_collide(tmp_path: Path) -> None:

@@ -165,6 +165,37 @@ def test_a_damaged_shard_is_an_error_and_no_other_scan(ray_session: None, tmp_pa
     assert [type(answer) for answer in answers] == [bytes, storage.StorageError, bytes]
 
 
+def test_a_pack_with_damaged_footers_is_packed_anew_where_it_is_damaged(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = tmp_path / "scans"
+    for run in range(4):
+        write_objects(str(scans), {f"{run}-{number}.jpg": b"scan %d" % number for number in range(3)})
+        output = packed(scans, tmp_path / "out")
+    one, two, three, whole = shards = sorted((tmp_path / "out" / "shards").iterdir())
+    one.write_bytes(one.read_bytes()[:-20])
+    two.write_bytes(b"")
+    three.write_bytes(b"PAR1" + bytes(200) + b"PAR1")
+    with pytest.raises(UserError, match=r"\.parquet is damaged; run jobs/pack\.py again") as caught:
+        list(packs.list_pack(output))
+    assert "\n" not in str(caught.value)
+
+    packed(scans, output, dry_run=True)
+    assert "9 new objects" in capsys.readouterr().out
+    assert all(shard.exists() for shard in shards)  # a dry run writes nothing
+    packed(scans, output)
+    assert "9 packed, 0 rejected; 3 unchanged" in capsys.readouterr().out
+    assert all(str(shard) in caplog.text for shard in (one, two, three))
+    listed = {info.uri: storage.read_bytes(info.place) for info in packs.list_pack(output)}
+    assert listed == {str(path): path.read_bytes() for path in scans.iterdir()}
+    held = (tmp_path / "out" / "shards").glob("*.parquet")
+    assert sum(pq.read_metadata(path).num_rows for path in held) == 12
+    assert sorted(path.name for path in (tmp_path / "out" / "shards" / "_damaged").iterdir()) == [
+        shard.name for shard in (one, two, three)
+    ]
+    assert whole.exists()
+
+
 @pytest.mark.parametrize("body", [b"PAR1", b"PAR1" + bytes(1000) + b"PAR1", b""])
 def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_read_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes

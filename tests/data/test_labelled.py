@@ -187,6 +187,12 @@ def test_a_label_is_the_same_as_text_and_as_a_number_of_any_kind(tmp_path: Path)
         assert read_labelled(str(tmp_path / "m.parquet"))["label"].to_pylist() == expected.to_pylist(), kind
 
 
+def test_labels_that_are_no_classes_are_refused_in_a_manifest_as_in_a_tree(tmp_path: Path) -> None:
+    uri = write_csv(str(tmp_path), "uri,label", "a.jpg,yes", "b.jpg,pred", "c.jpg,no")
+    assert "label 'pred' looks like predictions; rename" in refusal(uri)
+    assert read_labelled(uri, classes=("yes", "no", "pred")).num_rows == 3
+
+
 def test_classes_choose_among_the_labels_of_a_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uri = write_csv(str(tmp_path), "uri,label", "a.jpg,Glioma", "b.jpg,me\u0301ta", "c.jpg,x")
     table = read_labelled(uri, classes=("glioma tumor", "m\u00e9ta"))

@@ -61,6 +61,10 @@ def test_dicom_names_of_every_kind_may_be_images() -> None:
         "normal/k1/1.jpg|glioma/fold/1.jpg|glioma/images/1.jpg",
         "no/1.jpg|test_tumor/1.jpg|trained nurse/1.jpg|Devic/1.jpg|evaluation of T2/1.jpg",
         "1/1.jpg|2/1.jpg|3/1.jpg",
+        "cat/T1/1.jpg|cat/T2/1.jpg|dog/T1/1.jpg|dog/T2/1.jpg",
+        "cat/axial/1.jpg|cat/coronal/1.jpg|dog/axial/1.jpg|dog/coronal/1.jpg",
+        "cat/p1/1.jpg|cat/p2/1.jpg|dog/p1/1.jpg|dog/p2/1.jpg",
+        "glioma/left/1.jpg|glioma/right/1.jpg|no/left/1.jpg|no/right/1.jpg",
         "glioma/test/1.jpg|no/patient/1.jpg",
         "label_0/1.jpg|label_1/1.jpg|T1/1.jpg|grade 2/1.jpg|other/1.jpg|unknown/1.jpg",
         "glioma/glioma/1.jpg|no/no/1.jpg",
@@ -88,7 +92,18 @@ SPLIT_NAMES = [
 ]
 FOLD_NAMES = ["fold1", "fold_2", "Fold 3", "cv0", "k1", "kfold-4", "5fold", "folds", "part 2", "batch_1"]
 MASK_NAMES = ["masks", "labels", "Annotations", "segmentation", "tumor_masks", "ground truth", "GT", "mask_png"]
-OTHER_NAMES = ["pred", "Predictions", "results", "output", "images", "imgs", "jpg"]
+OTHER_NAMES = [
+    "pred",
+    "Predictions",
+    "results",
+    "output",
+    "images",
+    "imgs",
+    "jpg",
+    "Augmented Data",
+    "cropped",
+    "patient 07",
+]
 
 
 @pytest.mark.parametrize("name", [*SPLIT_NAMES, *FOLD_NAMES, *MASK_NAMES, *OTHER_NAMES])
@@ -117,6 +132,9 @@ def test_a_folder_that_is_named_for_no_class_is_named(name: str, beside: str) ->
         ("glioma/p1_t1.nii.gz|glioma/p1_seg.nii.gz|no/2.nii.gz", "glioma/p1_seg.nii.gz"),
         ("Train_Set/a/1.jpg|Train_Set/b/1.jpg|Test_Set/a/1.jpg", "Test_Set looks like a split"),
         ("fold1/a/1.jpg|fold2/a/1.jpg", "fold1 looks like a fold"),
+        ("Original/cat/1.jpg|Original/dog/1.jpg|Resized ones/cat/1.jpg|Resized ones/dog/1.jpg", "Original"),
+        ("site A/cat/1.jpg|site A/dog/1.jpg|site B/cat/1.jpg|site B/dog/1.jpg", "site A and site B hold the same"),
+        ("glioma/1.png|glioma/mask_1.png|no/2.png", "glioma/mask_1.png looks like a mask"),
         ("train_cat/1.jpg|test_cat/1.jpg|train_dog/1.jpg", "test_cat looks like a split of a class"),
         ("glioma-train/1.jpg|other/1.jpg|no/1.jpg", "glioma-train looks like a split of a class"),
         ("images/1.png|masks/1.png", "masks looks like masks"),

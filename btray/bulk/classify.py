@@ -21,6 +21,7 @@ from btray.core.errors import UserError
 from btray.data.key_set import Keys
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
+from btray.storage.parquet import set_aside
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class ClassifyJob(ArchiveJob):
         report = report.model_copy(update={"model_id": self.group, "drift": {}})
         if report.objects:
             self.completed.write(run)
+        for uri in self.completed.damaged:
+            set_aside(uri)  # now that what it held is classified anew
         try:
             from btray.bulk import summary  # matplotlib: nothing needs it before the run has ended
 

@@ -8,6 +8,7 @@ when its rows are read.
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,10 @@ import pyarrow.parquet
 from btray import storage
 from btray.bulk.runs import Run, has_ended, run_folder, run_of
 from btray.data.key_set import Keys, keys_of
-from btray.storage import FileInfo
-from btray.storage.errors import storage_errors_for
+from btray.storage import FileInfo, StorageError
+from btray.storage.parquet import read_undamaged
+
+_log = logging.getLogger(__name__)
 
 CLASSIFIED, REJECTED, WITHHELD = range(3)
 """Outcomes, the better first: an answer, a final rejection, and a rejection that is due to the store, not the bytes."""
@@ -56,6 +59,8 @@ class CompletedIndex:
         self._output = output
         self._model_id = model_id
         self._table = storage.join(output, f"model_id={model_id}")
+        self.damaged: list[str] = []
+        """Files that were found to be damaged; the objects that they held are not completed."""
 
     def keys(self, *, retry_rejected: bool = False, write_missing: bool = False) -> Iterator[Keys]:
         """Yield keys of the objects that need not be read again: last classified, or rejected for good.
@@ -66,26 +71,68 @@ class CompletedIndex:
         with tempfile.TemporaryDirectory() as scratch:
             latest = LatestOutcomes(Path(scratch))
             for run_id, files in groupby(_files(self._table), key=lambda info: run_of(info.uri)):
-                for records in _read(files) if run_id is None else self._of_run(run_id, files, write_missing):
+                for records in self._read(files) if run_id is None else self._of_run(run_id, files, write_missing):
                     latest.add(records)
             yield from latest.keys(CLASSIFIED if retry_rejected else REJECTED)
 
     def write(self, run: Run) -> None:
         """Write the key files of a run all of whose files are there, so that later runs need not open those."""
         files = _files_of(storage.join(run.output, run.parts), run.run_id)
-        for _ in _write_key_files(run.folder, files):
+        for _ in self._write_key_files(run.folder, files):
             pass
 
     def _of_run(self, run_id: str, files: Iterator[FileInfo], write_missing: bool) -> Iterator[Records]:
         folder = run_folder(self._output, self._model_id, run_id)
-        index = storage.read_json(storage.join(folder, _INDEX), missing_ok=True)
-        if index is None or index["format"] != _FORMAT:
-            return _write_key_files(folder, files) if write_missing and has_ended(folder) else _read(files)
-        if sum(1 for _ in files) != index["files"]:
-            # somebody has removed some, so that their objects are classified again
-            return _read(_files_of(self._table, run_id))
-        key_files = (_key_file(folder, number) for number in range(index["key_files"]))
-        return (np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) for uri in key_files)
+        try:
+            index = storage.read_json(storage.join(folder, _INDEX), missing_ok=True)
+            if index is not None and index["format"] == _FORMAT:
+                matches = sum(1 for _ in files) == index["files"]
+                files = _files_of(self._table, run_id)
+                if matches:
+                    for number in range(index["key_files"]):
+                        body = storage.read_bytes(_key_file(folder, number))
+                        yield np.load(io.BytesIO(body), allow_pickle=False)
+                    return
+                # somebody has removed some, so that their objects are classified again
+            else:
+                index = None
+        except (StorageError, ValueError, EOFError, KeyError, TypeError) as error:
+            if isinstance(error, StorageError) and error.code not in {"failed", "not_found"}:
+                raise
+            _log.warning("the key files of %s are damaged and made anew: %s", folder, " ".join(str(error).split()))
+            index = None
+        # what came of damaged key files comes again, which does no harm
+        if index is None and write_missing and has_ended(folder):
+            yield from self._write_key_files(folder, files)
+        else:
+            yield from self._read(files)
+
+    def _write_key_files(self, folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
+        """Yield the records of a run's table `files`, and write them into key files below its own `folder` as well."""
+        key_files, damaged_before = 0, len(self.damaged)
+        numbers = count()
+        for records in _concatenated(self._read(info for info, _ in zip(files, numbers, strict=False))):
+            body = io.BytesIO()
+            np.save(body, records)
+            storage.write_bytes(_key_file(folder, key_files), body.getvalue())
+            key_files += 1
+            yield records
+        # last: key files without their index do not count
+        index = {"format": _FORMAT, "files": next(numbers) - len(self.damaged) + damaged_before, "key_files": key_files}
+        storage.write_json(storage.join(folder, _INDEX), index)
+
+    def _read(self, files: Iterator[FileInfo]) -> Iterator[Records]:
+        """Yield records of the rows in files of the table; memory holds some files at a time."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            while some := list(islice(files, 4 * _READERS)):
+                # In this thread's context, which holds the timeout of retries; Arrow's own threads would not know it.
+                readings = [pool.submit(copy_context().run, _read_file, info) for info in some]
+                for info, reading in zip(some, readings, strict=True):
+                    records = reading.result()
+                    if records is None:
+                        self.damaged.append(info.uri)
+                    else:
+                        yield from records
 
 
 class LatestOutcomes:
@@ -135,21 +182,6 @@ def _keys_of_latest(records: Records, worst: int) -> Keys:
 # ---- key files
 
 
-def _write_key_files(folder: str, files: Iterator[FileInfo]) -> Iterator[Records]:
-    """Yield the records of a run's table `files`, and write them into key files below its own `folder` on the way."""
-    key_files = 0
-    numbers = count()
-    for records in _concatenated(_read(info for info, _ in zip(files, numbers, strict=False))):
-        body = io.BytesIO()
-        np.save(body, records)
-        storage.write_bytes(_key_file(folder, key_files), body.getvalue())
-        key_files += 1
-        yield records
-    # last: key files without their index do not count
-    index = {"format": _FORMAT, "files": next(numbers), "key_files": key_files}
-    storage.write_json(storage.join(folder, _INDEX), index)
-
-
 def _concatenated(parts: Iterator[Records]) -> Iterator[Records]:
     """Yield the same records, as many at a time as one key file holds."""
     held: list[Records] = []
@@ -181,23 +213,15 @@ def _files_of(folder: str, run_id: str) -> Iterator[FileInfo]:
     return (info for info in _files(folder) if run_of(info.uri) == run_id)
 
 
-def _read(files: Iterator[FileInfo]) -> Iterator[Records]:
-    """Yield records of the rows in files of the table; memory holds some files at a time."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        while some := list(islice(files, 4 * _READERS)):
-            # In this thread's context, which holds the timeout of retries; Arrow's own threads would not know it.
-            for reading in [pool.submit(copy_context().run, _read_file, info) for info in some]:
-                yield from reading.result()
+def _read_file(info: FileInfo) -> list[Records] | None:
+    """Return the records of one file; None if it is damaged."""
 
-
-def _read_file(info: FileInfo) -> list[Records]:
-    whole = info.size < _SMALL
-    with (
-        storage_errors_for(info.uri),
-        pa.BufferReader(storage.read_bytes(info.uri)) if whole else storage.open_ranges(info.uri) as file,
-    ):
+    def read(file: Any) -> list[Records]:
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
         return [_records_of(batch) for batch in table.iter_batches(65_536, columns=_COLUMNS, use_threads=False)]
+
+    whole = storage.read_bytes(info.uri) if info.size < _SMALL else None
+    return read_undamaged(info.uri, read, whole)
 
 
 def _records_of(rows: pa.RecordBatch) -> Records:

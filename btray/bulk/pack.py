@@ -22,6 +22,7 @@ from btray.data.labelled import holds_labels
 from btray.data.manifests import kind_of, parts_of
 from btray.data.scans import ScanLimits
 from btray.storage import FileInfo, StorageError
+from btray.storage.parquet import set_aside
 from btray.storage.read_many import ReadResult
 
 
@@ -45,6 +46,7 @@ class PackJob(ArchiveJob):
         """Examine input and output. Raises UserError if the input is a pack, or the output one of another archive."""
         super().__init__(config, group="pack")
         self.source = storage.resolve(config.input)
+        self.damaged: list[str] = []
         names_others = kind_of(self.source) is not None or storage.is_file(self.source)
         self.root = self.source.rpartition("/")[0] if names_others else self.source
         # the copy of a labelled manifest within the pack
@@ -60,7 +62,7 @@ class PackJob(ArchiveJob):
 
     def completed_keys(self) -> Iterator[Keys]:
         """Yield the keys of what the pack holds."""
-        return packs.packed_keys(self.output)
+        return packs.packed_keys(self.output, self.damaged)
 
     def processor(self) -> Callable[[Run, int], PartPacker]:
         """Return what makes the packer of an actor."""
@@ -72,6 +74,8 @@ class PackJob(ArchiveJob):
             for part in parts_of(self.source):
                 copy = storage.join(self.output, self.manifest) + part.removeprefix(self.source)
                 storage.write_bytes(copy, storage.read_bytes(part))
+        for shard in self.damaged:
+            set_aside(shard)  # now that what it held is packed anew
         packs.write_description(self.output, packs.Pack(self.root, self.manifest))
         print(summarize_counts(report, "packed"), flush=True)
         return report

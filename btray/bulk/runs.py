@@ -27,6 +27,7 @@ from btray.bulk import worklist
 from btray.bulk.report import AbandonedRun, PartTally, RunReport, Tally
 from btray.core.errors import Failed, UserError
 from btray.storage import local
+from btray.storage.parquet import read_undamaged, set_aside
 
 # Attempts at a part by actors that had died before. Ray itself would retry a part that kills each of them for ever.
 _ATTEMPTS = 5
@@ -215,11 +216,14 @@ def write_part(
 
 
 def read_tally(uri: str, tally_type: type[Tally]) -> Tally | None:
-    """Return the tally in the footer of a part's file; None if there is no such file. Raises StorageError."""
-    filesystem, path = storage.arrow_filesystem(uri)
+    """Return the tally in the footer of a part's file; None if there is no such file. Raises StorageError.
+
+    A file that is damaged is moved out of the way, so that the part can be written again.
+    """
     with storage.suppress_missing():
         storage.describe(uri)
-        with storage.storage_errors_for(uri), filesystem.open_input_file(path) as file:
-            metadata = pa.parquet.read_metadata(file).metadata
-        return tally_type.model_validate_json(metadata[_TALLY])
+        footer = read_undamaged(uri, lambda file: pa.parquet.read_metadata(file).metadata[_TALLY])
+        if footer is not None:
+            return tally_type.model_validate_json(footer)
+        set_aside(uri)
     return None

@@ -22,6 +22,7 @@ from btray.core.errors import UserError
 from btray.data.key_set import Keys, KeySet, keys_of
 from btray.storage import FileInfo
 from btray.storage.packed import member_uri
+from btray.storage.parquet import read_undamaged
 
 DESCRIPTION = "pack.json"
 FORMAT = 1
@@ -84,6 +85,8 @@ def list_pack(uri: str) -> Iterator[FileInfo]:
     with tempfile.TemporaryDirectory() as scratch:
         listed = KeySet(Path(scratch))
         for shard, rows in _shards(uri):
+            if rows is None:
+                raise UserError(f"{shard} is damaged; run jobs/pack.py again, which packs anew what it held")
             keys = keys_of([(row["uri"], "") for row in rows])
             newest = ~listed.contains(keys)
             listed.add(keys[newest])  # on disk: a pack may hold 10^8 objects
@@ -92,21 +95,29 @@ def list_pack(uri: str) -> Iterator[FileInfo]:
                 yield FileInfo(row["uri"], row["size"], row["etag"], 0.0, member_uri(shard, number, row["path"]))
 
 
-def packed_keys(uri: str) -> Iterator[Keys]:
-    """Yield keys of the objects that need not be packed again: all but those that the store withheld."""
-    for _, rows in _shards(uri):
-        yield keys_of([(row["uri"], row["etag"]) for row in rows if not row["retryable"]])
+def packed_keys(uri: str, damaged: list[str]) -> Iterator[Keys]:
+    """Yield keys of the objects that need not be packed again: all but those that the store withheld.
+
+    Shards that are damaged are added to `damaged`; what they held is to be packed again.
+    """
+    for shard, rows in _shards(uri):
+        if rows is None:
+            damaged.append(shard)
+        else:
+            yield keys_of([(row["uri"], row["etag"]) for row in rows if not row["retryable"]])
 
 
-def _shards(uri: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield URI and rows, without data, of every shard, the latest run's first."""
+def _shards(uri: str) -> Iterator[tuple[str, list[dict[str, Any]] | None]]:
+    """Yield URI and rows, without data, of every shard, the latest run's first; None for those of a damaged one."""
     folder = storage.join(uri, SHARDS)
     names = storage.list_names(folder, missing_ok=True)
     shards = [storage.join(folder, name) for name in reversed(names) if name.endswith(".parquet") and name[0] != "."]
 
-    def read_rows(shard: str) -> tuple[str, list[dict[str, Any]]]:
-        with storage.open_ranges(shard) as file, storage.storage_errors_for(shard):
-            return shard, pa.parquet.read_table(file, columns=_LISTED).to_pylist()
+    def read_rows(shard: str) -> tuple[str, list[dict[str, Any]] | None]:
+        def read(file: Any) -> list[dict[str, Any]]:
+            return list(pa.parquet.read_table(file, columns=_LISTED).select(_LISTED).to_pylist())
+
+        return shard, read_undamaged(shard, read)
 
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         for start in range(0, len(shards), _AT_A_TIME):  # not all at once: their rows would fill the memory

@@ -10,6 +10,7 @@ from functools import partial
 from importlib import resources
 from typing import Final
 
+import jinja2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -40,13 +41,13 @@ def build_app(service: Service) -> Gate:
         title="btray",
         version=openapi.version(),
         description=openapi.DESCRIPTION,
-        docs_url=None,  # FastAPI's own page for it loads scripts from elsewhere
+        docs_url=None,  # FastAPI's own page for it loads scripts from elsewhere; ours is below
         redoc_url=None,
-        exception_handlers=dict.fromkeys(_ERRORS, _answer_error),
+        exception_handlers={**dict.fromkeys(_ERRORS, _answer_error), 404: _answer_no_route},
     )
     for path, (name, kind) in _PAGE.items():
         content = resources.files("btray").joinpath("serving/static", name).read_bytes()
-        app.add_api_route(path, partial(_send, content, kind), methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, partial(_send, content, kind), include_in_schema=False)
 
     @app.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
@@ -73,11 +74,23 @@ def build_app(service: Service) -> Gate:
     app.include_router(classify_routes(service))
     app.include_router(protocol_routes(service))
     openapi.define(app, ProblemAnswer, ClassifyRequest, InferBody)
+    template = resources.files("btray").joinpath("serving/static/docs.html").read_text(encoding="utf-8")
+    docs = jinja2.Template(template, autoescape=True).render(api=app.openapi()).encode()
+    app.add_api_route("/docs", partial(_send, docs, "text/html"), include_in_schema=False)
     return Gate(app, service)
 
 
 async def _send(content: bytes, kind: str) -> Response:
     return Response(content, media_type=kind)
+
+
+async def _answer_no_route(request: Request, _: Exception) -> Response:
+    """Answer a path that is not there; Triton's client asks for some that the protocol leaves open."""
+    detail = f"nothing is at {request.url.path[:80]}; /openapi.json lists what is"
+    if request.url.path.startswith("/v2/"):
+        detail += ". Of the Open Inference Protocol it is health, metadata and inference, without Triton's extensions "
+        detail += "(model configuration, statistics, model repository, shared memory, trace, logging)"
+    return Problem(404, "not_found", detail).response()
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:

@@ -91,6 +91,7 @@ _DESCRIPTION: Final = (
     + ", ".join(f"{code} ({status})" for code, status in REJECTION_STATUS.items())
     + ". Among several images each has a status of its own. No URL is ever fetched; images are not kept."
 )
+_MAX_NAME: Final = 255
 _FORM: Final = {"type": "object", "properties": {"images": {"type": "array", "items": BINARY, "minItems": 1}}}
 _BODY: Final = request_body(
     ClassifyRequest,
@@ -171,7 +172,7 @@ def _image_answer(prediction: Prediction, upload: Upload, top_k: int | None) -> 
     if prediction.status == "ok":
         ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
         fields["probabilities"] = dict(ranked[:top_k])
-    return ImageAnswer(index=prediction.index, name=upload.name, **fields)
+    return ImageAnswer(index=prediction.index, name=upload.name and upload.name[:_MAX_NAME], **fields)
 
 
 def _example() -> dict[str, Any]:

@@ -151,10 +151,11 @@ class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds 
 
 def is_loopback(host: str) -> bool:
     """Return whether an address, or the name localhost, is this machine alone."""
-    if host == "localhost":
+    name = host.lower().removesuffix(".")
+    if name == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:
         return False
 

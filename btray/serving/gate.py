@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import zlib
 from typing import Final
@@ -23,9 +24,9 @@ from btray.serving.service import Service
 _log = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset(
-    ("/", "/page.css", "/page.js", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+    ("/", "/page.css", "/page.js", "/docs", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 )
-"""Answered without a key: the page, which holds no data, and the health of the service."""
+"""Answered without a key: the pages, which hold no data, and the health of the service."""
 
 _SECURITY_HEADERS: Final = {
     "x-content-type-options": "nosniff",
@@ -61,9 +62,14 @@ class Gate:
             await self.app(scope, receive, send)
             return
         status, started = 0, time.perf_counter()
+        is_head = scope["method"] == "HEAD"
+        if is_head:  # whatever answers GET
+            scope = {**scope, "method": "GET"}
 
         async def answer(message: Message) -> None:
             nonlocal status
+            if is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -162,8 +168,9 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
     except TimeoutError as error:
         raise Problem(408, "timeout", f"the body did not arrive within {limits.timeout:g} seconds") from error
     body = b"".join(chunks)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    return body if encoding in ("identity", "") else await asyncio.to_thread(_unpack, body, encoding, limits.max_body)
+    encodings = re.split(r"[,\s]+", ",".join(request.headers.getlist("content-encoding")).lower())
+    encoding = ", ".join(each for each in encodings if each not in ("", "identity"))
+    return await asyncio.to_thread(_unpack, body, encoding, limits.max_body) if encoding else body
 
 
 def route_of(scope: Scope) -> str:
@@ -177,7 +184,7 @@ def _too_large(largest: int) -> Problem:
 
 def _unpack(body: bytes, encoding: str, largest: int) -> bytes:
     """Return the content of a gzip or zlib `body`, and stop at `largest` bytes: it may be a bomb."""
-    if encoding not in ("gzip", "deflate"):
+    if encoding not in ("gzip", "x-gzip", "deflate"):  # RFC 9110: x-gzip is the same
         detail = f"content encoding {encoding[:40]!r} is not supported; use gzip or none"
         raise Problem(415, "unsupported_media_type", detail)
     unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # 32: gzip or zlib, as the header says

@@ -51,7 +51,7 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=config.port))
         deploy(config.replicas, service)
         if _wait_until_running(signals):
-            _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics, /openapi.json)", config.model, url)
+            _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics; /docs shows the API)", config.model, url)
             while signals.get() == signal.SIGHUP:
                 _reload(config, reload)
         _log.info("draining: what was asked is answered first")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, FailFast, Field, TypeAdapter, ValidationError, f
 
 from btray.serving.config import LimitsConfig
 from btray.serving.problems import Problem, first_error
-from btray.serving.uploads import Base64, parse_json, too_many_images
+from btray.serving.uploads import Base64, RequestObject, parse_json, too_many_images
 
 Array = npt.NDArray[Any]
 Datatype = Literal["BYTES", "UINT8", "FP32"]
@@ -40,7 +40,7 @@ LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 # ---- the JSON of a request
 
 
-class Parameters(BaseModel):
+class Parameters(RequestObject):
     """The extensions of a request, an input or an output."""
 
     binary_data_size: Annotated[int, Field(strict=True)] | None = None
@@ -54,7 +54,7 @@ class Parameters(BaseModel):
         raise ValueError("the classification extension is not offered: take label and probabilities")
 
 
-class InputTensor(BaseModel):
+class InputTensor(RequestObject):
     """An input tensor: its elements are `data`, or follow the JSON."""
 
     name: Literal["image", "pixels"]
@@ -64,20 +64,20 @@ class InputTensor(BaseModel):
     data: list[Any] | None = None
 
 
-class OutputRequest(BaseModel):
+class OutputRequest(RequestObject):
     """An output that is asked for."""
 
     name: str
     parameters: Parameters = Parameters()
 
 
-class InferBody(BaseModel):
+class InferBody(RequestObject):
     """A request: one input, image or pixels, and the outputs that are asked for; none: all."""
 
     id: str | None = None
     parameters: Parameters = Parameters()
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputRequest] = []
+    outputs: list[OutputRequest] = Field(default_factory=list)
 
 
 # ---- the JSON of an answer

@@ -29,8 +29,6 @@ REJECTION_STATUS: Final[dict[str, int]] = {
     "too_small": 422,
 }
 
-_HTTP_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
-
 _MEANINGS: Final = {
     400: "The request or its only image cannot be read.",
     401: "A key is needed.",
@@ -101,7 +99,8 @@ def problem_of(error: Exception) -> Problem:
         case Problem():
             return error
         case HTTPException():
-            problem = Problem(error.status_code, _HTTP_CODES.get(error.status_code, "bad_request"), str(error.detail))
+            code = HTTPStatus(error.status_code).name.lower()  # method_not_allowed, bad_request
+            problem = Problem(error.status_code, code, str(error.detail))
             problem.headers |= dict(error.headers or {})
             return problem
         case RequestValidationError():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -17,9 +18,21 @@ from btray.serving.problems import Problem, first_error
 
 Content = TypeVar("Content", bound=BaseModel)
 
-_MAX_NAME = 255
+_VARIANTS = str.maketrans("-_", "+/", " \t\r\n")
+"""Base64 as encoders write it -> in one line, with the usual alphabet."""
 _CHUNK = 256 * 1024
 """Bytes of a multipart body that are parsed at once; other requests come between."""
+
+
+class RequestObject(BaseModel):
+    """An object in the JSON of a request; null means that a field is absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def _decode_base64(value: Any) -> bytes:
@@ -27,23 +40,24 @@ def _decode_base64(value: Any) -> bytes:
         return value
     if not isinstance(value, str):
         raise ValueError("expected text in base64")
-    return base64.b64decode(value, validate=True)  # pydantic's own Base64Bytes skips what is not base64
+    # As encoders write it: in lines (RFC 2045), with either alphabet (RFC 4648), unpadded, or as a browser's data URL.
+    text = re.sub("^data:[^,]*;base64,", "", value.translate(_VARIANTS), flags=re.IGNORECASE)
+    # pydantic's own Base64Bytes skips what is not base64
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 Base64 = Annotated[bytes, BeforeValidator(_decode_base64), WithJsonSchema({"type": "string", "format": "byte"})]
-"""Bytes, in JSON as strict base64."""
+"""Bytes, in JSON as base64 or a data URL."""
 
 
-class Upload(BaseModel):
-    """One image as it came, and the name that the caller gave it, shortened if it is long."""
+class Upload(RequestObject):
+    """One image as it came, and the name that the caller gave it."""
 
     model_config = ConfigDict(extra="forbid")
 
     # What a caller sends belongs in no log.
     data: Base64 = Field(repr=False)
-    name: Annotated[str | None, AfterValidator(lambda name: name and name[:_MAX_NAME])] = Field(
-        default=None, repr=False
-    )
+    name: str | None = Field(default=None, repr=False)
 
 
 _as_object = BeforeValidator(
@@ -51,7 +65,7 @@ _as_object = BeforeValidator(
 )
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(RequestObject):
     """Images in JSON: each an object, or base64 alone."""
 
     images: list[Annotated[Upload, _as_object]] = Field(json_schema_extra={"minItems": 1})
@@ -115,7 +129,10 @@ class _FormInMemory(MultiPartParser):
 
 
 async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upload]:
-    """Return the parts of a form; those without a file name count too, for curl can send images so."""
+    """Return the images of a form: its files, and parts without a file name in the field `images` or that are no text.
+
+    Other text is not read, and neither is a file input that was left empty, which browsers send without name or bytes.
+    """
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         for start in range(0, len(body), _CHUNK):
@@ -135,11 +152,21 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
     if not parser.ended:
         raise Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")
     uploads = []
-    for _, part in form.multi_items():
+    for field, part in form.multi_items():
         if isinstance(part, UploadFile):
             name = (part.filename or "").encode("latin-1").decode("utf-8", "replace")
-            uploads.append(Upload(data=part.file.read(), name=name))
+            if name or part.size:
+                uploads.append(Upload(data=part.file.read(), name=name))
             part.file.close()  # a body's bytes are held once less
-        else:
-            uploads.append(Upload(data=part.encode("latin-1")))
+        elif field == "images" or not _is_text(part):
+            uploads.append(Upload(data=part.encode("latin-1")))  # curl can send images so
     return uploads
+
+
+def _is_text(part: str) -> bool:
+    """Return whether the bytes that `part` has as latin-1 are UTF-8 without control characters."""
+    try:
+        text = part.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return False
+    return not re.search(r"[\x00-\x08\x0e-\x1f]", text)

@@ -18,6 +18,7 @@ from btray.bulk.completed import CompletedIndex, LatestOutcomes
 from btray.bulk.report import AbandonedRun, PartTally
 from btray.bulk.runs import write_part
 from btray.data.key_set import keys_of
+from btray.storage.parquet import set_aside
 from tests.helpers.classify_helpers import run_report
 from tests.helpers.table_helpers import done_of, row, write
 
@@ -129,3 +130,46 @@ def test_the_latest_outcome_counts_whatever_the_order_and_is_found_on_disk_too(
         }
         assert set(np.concatenate(list(seen.keys(worst)))) == expected
     assert bool(list(tmp_path.iterdir())) == (held == 3)
+
+
+@pytest.mark.parametrize("body", [b"", b"PAR1", b"PAR1" + bytes(500) + b"PAR1", None])
+def test_a_damaged_file_of_the_table_is_named_and_its_objects_are_not_completed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, body: bytes | None
+) -> None:
+    place = str(tmp_path / "out")
+    write(place, "1", row("kept"))
+    write(place, "2", row("lost"))
+    damaged = tmp_path / "out" / table.folder("1e10", "2026-11-22") / "2.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-9] if body is None else body)
+    index = CompletedIndex(place, "1e10")
+    keys = np.concatenate([*index.keys(), keys_of([])])
+    assert keys.tolist() == keys_of([("s3://b/kept", "e")]).tolist()
+    assert index.damaged == [str(damaged)]
+    assert str(damaged) in caplog.text
+    set_aside(index.damaged[0])
+    assert done_of(place) == {"kept"}
+    assert not damaged.exists()
+
+
+@pytest.mark.parametrize("name", ["keys.json", "keys/00000.npy"])
+@pytest.mark.parametrize("body", [b"", b"{", b"\x93NUMPY\x01\x00v\x00", None])
+def test_damaged_key_files_are_made_anew(tmp_path: Path, name: str, body: bytes | None) -> None:
+    place = str(tmp_path / "out")
+    run = run_with(place, [row("ok"), row("bad", "empty")], [row("again", "throttled")])
+    CompletedIndex(place, "1e10").write(run)
+    runs.finish(run, run_report(objects=3))
+    damaged = Path(run.folder, name)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-3] if body is None else body)
+    index = CompletedIndex(place, "1e10")
+    assert len(np.concatenate(list(index.keys(write_missing=True)))) == 2
+    assert damaged.read_bytes() == whole
+
+
+def test_a_damaged_part_of_an_interrupted_run_is_written_again(tmp_path: Path) -> None:
+    run = run_with(str(tmp_path / "out"), [row("ok")])
+    part = Path(run.part_uri("00000-000"))
+    part.write_bytes(part.read_bytes()[:40])
+    assert runs.read_tally(str(part), PartTally) is None
+    assert write_part(str(part), [row("ok")], table.SCHEMA, PartTally(objects=1))
+    assert runs.read_tally(str(part), PartTally) == PartTally(objects=1)

@@ -114,7 +114,7 @@ def test_a_pack_that_was_killed_is_continued_and_holds_each_object_once(
     assert sum(pq.read_metadata(path).num_rows for path in shards) == 100
 
 
-@pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside"])
+@pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside", "of Spark"])
 def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_path: Path, kind: str) -> None:
     data = write_tree(tmp_path / "data", {f"Training/{name}": 12 for name in ("glioma", "no_tumor")} | {"Testing/x": 2})
     if kind != "tree":
@@ -124,8 +124,11 @@ def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_
             for number in range(12)
         ]
         text = "\n".join(["uri,label,split,patient_id", *lines])
-        storage.write_text(storage.join(data, "manifest.csv" if kind == "manifest inside" else "labels.csv"), text)
-    source = storage.join(data, "labels.csv") if kind == "manifest beside" else data
+        if kind == "of Spark":  # with the separators of Windows besides
+            storage.write_text(storage.join(data, "labels.csv/part-0.csv"), text.replace("/", "\\"))
+        else:
+            storage.write_text(storage.join(data, "manifest.csv" if kind == "manifest inside" else "labels.csv"), text)
+    source = storage.join(data, "labels.csv") if kind in {"manifest beside", "of Spark"} else data
     loose, members = read_labelled(source), read_labelled(packed(source, tmp_path / "packed"))
     assert len(members) == len(loose) >= 24
     assert all(is_member(uri) for uri in members["uri"].to_pylist())
@@ -163,6 +166,37 @@ def test_a_damaged_shard_is_an_error_and_no_other_scan(ray_session: None, tmp_pa
         storage.read_bytes(member_uri(str(shard), 2, "c.jpg"))
     answers = read_many([place, f"{shard}.no.parquet#0/x", str(tmp_path / "scans" / "a.jpg")])
     assert [type(answer) for answer in answers] == [bytes, storage.StorageError, bytes]
+
+
+def test_a_pack_with_damaged_footers_is_packed_anew_where_it_is_damaged(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = tmp_path / "scans"
+    for run in range(4):
+        write_objects(str(scans), {f"{run}-{number}.jpg": b"scan %d" % number for number in range(3)})
+        output = packed(scans, tmp_path / "out")
+    one, two, three, whole = shards = sorted((tmp_path / "out" / "shards").iterdir())
+    one.write_bytes(one.read_bytes()[:-20])
+    two.write_bytes(b"")
+    three.write_bytes(b"PAR1" + bytes(200) + b"PAR1")
+    with pytest.raises(UserError, match=r"\.parquet is damaged; run jobs/pack\.py again") as caught:
+        list(packs.list_pack(output))
+    assert "\n" not in str(caught.value)
+
+    packed(scans, output, dry_run=True)
+    assert "9 new objects" in capsys.readouterr().out
+    assert all(shard.exists() for shard in shards)  # a dry run writes nothing
+    packed(scans, output)
+    assert "9 packed, 0 rejected; 3 unchanged" in capsys.readouterr().out
+    assert all(str(shard) in caplog.text for shard in (one, two, three))
+    listed = {info.uri: storage.read_bytes(info.place) for info in packs.list_pack(output)}
+    assert listed == {str(path): path.read_bytes() for path in scans.iterdir()}
+    held = (tmp_path / "out" / "shards").glob("*.parquet")
+    assert sum(pq.read_metadata(path).num_rows for path in held) == 12
+    assert sorted(path.name for path in (tmp_path / "out" / "shards" / "_damaged").iterdir()) == [
+        shard.name for shard in (one, two, three)
+    ]
+    assert whole.exists()
 
 
 @pytest.mark.parametrize("body", [b"PAR1", b"PAR1" + bytes(1000) + b"PAR1", b""])

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote_plus
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -100,9 +101,12 @@ def run_report(**changes: Any) -> RunReport:
 
 
 def plain_rows(output: str) -> pa.Table:
-    """What a reader sees that knows nothing of this project."""
+    """What a reader sees that knows nothing of this project, whether it skips names that begin with _ or takes all."""
     filesystem, path = storage.arrow_filesystem(output)
-    return pq.read_table(path, filesystem=filesystem)
+    files = filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True))
+    table = pq.ParquetDataset(path, filesystem=filesystem)  # has more files if a run has written since
+    assert {file.path for file in files if file.path.endswith(".parquet")} <= {*table.files}
+    return table.read()
 
 
 def report_of(output: str) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-import sqlite3
+from importlib import import_module
 from pathlib import Path
 
+import duckdb
+import pyarrow
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
@@ -82,23 +84,61 @@ def test_files_with_the_columns_of_before_are_read_beside_new_ones(tmp_path: Pat
         assert (seen.num_rows, "label_set" in seen.schema.names) == (4, order[0] != files[0])
 
 
-def test_the_view_of_the_guide_gives_what_current_gives(tmp_path: Path) -> None:
-    write_a_table_of_many_nights(str(tmp_path))
-    guide = (ROOT / "docs" / "classify.md").read_text()
-    windows = [" ".join(window.split()) for window in re.findall(r"(row_number\(\) OVER \(.*?\))", guide, re.DOTALL)]
-    assert len(windows) == 2
-    assert windows[0] == windows[1]
-    view = re.search(r"CREATE TEMPORARY VIEW scans AS (SELECT.*?);", guide, re.DOTALL)
-    assert view
-    columns = ("uri", "etag", "frame", "model_id", "run_id", "classified_at", "error_code")
-    with sqlite3.connect(":memory:") as database:  # it knows window functions, and needs no installation
-        database.execute(f"CREATE TABLE results ({', '.join(columns)})")
-        rows = zip(*(plain_rows(str(tmp_path))[name].cast("string").to_pylist() for name in columns), strict=True)
-        database.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(columns))})", list(rows))
-        query = re.sub(r"parquet\.`.*?`", "results", view[1])
-        viewed = database.execute(f"SELECT uri, CAST(frame AS INTEGER), run_id, error_code FROM ({query})").fetchall()
-    current = results.current(str(tmp_path), columns=["uri", "frame", "run_id", "error_code"])
-    assert sorted(viewed, key=repr) == sorted((tuple(r.values()) for r in current.to_pylist()), key=repr)
+GUIDE = (ROOT / "docs" / "classify.md").read_text(encoding="utf-8")
+NOT_DATA = ("_lease.json", "_lease/7.json", "_runs/1e10/N/run.json", "_runs/1e10/N/0.segment", "_explained/N/0.png")
+"""What stands beside the data in a table's root."""
+
+
+@pytest.fixture
+def table_of_many_nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The table `results` of the current folder, with everything that is no data."""
+    monkeypatch.chdir(tmp_path)
+    write_a_table_of_many_nights("results")
+    write("results", "5", row("a"), model="123")
+    for name in NOT_DATA:
+        storage.write_bytes(f"results/{name}", b"{}")
+    return "results"
+
+
+def names_for_spark(root: str) -> list[str]:
+    """Files that Spark reads below `root`, by its rule for names (HadoopFSUtils.shouldFilterOutPathName)."""
+    names = [path.relative_to(root) for path in Path(root).rglob("*") if path.is_file()]
+    return [
+        str(name)
+        for name in names
+        if not any(part[0] == "." or (part[0] == "_" and "=" not in part) for part in name.parts)
+    ]
+
+
+def test_each_reader_of_the_guide_reads_all_of_a_table_in_the_line_that_is_given(table_of_many_nights: str) -> None:
+    (lines,) = re.findall(r"```python\n(pandas\..*?)```", GUIDE, re.DOTALL)
+    readers = {line.partition(".")[0]: line for line in lines.splitlines()}
+    assert readers.keys() == {"pandas", "pyarrow", "polars", "duckdb", "spark"}
+    assert readers.pop("spark") == 'spark.read.parquet("results")'
+    assert {name.rpartition(".")[2] for name in names_for_spark(table_of_many_nights)} == {"parquet"}
+    expected = plain_rows(table_of_many_nights)
+    for name, line in readers.items():
+        found = eval(line, {name: import_module(name), "pyarrow": pyarrow})
+        found = found.df() if name == "duckdb" else found
+        assert found.shape == expected.shape, name
+        assert set(found.columns if name in ("pandas", "polars", "duckdb") else found.column_names) == {
+            *expected.column_names
+        }, name
+
+
+def test_the_views_of_the_guide_give_what_current_gives(table_of_many_nights: str) -> None:
+    columns = ["uri", "frame", "model_id", "run_id", "error_code"]
+    current = results.current(table_of_many_nights, columns=columns).to_pylist()
+    expected = sorted(map(repr, (tuple(each.values()) for each in current)))
+    sql = re.findall(r"```sql\n(.*?)```", GUIDE, re.DOTALL)
+    assert len(sql) == 2
+    for code in sql:  # DuckDB speaks Spark's dialect too, but for the names of files
+        view, query, _ = re.sub(r"parquet\.`.*?`", "'results/model_id=*/*/*.parquet'", code).split(";")
+        with duckdb.connect() as database:
+            database.execute(view)
+            assert database.execute(query).fetchall()
+            viewed = database.sql(f"SELECT {', '.join(columns)} FROM scans").fetchall()
+        assert sorted(map(repr, viewed)) == expected
 
 
 def test_the_pandas_query_of_the_guide_runs(
@@ -106,6 +146,6 @@ def test_the_pandas_query_of_the_guide_runs(
 ) -> None:
     write(str(tmp_path / "results"), "1", row("a", "empty"), row("b"))
     monkeypatch.chdir(tmp_path)
-    (query,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "classify.md").read_text(), re.DOTALL)
+    (query,) = re.findall(r"```python\n(from btray.*?)```", GUIDE, re.DOTALL)
     exec(query, {})
     assert re.search(r"empty\s+1\s+s3://b/a", capsys.readouterr().out)

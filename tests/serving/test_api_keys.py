@@ -103,9 +103,27 @@ def test_a_store_that_is_away_does_not_lock_everyone_out(file: Path, monkeypatch
 
 def test_without_keys_only_this_machine_by_its_own_name_is_answered(model: str) -> None:
     with running(model=model) as service:
-        for host in ("localhost", "127.0.0.1:80", "[::1]:8000", "LOCALHOST".lower()):
+        for host in (
+            "localhost",
+            "127.0.0.1:80",
+            "[::1]",
+            "[::1]:8000",
+            "LOCALHOST",
+            "LocalHost:8000",
+            "localhost.",
+            "localhost.:1",
+        ):
             assert service.get("/v1/models", headers={"Host": host}).status_code == 200, host
-        for host in ("example.org", "localhost.example.org", "127.0.0.1.example.org", "10.0.0.1", ""):
+        for host in (
+            "example.org",
+            "localhost.example.org",
+            "127.0.0.1.example.org",
+            "10.0.0.1",
+            "",
+            "localhost..",
+            ".",
+            "[::2]:80",
+        ):
             problem(service.get("/v1/models", headers={"Host": host}), 403, "forbidden")
         # uvicorn takes this header from a proxy on the same machine
         problem(service.get("/v1/models", headers={"X-Forwarded-For": "203.0.113.9"}), 403, "forbidden")
@@ -122,7 +140,7 @@ def test_another_address_without_keys_is_refused_unless_insecure_is_said(host: s
     assert not is_loopback(host)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "LOCALHOST", "localhost."])
 def test_loopback_needs_no_key(host: str) -> None:
     assert is_loopback(host)
     assert ServeConfig(model="m", host=host)

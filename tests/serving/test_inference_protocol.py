@@ -124,6 +124,37 @@ def test_plain_json_with_base64_is_answered_in_json(service: Running, classifier
         assert sum(outputs["probabilities"]) == pytest.approx(1, abs=1e-5)
 
 
+def with_null(value: Any, *absent: str) -> Any:
+    """Return JSON with null for every field of `absent` that an object in it lacks, as MLServer's types write it."""
+    if isinstance(value, list):
+        return [with_null(item, *absent) for item in value]
+    if isinstance(value, dict):
+        return dict.fromkeys(absent) | {name: with_null(item, *absent) for name, item in value.items()}
+    return value
+
+
+def test_null_means_that_a_field_is_absent(service: Running) -> None:
+    names = ("id", "parameters", "outputs", "data", "binary_data", "binary_data_size", "binary_data_output")
+    encoded = base64.b64encode(scan()).decode()
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [encoded], "parameters": {}}
+    for body in ({"inputs": [tensor]}, {"inputs": [tensor], "outputs": [{"name": "label"}], "parameters": {}}):
+        expected = service.post(INFER, json=body)
+        answer = service.post(INFER, json=with_null(body, *names, "classification", "content_type"))
+        assert answer.status_code == 200, answer.text
+        assert answer.json() == expected.json()
+    raw = struct.pack("<I", len(scan())) + scan()
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps(with_null({"inputs": [tensor]}, *names)).encode()
+    answer = service.post(INFER, head + raw, headers={LENGTH_HEADER: str(len(head))})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("field", ["inputs", "name", "datatype", "shape", "data"])
+def test_what_a_request_needs_may_not_be_null(service: Running, field: str) -> None:
+    body = {"inputs": [entry(**{field: None})]} if field != "inputs" else {"inputs": None}
+    assert field in problem(service.post(INFER, json=body), 400, "bad_request")["detail"]
+
+
 def test_triton_is_told_what_is_wrong(client: triton.InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException, match="no known image") as caught:
         client.infer("btray", [image_input([b"no image"])])
@@ -138,6 +169,10 @@ def test_triton_is_told_what_is_wrong(client: triton.InferenceServerClient) -> N
         client.infer("btray", [image_input([scan()])], outputs=[triton.InferRequestedOutput("logits")])
     with pytest.raises(InferenceServerException, match="classification"):
         client.infer("btray", [image_input([scan()])], outputs=[triton.InferRequestedOutput("label", class_count=2)])
+    asked = (lambda: client.get_model_config("btray"), lambda: client.get_inference_statistics("btray"))
+    for ask in (*asked, client.get_model_repository_index, client.get_log_settings):
+        with pytest.raises(InferenceServerException, match="without Triton's extensions"):
+            ask()
 
 
 def parsed(body: bytes, length: str | None = None) -> InferRequest:

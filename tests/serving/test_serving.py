@@ -170,6 +170,9 @@ def test_tritons_client_and_hostile_bodies_are_answered_through_serve_as_without
         for compression in (None, "gzip"):
             answer = client.infer("btray", [image], request_compression_algorithm=compression)
             assert answer.as_numpy("label")[0].decode() == expected.label
+    for path in ("/healthz", "/v2/health/ready", "/"):
+        head = requests.head(served.url + path, timeout=60)
+        assert (head.status_code, head.content) == (200, b"")
     for name, hostile in hostile_bodies(40, seed=3):
         assert status_of(served.url, hostile) < 500, name
     assert served.classify(scan()).status_code == 200

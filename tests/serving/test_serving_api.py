@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import io
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -21,6 +23,7 @@ import pytest
 from PIL import Image
 
 from btray import explain
+from btray.data.scans import ScanRejected, decode
 from btray.model.classifier import Classifier
 from tests.helpers.scan_corpus import bad_scans, good_scans
 from tests.helpers.serving_helpers import PNG, Running, bundle_at, problem, running, scan
@@ -47,9 +50,17 @@ def test_raw_multipart_and_json_give_what_the_classifier_gives(service: Running,
         "multipart": service.post(CLASSIFY, files={"images": ("a.jpg", data)}),
         "json": service.post(CLASSIFY, json={"images": [{"data": encoded, "name": "a.jpg"}]}),
         "json of texts": service.post(CLASSIFY, json={"images": [encoded]}),
-        "gzip": service.post(CLASSIFY, gzip.compress(data), JPEG, headers={"Content-Encoding": "gzip"}),
         "deflate": service.post(CLASSIFY, zlib.compress(data), JPEG, headers={"Content-Encoding": "deflate"}),
+        "identity": service.post(CLASSIFY, data, JPEG, headers={"Content-Encoding": "Identity"}),
+        "null": service.post(CLASSIFY, json={"images": [{"data": encoded, "name": None, "url": None}], "x": None}),
     }
+    for coding in ("gzip", "GZIP", "x-gzip", "identity, gzip", "gzip,"):
+        answers[coding] = service.post(CLASSIFY, gzip.compress(data), JPEG, headers={"Content-Encoding": coding})
+    for name, text in in_base64(data).items():
+        answers[f"json, base64 {name}"] = service.post(CLASSIFY, json={"images": [{"data": text}]})
+        tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+        outputs = service.post("/v2/models/btray/infer", json={"inputs": [tensor]}).json()["outputs"]
+        assert outputs[0]["data"] == [expected.label], name
     for kind, answer in answers.items():
         assert answer.status_code == 200, (kind, answer.text)
         content = answer.json()
@@ -60,6 +71,33 @@ def test_raw_multipart_and_json_give_what_the_classifier_gives(service: Running,
         assert result["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6), kind
         assert (result["abstained"], result["out_of_distribution"]) == (False, False)
         assert list(result["probabilities"].values()) == sorted(result["probabilities"].values(), reverse=True)
+
+
+def in_base64(data: bytes) -> dict[str, str]:
+    """Return `data` as different encoders write it."""
+    mime = base64.encodebytes(data).decode()
+    return {
+        "of RFC 2045": mime.replace("\n", "\r\n"),
+        "in lines": mime,
+        "of RFC 4648 for URLs": base64.urlsafe_b64encode(data).decode(),
+        "unpadded": base64.b64encode(data + bytes(len(data) % 3 == 0)).decode().rstrip("="),
+        "of a browser": "data:image/jpeg;base64," + base64.b64encode(data).decode(),
+        "of a browser without a type": "DATA:;base64," + mime,
+    }
+
+
+def test_of_a_form_the_files_are_classified_and_text_is_not(service: Running, classifier: Classifier) -> None:
+    (expected,) = classifier.predict([scan()])
+    octets = {"Content-Type": "application/octet-stream"}
+    text, empty, unnamed = ("note", (None, "für Dr. Ä\r\n")), ("images", ("", b"", octets)), ("images", (None, scan()))
+    files = [unnamed, ("scan", (None, scan())), ("file", ("a.jpg", scan())), ("b", ("b.jpg", b""))]
+    results = service.post(CLASSIFY, files=[text, empty, *files, empty]).json()["results"]
+    assert [result.get("label") for result in results] == [expected.label] * 3 + [None]
+    assert (results[3]["name"], results[3]["error_code"]) == ("b.jpg", "empty"), "an empty file that has a name"
+    for none in ([text], [empty], [text, empty]):
+        problem(service.post(CLASSIFY, files=none), 400, "bad_body")
+    problem(service.post(CLASSIFY, files=[("images", (None, "no scan"))]), 400, "not_an_image")
+    assert service.post(CLASSIFY, files=[("images", ("", scan()))]).status_code == 200, "a file without a name"
 
 
 def test_every_good_scan_is_answered_as_the_classifier_answers_it(service: Running, classifier: Classifier) -> None:
@@ -84,6 +122,10 @@ def test_a_single_bad_scan_is_a_problem_with_its_own_code(service: Running) -> N
         assert 400 <= answer.status_code < 500, name
         assert answer.json()["code"] == code, name
         assert answer.status_code == statuses.get(code, answer.status_code), name
+        if code == "unsupported":  # an operator must learn which kind to convert
+            with pytest.raises(ScanRejected) as rejected:
+                decode(data)
+            assert answer.json()["detail"] == rejected.value.message, name
 
 
 def test_a_bad_image_does_not_spoil_the_others(service: Running, classifier: Classifier) -> None:
@@ -135,6 +177,13 @@ def test_marks_of_the_model_reach_the_caller(tmp_path: Path) -> None:
         ({"data": b'{"images": ["***"]}', "kind": "application/json"}, 422, "invalid"),
         ({"data": b'{"images": [{"url": "http://a/b"}]}', "kind": "application/json"}, 422, "invalid"),
         ({"data": b'{"images": [7]}', "kind": "application/json"}, 422, "invalid"),
+        ({"data": b'{"images": null}', "kind": "application/json"}, 422, "invalid"),
+        ({"data": b'{"images": [null]}', "kind": "application/json"}, 422, "invalid"),
+        ({"data": b'{"images": [{"data": null}]}', "kind": "application/json"}, 422, "invalid"),
+        *(
+            ({"data": b'{"images": ["%s"]}' % text, "kind": "application/json"}, 422, "invalid")
+            for text in b"A eA=== eA==eA== eA%3D%3D data:,eA== data:image/png,eA== eA\xc3\xa4=".split()
+        ),
         ({"data": TWO_GZIPS, "kind": JPEG, "headers": {"Content-Encoding": "gzip"}}, 400, "bad_body"),
         ({"data": b"x", "kind": "multipart/form-data"}, 400, "bad_body"),
         ({"data": b"x", "kind": "multipart/form-data; boundary=b"}, 400, "bad_body"),
@@ -142,6 +191,7 @@ def test_marks_of_the_model_reach_the_caller(tmp_path: Path) -> None:
         ({"data": b"--b--\r\n", "kind": "multipart/form-data; boundary=b"}, 400, "bad_body"),
         ({"data": b"x", "kind": JPEG, "headers": {"Content-Encoding": "gzip"}}, 400, "bad_body"),
         ({"data": b"x", "kind": JPEG, "headers": {"Content-Encoding": "br"}}, 415, "unsupported_media_type"),
+        ({"data": b"x", "kind": JPEG, "headers": {"Content-Encoding": "gzip, gzip"}}, 415, "unsupported_media_type"),
         (
             {"data": gzip.compress(b"x" * 99)[:-9], "kind": JPEG, "headers": {"Content-Encoding": "gzip"}},
             400,
@@ -162,6 +212,23 @@ def test_unknown_paths_and_methods_are_problems_too(service: Running) -> None:
     assert answer.headers["Allow"] == "POST"
 
 
+def test_head_is_answered_as_get_without_the_body(service: Running) -> None:
+    routes = service.get("/openapi.json").json()["paths"]
+    assert {"/healthz", "/readyz", "/metrics", "/v1/models", "/v2", "/v2/health/ready"} <= routes.keys()
+    for route in (*routes, "/", "/page.js", "/page.css", "/docs", "/openapi.json", "/v1/nothing"):
+        path = route.replace("{name}", "btray").replace("{version}", service.served()[0])
+        got, head = service.get(path), service.session.head(service.url + path, timeout=60)
+        assert head.content == b""
+        assert head.status_code == got.status_code, path
+        assert {**head.headers, "date": ""} == {**got.headers, "date": ""}, path
+
+
+@pytest.mark.parametrize("path", ["models/btray/config", "models/btray/stats", "repository/index", "trace/setting"])
+def test_what_triton_has_beyond_the_protocol_is_said_not_to_be_there(service: Running, path: str) -> None:
+    for answer in (service.get(f"/v2/{path}"), service.post(f"/v2/{path}", json={})):
+        assert "without Triton's extensions" in problem(answer, 404, "not_found")["detail"]
+
+
 def test_every_answer_has_the_headers_that_keep_a_page_safe(service: Running) -> None:
     for answer in (service.get("/"), service.get("/nothing"), service.post(CLASSIFY, scan(), JPEG)):
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -169,6 +236,20 @@ def test_every_answer_has_the_headers_that_keep_a_page_safe(service: Running) ->
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         assert answer.headers["Cache-Control"] == "no-store"
         assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_the_page_on_the_api_shows_every_route_and_loads_nothing_from_elsewhere(service: Running) -> None:
+    page = service.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    schema = service.get("/openapi.json").json()
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            assert f"{method.upper()} {html.escape(path)}</code>" in page.text
+            for code in route["responses"]:
+                assert f"<code>{code}</code>" in page.text
+    assert [
+        link for link in re.findall(r'(?:src|href)="([^"]*)"', page.text) if "://" in link or link[:2] == "//"
+    ] == []
 
 
 def test_openapi_names_every_route_with_its_errors_and_examples(service: Running) -> None:

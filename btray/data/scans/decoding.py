@@ -23,7 +23,7 @@ from btray.data.scans.bmp import check_bmp
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray
-from btray.data.scans.jpeg import decode_gray
+from btray.data.scans.jpeg import JpegStream
 from btray.data.scans.png import PNG_END, check_png, check_rows
 from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
 
@@ -144,7 +144,7 @@ def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
     """Return what kind of file a scan is, and a small copy of its colours. Raises `ScanRejected` and nothing else."""
     with _decoding(data) as kind:
         image = next(open_pages(data)) if kind == "TIFF" else _READERS[kind](io.BytesIO(data))
-        _check_size(image, limits)
+        _check_size(image.size, limits)
         mode, (width, height) = image.mode, image.size
         if mode.startswith(_COLOURLESS):
             return FileFacts(kind, mode, width, height, None)
@@ -158,42 +158,52 @@ def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
 def _read_frames(data: bytes, kind: Format, min_side: int | None, limits: ScanLimits) -> list[Array]:
     if kind == "TIFF":
         return list(_pages(data, limits))
+    if kind == "JPEG":
+        return [_read_jpeg(data, min_side, limits)]
     image = _READERS[kind](io.BytesIO(data))
-    _check_size(image, limits)
+    _check_size(image.size, limits)
     if getattr(image, "is_animated", False):
         raise ScanRejected("animated", f"a {kind} animation of {getattr(image, 'n_frames', 'several')} frames")
-    if kind == "JPEG":
-        if "progressive" in image.info and data.count(b"\xff\xda") > _MAX_PROGRESSIVE_SCANS:
-            raise ScanRejected("bomb", f"a JPEG of more than {_MAX_PROGRESSIVE_SCANS} progressive scans")
-        gray = decode_gray(data, image.size, min_side)
-        if gray is not None:
-            if not {"exif", "xmp"} & image.info.keys():
-                return [gray]
-            page = Image.fromarray(gray)
-            page.info = image.info
-            _set_upright(page)
-            return [np.array(page)]
-        image.draft("L", (min_side, min_side) if min_side else None)
-    elif kind == "PNG":
+    if kind == "PNG":
         check_png(data, image)
     elif kind == "BMP":
         check_bmp(data, image)
     return [_frame(data, image)]
 
 
+def _read_jpeg(data: bytes, min_side: int | None, limits: ScanLimits) -> Array:
+    stream = JpegStream(data)
+    # Pillow says how a picture is to be turned; it takes a while to open, and is not asked if there is nothing to say.
+    image = None if stream.is_plain else JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    _check_size(stream.size, limits)
+    if stream.is_progressive and data.count(b"\xff\xda") > _MAX_PROGRESSIVE_SCANS:
+        raise ScanRejected("bomb", f"a JPEG of more than {_MAX_PROGRESSIVE_SCANS} progressive scans")
+    gray = stream.decode_gray(min_side)
+    if gray is None:
+        image = image or JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        image.draft("L", (min_side, min_side) if min_side else None)
+        return _frame(data, image)
+    if image is None:
+        return gray
+    page = Image.fromarray(gray)
+    page.info = image.info
+    _set_upright(page)
+    return np.array(page)
+
+
 def _pages(data: bytes, limits: ScanLimits) -> Iterator[Array]:
     pixels = 0
     for image in open_pages(data):
-        pixels = _check_size(image, limits, pixels)
+        pixels = _check_size(image.size, limits, pixels)
         check_strips(data, image.tag_v2)
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero: Pillow inverts up to 8 bit only
         frame = _frame(data, image)
         yield np.invert(frame) if inverted and frame.dtype == np.uint16 else frame
 
 
-def _check_size(image: Image.Image, limits: ScanLimits, pixels_before: int = 0) -> int:
-    """Return the number of pixels up to and including `image`. Raises `ScanRejected` if it breaks a limit."""
-    width, height = image.size
+def _check_size(size: tuple[int, int], limits: ScanLimits, pixels_before: int = 0) -> int:
+    """Return the number of pixels with those of (width, height). Raises `ScanRejected` if they break a limit."""
+    width, height = size
     pixels = pixels_before + width * height
     if pixels > limits.max_pixels:
         total = f", {pixels} pixels with the pages before it" if pixels_before else f", {pixels} pixels"

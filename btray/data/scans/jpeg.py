@@ -14,11 +14,12 @@ import simplejpeg
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _FIRST_MARKER, _RST0, _SOI, _EOI, _SOS, _DQT, _DRI = 0xC0, 0xD0, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD
-_APP0, _APP14, _COM = 0xE0, 0xEE, 0xFE
+_APP0, _APP1, _APP14, _COM = 0xE0, 0xE1, 0xEE, 0xFE
 _FRAMES: Final = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three are tables and an extension
 _SEQUENTIAL: Final = (0xC0, 0xC1)
 _PROGRESSIVE: Final = 0xC2
-_METADATA: Final = {*range(_APP0, _APP0 + 16), _COM} - {_APP0, _APP14}  # these two say which colours are meant
+# Metadata but for the two that say which colours are meant; and the restart interval, which is written again.
+_NOT_KEPT: Final = {*range(_APP1, _APP14), _APP14 + 1, _COM, _DRI}
 _ALL_COEFFICIENTS: Final = b"\0\x3f\0"  # Ss, Se, Ah and Al of a sequential scan (B.2.3)
 _LONGEST_INTERVAL: Final = 0xFFFF  # in MCUs
 _MOST_DC: Final = 1024  # what the DCT makes of a block of 8x8 samples that are all -128 (A.3.3)
@@ -30,49 +31,27 @@ _NOISE: Final = 2  # gray levels between rows that differ by nothing else
 _SEAM_COLUMNS: Final = slice(3, None, 8)  # enough of them for a mean
 
 
-def decode_gray(data: bytes, size: tuple[int, int], min_side: int | None) -> Array | None:
-    """Decode a JPEG of 8 bit to uint8 [height, width]; `size` is its (width, height).
-
-    The pixels are those of Pillow's `draft("L", (min_side, min_side))`. Returns None for colours that are left to
-    Pillow: four of them, after a check of the data, and those whose sampling TurboJPEG does not know.
-    Raises ValueError if the data is damaged.
-    """
-    stream = _Stream(data)
-    if stream.colours == "CMYK":
-        stream.check()
-        return None
-    largest = min(size) // min_side if min_side else 1
-    scale = next((scale for scale in (8, 4, 2) if scale <= largest), 1)
-    width, height = (-(-side // scale) for side in size) if scale > 1 else (0, 0)
-    pixels = _decode(stream.strict(), stream.colours, min_height=height, min_width=width)
-    if pixels is None:
-        return None
-    gray: Array = pixels[..., 0]
-    # The check reads all codes once more, which would take longer than Pillow's decoding if every file had it.
-    if _has_seam(gray, 8 // scale):
-        stream.check_blocks()
-    return gray
-
-
 def check_jpeg(data: bytes, tables: bytes = b"") -> None:
     """Raise ValueError if the pixels of a JPEG of 8 bit, in any colours, are damaged; the pixels are not returned.
 
     `tables` are those that a TIFF keeps apart from its strips: a JPEG without pixels (its tag 347).
     """
-    _Stream(tables.removesuffix(bytes((0xFF, _EOI))) + data[2:] if tables else data).check()
+    JpegStream(tables.removesuffix(bytes((0xFF, _EOI))) + data[2:] if tables else data).check()
 
 
-class _Stream:
+class JpegStream:
     """A JPEG that is written again so that libjpeg-turbo warns of every damage that it can notice."""
 
     def __init__(self, data: bytes) -> None:
         """Read the headers up to the first scan. Raises ValueError if they are not those of a JPEG."""
         self._header = bytearray()
-        frame, scan, interval = b"", b"", 0
+        frame, scan, interval, has_metadata = b"", b"", 0, False
         steps: dict[int, slice] = {}
         for marker, segment, end in _segments(data):
+            has_metadata |= marker == _APP1
             if marker == _DRI:
                 interval = int.from_bytes(segment[4:], "big")
+            if marker in _NOT_KEPT:
                 continue
             if marker == _DQT:
                 steps |= _dc_steps(segment, len(self._header))
@@ -84,7 +63,11 @@ class _Stream:
         if len(frame) < 13:
             raise ValueError("Corrupt JPEG data: a scan without a frame")
         self.colours = "CMYK" if frame[9] == 4 else "GRAY"
-        self._size = [int.from_bytes(frame[at : at + 2], "big") for at in (5, 7)]  # height, width
+        self.size = int.from_bytes(frame[7:9], "big"), int.from_bytes(frame[5:7], "big")
+        """Width and height."""
+        self.is_progressive = frame[1] & 3 == 2
+        self.is_plain = not has_metadata and frame[4] == 8 and frame[9] in (1, 3)
+        """Whether it is of 8 bit, gray or in three colours, and says nothing about how it is to be turned."""
         self._factors = max(factor & 15 for factor in frame[11::3]), max(factor >> 4 for factor in frame[11::3])
         self._is_huffman = frame[1] in (*_SEQUENTIAL, _PROGRESSIVE)
         first_is_luma = self.colours == "GRAY" and scan[5] == frame[10]  # if not, later headers may define its table
@@ -100,11 +83,33 @@ class _Stream:
     def _count_mcus(self, *, interleaved: bool) -> int:
         """Count the MCUs of the first scan (A.2); those of the finest component if it has only one."""
         down, across = (8 * factor for factor in self._factors) if interleaved else (8, 8)
-        return -(-self._size[0] // down) * -(-self._size[1] // across)
+        return -(-self.size[0] // across) * -(-self.size[1] // down)
 
     def strict(self) -> bytes:
         """Return a JPEG of the same pixels."""
         return self._start + self._header + self._codes
+
+    def decode_gray(self, min_side: int | None) -> Array | None:
+        """Decode a JPEG of 8 bit to uint8 [height, width].
+
+        The pixels are those of Pillow's `draft("L", (min_side, min_side))`. Returns None for colours that are left to
+        Pillow: four of them, after a check of the data, and those whose sampling TurboJPEG does not know.
+        Raises ValueError if the data is damaged.
+        """
+        if self.colours == "CMYK":
+            self.check()
+            return None
+        largest = min(self.size) // min_side if min_side else 1
+        scale = next((scale for scale in (8, 4, 2) if scale <= largest), 1)
+        width, height = (-(-side // scale) for side in self.size) if scale > 1 else (0, 0)
+        pixels = _decode(self.strict(), self.colours, min_height=height, min_width=width)
+        if pixels is None:
+            return None
+        gray: Array = pixels[..., 0]
+        # The check reads all codes once more, which would take longer than Pillow's decoding if every file had it.
+        if _has_seam(gray, 8 // scale):
+            self.check_blocks()
+        return gray
 
     def check(self) -> None:
         """Raise ValueError if the data is damaged. If `strict` was decoded already, `check_blocks` is enough."""
@@ -147,7 +152,9 @@ class _Stream:
         codes = self._codes[: self._codes.find(bytes((0xFF, _EOI)))].rstrip(b"\xff")
         codes = codes[: -2 if codes.endswith(b"\xff\0") else -1]
         data = self._start + header + codes + bytes((0xFF, _EOI))
-        means: Array = np.empty((*(-(-side // 8) for side in self._size), 4 if self.colours == "CMYK" else 1), np.uint8)
+        means: Array = np.empty(
+            (*(-(-side // 8) for side in self.size[::-1]), 4 if self.colours == "CMYK" else 1), np.uint8
+        )
         try:
             simplejpeg.decode_jpeg(data, self.colours, min_height=1, min_width=1, buffer=means)
         except ValueError as error:
@@ -174,7 +181,7 @@ def _decode(data: bytes, colours: str, *, min_height: int, min_width: int) -> Ar
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Yield the segments up to the first scan's that matter for pixels: marker, bytes, and where the segment ends."""
+    """Yield the marker of each segment up to the first scan's, its bytes, and where it ends."""
     at, marker = 2, 0
     while marker != _SOS:
         while data[at + 1 : at + 2] == b"\xff":  # fill bytes (B.1.1.2)
@@ -187,7 +194,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
             raise ValueError("Corrupt JPEG data: bytes that belong to no segment")
         if marker == _APP0:
             yield marker, data[start : start + 9] + b"\1" + data[start + 10 : at], at  # libjpeg warns of JFIF 2
-        elif marker not in _METADATA:
+        else:
             yield marker, data[start:at], at
 
 

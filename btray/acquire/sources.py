@@ -108,7 +108,7 @@ def _kind_of(given: str) -> tuple[str, Kind]:
         raise UserError(f"--source {given} names no server; write http(s)://SERVER/PATH")
     uri = storage.resolve(given)
     if not storage.exists(uri):
-        raise UserError(f"--source {given}: nothing is there; check the spelling (a comma separates sources)")
+        raise UserError(f"--source {uri}: nothing is there; check the spelling (a comma separates sources)")
     if kind_of(uri) == "manifest":
         return uri, "manifest"
     return uri, "folder" if storage.is_folder(uri) else "archive"

@@ -141,7 +141,7 @@ def read_manifest(
     def rows() -> Iterator[tuple[list[str | None], tuple[int, Sequence[str | None]]]]:
         for part in parts_of(manifest):
             with _manifest_errors(part):
-                for number, values in enumerate(_values(part, columns, required), start=1):
+                for number, values in enumerate(_values(part, columns, required, part != manifest), start=1):
                     for name, value in zip(required, values, strict=False):
                         if not value or not value.strip():
                             facts = ", ".join(map("{} {!r}".format, required, values))
@@ -156,13 +156,16 @@ def read_manifest(
 
 def column_names(manifest: str) -> dict[str, str]:
     """Return the names of a manifest's columns, by what they are in lower case. Raises UserError and StorageError."""
-    part = next(iter(parts_of(manifest)), manifest)
-    with _manifest_errors(part):
-        if _is_csv(part):
-            names = _header(part)[2]
-        else:
-            with open_for_arrow(part) as file:
-                names = pa.parquet.read_schema(file).names
+    names: list[str] = []
+    for part in parts_of(manifest):
+        with _manifest_errors(part):
+            if _is_csv(part):
+                names = _header(part)[2]
+            else:
+                with open_for_arrow(part) as file:
+                    names = pa.parquet.read_schema(file).names
+        if names:  # Spark leaves empty parts too
+            break
     return {name.strip().casefold(): name for name in reversed(names)}  # of equal names the first one counts
 
 
@@ -194,8 +197,12 @@ def _header(part: str) -> tuple[str, int, list[str]]:
     return best, 0, headers[best]
 
 
-def _values(part: str, columns: Sequence[str], required: Sequence[str]) -> Iterator[Sequence[str | None]]:
+def _values(
+    part: str, columns: Sequence[str], required: Sequence[str], is_one_of_many: bool
+) -> Iterator[Sequence[str | None]]:
     by_name = column_names(part)
+    if not by_name and is_one_of_many:
+        return
     if missing := [name for name in required if name not in by_name]:
         known = ", ".join(reversed(by_name.values()))
         spec = ",".join(required) + "".join(f"[,{name}]" for name in columns if name not in required)

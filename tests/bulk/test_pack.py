@@ -114,7 +114,7 @@ def test_a_pack_that_was_killed_is_continued_and_holds_each_object_once(
     assert sum(pq.read_metadata(path).num_rows for path in shards) == 100
 
 
-@pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside"])
+@pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside", "of Spark"])
 def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_path: Path, kind: str) -> None:
     data = write_tree(tmp_path / "data", {f"Training/{name}": 12 for name in ("glioma", "no_tumor")} | {"Testing/x": 2})
     if kind != "tree":
@@ -124,8 +124,11 @@ def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_
             for number in range(12)
         ]
         text = "\n".join(["uri,label,split,patient_id", *lines])
-        storage.write_text(storage.join(data, "manifest.csv" if kind == "manifest inside" else "labels.csv"), text)
-    source = storage.join(data, "labels.csv") if kind == "manifest beside" else data
+        if kind == "of Spark":  # with the separators of Windows besides
+            storage.write_text(storage.join(data, "labels.csv/part-0.csv"), text.replace("/", "\\"))
+        else:
+            storage.write_text(storage.join(data, "manifest.csv" if kind == "manifest inside" else "labels.csv"), text)
+    source = storage.join(data, "labels.csv") if kind in {"manifest beside", "of Spark"} else data
     loose, members = read_labelled(source), read_labelled(packed(source, tmp_path / "packed"))
     assert len(members) == len(loose) >= 24
     assert all(is_member(uri) for uri in members["uri"].to_pylist())

@@ -127,6 +127,9 @@ def test_the_folder_that_spark_makes_of_a_table_is_one(tmp_path: Path, name: str
             (folder / f"part-{number:05d}-8a.csv.gz").write_bytes(gzip.compress(f"uri,label\n{rows}".encode()))
         (folder / f".part-{number:05d}.crc").write_bytes(b"crc")
     (folder / "_SUCCESS").touch()
+    if "parquet" not in name:
+        for number in (".", "9"):  # before and after the others
+            (folder / f"part-{number}.{'txt' if 'txt' in name else 'csv'}").touch()
     assert listed(folder) == expected(tmp_path)
     if name != "spark.txt":
         assert labelled(folder) == expected(tmp_path)

@@ -16,7 +16,7 @@ from btray.acquire.config import AcquireConfig
 from btray.audit.config import AuditConfig
 from btray.bulk.config import ClassifyConfig, PackConfig
 from btray.core import logs
-from btray.core.config import JobConfig, OneLineParser
+from btray.core.config import JobConfig, OneLineParser, is_submitted
 from btray.core.errors import Failed, Stopped, ThresholdExceeded, UserError
 from btray.evaluation.config import EvaluateConfig
 from btray.model.config import PredictConfig
@@ -100,7 +100,10 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except (Failed, UserError, ThresholdExceeded) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        hint = ""
+        if is_submitted() and f"{Path.cwd()}/" in str(error):
+            hint = "; `ray job submit` leaves out what .rayignore and .gitignore name: give s3://, or a path from / on"
+        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)

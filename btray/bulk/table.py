@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 PARTITIONS = pa.schema([("model_id", pa.string()), ("run_date", pa.string())])
 KEY = ("uri", "frame", "etag", "model_id")
 
-RETRIED = frozenset({"not_found", "forbidden", "throttled", "unavailable", "changed"})
+RETRIED = frozenset({"not_found", "forbidden", "archived", "withheld", "throttled", "unavailable", "changed"})
 """Codes of rejections that are due to the store or its permissions, not to the bytes: a later run tries again.
 
 The prediction itself is not retryable if the object is missing or forbidden, since another try at once is useless."""

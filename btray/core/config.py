@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -36,6 +36,9 @@ from btray.core.errors import UserError
 from btray.core.logs import LogFormat
 
 ENV_PREFIX = "BTRAY_"
+SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""With this, Ray tells a submitted job its runtime environment."""
+_LASTING = re.compile(r"/|~|[A-Za-z][A-Za-z0-9+.-]*:|databricks$")  # absolute paths, URIs, MLflow's name of a server
 _NESTING = "__"
 _ENVIRONMENT = (
     "Environment variables (--epochs is BTRAY_EPOCHS, --network.dropout is BTRAY_NETWORK__DROPOUT) win over the file, "
@@ -80,6 +83,19 @@ class JobConfig(BaseSettings):
 
         `launch` calls it before it imports the job, and the job again, for those that call it from Python.
         """
+
+    @field_validator(
+        "out", "output", "storage", "cache", "metrics_to", "mlflow", "file", mode="before", check_fields=False
+    )
+    @classmethod
+    def _is_found_again(cls, output: Any) -> Any:
+        """Refuse an output of a submitted job in a folder that ends with the job; all that jobs write to are here."""
+        if is_submitted() and isinstance(output, str) and not _LASTING.match(output.removeprefix("sqlite:///")):
+            raise ValueError(
+                "a submitted job runs in a folder of Ray's, where nobody finds it; give s3://, or a path that begins "
+                "with /"
+            )
+        return output
 
     @classmethod
     def settings_customise_sources(
@@ -172,6 +188,11 @@ def restored_environment() -> Iterator[None]:
         yield
     finally:
         set_environment({**dict.fromkeys(os.environ), **before})
+
+
+def is_submitted() -> bool:
+    """Return whether `ray job submit` started this process."""
+    return SUBMITTED_VARIABLE in os.environ
 
 
 class OneLineParser(argparse.ArgumentParser):

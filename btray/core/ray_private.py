@@ -18,11 +18,7 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
-from btray.core.config import restored_environment, set_environment
-
-# The runtime environment of the job that `ray job submit` started. Without it unset, a Ray of this process's own would
-# look for the submitted package in its own, empty store, and no worker would start.
-JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+from btray.core.config import SUBMITTED_VARIABLE, restored_environment, set_environment
 
 # Loggers that warn of what btray does on purpose: progress bars are off because the job draws its own line, tokens are
 # a matter of docs/operations.md, and of several Rays on this machine `cluster_address` says which one is joined.
@@ -67,7 +63,8 @@ def own_ray() -> Iterator[None]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     variables = {
-        JOB_CONFIG_VARIABLE: None,
+        # This Ray would look for the submitted package in its own, empty store, and no worker would start.
+        SUBMITTED_VARIABLE: None,
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # Ray then sets RAY_AUTH_MODE, unless the user has set it
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,

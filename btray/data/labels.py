@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 
 from btray.core.errors import UserError
 
@@ -21,6 +22,7 @@ _ALIASES = {
 _CANONICAL_BY_ALIAS = {alias: label for label, aliases in _ALIASES.items() for alias in aliases}
 
 
+@lru_cache(4096)
 def canonical_label(folder_name: str) -> str:
     """Return the canonical label that a folder name or manifest label means, or else the name itself, stripped.
 
@@ -31,7 +33,7 @@ def canonical_label(folder_name: str) -> str:
     name = unicodedata.normalize("NFC", re.sub("[\u00ad\u200b\u2060\ufeff]", "", folder_name)).strip()
     name = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", name)
     key = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
-    return _CANONICAL_BY_ALIAS.get(re.sub(r"tumou?rs?$", "", key), name)
+    return _CANONICAL_BY_ALIAS.get(re.sub(r"tumou?rs?$", "", key), name or folder_name)
 
 
 def label_twins(labels: Iterable[str]) -> list[str]:

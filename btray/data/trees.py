@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from posixpath import splitext
 
 from btray.core.errors import UserError
 from btray.data.labels import CANONICAL, canonical_label, label_twins
@@ -133,7 +133,12 @@ def read_tree(paths: Iterable[str], shown: str, classes: Sequence[str] = ()) -> 
     others = ",".join(sorted({name for place, name in class_folders if place not in doubts}))
     mixed = {images[path].rpartition("/")[0]: images[path] for path in masks.intersection(labelled)}
     warnings = [*doubts.values(), *(f"{path} looks like a mask beside its image" for path in sorted(mixed.values()))]
-    return Tree(root, labelled, left_out, with_remedy(warnings, {label for _, label in labelled.values()}, others))
+    return Tree(
+        root,
+        labelled,
+        left_out,
+        with_remedy(warnings, {label for _, label in labelled.values()}, others or "NAME,NAME"),
+    )
 
 
 def with_remedy(warnings: Sequence[str], labels: Collection[str], meant: str = "") -> list[str]:
@@ -155,7 +160,7 @@ def reason_to_leave_out(path: str) -> str | None:
     if is_hidden(path):
         return "hidden"
     *folders, name = path.casefold().split("/")
-    suffix = PurePosixPath(name).suffix
+    suffix = splitext(name)[1]
     if suffix in _ARCHIVES and not name.endswith(".nii.gz"):
         return "archive_inside"
     is_other = suffix in _NO_IMAGES or name in _NO_IMAGE_FILES or not _NO_IMAGE_FOLDERS.isdisjoint(folders)
@@ -188,8 +193,11 @@ def class_root(names: Iterable[str], shown: str, wanted: Collection[str] = ()) -
     # a tree in a tree, Training/glioma say, is one tree: only the topmost folders count
     tops = sorted(folder for folder in known if not any(folder != top and _is_below(folder, top) for top in known))
     if len(tops) > 1:
-        several = ", ".join(repr(top) for top in tops[:3])
-        raise UserError(f"{shown} holds {len(tops)} class trees ({several}, ...); give each by itself, or one of them.")
+        several = ", ".join([*map(repr, tops[:5]), "..."][: len(tops)])
+        remedy = (
+            "give each by itself" if wanted else "give each by itself, or name the classes that are meant: --classes"
+        )
+        raise UserError(f"{shown} holds {len(tops)} class trees ({several}); {remedy}.")
     root = tops[0] if tops else ""
     while not tops and root not in with_files and len(children.get(root, ())) == 1:
         (child,) = (f"{root}/{child}".strip("/") for child in children[root])

@@ -27,27 +27,43 @@ class Kind:
     unreachable: bool = False
     """Whether the store answers nothing, or nobody for now, so that the same request may succeed later."""
     responses: tuple[str, ...] = ()
-    """S3 error codes and HTTP statuses: responses to HEAD give no S3 code, and batch deletes no status."""
+    """S3 error codes and HTTP statuses: responses to HEAD give no S3 code, and batch deletes no status. Codes are those
+    of AWS (API reference, "Error responses"), Ceph's gateway, MinIO and Google's XML API."""
     exceptions: tuple[type[Exception], ...] = ()
     """Raised if there is no response."""
     errnos: tuple[int, ...] = ()
 
 
-# The first match counts: some stores send S3 codes of one kind with the HTTP status of another.
 KINDS: Final[dict[str, Kind]] = {
     "throttled": Kind(
         remedy="the store asks for fewer requests; try again later or with fewer workers",
         unreachable=True,
         responses=(
-            "429", "503", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests",
+            "429", "503", "SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling", "ThrottlingException",
+            "RequestLimitExceeded", "TooManyRequests", "BandwidthLimitExceeded", "ServiceUnavailable",
+            "KMS.ThrottlingException",
+        ),
+    ),
+    "archived": Kind(
+        remedy="this is in an archive storage class; restore it first, then run again",
+        responses=("InvalidObjectState",),  # a listing shows the class of a restored object too: only a read tells
+    ),
+    "withheld": Kind(
+        remedy="the store does not give this for a reason of its own; mend what it says, then run again",
+        # besides all responses that stand nowhere here: see `code_of_response`
+        responses=(
+            "AccountProblem", "UserProjectAccountProblem", "AllAccessDisabled", "InvalidPayer", "NotSignedUp",
+            "OptInRequired", "UserSuspended", "RequestTimeTooSkewed", "QuotaExceeded", "InsufficientStorage", "507",
+            "XMinioStorageFull",
         ),
     ),
     "forbidden": Kind(
         remedy="access is refused; check the permissions",
-        s3_remedy=", AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL",
+        s3_remedy=", AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL; a public "
+        "bucket may need AWS_NO_SIGN_REQUEST=true, one whose requester pays AWS_REQUEST_PAYER=requester",
         responses=(
-            "401", "403", "AccessDenied", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
-            "AuthorizationHeaderMalformed",
+            "401", "403", "AccessDenied", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
+            "TokenRefreshRequired", "AuthorizationHeaderMalformed",
         ),
         exceptions=(
             aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError, aws.NoAuthTokenError,
@@ -59,7 +75,13 @@ KINDS: Final[dict[str, Kind]] = {
         remedy="the store does not answer; try again when it does",
         s3_remedy=", and check AWS_ENDPOINT_URL",
         unreachable=True,
-        responses=("RequestTimeout", "RequestTimeoutException", "IncompleteBody", "ConditionalRequestConflict"),
+        responses=(
+            "408", "RequestTimeout", "RequestTimeoutException", "RequestAbortedException", "IncompleteBody",
+            "OperationAborted", "ConditionalRequestConflict", "InternalError", "InternalFailure",
+            # damaged on the way
+            "BadDigest", "CrcMismatch", "XAmzContentSHA256Mismatch",
+            "KMS.KeyUnavailableException", "KMS.DependencyTimeoutException", "KMS.KMSInternalException",
+        ),
         exceptions=(
             aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError, aiohttp.ClientError, TimeoutError,
             ConnectionError,
@@ -80,7 +102,16 @@ KINDS: Final[dict[str, Kind]] = {
     "is_directory": Kind(remedy="this is a folder; name a file", errnos=(errno.EISDIR,)),
     "too_large": Kind(remedy="this is larger than allowed"),
     "changed": Kind(remedy="this was written anew in the meantime; run again"),
-    "failed": Kind(remedy="this could not be read or written"),
+    "failed": Kind(
+        remedy="this could not be read or written",
+        # what the object or the request itself is to blame for, so that another run gets the same
+        responses=(
+            "405", "411", "412", "413", "414", "416", "501", "InvalidRequest", "InvalidRange", "InvalidURI",
+            "InvalidBucketName", "InvalidStorageClass", "KeyTooLong", "KeyTooLongError", "EntityTooLarge",
+            "EntityTooSmall", "MetadataTooLarge", "MalformedXML", "MethodNotAllowed", "NotImplemented",
+            "PreconditionFailed",
+        ),
+    ),
 }  # fmt: skip
 UNREACHABLE_CODES: Final = frozenset(code for code, kind in KINDS.items() if kind.unreachable)
 """Codes of a store that answers nothing, or nobody for now: it is worth waiting for."""
@@ -89,9 +120,9 @@ UNREACHABLE_CODES: Final = frozenset(code for code, kind in KINDS.items() if kin
 class StorageError(UserError):
     """A path or object that could not be read, listed or written: one line that names it and the remedy.
 
-    `code` is not_found, forbidden, throttled, unavailable, changed, is_directory, too_large or failed; `uri` is the
-    path or object; `retryable` is true if the same request may succeed later (throttled, unavailable). A job that ends
-    with it exits with 1 then, so that whatever supervises the job starts it again, and else with 2.
+    `code` is one of KINDS (not_found, forbidden, withheld and so on); `uri` is the path or object; `retryable` is true
+    if the same request may succeed later (throttled, unavailable). A job that ends with it exits with 1 then, so that
+    whatever supervises the job starts it again, and else with 2.
     """
 
     def __init__(self, code: str, uri: str, detail: str = "") -> None:
@@ -144,9 +175,15 @@ def as_storage_error(error: Exception, uri: str) -> StorageError:
 
 
 def code_of_response(s3_code: str, status: int = 0) -> str:
-    """Return our code for an S3 error code and the HTTP status that came with it; 0: none did."""
-    default = "unavailable" if status >= 500 else "failed"
-    return next((code for code, kind in KINDS.items() if {s3_code, str(status)} & {*kind.responses}), default)
+    """Return our code for an S3 error code and the HTTP status that came with it; 0: none did.
+
+    What is not known is a condition of the store, which may end: taken for one of the object, it would settle it for
+    good. The S3 code counts first, since some stores send one with the status of another kind.
+    """
+    for response in (s3_code, str(status)):
+        if found := next((code for code, kind in KINDS.items() if response in kind.responses), None):
+            return found
+    return "unavailable" if status >= 500 else "withheld" if status else "failed"
 
 
 def check_file(uri: str, size: int, max_bytes: int | None, etag: str = "", expected_etag: str = "") -> None:

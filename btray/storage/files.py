@@ -172,7 +172,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def write_new(uri: str, data: bytes) -> bool:
     """Write a file only if nothing is there; return False if something is: of two writers one wins."""
-    return s3.put_if(uri, data) is not None if is_remote(uri) else local_files.create(uri, data)
+    return (s3 if is_remote(uri) else local_files).create(uri, data)
 
 
 def write_text(uri: str, text: str) -> None:
@@ -216,5 +216,6 @@ def arrow_filesystem(uri: str | Path) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return a pyarrow filesystem and the path in it, for Ray Train and Parquet: the same client and endpoint."""
     location = resolve(uri)
     if is_remote(location):
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(s3.client())), location.removeprefix("s3://")
+        with storage_errors_for(location):
+            return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(s3.client())), location.removeprefix("s3://")
     return pyarrow.fs.LocalFileSystem(), location

@@ -1,8 +1,13 @@
-"""One run at a time on an output: a lock file on a local one, a lease kept alive by conditional puts on S3.
+"""One run at a time on an output: a lock file on a local one, numbered objects in a store.
 
-The kernel frees the lock file of a process that ends, however it ends. The lease in object storage is one object that
-its holder rewrites every few seconds. A run that finds it unchanged for EXPIRY seconds, by the store's clock or by
-watching, takes it over with a put on condition that it is still the same, so that one of several wins.
+The kernel frees the lock file of a process that ends, however it ends. In object storage a run holds the lease by the
+object with the highest number below `_lease/`. It makes that object by a put that fails if the object is there, so that
+one of several runs wins, and rewrites it every few seconds; nobody else writes it. A run that has watched the highest
+one for EXPIRY seconds without a change makes the next number. No clock but its own counts, and the only condition that
+the store has to know is `If-None-Match: *`.
+
+The highest object stays when the lease is given back, and older ones are removed by the next holder alone: so a run
+that was suspended, and may even write its own object again, finds the newer number as soon as it looks.
 """
 
 from __future__ import annotations
@@ -16,19 +21,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from datetime import UTC, datetime, timedelta
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.storage import StorageError, s3
+from btray.storage import StorageError
 from btray.storage.errors import storage_errors_for
 
 _log = logging.getLogger(__name__)
 
-NAME = "_lease.json"
+NAME = "_lease"
 HEARTBEAT = 4.0
 """Seconds between two signs of life."""
 EXPIRY = 20.0
@@ -38,14 +42,14 @@ EXPIRY = 20.0
 def hold(output: str) -> AbstractContextManager[Callable[[], None]]:
     """Hold the lease of `output` for the block; gives a check that raises UserError once another run has taken it.
 
-    Waits up to EXPIRY for the lease of a holder that was killed.
+    Waits EXPIRY seconds for the lease of a holder that was killed, and says so.
 
     Raises:
-        UserError: a run that is alive holds it.
+        UserError: a run that is alive holds it, or the store does not heed `If-None-Match: *`.
         StorageError: the store fails.
     """
-    uri = storage.join(output, NAME)
-    return _hold_in_store(uri) if storage.is_remote(output) else _hold_locally(uri)
+    folder = storage.join(output, NAME)
+    return _hold_in_store(folder) if storage.is_remote(output) else _hold_locally(storage.join(folder, "lock"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Holder:
     token: str = ""
     """Unlike host and process id it is never used again."""
     beat: int = 0
-    """Grows with each sign of life, so that the object's entity tag changes."""
+    """Grows with each sign of life."""
     released: bool = False
     """Whether the lease was given back."""
 
@@ -79,12 +83,16 @@ class Holder:
         """Return the content of the lease."""
         return json.dumps(asdict(self))
 
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
     def refusal(self, uri: str) -> UserError:
         """Return the error for another run that wants the lease at `uri`."""
-        return UserError(
-            f"{uri.removesuffix('/' + NAME)} is being written by another run (process {self.pid} on {self.host} since "
-            f"{self.since}); wait for its end, or stop it"
-        )
+        return UserError(f"{_output(uri)} is being written by another run ({self}); wait for its end, or stop it")
+
+
+def _output(uri: str) -> str:
+    return uri.rpartition(f"/{NAME}")[0]
 
 
 @contextmanager
@@ -106,8 +114,8 @@ def _hold_locally(path: str) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _hold_in_store(uri: str) -> Iterator[Callable[[], None]]:
-    lease = _Lease(uri)
+def _hold_in_store(folder: str) -> Iterator[Callable[[], None]]:
+    lease = Lease(folder)
     lease.take()
     beating = threading.Thread(target=lease.keep, name="lease", daemon=True)
     beating.start()
@@ -119,35 +127,37 @@ def _hold_in_store(uri: str) -> Iterator[Callable[[], None]]:
         lease.release()
 
 
-class _Lease:
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.holder = Holder.this_process()
-        self.etag = ""
+class Lease:
+    """The lease of one run in object storage."""
+
+    def __init__(self, folder: str) -> None:
+        """Name the folder of its objects; nothing is written yet."""
+        self.folder = folder
+        self.number = 0
         self.lost = False
-        self.renewed = time.monotonic()
-        self._renewing = threading.Lock()  # two renewals at once would each spoil the other's condition
         self.ended = threading.Event()
+        self._holder = Holder.this_process()
+        self._renewed = time.monotonic()
+        self._renewing = threading.Lock()
 
     def take(self) -> None:
-        """Write the lease if there is none, if it was given back, or if its holder is dead."""
-        first_seen, since = "", time.monotonic()
+        """Make the next object, if there is none, if the lease was given back, or once its holder counts as dead."""
+        watched = None
         while True:
-            lease = self._look()
-            if lease is None:
-                if self._write(None):
-                    return
-                continue
-            holder, etag, age = lease
-            if etag != first_seen:
-                if first_seen and not holder.released:
-                    raise holder.refusal(self.uri)  # it was written while this run watched
-                first_seen, since = etag, time.monotonic()
-                if not holder.released and age <= EXPIRY:
-                    _log.info("waiting up to %.0f s for the lease of another run", EXPIRY - age)
-            # watched as well, since the clock of a store, or of a proxy before it, may stand still
-            free = holder.released or age > EXPIRY or time.monotonic() - since > EXPIRY
-            if free and self._write(etag):
+            now = time.monotonic()
+            state = number, holder = self._latest()
+            if state != watched:
+                if watched is not None and not holder.released:
+                    raise holder.refusal(self.folder)  # it was written while this run watched
+                # from the end of this look to the start of the last: this process too may be suspended in between
+                watched, deadline = state, time.monotonic() + EXPIRY
+                if not holder.released:
+                    until = datetime.now().astimezone() + timedelta(seconds=EXPIRY)
+                    _log.warning(
+                        "%s may be in use by another run (%s): waiting until %s for a sign of life of it",
+                        _output(self.folder), holder, f"{until:%H:%M:%S}",
+                    )  # fmt: skip
+            if (holder.released or now > deadline) and self._create(number + 1, holder):
                 return
             time.sleep(HEARTBEAT / 8)
 
@@ -161,43 +171,84 @@ class _Lease:
 
     def check(self) -> None:
         """Raise UserError if the lease is lost; a process that was suspended for so long does not know it yet."""
-        if not self.lost and time.monotonic() - self.renewed > EXPIRY:
+        for attempt in range(4):  # again if that took as long: what was seen then says nothing of now
+            if self.lost or time.monotonic() - self._renewed <= EXPIRY:
+                break
+            if attempt == 3:
+                raise StorageError("unavailable", self.folder, f"renewing the lease takes more than {EXPIRY:.0f} s")
             self._renew()
         if self.lost:
             raise UserError(
-                f"another run has taken over {self.uri.removesuffix('/' + NAME)}, since this one gave no sign of life "
-                f"for {EXPIRY:.0f} s; let that one continue"
+                f"another run has taken over {_output(self.folder)}, since this one gave no sign of life for "
+                f"{EXPIRY:.0f} s; let that one continue"
             )
-
-    def _renew(self) -> None:
-        with self._renewing:
-            self.lost = self.lost or not self._write(self.etag)
 
     def release(self) -> None:
         """Give the lease back, so that the next run need not wait."""
         try:
             if not self.lost:
-                self._write(self.etag, released=True)
+                self._renew(released=True)
         except StorageError as error:
             _log.warning("the lease could not be given back and will run out by itself: %s", error)
 
-    def _write(self, etag: str | None, *, released: bool = False) -> bool:
-        """Return whether the lease is now ours: it was written, or was by a request whose response got lost."""
-        self.holder = replace(self.holder, beat=self.holder.beat + 1, released=released)
-        written = s3.put_if(self.uri, self.holder.to_json().encode(), etag)
-        if written is None:
-            lease = self._look()
-            if lease is None or lease[0].token != self.holder.token:
-                return False
-            written = lease[1]
-        self.etag = written
-        self.renewed = time.monotonic()
+    def _renew(self, *, released: bool = False) -> None:
+        with self._renewing:
+            self._holder = replace(self._holder, beat=self._holder.beat + 1, released=released)
+            now = time.monotonic()  # others count from the write on, which must not be earlier
+            storage.write_bytes(self._uri(self.number), self._content())
+            self.lost = self.lost or not self._is_highest()
+            self._renewed = now
+
+    def _create(self, number: int, before: Holder) -> bool:
+        """Return whether the lease is now ours, after `before`. Raises UserError if the store heeds no condition."""
+        uri, now = self._uri(number), time.monotonic()
+        if not storage.write_new(uri, self._content()) and self._read(number).token != self._holder.token:
+            return False  # the token is ours if the answer to a first request got lost
+        self.number = number
+        # Of two puts on one name the second has to fail: the lease and the files of parts rest on that.
+        overwritten = storage.write_new(uri, self._content())
+        if not self._is_highest():  # others have come and removed this number, since `number - 1` was the highest
+            return False
+        if overwritten:
+            self._remove([storage.name(uri)])
+            raise UserError(
+                f"{_output(self.folder)}: this store overwrites an object although the request forbids it "
+                "(If-None-Match: *), so that two runs could write the same rows; update the store, or name an output "
+                "in another one"
+            )
+        # Either the one before, which may have come back to life, sees this object when it looks after its next sign of
+        # life, or that sign is seen here.
+        if self._read(number - 1) != before:
+            self._remove([storage.name(uri)])
+            return False
+        self._renewed = now
+        self._remove([name for name in self._names() if name < storage.name(uri)])
         return True
 
-    def _look(self) -> tuple[Holder, str, float] | None:
-        """Return holder, entity tag and age in seconds, by the store's own clock; None if there is no lease."""
+    def _is_highest(self) -> bool:
+        return self._names()[-1:] <= [storage.name(self._uri(self.number))]
+
+    def _remove(self, names: list[str]) -> None:
+        with suppress(StorageError):  # whoever may write there need not be allowed to delete
+            for name in names:
+                storage.delete(storage.join(self.folder, name))
+
+    def _latest(self) -> tuple[int, Holder]:
+        """Return the highest number, 0 if there is none, and its holder."""
+        number = max((int(name[:8]) for name in self._names()), default=0)
+        return number, self._read(number)
+
+    def _read(self, number: int) -> Holder:
+        """Return who holds a number; a lease that was given back if there is none."""
         with storage.suppress_missing():
-            data, etag, headers = s3.read_tagged(self.uri)
-            now, then = (parsedate_to_datetime(headers[name]) for name in ("date", "last-modified"))
-            return Holder.parse(data), etag, (now - then).total_seconds()
-        return None
+            return Holder.parse(storage.read_bytes(self._uri(number)))
+        return Holder(released=True)
+
+    def _names(self) -> list[str]:
+        return [name for name in storage.list_names(self.folder, missing_ok=True) if name[:8].isdecimal()]
+
+    def _uri(self, number: int) -> str:
+        return storage.join(self.folder, f"{number:08d}.json")
+
+    def _content(self) -> bytes:
+        return self._holder.to_json().encode()

@@ -1,8 +1,9 @@
 """Objects as `btray.storage` lists, reads and writes them, and the process's S3 clients; use that module instead.
 
-Every request is made by s3fs, which is also the filesystem of pyarrow and Ray. The bodies of whole objects are fetched
-by obstore (Rust's object_store) for a fifth of the CPU time, in the good case only: whatever goes wrong there is asked
-again through s3fs, which says what it is and retries. Endpoint, region and credentials are those that botocore finds.
+Every request is made by s3fs, which is also the filesystem of pyarrow and Ray. The bodies of whole objects are fetched,
+and objects that must be new are put, by obstore (Rust's object_store) for a fifth of the CPU time, in the good case
+only: whatever goes wrong there is asked again through s3fs, which says what it is and retries. Endpoint, region and
+credentials are those that botocore finds, as are `AWS_NO_SIGN_REQUEST` (for public buckets) and `AWS_REQUEST_PAYER`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import contextlib
 import mimetypes
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -24,6 +27,7 @@ from fsspec.asyn import sync_wrapper
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
+from btray.storage import errors
 from btray.storage.errors import StorageError, check_file, code_of_response, storage_errors_for, suppress_missing
 from btray.storage.file_info import FileInfo, is_hidden
 from btray.storage.retry import retry_async
@@ -36,6 +40,14 @@ _CONNECT_SECONDS, _READ_SECONDS = 3, 20
 _REWRITTEN = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 _CREDENTIALS_HOLD = timedelta(minutes=1)  # botocore, asked again, renews those that run out
 _KEYS_PER_DELETE = 1000  # the most that DeleteObjects takes
+_CONNECTING = threading.Lock()  # of the threads that want a bucket the first finds its region
+_silent_until: dict[str, float] = {}  # when a bucket that gave no answer is looked for again
+# Settings that botocore lacks, named as in GDAL and object_store: in ~/.aws/config, variables, default, conversion
+_SETTINGS = {
+    "no_sign_request": ("no_sign_request", ["AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE"], "", str.casefold),
+    "request_payer": ("request_payer", "AWS_REQUEST_PAYER", "", str.casefold),
+}
+_YES = ("1", "true", "yes", "on", "requester")
 
 
 # ---- clients
@@ -51,21 +63,39 @@ class _Client(s3fs.S3FileSystem):
 
     call_s3 = sync_wrapper(_call_s3)
 
-    async def _get_whole(self, bucket: str, key: str, check: Check) -> tuple[bytes, str, dict[str, str]]:
-        """Return body, entity tag and headers of an object; also repeated if the body breaks off."""
+    async def _get_whole(self, bucket: str, key: str, check: Check) -> bytes:
+        """Return the body of an object; also repeated if it breaks off."""
         request = super()._call_s3
 
-        async def attempt() -> tuple[bytes, str, dict[str, str]]:
+        async def attempt() -> bytes:
             response = await request("get_object", Bucket=bucket, Key=key)
             try:
                 check(response.get("ContentLength", 0), _unquoted(response.get("ETag")))
-                return await response["Body"].read(), response["ETag"], response["ResponseMetadata"]["HTTPHeaders"]
+                data: bytes = await response["Body"].read()
+                return data
             finally:
                 response["Body"].close()
 
         return await retry_async(attempt)
 
     get_whole = sync_wrapper(_get_whole)
+
+    async def _endpoint_of(self, bucket: str) -> tuple[str, str]:
+        """Return the URL of a bucket and the region that requests are signed for, where a redirect has led."""
+        events = (await self.set_session()).meta.events
+        sent: list[Any] = []
+        events.register_last("before-send.s3.HeadBucket", lambda request, **_: sent.append(request), "endpoint")
+        try:
+            await super()._call_s3("head_bucket", Bucket=bucket)
+        except errors.FAILURES as error:
+            if not isinstance(error.__cause__, botocore.exceptions.ClientError):
+                raise  # there was no answer: whoever may not list the bucket gets one that leads there all the same
+        finally:
+            events.unregister("before-send.s3.HeadBucket", unique_id="endpoint")
+        signed = re.search(r"Credential=[^,]*/\d{8}/([^/]+)/s3/", str(sent[-1].headers.get("Authorization")))
+        return sent[-1].url, signed[1] if signed else "us-east-1"
+
+    endpoint_of = sync_wrapper(_endpoint_of)
 
     async def _mkdir(self, path: str, acl: Any = False, create_parents: bool = True, **kwargs: Any) -> None:
         """Do nothing: folders need no making, and a misspelt bucket must fail, not spring into being."""
@@ -75,8 +105,12 @@ class _Client(s3fs.S3FileSystem):
 
 def client() -> _Client:
     """Return the process's one client: fsspec keeps it by arguments and process id and runs it in one thread."""
+    _, anonymous, requester_pays = _aws()
     return _Client(
+        anon=anonymous,
+        requester_pays=requester_pays,
         use_listings_cache=False,  # other processes write too
+        local_expiry_check=True,  # whether a file changed between two ranges: not by If-Match, see `create`
         config_kwargs={
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,
@@ -89,23 +123,29 @@ def client() -> _Client:
 def reconnect() -> None:
     """Forget the clients, so that the next request finds endpoint and credentials anew: they changed, say in a test."""
     _Client.clear_instance_cache()
-    _body_store.cache_clear()
+    _aws.cache_clear()
+    _store_of.cache_clear()
+    _silent_until.clear()
 
 
 @cache
-def _body_store(bucket: str) -> S3Store | None:
-    """Return obstore's client for one bucket; None if botocore finds no credentials."""
-    session = botocore.session.get_session()
-    try:
-        credentials = session.get_credentials()
-        if credentials is None:
-            return None
-        aws = session.create_client("s3")
-        signed = aws.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
-    except botocore.exceptions.BotoCoreError:
+def _aws() -> tuple[Any, bool, bool]:
+    """Return what finds region and credentials; whether requests go unsigned; whether the requester pays for them."""
+    session = botocore.session.Session(_SETTINGS)
+    anonymous, requester_pays = (session.get_config_variable(name) in _YES for name in _SETTINGS)
+    return session, anonymous, requester_pays
+
+
+@cache
+def _store_of(bucket: str) -> S3Store | None:
+    """Return obstore's client for one bucket; None if botocore finds no credentials. Raises one of FAILURES."""
+    session, anonymous, requester_pays = _aws()
+    credentials = session.get_credentials()
+    if credentials is None and not anonymous:
         return None
-    # of a signed URL, since only the signer knows whether the bucket goes into the path or the host name
-    endpoint = signed.partition("?")[0].removesuffix("/k")
+    # object_store follows no redirect to another region: without this each object would be asked for twice
+    url, region = client().endpoint_of(bucket)
+    endpoint = url.rstrip("/")
 
     def current_credentials() -> Any:
         frozen = credentials.get_frozen_credentials()
@@ -119,9 +159,11 @@ def _body_store(bucket: str) -> S3Store | None:
     return S3Store(
         bucket,
         endpoint=endpoint.removesuffix(f"/{bucket}"),
-        region=aws.meta.region_name,
+        region=region,
         virtual_hosted_style_request=not endpoint.endswith(f"/{bucket}"),
-        credential_provider=current_credentials,
+        credential_provider=None if anonymous else current_credentials,
+        skip_signature=anonymous,
+        request_payer=requester_pays,
         client_options={
             "allow_http": True,
             "connect_timeout": f"{_CONNECT_SECONDS}s",
@@ -209,7 +251,7 @@ def list_files(uri: str) -> Iterator[FileInfo]:
 
 
 def _info(uri: str, size: int, item: dict[str, Any]) -> FileInfo:
-    return FileInfo(uri, size, item.get("ETag", "").strip('"'), item["LastModified"].timestamp())
+    return FileInfo(uri, size, _unquoted(item.get("ETag")), item["LastModified"].timestamp())
 
 
 def list_names(uri: str) -> list[str]:
@@ -239,7 +281,8 @@ def read(uri: str, max_bytes: int | None, etag: str = "") -> bytes:
     try:
         data = fetch_body(bucket, key, check)
         if data is None:
-            data, _, _ = read_tagged(uri, check)
+            with storage_errors_for(uri):
+                data = client().get_whole(bucket, key, check)
     except StorageError as error:
         if error.code == "not_found" and "NoSuchBucket" not in error.detail and _is_surely_folder(uri):
             raise StorageError("is_directory", uri, "a prefix of other objects") from error
@@ -256,29 +299,27 @@ def _is_surely_folder(uri: str) -> bool:
         return False  # at most the more telling code is lost
 
 
-def fetch_body(bucket: str, key: str, check: Check) -> bytes | None:
-    """Return the object's bytes by way of obstore; None if they could not be had this way."""
+def _lean_store(bucket: str, key: str) -> S3Store | None:
+    """Return obstore's client, if an object can be read or written by it."""
     if _REWRITTEN.search(key) or _first_user() != os.getpid():
         return None
-    store = _body_store(bucket)
-    if store is None:
-        return None
-    try:
-        response = obstore.get(store, key)
-    except (BaseError, OSError, ValueError):
-        return None
-    check(response.meta["size"], _unquoted(response.meta["e_tag"]))
-    try:
-        return response.bytes().to_bytes()
-    except (BaseError, OSError):
-        return None
+    with _CONNECTING:
+        if time.monotonic() > _silent_until.get(bucket, 0.0):
+            try:
+                return _store_of(bucket)
+            except errors.FAILURES:
+                _silent_until[bucket] = time.monotonic() + _READ_SECONDS  # else each thread would wait for it in turn
+    return None
 
 
-def read_tagged(uri: str, check: Check = lambda size, etag: None) -> tuple[bytes, str, dict[str, str]]:
-    """Return the whole object, its entity tag and the headers, names in lower case. Raises StorageError."""
-    with storage_errors_for(uri):
-        tagged: tuple[bytes, str, dict[str, str]] = client().get_whole(*split(uri), check)
-        return tagged
+def fetch_body(bucket: str, key: str, check: Check) -> bytes | None:
+    """Return the object's bytes by way of obstore; None if they could not be had this way."""
+    if store := _lean_store(bucket, key):
+        with contextlib.suppress(BaseError, OSError, ValueError):
+            response = obstore.get(store, key)
+            check(response.meta["size"], _unquoted(response.meta["e_tag"]))
+            return response.bytes().to_bytes()
+    return None
 
 
 def _unquoted(etag: str | None) -> str:
@@ -316,19 +357,26 @@ def write(uri: str, data: bytes) -> None:
     call(uri, "put_object", Key=split(uri)[1], Body=data, ContentType=content_type)
 
 
-def put_if(uri: str, data: bytes, match: str | None = None) -> str | None:
-    """Write an object if its entity tag is `match` (None: if nothing is there) and return the new tag; else None.
+def create(uri: str, data: bytes) -> bool:
+    """Write an object if nothing is there yet; return False if something is. Raises StorageError.
 
-    A request that is repeated because its response was lost finds its own object and gives None. Raises StorageError.
+    A request that is repeated because its response was lost finds its own object and gives False. No other condition is
+    used: Ceph's gateway (16.2) refuses `If-Match` with the tag of the object that is there.
     """
-    condition = {"IfNoneMatch": "*"} if match is None else {"IfMatch": match}
+    bucket, key = split(uri)
+    if store := _lean_store(bucket, key):
+        with contextlib.suppress(BaseError, OSError, ValueError):
+            obstore.put(store, key, data, mode="create", use_multipart=False)
+            return True
     try:
-        response = call(uri, "put_object", Key=split(uri)[1], Body=data, **condition)
+        call(uri, "put_object", Key=key, Body=data, IfNoneMatch="*")
     except StorageError as error:
-        if error.detail.startswith(("PreconditionFailed", "412")) or (match and error.code == "not_found"):
-            return None
+        if error.detail.startswith(("PreconditionFailed", "412")):
+            return False
+        if error.detail.startswith(("NotImplemented", "501")):
+            raise StorageError("failed", uri, f"this store has no If-None-Match: {error.detail}") from error
         raise
-    return str(response["ETag"])
+    return True
 
 
 def upload(path: str, uri: str) -> None:

@@ -18,6 +18,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env import constants
 
 from btray.core import ray_private
+from btray.core.config import SUBMITTED_VARIABLE
 from tests.helpers.forked_jobs import ROOT
 
 _PRIVATE = re.compile(r"ray\._private|ray\._raylet|ray\.\w+(?:\.\w+)*\._(?!_)|from ray[\w.]* import _(?!_)")
@@ -42,13 +43,13 @@ def test_an_address_is_found_in_the_environment_and_none_where_a_local_ray_is_wa
 def test_in_the_block_this_machine_is_loopback_and_the_submitted_package_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert constants.RAY_JOB_CONFIG_JSON_ENV_VAR == ray_private.JOB_CONFIG_VARIABLE
-    monkeypatch.setenv(ray_private.JOB_CONFIG_VARIABLE, "{}")
+    assert constants.RAY_JOB_CONFIG_JSON_ENV_VAR == SUBMITTED_VARIABLE
+    monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
     monkeypatch.setattr(ray._private.worker, "_global_node", None)
     before = ray_constants.ENABLE_RAY_CLUSTER
     with ray_private.own_ray():
         assert services.get_node_ip_address() == "127.0.0.1"
-        assert ray_private.JOB_CONFIG_VARIABLE not in os.environ
+        assert SUBMITTED_VARIABLE not in os.environ
     assert before == ray_constants.ENABLE_RAY_CLUSTER
 
 

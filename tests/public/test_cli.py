@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from btray import cli, storage
+from btray.core.config import SUBMITTED_VARIABLE
 from btray.launch import COMMANDS
 from btray.model.classifier import Classifier
 from btray.phantoms import encoded_phantom
@@ -293,6 +294,37 @@ def test_every_job_is_a_command_with_the_same_flags_and_the_same_code(name: str)
         assert (module, function, command) == ("btray.serving.job", "run_service", "btray.cli:serve")
     else:
         assert command == f"{module}:{function}"
+
+
+# Every setting of a command that it writes to.
+OUTPUTS = {
+    "acquire": ("out", "cache"), "audit": ("out",), "train": ("out", "storage", "mlflow"),
+    "tune": ("out", "storage", "mlflow"), "evaluate": ("out",), "predict": (), "classify": ("output", "metrics-to"),
+    "pack": ("output", "metrics-to"), "serve": (), "key": ("file",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_submitted_job_writes_nowhere_where_nobody_looks_and_says_why_data_are_missing(
+    name: str, btray: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, _ = COMMANDS[name]
+    required = [field for field, of in config.model_fields.items() if of.is_required()]
+    given = {field.replace("_", "-"): "x" if field == "name" else str(tmp_path / "x") for field in required}
+    given.pop("files", None)
+    for flag in OUTPUTS[name]:
+        flags = [f"--{key}={value}" for key, value in {**given, flag: "runs/x"}.items()]
+        monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
+        ended = btray(name, *flags)
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert f"--{flag}: 'runs/x' is refused: a submitted job runs in a folder of Ray's" in ended.err
+        monkeypatch.delenv(SUBMITTED_VARIABLE)
+        config.from_command_line(flags)
+    monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
+    for flag in {"data", "input", "model", "source"} & given.keys():
+        flags = [f"--{key}={value}" for key, value in {**given, flag: "scans"}.items()]
+        assert ".rayignore" in btray(name, *flags, *["x.png"] * (name == "predict")).err
 
 
 def test_a_job_that_is_run_as_a_command_ends_and_prints_as_its_script_does(

@@ -27,7 +27,10 @@ from btray.core.errors import UserError
 from btray.storage import StorageError
 from btray.storage import s3 as client
 from btray.storage.read_many import read_many
+from tests.helpers.s3_proxy import Request, s3_proxy
 from tools.s3_server import S3Server
+
+_LONG_AGO = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 ODD_NAMES = (
     "a b.jpg",
@@ -474,7 +477,7 @@ class _Faulty(http.server.BaseHTTPRequestHandler):
     def _answer(self, status: int, body: bytes, length: int | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("Last-Modified", _LONG_AGO)
         self.send_header("ETag", '"tag"')
         self.end_headers()
         self.wfile.write(body)
@@ -533,6 +536,8 @@ def test_a_passing_fault_is_waited_out(faulty: type[_Faulty], fault: str) -> Non
         ("400 ExpiredToken", "forbidden", False),
         ("404 NoSuchBucket", "not_found", False),
         ("400 InvalidRequest", "failed", False),
+        ("400 KMS.DisabledException", "withheld", False),
+        ("403 InvalidObjectState", "archived", False),
     ],
 )
 def test_a_lasting_fault_has_its_code(
@@ -572,6 +577,92 @@ def test_other_bytes_than_those_that_were_listed_are_told(place: str) -> None:
     assert answer.code == "changed"
     assert not answer.retryable, "asking again at once gives the same"
     assert storage.read_bytes(uri, etag=storage.describe(uri).etag) == b"afterwards"
+
+
+def test_an_archived_object_is_said_to_need_a_restore(faulty: type[_Faulty]) -> None:
+    faulty.script += ["403 InvalidObjectState"] * 2
+    with pytest.raises(StorageError, match="restore it first"):
+        storage.read_bytes("s3://bucket/k")
+
+
+# ---- stores of another kind, behind a proxy
+
+
+def _use_every_client(uri: str) -> None:
+    """Read, write and list by way of each client: s3fs, obstore, pyarrow; from threads that start at once, too."""
+    assert set(read_many([uri] * 20)) == {b"x"}
+    assert storage.describe(uri).size == 1
+    assert [info.uri for info in storage.list_files(uri.rpartition("/")[0])] == [uri]
+    filesystem, path = storage.arrow_filesystem(uri)
+    assert filesystem.open_input_file(path).read() == b"x"
+    assert not storage.write_new(uri, b"y")
+
+
+@pytest.mark.s3
+def test_no_client_needs_if_match_which_cephs_gateway_refuses(s3: S3Server, remote: str) -> None:
+    def as_ceph(request: Request) -> None:
+        if request.headers.get("If-Match", "").startswith('"'):
+            request.refuse(412, "PreconditionFailed")
+        else:
+            request.forward()
+
+    storage.write_bytes(f"{remote}/k", b"x")
+    with s3_proxy(s3, as_ceph):
+        _use_every_client(f"{remote}/k")
+        with storage.open_ranges(f"{remote}/k") as file:
+            assert file.read(1) == b"x"
+
+
+@pytest.mark.s3
+def test_a_bucket_in_another_region_costs_one_redirect_by_whatever_client(s3: S3Server, remote: str) -> None:
+    storage.write_bytes(f"{remote}/k", b"x")
+    redirected = []
+
+    def in_europe(request: Request) -> None:
+        if "/eu-west-1/s3/" in request.headers.get("Authorization", ""):
+            request.forward()
+        else:
+            redirected.append(request.path)
+            request.refuse(301, "PermanentRedirect", **{"x-amz-bucket-region": "eu-west-1"})
+
+    with s3_proxy(s3, in_europe):
+        _use_every_client(f"{remote}/k")
+        assert client.fetch_body(*client.split(f"{remote}/k"), lambda *_: None) == b"x"
+    assert len(redirected) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("AWS_NO_SIGN_REQUEST", "YES", (True, None)),
+        ("AWS_SKIP_SIGNATURE", "true", (True, None)),
+        ("AWS_REQUEST_PAYER", "requester", (False, "requester")),
+        ("AWS_NO_SIGN_REQUEST", "false", (False, None)),
+    ],
+)
+def test_public_buckets_are_read_unsigned_and_those_whose_requester_pays_at_their_cost(
+    faulty: type[_Faulty], monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: tuple[bool, str | None]
+) -> None:
+    seen = set()
+
+    def look(handler: _Faulty) -> None:
+        seen.add((handler.headers.get("Authorization") is None, handler.headers.get("x-amz-request-payer")))
+        _Faulty.do_GET(handler)
+
+    monkeypatch.setenv(variable, value)
+    if expected[0]:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for method in ("GET", "HEAD", "PUT"):
+        monkeypatch.setattr(faulty, f"do_{method}", look, raising=False)
+    storage.reconnect()
+    for uri in ("s3://bucket/k", "s3://bucket//k"):  # by obstore and by s3fs
+        assert storage.read_bytes(uri) == _Faulty.body
+        storage.write_new(uri, b"x")
+    assert client.fetch_body("bucket", "k", lambda *_: None) == _Faulty.body
+    storage.describe("s3://bucket/k")
+    assert seen - {(expected[0], None)} == {expected} - {(expected[0], None)}
+    assert {unsigned for unsigned, _ in seen} == {expected[0]}
 
 
 # ---- the lean client

@@ -20,6 +20,7 @@ import torch
 from btray import phantoms
 from btray.bulk import pipeline
 from btray.core import cluster as btray_cluster
+from btray.core.config import SUBMITTED_VARIABLE
 from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
 from btray.results import current
@@ -318,9 +319,10 @@ def test_a_ray_that_a_job_starts_shares_nothing_with_that_of_ray_start(tmp_path:
     assert done.stdout.splitlines() == ["True token 64", "{'127.0.0.1'} False", "0 set()", "set()"]
     assert not (tmp_path / ".ray").exists()
     with cluster:
-        submitted = cluster.ray("job", "submit", "--", sys.executable, "-c", "print('it', 'ran')")
+        script = f"import os; print('submitted:', {SUBMITTED_VARIABLE!r} in os.environ)"
+        submitted = cluster.ray("job", "submit", "--", sys.executable, "-c", script)
     assert submitted.returncode == 0, submitted.stderr
-    assert "it ran" in submitted.stdout
+    assert "submitted: True" in submitted.stdout
     assert not (tmp_path / ".ray").exists()
     (command,) = re.findall(r"^(\(umask.*?\)) ", (ROOT / "README.md").read_text(), re.MULTILINE)
     subprocess.run(["bash", "-ec", command], env=cluster.environment, check=True, timeout=100)

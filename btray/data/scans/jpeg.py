@@ -25,7 +25,7 @@ _LONGEST_INTERVAL: Final = 0xFFFF  # in MCUs
 _MOST_DC: Final = 1024  # what the DCT makes of a block of 8x8 samples that are all -128 (A.3.3)
 _VISIBLE_DC: Final = 1000  # above 1015 it would be white
 # Where rows of blocks meet, times the difference of the rows beside. 99 % of slices have it in which libjpeg left out a
-# block or shifted the DC of all that follow, and 6 % of whole slices.
+# block or shifted the DC of all that follow, and 7 % of whole slices.
 _SEAM: Final = 1.25
 _NOISE: Final = 2  # gray levels between rows that differ by nothing else
 _SEAM_COLUMNS: Final = slice(3, None, 8)  # enough of them for a mean

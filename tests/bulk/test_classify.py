@@ -265,7 +265,7 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
 
 
 def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_there(
-    model: str, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request: dict[str, Any] = {}
     parts = SimpleNamespace(map_batches=lambda actor, **how: request.update(how))
@@ -286,7 +286,7 @@ def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_the
         ({"use_gpu": True}, "cuda", (2, 2), 1.0),
         ({"use_gpu": True, "gpu_share": 0.5}, "cuda", (4, 4), 0.5),
     ):
-        config = ClassifyConfig(model=model, input="in", output="out", **changes)
+        config = ClassifyConfig(model=model, input=str(tmp_path), output="out", **changes)
         archive_job = ClassifyJob(config)
         process_parts(archive_job.processor(), run, actors=config.actors, patience=1, gpu_share=archive_job.gpu_share)
         pool = request["compute"]

@@ -44,7 +44,7 @@ OF_SERVICE = {
 REPORT = run_report(
     objects=200, rejected=4, rejected_by_code={"truncated": 3, "empty": 1}, images_per_second=41.5,
     seconds_by_stage={"read": 1.0, "decode": 3.0, "predict": 5.0, "write": 1.0},
-    drift={"runs before": Drift(frames=900, labels=0.02, by_label={}, confidence=0.3, ood_score=0.1)},
+    drift={"runs before": Drift(frames=900, observed=900, labels=0.02, by_label={}, confidence=0.3, ood_score=0.1)},
 )  # fmt: skip
 
 

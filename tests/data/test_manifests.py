@@ -166,5 +166,5 @@ def test_the_cases_that_people_sent_name_what_is_there(name: str) -> None:
 def test_other_text_may_have_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "keys.txt").write_text("radiology " + "0" * 64 + "\r\n", encoding=encoding)
     assert storage.read_text(str(tmp_path / "keys.txt")).split()[0] == "radiology"
-    (tmp_path / "run.yaml").write_text("source: [a]\r\nout: b\r\n", encoding=encoding)
-    assert AcquireConfig.from_command_line(["--config", str(tmp_path / "run.yaml")]).out == "b"
+    (tmp_path / "run.yaml").write_text("source: [a]\r\nout: /b\r\n", encoding=encoding)
+    assert AcquireConfig.from_command_line(["--config", str(tmp_path / "run.yaml")]).out == "/b"

@@ -253,7 +253,7 @@ def test_a_starting_replica_serves_as_others_do_or_says_what_is_wrong_with_its_o
 
     def load(uri: str, **options: Any) -> Bundle:
         if uri != model:
-            raise failure if uri == "bad" else UserError("what the others had is gone")
+            raise failure if uri.endswith("/bad") else UserError("what the others had is gone")
         return load_bundle(uri, **options)
 
     async def ask_others() -> ServiceConfig | None:

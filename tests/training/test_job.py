@@ -502,8 +502,8 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
     root, codes = partly_broken
     vanishing = storage.join(root, "glioma", "000.png")
 
-    def list_then_lose(uri: str) -> Any:
-        table = labelled.read_labelled(uri)
+    def list_then_lose(uri: str, **options: Any) -> Any:
+        table = labelled.read_labelled(uri, **options)
         Path(vanishing).unlink()
         return table
 

@@ -129,6 +129,15 @@ def test_every_image_counts_once_however_many_workers_train(finished: TrainConfi
         assert record.images_per_second > record.images / record.seconds
 
 
+def test_validation_follows_what_a_run_of_a_few_steps_learns(ray_session: None, tmp_path: Path) -> None:
+    """Running statistics of batch norms that lag behind the weights would keep it where it began."""
+    data = write_tree(tmp_path / "data", {"glioma": 40, "meningioma": 40, "no_tumor": 40})
+    config = tiny(data, tmp_path, epochs=4, batch_size=64, network={"norm": "batch"}, optimiser={"ema": 0.99})
+    history, _ = train_here(config)
+    losses = [record.val_loss or 0.0 for record in history]
+    assert losses[0] - losses[-1] > 0.2, losses
+
+
 def test_the_seed_decides_the_curve_and_the_golden_losses_stay(
     ray_session: None, unbalanced: str, tmp_path: Path
 ) -> None:

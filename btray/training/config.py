@@ -10,12 +10,14 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_serializer, fi
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.core.errors import UserError
-from btray.core.uris import Uri, resolve
+from btray.core.uris import Uri, resolve, resolved
 from btray.data.config import PreprocessConfig
 from btray.model.config import BACKBONES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
 """Settings of a search that are drawn evenly on a logarithmic scale."""
+IMAGENET, RANDOM = "imagenet", "random"
+"""Values of --init-from that are no URI."""
 BOUNDED = ("dropout", "label_smoothing", *LOGARITHMIC)
 """Settings of a search of which the bounds are given; of the others, the choices."""
 
@@ -82,10 +84,12 @@ class OptimiserConfig(ComponentConfig):
     """Parameter of mixup's beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0: none."""
     ema: Share = 0.995
     """Decay per step of the moving average of the weights, which is evaluated instead of the weights; 0: none."""
-    freeze_epochs: Annotated[int, Field(ge=0)] = 3
-    """With --init-from: epochs in which only the last layer learns, whose random start would spoil the others."""
+    freeze_epochs: Annotated[int, Field(ge=0)] = 1
+    """With pretrained weights: epochs in which only the last layer learns, whose random start would spoil the others."""
+    frozen_stages: Annotated[int, Field(ge=0)] = 3
+    """With ImageNet's weights: stages from the input that never learn; their edges and textures serve as they are."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """With --init-from: factor on the learning rate from each stage to the one before it."""
+    """With pretrained weights: factor on the learning rate from each stage to the one before it."""
 
 
 def _tracking_uri(value: str) -> str:
@@ -124,7 +128,10 @@ class TrainConfig(JobConfig):
     num_workers: str | None = None
     """Data-parallel workers, N or MIN:MAX (elastic); default: one per GPU with --use-gpu, else per CPU, at most 4."""
     use_gpu: bool = False
-    """One worker per GPU, NCCL, bf16 autocast."""
+    """One worker per GPU, NCCL."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """In what feature maps are computed; auto: bf16, bfloat16 by autocast, on GPUs and on CPUs with AVX512_BF16 or \
+    AMX, else float32."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random source."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.15
@@ -149,8 +156,9 @@ class TrainConfig(JobConfig):
     """Decoded frames up to this size, in GB, stay in memory; larger data are streamed again every epoch."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures that the run survives; -1: any number."""
-    init_from: Uri | None = None
-    """Bundle or weights file (.safetensors, or a torch state dict) to start from."""
+    init_from: Annotated[str, resolved(unless=f"({IMAGENET}|{RANDOM})$")] | None = None
+    """Bundle or weights file (.safetensors, or a torch state dict) to start from, or `imagenet` or `random`; default: \
+    imagenet for --network.architecture mobile_cnn, random for all others."""
     mlflow: Annotated[str, AfterValidator(_tracking_uri)] | None = None
     """MLflow tracking URI to log to (extra `mlflow`); it is recorded without user and password."""
     preprocess: PreprocessConfig = PreprocessConfig()
@@ -191,8 +199,8 @@ class TrainConfig(JobConfig):
         from btray.model.bundle_files import require_free
 
         storage.require_input(self.data, "--data")
-        if self.init_from:
-            storage.require_input(self.init_from, "--init-from")
+        if self.start not in (None, IMAGENET):
+            storage.require_input(self.start, "--init-from")
         if self.mlflow and find_spec("mlflow") is None:
             raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'")
         if not self.overwrite:
@@ -202,6 +210,13 @@ class TrainConfig(JobConfig):
         storage.require_writable(self.out, "--out")
         if self.storage:
             storage.require_writable(self.storage, "--storage")
+
+    @property
+    def start(self) -> str | None:
+        """Return what the weights start from: a URI, IMAGENET, or None for random ones."""
+        if self.init_from is None:
+            return IMAGENET if self.network.architecture == "mobile_cnn" else None
+        return None if self.init_from == RANDOM else self.init_from
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
@@ -302,7 +317,7 @@ class TuneConfig(TrainConfig):
     def _weights_fit_one_network(self) -> Self:
         shape = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling")
         varied = [name for name in shape if len(getattr(self.space, name)) > 1]
-        if self.init_from and varied:
+        if self.start and varied:
             raise ValueError(
                 f"--init-from fits one network, and --space.{varied[0].replace('_', '-')} varies it: give one value"
             )

@@ -59,11 +59,11 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["share"]
 
 
-def freeze_body(network: Network, frozen: bool) -> None:
-    """Let only the head learn, or everything; batch statistics of a frozen body stay as they are."""
-    for parameter in network.parts.parameters():
-        parameter.requires_grad_(not frozen)
-    network.parts.train(not frozen)
+def freeze(network: Network, parts: int) -> None:
+    """Let all but the first `parts` parts learn; batch statistics of frozen parts stay as they are."""
+    for index, part in enumerate(network.parts):
+        part.requires_grad_(index >= parts)
+        part.train(index >= parts)
 
 
 def class_weights(counts: Sequence[int], config: OptimiserConfig) -> Tensor:

@@ -134,7 +134,7 @@ def read_source(config: TrainConfig) -> Source:
             f"{config.data}: training needs images of at least two classes outside val and test; found {names}"
         )
     require_known_labels(table["label"].to_pylist(), classes, config.data)
-    weights = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
+    weights = read_initial_weights(config.start, config.network, len(classes)) if config.start else None
     return Source(config, table, classes, weights)
 
 

@@ -22,9 +22,11 @@ from torch.optim.swa_utils import update_bn
 from btray.core import logs
 from btray.core.metrics import lasting
 from btray.data.preprocess import to_tensor
+from btray.model.engines import supports_bf16
 from btray.model.network import Network, build_network, load_matching
 from btray.training import optimizer
 from btray.training.augment import Augmenter
+from btray.training.config import IMAGENET
 from btray.training.checkpoints import Checkpoint
 from btray.training.collectives import Collectives
 from btray.training.feeds import Batch, MemoryFeed, StreamFeed
@@ -58,6 +60,8 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, settings = plan, plan.config, plan.config.optimiser
         self.device = ray.train.torch.get_device()
+        precision = plan.config.precision
+        self.bf16 = precision == "bf16" or (precision == "auto" and supports_bf16(self.device))
         self.collectives = Collectives(self.device)
         self.augmenter = Augmenter(self.config.augment, self.config.seed)
         self.class_weights = optimizer.class_weights(plan.class_counts(), settings).to(self.device)
@@ -75,7 +79,7 @@ class Trainer:
         self.totals = torch.zeros(3, dtype=torch.float64)  # of those steps: loss, weight, images
         self.waited = 0.0  # seconds for batches of this epoch
         self.stopping = False
-        self.frozen: bool | None = None
+        self.frozen: int | None = None  # parts of the network that do not learn
         self._resume()
         self.feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
         self.watch = InterruptionWatch(plan.run_uri, self.collectives)
@@ -113,8 +117,8 @@ class Trainer:
         self.network.train()
         # After train(), which puts all batch norms into training mode, and before the first step: a head of random
         # weights would push large gradients through pretrained layers.
-        frozen = self.fine_tune and epoch < self.config.optimiser.freeze_epochs
-        optimizer.freeze_body(self.network, frozen)
+        frozen = self._frozen_parts(epoch)
+        optimizer.freeze(self.network, frozen)
         if frozen != self.frozen:  # DDP fixes early which gradients it reduces: wrap again
             self.frozen = frozen
             self.parallel = ray.train.torch.prepare_model(self.network, move_to_device=False)
@@ -144,6 +148,12 @@ class Trainer:
             "images_per_second": images / seconds,
             "feed_ratio": 1 - self.waited / seconds,
         }
+
+    def _frozen_parts(self, epoch: int) -> int:
+        settings = self.config.optimiser
+        if self.fine_tune and epoch < settings.freeze_epochs:
+            return len(self.network.parts)
+        return settings.frozen_stages if self.config.start == IMAGENET else 0
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches and add the time that this worker waits for them to `waited`."""
@@ -232,8 +242,8 @@ class Trainer:
         return self.network if self.average is None else self.average.module
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Apply `network` to images [n, 1, size, size]; on a GPU in bf16, whose range needs no loss scaling."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """Apply `network` to images [n, 1, size, size]; the range of bf16 needs no loss scaling."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = network(images.contiguous(memory_format=torch.channels_last))
         return logits
 

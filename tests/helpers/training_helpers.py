@@ -82,6 +82,7 @@ def tiny(data: str, out: str | Path, **changes: Any) -> TrainConfig:
         "batch_size": 16,
         "num_workers": "1",
         "patience": 0,
+        "precision": "float32",
         "refit_epochs": 0,
         "validation": 0.15,
         "preprocess": PREPROCESS,

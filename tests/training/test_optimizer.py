@@ -18,7 +18,7 @@ from btray.model.network import build_network
 from btray.training.config import OptimiserConfig
 from btray.training.optimizer import (
     class_weights,
-    freeze_body,
+    freeze,
     learning_rate,
     make_average,
     make_optimiser,
@@ -159,7 +159,7 @@ def test_every_parameter_is_optimised_once_and_norms_and_biases_do_not_decay() -
     assert {group["share"] for group in groups} == {1.0}
 
 
-@pytest.mark.parametrize("architecture", ["cnn", "resnet18", "densenet121"])
+@pytest.mark.parametrize("architecture", ["mobile_cnn", "cnn", "resnet18", "densenet121"])
 def test_fine_tuning_learns_slower_the_nearer_a_layer_is_to_the_input(architecture: str) -> None:
     network = build_network(SMALL.model_copy(update={"architecture": architecture}), 3)
     optimiser = make_optimiser(network, OptimiserConfig(layer_decay=0.5), fine_tune=True)
@@ -184,7 +184,9 @@ def test_a_frozen_body_keeps_weights_and_batch_statistics_and_thaws_whole() -> N
         optimiser.step()
         return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
 
-    freeze_body(network, True)
+    freeze(network, len(network.parts))
     assert step() == {"head.weight", "head.bias"}
-    freeze_body(network, False)
+    freeze(network, 1)
+    assert step() == {name for name in before if not name.startswith("parts.0.")}
+    freeze(network, 0)
     assert step() == set(before)

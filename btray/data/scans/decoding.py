@@ -22,7 +22,7 @@ from PIL.ImageFile import ImageFile
 from btray.data.scans.bmp import check_bmp
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import Format, describe_foreign, recognise_format
-from btray.data.scans.gray import to_gray
+from btray.data.scans.gray import to_gray, to_luma
 from btray.data.scans.jpeg import JpegStream
 from btray.data.scans.png import PNG_END, check_png, check_rows
 from btray.data.scans.slice_info import SliceInfo
@@ -268,9 +268,7 @@ def _deep_colour(data: bytes, image: ImageFile) -> Array | None:
     twin.seek(image.tell())
     low = _load_as(twin, f"{match['bands']};16{_OPPOSITE_ORDER[match['order']]}")
     bands = np.asarray(image).astype(np.uint16) << 8 | low
-    # ITU-R 601 luma with Pillow's weights: equal bands stay the same
-    red, green, blue = (bands[..., band].astype(np.uint32) for band in range(3))
-    gray = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint16)
+    gray = to_luma(bands[..., :3])
     key = image.info.get("transparency")
     if key is not None:
         gray[(bands == key).all(axis=-1)] = 0

@@ -22,7 +22,7 @@ from btray.bulk.runs import Run
 from btray.bulk.table import SCHEMA, row_of
 from btray.bulk.worker import Prefetcher, Row, Seconds
 from btray.core import logs
-from btray.data.frames import FrameSource, Rejection
+from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.key_set import keys_of
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
@@ -35,7 +35,7 @@ from btray.storage.read_many import ReadResult
 _FRAMES = 256
 _SMALL = 4 << 20  # bytes of frames of one object
 
-Decoded = list[Frame] | Scan | Rejection
+Decoded = Frames | Scan | Rejection
 """What the bytes of an object become."""
 
 
@@ -47,7 +47,7 @@ class Piece:
     """Of the object in its batch."""
     first: int
     """Number of the first of these frames among those of the object."""
-    frames: list[Frame] | Rejection
+    frames: Frames | Rejection
 
 
 class PartClassifier:
@@ -94,7 +94,7 @@ class PartClassifier:
         """Return the counts of a part, its profile and its least certain frames."""
         classified = [row for row in rows if row["status"] == "ok"]
         places = {info.uri: info.place or info.uri for info in objects}
-        frames = (_frame_of(row, places[row["uri"]]) for row in classified)
+        frames = (_frame_of(row, places[row["uri"]]) for row in classified if not row["burned_in"])
         return ClassifyTally.of(
             rows,
             objects,
@@ -120,7 +120,7 @@ class PartClassifier:
             if not isinstance(piece.frames, Rejection):
                 frame = piece.frames[prediction.frame]
                 row["picture"] = hashlib.sha256(frame.tobytes()).hexdigest()
-                if prediction.label in self._config.explain_labels:
+                if prediction.label in self._config.explain_labels and not prediction.burned_in:
                     explained.append(row)
                     pixels.append(frame)
         predicted = time.perf_counter()
@@ -171,13 +171,16 @@ def pieces_of(decoded: Iterable[Decoded], source: FrameSource, *, most: int) -> 
         if isinstance(of_object, Rejection):
             pieces.append(Piece(index, 0, of_object))
             continue
-        pages: list[Any] = of_object.frames if isinstance(of_object, Scan) else of_object
-        first = 0
-        while first < len(pages):
-            some = pages[first : first + most - held]
-            frames: list[Frame] = source.frames_of(Scan(some)) if isinstance(of_object, Scan) else some
+        first, count = 0, len(of_object.frames if isinstance(of_object, Scan) else of_object)
+        while first < count:
+            end = min(count, first + most - held)
+            if isinstance(of_object, Scan):
+                infos = of_object.slices and of_object.slices[first:end]
+                frames = source.frames_of(Scan(of_object.frames[first:end], infos))
+            else:
+                frames = of_object.part(first, end)
             pieces.append(Piece(index, first, frames))
-            first, held = first + len(some), held + len(some)
+            first, held = end, held + end - first
             if held == most:
                 yield pieces
                 pieces, held = [], 0

@@ -48,12 +48,12 @@ def write_explanations(
 
 
 def read_frames(classifier: Classifier, frames: Sequence[ClassifiedFrame]) -> tuple[list[ClassifiedFrame], Pixels]:
-    """Return those of `frames` that can still be read, and their pixels."""
+    """Return those of `frames` that can still be read and may be shown, and their pixels."""
     scans = classifier.source.from_uris([frame.place for frame in frames])
     readable = [
         (frame, scan[frame.frame])
         for frame, scan in zip(frames, scans, strict=True)
-        if not isinstance(scan, Rejection) and frame.frame < len(scan)
+        if not isinstance(scan, Rejection) and frame.frame < len(scan) and not scan.names_patient(frame.frame)
     ]
     size = classifier.manifest.preprocess.size
     pixels = np.stack([picture for _, picture in readable]) if readable else np.zeros((0, size, size), np.uint8)

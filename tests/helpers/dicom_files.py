@@ -1,11 +1,12 @@
 """DICOM objects for tests, written by pydicom in every transfer syntax that can be encoded here.
 
-Each holds identifiers of a patient who does not exist, which must not come out of any reader: `PLANTED`.
+Each holds identifiers of a patient who does not exist, which must not come out of any reader: `IDENTIFIERS`.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,28 +19,22 @@ from pydicom.uid import UID
 from rle.rle import encode_frame
 
 IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN = (f"1.2.840.10008.1.2{rest}" for rest in ("", ".1", ".1.99", ".2"))
+RLE = "1.2.840.10008.1.2.5"
 JPEG, JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LOSSLESS_1, JPEG_LS, JPEG_LS_NEAR, JPEG_2000, JPEG_2000_LOSSY = (
     f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91)
 )
 HTJ2K = "1.2.840.10008.1.2.4.201"
 MR, ENHANCED_MR, SECONDARY = (f"1.2.840.10008.5.1.4.1.1.{rest}" for rest in ("4", "4.1", "7"))
 STUDY, SERIES, INSTANCE = (f"1.2.826.0.1.3680043.10.{number}" for number in (1, 2, 3))
-PLANTED = (
-    "PLANTEDNAME", "PLANTEDID", "PLANTEDACCESSION", "PLANTEDHOSPITAL", "PLANTEDTEXT", "PLANTEDPRIVATE", "19500102", "20200304",
-)  # fmt: skip
+BIRTH_DATE, STUDY_DATE = "19500102", "20200304"
+IDENTIFIERS = ("PLANTED", BIRTH_DATE, STUDY_DATE)
+"""Parts of all that names the patient."""
 _NATIVE = (IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN)
 
 
 def _encode_rle(frame: np.ndarray) -> bytes:
     samples = frame.shape[2] if frame.ndim == 3 else 1
     return bytes(encode_frame(frame.tobytes(), *frame.shape[:2], samples, 8 * frame.dtype.itemsize, "<"))
-
-
-def _encode_deflated(frame: np.ndarray) -> bytes:
-    import zlib
-
-    stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    return stream.compress(frame.tobytes()) + stream.flush()
 
 
 def _bits(frame: np.ndarray) -> int:
@@ -77,14 +72,16 @@ def mr_slice(pixels: np.ndarray, **changed: Any) -> Dataset:
     dataset = Dataset()
     for name, value in {
         "SpecificCharacterSet": "ISO_IR 100", "ImageType": ["ORIGINAL", "PRIMARY", "M"], "SOPClassUID": MR,
-        "SOPInstanceUID": INSTANCE, "StudyDate": "20200304", "AccessionNumber": "PLANTEDACCESSION", "Modality": "MR",
-        "InstitutionName": "PLANTEDHOSPITAL", "SeriesDescription": "PLANTEDTEXT ax t1 post", "PatientName": "PLANTEDNAME^A",
-        "PatientID": "PLANTEDID", "PatientBirthDate": "19500102", "StudyInstanceUID": STUDY, "SeriesInstanceUID": SERIES,
-        "BodyPartExamined": "HEAD", "ProtocolName": "PLANTEDTEXT", "ImagePositionPatient": [-50, -60, 12.5],
+        "SOPInstanceUID": INSTANCE, "StudyDate": STUDY_DATE, "AccessionNumber": "PLANTEDACCESSION", "Modality": "MR",
+        "InstitutionName": "PLANTEDHOSPITAL", "SeriesDescription": "PLANTEDTEXT ax t1 post",
+        "PatientName": "PLANTEDNAME^A", "PatientID": "PLANTEDID", "PatientBirthDate": BIRTH_DATE,
+        "StudyInstanceUID": STUDY, "SeriesInstanceUID": SERIES, "BodyPartExamined": "HEAD",
+        "ProtocolName": "PLANTEDTEXT", "ImagePositionPatient": [-50, -60, 12.5],
         "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "SamplesPerPixel": 3 if colour else 1,
         "PhotometricInterpretation": "RGB" if colour else "MONOCHROME2", "PlanarConfiguration": 0 if colour else None,
-        "NumberOfFrames": frames or None, "Rows": height, "Columns": width, "PixelSpacing": [0.5, 0.5], "BitsAllocated": bits,
-        "BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": int(pixels.dtype.kind == "i"), **changed,
+        "NumberOfFrames": frames or None, "Rows": height, "Columns": width, "PixelSpacing": [0.5, 0.5],
+        "BitsAllocated": bits, "BitsStored": bits, "HighBit": bits - 1,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"), **changed,
     }.items():  # fmt: skip
         if value is not None:
             setattr(dataset, name, value)
@@ -152,3 +149,31 @@ def item(**elements: Any) -> Dataset:
 def sequence(**elements: Any) -> Items:
     """Return a sequence of one item."""
     return Items([item(**elements)])
+
+
+def element(group: int, number: int, vr: str, value: bytes = b"", *, length: int | None = None) -> bytes:
+    """Return one element in explicit VR, little endian; `length` is what it says, if that is not true."""
+    size = len(value) if length is None else length
+    if vr in ("OB", "OW", "SQ", "UN", "UT"):
+        return struct.pack("<HH2sHI", group, number, vr.encode(), 0, size) + value
+    return struct.pack("<HH2sH", group, number, vr.encode(), size) + value
+
+
+def with_element(data: bytes, added: bytes) -> bytes:
+    """Return a file in explicit VR, little endian, with elements put before those of the patient (group 10)."""
+    at = data.index(struct.pack("<HH2s", 0x0010, 0x0010, b"PN"))
+    return data[:at] + added + data[at:]
+
+
+def nested(depth: int, *, defined: bool = False) -> bytes:
+    """Return a private sequence that holds another, and so on: `depth` of them."""
+    inner = b""
+    for _ in range(depth):
+        if defined:
+            body = struct.pack("<HHI", 0xFFFE, 0xE000, len(inner)) + inner
+            inner = element(0x0009, 0x1002, "SQ", body)
+        else:
+            start, end = (0xFFFE, 0xE000, 0xFFFFFFFF), (0xFFFE, 0xE00D, 0, 0xFFFE, 0xE0DD, 0)
+            body = struct.pack("<HHI", *start) + inner + struct.pack("<HHIHHI", *end)
+            inner = element(0x0009, 0x1002, "SQ", length=0xFFFFFFFF) + body
+    return inner

@@ -5,6 +5,7 @@ Values of an object name patients. None stands in a message: those raised here a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -66,28 +67,36 @@ class DicomImage:
 
     def slices(self, *, max_pixels: int, max_volume_pixels: int) -> tuple[list[Array], list[SliceInfo]]:
         """Return frames, uint8 or uint16 [height, width], and what is known of each. Raises ScanRejected."""
-        with_silence = _decoded_frames(self.elements, self.pixels, self.transfer_syntax)
-        frames, infos, total = [], [], 0
-        for values, header in zip(with_silence, frame_headers(self.elements, self.pixels.frames), strict=True):
-            shape = square_size(self.pixels.shape, header.spacing) if header.spacing else self.pixels.shape
-            total += shape[0] * shape[1]
-            if shape[0] * shape[1] > max_pixels or total > max_volume_pixels:
-                raise ScanRejected("bomb", f"{total} pixels once they are square, above max_pixels {max_pixels}")
-            frames.append(_shown(self.pixels.gray(values, header.slope, header.intercept), header, shape))
-            infos.append(header.info)
+        frames: list[Array] = []
+        infos: list[SliceInfo] = []
+        total = 0
+        decoded = _decoded_frames(self.elements, self.pixels, self.transfer_syntax)
+        with _silently():
+            for header in frame_headers(self.elements, self.pixels.frames):
+                infos.append(header.info)
+                try:
+                    shape = square_size(self.pixels.shape, header.spacing) if header.spacing else self.pixels.shape
+                    total += shape[0] * shape[1]
+                    if shape[0] * shape[1] > max_pixels or total > max_volume_pixels:
+                        raise ScanRejected(
+                            "bomb", f"{total} pixels once they are square, above max_pixels {max_pixels}"
+                        )
+                    gray = self.pixels.gray(next(decoded), header.slope, header.intercept)
+                except ScanRejected as error:
+                    error.info = infos[0]
+                    raise
+                frames.append(_shown(gray, header, shape))
         return frames, infos
 
 
 def open_image(data: bytes, *, max_bytes: int, max_pixels: int, max_volume_pixels: int, min_side: int) -> DicomImage:
     """Read the header of a DICOM object, of which nothing is decoded. Raises ScanRejected and nothing else."""
-    try:
+    with _silently():
         meta = read_meta(data)
         _check_class(meta.media_class, "")
         elements = read_elements(data, meta, max_bytes)
         _check_kind(elements, meta)
         pixels = read_format(elements)
-    except Malformed:
-        raise ScanRejected("decode_failed", "a DICOM object whose elements cannot be told apart") from None
     size = f"{pixels.columns}x{pixels.rows}"
     frame = pixels.rows * pixels.columns
     if frame > max_pixels:
@@ -98,6 +107,19 @@ def open_image(data: bytes, *, max_bytes: int, max_pixels: int, max_volume_pixel
     if min(pixels.shape) < min_side:
         raise ScanRejected("too_small", f"{size} pixels, below min_side {min_side}")
     return DicomImage(elements, pixels, meta.transfer_syntax)
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    """Raise ScanRejected for whatever fails, without the text of other exceptions, which may quote values."""
+    try:
+        yield
+    except ScanRejected:
+        raise
+    except Malformed:
+        raise ScanRejected("decode_failed", "a DICOM object whose elements cannot be told apart") from None
+    except Exception:  # the numbers of a damaged header make libraries raise nearly anything
+        raise ScanRejected("decode_failed", "a damaged DICOM object") from None
 
 
 def _check_class(uid: str, modality: str) -> None:
@@ -134,10 +156,7 @@ def _decoded_frames(elements: Dataset, pixels: PixelFormat, transfer_syntax: str
     element, data = elements.get(PIXEL_DATA), elements.data
     assert element is not None  # noqa: S101 - as `open_image` has seen
     if transfer_syntax in DECODERS:
-        try:
-            frames = find_frames(elements, pixels.frames)
-        except Malformed:
-            raise ScanRejected("decode_failed", "a DICOM object whose compressed pixels are not in fragments") from None
+        frames = find_frames(elements, pixels.frames)
         yield from (decode_frame(DECODERS[transfer_syntax], join(data, pieces), pixels) for pieces in frames)
         return
     if element.length == UNDEFINED:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from btray import storage
+from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.explanations import FOLDER, write_explanations
 from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain
@@ -57,8 +58,13 @@ class PartClassifier:
     write_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     tally_type = ClassifyTally
 
-    def __init__(self, config: ClassifyConfig, model_id: str, run: Run, cpus: int) -> None:
-        """Load the bundle `config.model`, which must be `model_id`; decode `cpus` scans at a time."""
+    def __init__(
+        self, config: ClassifyConfig, model_id: str, pseudonyms: Pseudonyms | None, run: Run, cpus: int
+    ) -> None:
+        """Load the bundle `config.model`, which must be `model_id`; decode `cpus` scans at a time.
+
+        `pseudonyms` are those that objects are listed with.
+        """
         logs.begin_in_worker(config.log_format, job="classify", run_id=run.run_id)
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
@@ -71,13 +77,19 @@ class PartClassifier:
         )
         self.run = run
         self._config = config
+        self._pseudonyms = pseudonyms
         # One decoder is this thread itself: nothing else is done meanwhile.
         self._decoders = ThreadPoolExecutor(cpus) if cpus > 1 else None
         self._decoded_ahead = 2 * cpus
         batch = self.classifier.batch_size
         self.most_frames = batch * math.ceil(_FRAMES / batch)
-        max_bytes = self.classifier.source.limits.max_bytes
-        self.reader = Prefetcher(threads=config.threads, patience=config.patience, max_bytes=max_bytes, least=batch)
+        self.reader = Prefetcher(
+            threads=config.threads,
+            patience=config.patience,
+            max_bytes=self.classifier.source.limits.max_bytes,
+            least=batch,
+            pseudonyms=pseudonyms,
+        )
 
     def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return one row per frame, or one for an object that gives none; each frame with the digest of its pixels."""
@@ -115,6 +127,8 @@ class PartClassifier:
         for prediction in predictions:
             piece = pieces[prediction.index]
             row = row_of(prediction, objects[piece.index], run_id=self.run.run_id, classified_at=now)
+            if self._pseudonyms:
+                row = self._pseudonyms.conceal_row(row)
             row["frame"] = piece.first + prediction.frame
             rows.append(row)
             if not isinstance(piece.frames, Rejection):

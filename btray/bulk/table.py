@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from btray.model.prediction import ADDED, COLUMNS, UIDS, Prediction, arrow_field, as_row
+from btray.data.slice_facts import UIDS
+from btray.model.prediction import ADDED, COLUMNS, Prediction, arrow_field, as_row
 from btray.storage import FileInfo
 
 SCHEMA = pa.schema(

@@ -11,6 +11,8 @@ Plane = Literal["axial", "sagittal", "coronal"]
 ImageKind = Literal["original", "derived", "secondary", "localizer", "mosaic"]
 Weighting = Literal["t1", "t2", "flair", "dwi", "other"]
 Contrast = Literal["pre", "post"]
+UIDS = ("study_uid", "series_uid", "instance_uid")
+"""Facts that name a study, series or slice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from btray.data.slice_facts import SliceFacts
+from btray.data.slice_facts import UIDS, SliceFacts
 
 if TYPE_CHECKING:
     from btray.data.frames import Rejection
@@ -118,7 +118,6 @@ ANSWER = tuple(item.name for item in fields(Answer))
 COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER, *SLICE)
 """Fields that are columns of the results table; `uri` and `model_id` are there too, as the object's and the path's."""
 _ALWAYS, _REASON = ("frame", "status", "model_id"), ("error_code", "error")
-UIDS = ("study_uid", "series_uid", "instance_uid")
 ADDED = ("label_set", *(name for name in SLICE if name not in UIDS))
 """Columns that the first results tables lack: they stand at the end, and are null in older files."""
 

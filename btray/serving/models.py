@@ -145,8 +145,9 @@ class ServedModel:
         # Image, frame within it, and that frame alone, or the reason why there is none.
         numbered: list[tuple[int, int, DecodedImage]] = []
         for index, image in enumerate(images):
-            whole = [image] if isinstance(image, Rejection) else []
-            single: list[DecodedImage] = whole or [image.part(number, number + 1) for number in range(len(image))]
+            single: list[DecodedImage] = [image]
+            if not isinstance(image, Rejection):
+                single = [image.part(number, number + 1) for number in range(len(image))]
             numbered += [(index, number, piece) for number, piece in enumerate(single)]
         predictions = []
         for start in range(0, len(numbered), self.batcher.largest):

@@ -64,7 +64,7 @@ class AugmentConfig(ComponentConfig):
 class OptimiserConfig(ComponentConfig):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with warm-up and a cosine schedule (arXiv:1608.03983)."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     """Peak learning rate."""
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Learning rate at the end, as a share of the peak."""
@@ -121,7 +121,7 @@ class TrainConfig(JobConfig):
     """Name of the run; the same name resumes a run that was interrupted."""
     storage: Uri | None = None
     """Where runs keep checkpoints, history and TensorBoard events; default: OUT/_run."""
-    epochs: Positive = 30
+    epochs: Positive = 10
     """Passes over the training data."""
     batch_size: Positive = 64
     """Images per step, over all workers together."""

@@ -26,7 +26,7 @@ from btray.training.plan import Plan
 
 _log = logging.getLogger(__name__)
 
-# Rows per block of the decoding pipeline: some 6 MB of frames of 160 x 160, a second's work for one core.
+# Rows per block of the decoding pipeline: some 9 MB of frames of 192 x 192, a second's work for one core.
 _BLOCK_ROWS = 256
 # CPUs of a task that decodes frames to be kept. When a node dies, its frames are decoded anew while the workers hold
 # the rest of every CPU: if a task took more than that leaves, it and the workers would wait for each other for ever.

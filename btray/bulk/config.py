@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from btray.core.config import JobConfig, Positive, Probability
 from btray.core.uris import Uri, resolved
-from btray.model.config import require_bundle
+from btray.model.config import EngineName, require_bundle
 
 SHOWN = 24
 """Number of the least certain frames that summary.html shows."""
@@ -75,7 +75,7 @@ class ClassifyConfig(ArchiveConfig):
     """Classify on GPUs."""
     gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """GPU of each actor with --use-gpu; below 1 several share one."""
-    engine: Literal["auto", "eager", "frozen", "onnx"] = "auto"
+    engine: EngineName = "auto"
     """How the network is run: as it is, as a frozen graph, or by ONNX Runtime (extra onnx); auto: frozen on a CPU, \
     eager on a GPU."""
     batch_size: Positive | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 
 from btray import storage
+from btray.core.allocator import keep_freed_memory
 from btray.core.errors import UserError
 from btray.data.frames import FrameSource, Rejection
 from btray.data.preprocess import Frame, make_frame, to_tensor
 from btray.data.scans.gray import to_uint16
 from btray.model.abstention import label_sets
 from btray.model.bundle import Bundle, load_bundle
-from btray.model.engines import EngineName, make_engine
+from btray.model.config import EngineName
+from btray.model.engines import make_engine
 from btray.model.manifest import Manifest
+from btray.model.network import Network
 from btray.model.ood import Distribution
 from btray.model.prediction import Answer, Prediction
 
@@ -54,7 +58,7 @@ class Classifier:
         *,
         device: str | torch.device | None = None,
         batch_size: int | None = None,
-        engine: EngineName = "eager",
+        engine: EngineName = "auto",
     ) -> None:
         """Put the network of `bundle` on `device`; the arguments are those of `load`."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -62,15 +66,26 @@ class Classifier:
             batch_size = _CPU_BATCH if self.device.type == "cpu" else _GPU_BATCH
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be at least 1")
-        # Not the bundle itself, which would keep the weights in memory a second time.
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.ood = bundle.ood
         self.manifest = bundle.manifest
         self.classes = bundle.manifest.classes
         self.model_id = bundle.manifest.model_id
         self.batch_size = batch_size
         self.source = FrameSource(bundle.manifest.preprocess)
-        self.network = bundle.network().to(self.device).to(memory_format=torch.channels_last)
-        self._engine = make_engine(engine, self.network, size=bundle.manifest.preprocess.size, device=self.device)
+        self._bundle = bundle
+        self._engine = make_engine(
+            engine, self._build_network(), size=bundle.manifest.preprocess.size, device=self.device
+        )
+
+    @cached_property
+    def network(self) -> Network:
+        """The network as it was trained, built when it is first asked for: Grad-CAM needs it, answers do not."""
+        return self._build_network()
+
+    def _build_network(self) -> Network:
+        return self._bundle.network().to(self.device).to(memory_format=torch.channels_last)
 
     @classmethod
     def load(
@@ -81,7 +96,7 @@ class Classifier:
         device: str | None = None,
         batch_size: int | None = None,
         abstain_below: float | None = None,
-        engine: EngineName = "eager",
+        engine: EngineName = "auto",
     ) -> Self:
         """Load and verify a bundle. Raises UserError.
 
@@ -91,7 +106,7 @@ class Classifier:
             device: `cpu` or `cuda`; by default a GPU if there is one.
             batch_size: images per forward pass; by default as many as suit the device.
             abstain_below: replaces the bundle's own threshold.
-            engine: how the network is run, see `engines`: `eager` starts at once, `auto` is faster over many scans.
+            engine: how the network is run, see `engines`; `auto`: a frozen graph on a CPU, eager elsewhere.
         """
         bundle = load_bundle(str(uri), model_id=model_id).abstaining_below(abstain_below)
         return cls(bundle, device=device, batch_size=batch_size, engine=engine)

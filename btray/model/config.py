@@ -14,6 +14,8 @@ from btray.core.uris import Uri
 MANIFEST = "bundle.json"
 """The file of a bundle that describes it."""
 NO_BUNDLE = f"{{}} is not a model bundle: it has no {MANIFEST}; give the --out of a training"
+EngineName = Literal["auto", "eager", "frozen", "onnx"]
+"""How a network is run: see `btray.model.engines`."""
 BACKBONES = ("resnet18", "resnet50", "vgg16", "efficientnet_b0", "densenet121", "convnext_tiny")
 
 

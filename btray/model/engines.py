@@ -12,18 +12,18 @@ import logging
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from btray.core.errors import UserError
+from btray.model.config import EngineName
 from btray.model.network import Network
 
 _log = logging.getLogger(__name__)
 
-EngineName = Literal["auto", "eager", "frozen", "onnx"]
 Engine = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Standardised images [n, 1, size, size] -> logits [n, classes] and features [n, channels]: `Network.with_summary`."""
 

@@ -335,4 +335,3 @@ def _warm(classifier: Classifier, largest: int) -> None:
     for count in (1, largest, 1, largest):  # a frozen graph is made ready at its second pass
         frames = np.zeros((count, side, side), np.uint8)
         interpret(classifier.answer(frames), classifier.manifest, None)
-    heat_maps(classifier, frames[:1])

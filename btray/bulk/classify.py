@@ -21,6 +21,7 @@ from btray.core.errors import UserError
 from btray.data.key_set import Keys
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import require_agreement
 from btray.storage.parquet import set_aside
 
 _log = logging.getLogger(__name__)
@@ -43,8 +44,9 @@ class ClassifyJob(ArchiveJob):
     choices = frozenset({"reclassify", "retry_rejected", "explain_labels"})
 
     def __init__(self, config: ClassifyConfig) -> None:
-        """Load the bundle. Raises UserError if there is none, or if it does not know a label of `explain_labels`."""
+        """Load the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
         self.bundle = load_bundle(config.model, model_id=config.model_id)
+        require_agreement(self.bundle.manifest, self.bundle.uri, config.precision)
         classes = self.bundle.manifest.classes
         for label in config.explain_labels:
             if label not in classes:

@@ -22,7 +22,6 @@ from multiprocessing import Barrier, get_context
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401 - finds btray and tools
 import numpy as np
 
 NETWORK: dict[str, Any] = {
@@ -45,6 +44,8 @@ _barrier: Any = None
 
 def main() -> None:
     """Measure and print one JSON object."""
+    import checkout  # noqa: F401 - not for who imports the tables from here, which may measure another checkout
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of JPEG slices")
     parser.add_argument("--images", type=int, default=3000)

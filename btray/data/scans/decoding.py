@@ -25,6 +25,7 @@ from btray.data.scans.formats import Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray
 from btray.data.scans.jpeg import JpegStream
 from btray.data.scans.png import PNG_END, check_png, check_rows
+from btray.data.scans.slice_info import SliceInfo
 from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -37,20 +38,21 @@ class ScanLimits:
     max_bytes: int = 256 * 2**20
     """Largest encoded size, in bytes."""
     max_pixels: int = 64_000_000
-    """Most pixels of all frames together, counted from the headers before anything is decoded."""
+    """Most pixels of a picture with all its pages, or of one slice of a volume, by the headers, before decoding."""
+    max_volume_pixels: int = 512_000_000
+    """Most pixels of all slices of a volume (DICOM, NIfTI) together."""
     min_side: int = 16
     """Smallest width and height, in pixels."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A decoded scan. Identifiers are None if the format has none."""
+    """A decoded scan."""
 
     frames: list[Array]
     """Gray frames [height, width], uint8 or uint16 in native byte order, C-contiguous, writable."""
-    study_uid: str | None = None
-    series_uid: str | None = None
-    instance_uid: str | None = None
+    slices: list[SliceInfo] | None = None
+    """What the file says of each frame; None for pictures, which say nothing."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
-from multiprocessing import Barrier, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="btray-predict-") as folder:
         write_bundle(folder)
         models = {"predict": folder, "model": arguments.model}
-        barrier: Any = Barrier(PROCESSES, ctx=context)
+        barrier = context.Barrier(PROCESSES)
         with ProcessPoolExecutor(PROCESSES, context, _begin, (models, barrier)) as pool:
             for _ in range(arguments.repeats):
                 for name in names:

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measured(images: int) -> dict[str, float]:
-    """Group synthetic fingerprints of so many images; return what it took, and the groups that it found of those made."""
+    """Group synthetic fingerprints of so many images; return what it took, and the groups found and made."""
     prints, groups = synthetic(images)
     started, busy = time.perf_counter(), time.process_time()
     found = len(np.unique(group_by_fingerprint(prints)))

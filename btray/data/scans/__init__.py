@@ -2,7 +2,9 @@
 
 from btray.data.scans.decoding import FileFacts, Scan, ScanLimits, count_pages, decode, examine
 from btray.data.scans.errors import REJECTION_CODES, ScanRejected
+from btray.data.scans.slice_info import SliceInfo
 
 __all__ = [
-    "REJECTION_CODES", "FileFacts", "Scan", "ScanLimits", "ScanRejected", "count_pages", "decode", "examine",
+    "REJECTION_CODES", "FileFacts", "Scan", "ScanLimits", "ScanRejected", "SliceInfo", "count_pages", "decode",
+    "examine",
 ]  # fmt: skip

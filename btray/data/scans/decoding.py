@@ -1,4 +1,4 @@
-"""Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP and WebP. Every rejection has a code; see `REJECTION_CODES`.
+"""Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP, WebP, DICOM and NIfTI. Rejections have codes: `REJECTION_CODES`.
 
 All callers decode with `decode`, so that training, bulk classification and serving see the same pixels. It keeps no
 state and is thread-safe. Other image formats are refused as `unsupported`, by name; nothing is read from disk here.
@@ -19,13 +19,17 @@ from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin
 from PIL import WebPImagePlugin as WebpImagePlugin
 from PIL.ImageFile import ImageFile
 
+from btray.data.scans import gzipped
 from btray.data.scans.bmp import check_bmp
+from btray.data.scans.dicom import DicomImage, open_image
 from btray.data.scans.errors import ScanRejected
-from btray.data.scans.formats import Format, describe_foreign, recognise_format
-from btray.data.scans.gray import to_gray
+from btray.data.scans.formats import PACKED, Format, describe_foreign, recognise_format
+from btray.data.scans.gray import to_gray, to_luma
 from btray.data.scans.jpeg import JpegStream
+from btray.data.scans.nifti import Volume, read_header
 from btray.data.scans.png import PNG_END, check_png, check_rows
-from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
+from btray.data.scans.slice_info import SliceInfo
+from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers, strict_libtiff
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -37,20 +41,21 @@ class ScanLimits:
     max_bytes: int = 256 * 2**20
     """Largest encoded size, in bytes."""
     max_pixels: int = 64_000_000
-    """Most pixels of all frames together, counted from the headers before anything is decoded."""
+    """Most pixels of a picture with all its pages, or of one slice of a volume, by the headers, before decoding."""
+    max_volume_pixels: int = 512_000_000
+    """Most pixels of all slices of a volume (DICOM, NIfTI) together."""
     min_side: int = 16
     """Smallest width and height, in pixels."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A decoded scan. Identifiers are None if the format has none."""
+    """A decoded scan."""
 
     frames: list[Array]
     """Gray frames [height, width], uint8 or uint16 in native byte order, C-contiguous, writable."""
-    study_uid: str | None = None
-    series_uid: str | None = None
-    instance_uid: str | None = None
+    slices: list[SliceInfo] | None = None
+    """What the file says of each frame; None for pictures, which say nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class FileFacts:
 
     format: Format
     mode: str
-    """Pillow's name for how a pixel is stored, "L" or "RGB" say."""
+    """Pillow's name for how a pixel is stored, "L" or "RGB" say; that of a volume, "I;16"."""
     width: int
     height: int
     """In pixels, as stored: of the first page, before an EXIF orientation is applied."""
@@ -92,6 +97,8 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
     "BMP": lambda data: int.from_bytes(data[2:6], "little") > len(data),
     "WebP": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
     "TIFF": lambda data: False,  # it has no mark of its end; `open_pages` and `check_strips` look at what it needs
+    "DICOM": lambda data: False,  # as their readers have seen already
+    "NIfTI": lambda data: False,
 }
 # frame headers, of one to four components, of processes that libjpeg does not know
 _RARE_JPEG = re.compile(rb"\xff([\xc5-\xc7\xcb\xcd-\xcf\xf7])\0[\x0b\x0e\x11\x14]")
@@ -101,7 +108,7 @@ _UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle",
 
 
 def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DEFAULT_LIMITS) -> Scan:
-    """Decode one encoded scan to gray frames; more than one frame only from a multi-page TIFF.
+    """Decode one encoded scan to gray frames; more than one frame only from a multi-page TIFF or a volume.
 
     Colour becomes luma (ITU-R 601), transparency is laid on black, EXIF orientation is applied. 16-bit gray and colour
     stay uint16; signed integers are shifted, 32-bit integers and floats scaled from their own range to 0..65535.
@@ -114,8 +121,37 @@ def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DE
         raise ScanRejected("empty", "the object has no bytes")
     if len(data) > limits.max_bytes:
         raise ScanRejected("too_large", f"{len(data)} bytes, above max_bytes {limits.max_bytes}")
+    data = _unpack(data, limits)
     with _decoding(data) as kind:
+        if kind == "NIfTI":
+            volume = _open_volume(data, limits)
+            return Scan(volume.frames(data), volume.infos())
+        if kind == "DICOM":
+            most = {"max_pixels": limits.max_pixels, "max_volume_pixels": limits.max_volume_pixels}
+            return Scan(*_open_dicom(data, limits).slices(**most))
         return Scan(_read_frames(data, kind, min_side, limits))
+
+
+def _unpack(data: bytes, limits: ScanLimits) -> bytes:
+    """Return the bytes of a medical file packed with gzip; all others as they are."""
+    packed = data.startswith(gzipped.MAGIC) and recognise_format(gzipped.peek(data)) in PACKED
+    return gzipped.unpack(data, limits.max_bytes) if packed else data
+
+
+def _open_volume(data: bytes, limits: ScanLimits) -> Volume:
+    volume = read_header(data)
+    volume.check(max_pixels=limits.max_pixels, max_volume_pixels=limits.max_volume_pixels, min_side=limits.min_side)
+    return volume
+
+
+def _open_dicom(data: bytes, limits: ScanLimits) -> DicomImage:
+    return open_image(
+        data,
+        max_bytes=limits.max_bytes,
+        max_pixels=limits.max_pixels,
+        max_volume_pixels=limits.max_volume_pixels,
+        min_side=limits.min_side,
+    )
 
 
 @contextlib.contextmanager
@@ -135,6 +171,10 @@ def _decoding(data: bytes) -> Iterator[Format]:
 def count_pages(data: bytes) -> int:
     """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it."""
     try:
+        if recognise_format(head := gzipped.peek(data)) == "NIfTI":
+            return _open_volume(head, _DEFAULT_LIMITS).shape[2]
+        if recognise_format(head) == "DICOM":
+            return _open_dicom(_unpack(data, _DEFAULT_LIMITS), _DEFAULT_LIMITS).pixels.frames
         return len(find_directories(data)) if recognise_format(data) == "TIFF" else 1
     except ScanRejected:
         return 1
@@ -142,7 +182,15 @@ def count_pages(data: bytes) -> int:
 
 def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
     """Return what kind of file a scan is, and a small copy of its colours. Raises `ScanRejected` and nothing else."""
+    data = _unpack(data, limits)
     with _decoding(data) as kind:
+        if kind == "NIfTI":
+            width, height, _ = _open_volume(data, limits).shape
+            return FileFacts(kind, "I;16", width, height, None)
+        if kind == "DICOM":
+            pixels = _open_dicom(data, limits).pixels
+            mode = "RGB" if pixels.samples > 1 else "L" if pixels.allocated == 8 else "I;16"
+            return FileFacts(kind, mode, pixels.columns, pixels.rows, None)
         image = next(open_pages(data)) if kind == "TIFF" else _READERS[kind](io.BytesIO(data))
         _check_size(image.size, limits)
         mode, (width, height) = image.mode, image.size
@@ -197,7 +245,8 @@ def _pages(data: bytes, limits: ScanLimits) -> Iterator[Array]:
         pixels = _check_size(image.size, limits, pixels)
         check_strips(data, image.tag_v2)
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero: Pillow inverts up to 8 bit only
-        frame = _frame(data, image)
+        with strict_libtiff():
+            frame = _frame(data, image)
         yield np.invert(frame) if inverted and frame.dtype == np.uint16 else frame
 
 
@@ -266,9 +315,7 @@ def _deep_colour(data: bytes, image: ImageFile) -> Array | None:
     twin.seek(image.tell())
     low = _load_as(twin, f"{match['bands']};16{_OPPOSITE_ORDER[match['order']]}")
     bands = np.asarray(image).astype(np.uint16) << 8 | low
-    # ITU-R 601 luma with Pillow's weights: equal bands stay the same
-    red, green, blue = (bands[..., band].astype(np.uint32) for band in range(3))
-    gray = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint16)
+    gray = to_luma(bands[..., :3])
     key = image.info.get("transparency")
     if key is not None:
         gray[(bands == key).all(axis=-1)] = 0

@@ -1,4 +1,4 @@
-"""The networks: the default, a family of custom 2D CNNs described wholly by a config, and torchvision backbones by name.
+"""The networks: the default, a family of 2D CNNs described wholly by a config, and torchvision backbones by name.
 
 Every network maps float32 [n, 1, size, size] to logits [n, classes] and has the same three steps: `feature_map`
 (what Grad-CAM looks at), `embed` (the vector before the last layer) and `head`.

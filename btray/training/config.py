@@ -79,13 +79,17 @@ class OptimiserConfig(ComponentConfig):
     label_smoothing: Share = 0.1
     """Share of each target that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     class_balance: Literal["weights", "sampling", "none"] = "weights"
-    """Whether rare classes weigh more in the loss, are drawn more often, or neither."""
+    """Whether images of rare classes and sources weigh more in the loss, are drawn more often, or neither."""
+    class_power: Probability = 0.5
+    """How far rare classes are lifted: 0, every image counts the same; 1, every class does."""
+    source_power: Probability = 0.5
+    """How far small sources are lifted within a class, likewise."""
     mixup: Annotated[float, Field(ge=0, le=4)] = 0.0
     """Parameter of mixup's beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0: none."""
     ema: Share = 0.995
     """Decay per step of the moving average of the weights, which is evaluated instead of the weights; 0: none."""
     freeze_epochs: Annotated[int, Field(ge=0)] = 1
-    """With pretrained weights: epochs in which only the last layer learns, whose random start would spoil the others."""
+    """With pretrained weights: epochs in which only the last layer learns: its random start would spoil the others."""
     frozen_stages: Annotated[int, Field(ge=0)] = 3
     """With ImageNet's weights: stages from the input that never learn; their edges and textures serve as they are."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7

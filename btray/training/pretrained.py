@@ -1,4 +1,4 @@
-"""Weights to start from: ImageNet's, a bundle, a safetensors file, or a torch state dict. Only tensors are unpickled."""
+"""Weights to start from: ImageNet's, a bundle, safetensors, or a torch state dict, of which only tensors are read."""
 
 from __future__ import annotations
 

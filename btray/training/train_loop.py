@@ -26,9 +26,9 @@ from btray.model.engines import supports_bf16
 from btray.model.network import Network, build_network, load_matching
 from btray.training import optimizer
 from btray.training.augment import Augmenter
-from btray.training.config import IMAGENET
 from btray.training.checkpoints import Checkpoint
 from btray.training.collectives import Collectives
+from btray.training.config import IMAGENET
 from btray.training.feeds import Batch, MemoryFeed, StreamFeed
 from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
 from btray.training.plan import Plan
@@ -64,8 +64,6 @@ class Trainer:
         self.bf16 = precision == "bf16" or (precision == "auto" and supports_bf16(self.device))
         self.collectives = Collectives(self.device)
         self.augmenter = Augmenter(self.config.augment, self.config.seed)
-        weights = optimizer.class_weights(plan.class_counts(), settings).to(self.device)
-        self.class_weights = F.pad(weights, (0, 1), value=optimizer.OUTLIER_WEIGHT)  # the last one is that of label -1
         torch.manual_seed(self.config.seed)  # every worker begins with the same weights
         network = build_network(self.config.network, len(plan.classes))
         if plan.initial_weights:
@@ -189,15 +187,13 @@ class Trainer:
         frames, labels = self._to_device(batch.frames), self._to_device(batch.labels)
         images = self.augmenter(frames, batch.samples, epoch) if self.config.augment.enabled else to_tensor(frames)
         targets = optimizer.soft_targets(labels, len(self.plan.classes), config)
-        weights = self.class_weights[labels]
+        weights = self._to_device(batch.weights)
         if config.mixup:
             seed = (self.config.seed, epoch, index, self.collectives.rank)
             images, targets, weights = optimizer.mix_up(images, targets, weights, config.mixup, seed)
         loss = optimizer.weighted_losses(self._logits(self.parallel, images), targets, weights)
-        if batch.whole_labels is None:
-            whole_weight = self.collectives.sum(weights.sum())
-        else:  # known here: asking would make every worker wait for the slowest twice per step. Mixup keeps the sum.
-            whole_weight = self.class_weights[self._to_device(batch.whole_labels)].sum()
+        # If it is known, asking would make every worker wait for the slowest twice per step. Mixup keeps the sum.
+        whole_weight = batch.whole_weight or self.collectives.sum(weights.sum())
         self.optimiser.zero_grad()
         # DDP averages gradients over workers; each must count by the weight of its samples in the whole batch.
         (loss * (self.collectives.workers / whole_weight)).backward()

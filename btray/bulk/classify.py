@@ -10,6 +10,7 @@ from btray import storage
 from btray.bulk import table
 from btray.bulk.classify_worker import PartClassifier
 from btray.bulk.clinical.pseudonyms import Pseudonyms, check_table, claim_table
+from btray.bulk.clinical.studies import read_studies, update_studies
 from btray.bulk.completed import CompletedIndex
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.driver import ArchiveJob, run_archive
@@ -22,6 +23,7 @@ from btray.core.errors import UserError
 from btray.data.key_set import Keys
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
+from btray.model.studies import Reader
 from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
 
@@ -57,6 +59,7 @@ class ClassifyJob(ArchiveJob):
         check_table(self.output, self.pseudonyms)
         self.gpu_share = config.gpu_share if config.use_gpu else 0.0
         self.completed = CompletedIndex(self.output, self.group)
+        self.outputs = (self.output, config.studies_uri)
 
     def begin(self) -> None:
         """Keep what tells later runs whether they have the same key."""
@@ -94,6 +97,10 @@ class ClassifyJob(ArchiveJob):
             self.completed.write(run)
         for uri in self.completed.damaged:
             set_aside(uri)  # now that what it held is classified anew
+        reader = Reader.of(self.bundle.manifest)
+        studies = self.config.studies_uri
+        counts = update_studies(self.output, self.group, studies, reader, any_new=report.in_series > 0)
+        report = report.model_copy(update={"studies": counts})
         try:
             from btray.bulk import summary  # matplotlib: nothing needs it before the run has ended
 
@@ -101,7 +108,10 @@ class ClassifyJob(ArchiveJob):
             report = report.model_copy(update={"drift": drift})
             if report.objects:
                 classifier = Classifier(self.bundle, device="cpu")
-                _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier, self.pseudonyms))
+                uids = {str(frame.study_uid) for frame in report.most_tumor}
+                rows = read_studies(studies, self.group, uids)
+                shown = {"studies": rows, "pseudonyms": self.pseudonyms}
+                _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier, **shown))
                 self._explain_least_certain(run, report, classifier)
         except Exception as error:  # the rows are there, and so is what the run counted
             reason = type(error).__name__ + ("" if self.pseudonyms else f": {error}")  # which may name an object

@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +18,7 @@ from btray import storage
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.explanations import FOLDER, write_explanations
-from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain
+from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain, most_tumor
 from btray.bulk.runs import Run
 from btray.bulk.table import SCHEMA, row_of
 from btray.bulk.worker import Prefetcher, Row, Seconds
@@ -29,6 +29,7 @@ from btray.data.preprocess import Frame
 from btray.data.scans import Scan
 from btray.model.classifier import Classifier
 from btray.model.drift import Profile
+from btray.model.studies import Reader
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult
 
@@ -78,6 +79,7 @@ class PartClassifier:
         self.run = run
         self._config = config
         self._pseudonyms = pseudonyms
+        self._reader = Reader.of(self.classifier.manifest)
         # One decoder is this thread itself: nothing else is done meanwhile.
         self._decoders = ThreadPoolExecutor(cpus) if cpus > 1 else None
         self._decoded_ahead = 2 * cpus
@@ -106,15 +108,24 @@ class PartClassifier:
         """Return the counts of a part, its profile and its least certain frames."""
         classified = [row for row in rows if row["status"] == "ok"]
         places = {info.uri: info.place or info.uri for info in objects}
-        frames = (_frame_of(row, places[row["uri"]]) for row in classified if not row["burned_in"])
+        shown = [row for row in classified if not row["burned_in"]]
         return ClassifyTally.of(
             rows,
             objects,
             seconds,
             labels=Counter(row["label"] for row in classified),
             profile=Profile.of(classified),
-            least_certain=least_certain(frames, self._config.least_certain),
+            least_certain=least_certain(
+                (_frame_of(row, places[row["uri"]]) for row in shown), self._config.least_certain
+            ),
+            in_series=sum(1 for row in rows if row["study_uid"] or row["series_uid"]),
+            most_tumor=most_tumor(self._of_study(row, places[row["uri"]]) for row in shown if row["study_uid"]),
         )
+
+    def _of_study(self, row: Row, place: str) -> ClassifiedFrame:
+        shares = np.array([[dict(row["probabilities"])[label] for label in self.classifier.classes]])
+        tumor = float(self._reader.tumor(shares)[0])
+        return replace(_frame_of(row, place), study_uid=row["study_uid"], tumor=tumor)
 
     def _classify(self, objects: Sequence[FileInfo], pieces: Sequence[Piece], seconds: Seconds) -> list[Row]:
         started = time.perf_counter()

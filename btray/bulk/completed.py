@@ -70,7 +70,7 @@ class CompletedIndex:
         """
         with tempfile.TemporaryDirectory() as scratch:
             latest = LatestOutcomes(Path(scratch))
-            for run_id, files in groupby(_files(self._table), key=lambda info: run_of(info.uri)):
+            for run_id, files in groupby(table_files(self._table), key=lambda info: run_of(info.uri)):
                 for records in self._read(files) if run_id is None else self._of_run(run_id, files, write_missing):
                     latest.add(records)
             yield from latest.keys(CLASSIFIED if retry_rejected else REJECTED)
@@ -201,7 +201,7 @@ def _key_file(folder: str, number: int) -> str:
 # ---- the table
 
 
-def _files(folder: str) -> Iterator[FileInfo]:
+def table_files(folder: str) -> Iterator[FileInfo]:
     """Yield the files of the table below `folder`; below `_` is what is no data."""
     with storage.suppress_missing():
         for info in storage.list_files(folder):
@@ -210,7 +210,7 @@ def _files(folder: str) -> Iterator[FileInfo]:
 
 
 def _files_of(folder: str, run_id: str) -> Iterator[FileInfo]:
-    return (info for info in _files(folder) if run_of(info.uri) == run_id)
+    return (info for info in table_files(folder) if run_of(info.uri) == run_id)
 
 
 def _read_file(info: FileInfo) -> list[Records] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Literal, Self
 
@@ -84,6 +85,8 @@ class ClassifyConfig(ArchiveConfig):
     """Write pictures of what spoke for the label (Grad-CAM) of this many of the least certain scans."""
     explain_labels: tuple[str, ...] = ()
     """Write such pictures of every scan that gets one of these labels."""
+    studies: Uri | None = None
+    """Where the table of series and studies is written, if the archive has any (DICOM); default: OUTPUT-studies."""
     pseudonymize: Uri | None = None
     """File with a key of at least 32 bytes, mode 600: UIDs and names of objects are written as HMACs with it."""
 
@@ -97,9 +100,22 @@ class ClassifyConfig(ArchiveConfig):
             Pseudonyms.from_file(self.pseudonymize)
 
     @property
+    def studies_uri(self) -> str:
+        """Root of the table of series and studies."""
+        return self.studies or f"{self.output}-studies"
+
+    @property
     def least_certain(self) -> int:
         """Number of the least certain frames that run.json names."""
         return max(SHOWN, self.explain)
+
+    @model_validator(mode="after")
+    def _studies_beside_the_output(self) -> Self:
+        if self.studies is None and re.fullmatch("s3://[^/]+", self.output):
+            raise ValueError(f"{self.output} is a whole bucket, beside which no studies can be written; give --studies")
+        if f"{self.studies_uri}/".startswith(f"{self.output}/"):
+            raise ValueError(f"{self.studies} lies in the results table; give --studies another folder")
+        return self
 
     @model_validator(mode="after")
     def _onnx_on_a_cpu(self) -> Self:

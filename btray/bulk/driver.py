@@ -11,7 +11,7 @@ import logging
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -58,6 +58,7 @@ class ArchiveJob(ABC):
         config.check()
         self.config = config
         self.output = config.output
+        self.outputs: Sequence[str] = (config.output,)
         self.group = group
 
     def begin(self) -> None:  # noqa: B027 - most jobs have nothing to do
@@ -96,7 +97,7 @@ def run_archive(job: ArchiveJob) -> str:
     """
     config = job.config
     with _readable_errors():
-        selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.output)
+        selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
         listed = job.named(list_archive(config.input, selection, patience=config.patience))
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)

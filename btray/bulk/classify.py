@@ -110,8 +110,10 @@ class ClassifyJob(ArchiveJob):
                 classifier = Classifier(self.bundle, device="cpu")
                 uids = {str(frame.study_uid) for frame in report.most_tumor}
                 rows = read_studies(studies, self.group, uids)
-                shown = {"studies": rows, "pseudonyms": self.pseudonyms}
-                _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier, **shown))
+                page = summary.write_summary(
+                    run, report, profiles, classifier, studies=rows, pseudonyms=self.pseudonyms
+                )
+                _log.info("summary: %s", page)
                 self._explain_least_certain(run, report, classifier)
         except Exception as error:  # the rows are there, and so is what the run counted
             reason = type(error).__name__ + ("" if self.pseudonyms else f": {error}")  # which may name an object

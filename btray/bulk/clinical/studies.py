@@ -108,7 +108,7 @@ def update_studies(output: str, model_id: str, studies: str, reader: Reader, *, 
 def read_studies(studies: str, model_id: str, uids: Collection[str]) -> dict[str, dict[str, Any]]:
     """Return the rows of some studies by their UIDs."""
     folder = storage.join(studies, f"model_id={model_id}")
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for number in sorted({_pile(uid) // _PILES for uid in uids}):
         body = storage.read_bytes(storage.join(folder, _file_name(number)))
         rows = pa.parquet.read_table(pa.BufferReader(body))

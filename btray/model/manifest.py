@@ -17,7 +17,7 @@ from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
 from btray.model.config import MANIFEST, NetworkConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: frames were made otherwise
 
 # The key of the SHA-256 of bundle.json itself, computed with zeros in its place. It covers the text and not the parsed
 # content, so that no bit of the file can flip unnoticed.
@@ -85,7 +85,7 @@ class Manifest(ComponentConfig):
     """The content of `bundle.json`."""
 
     format_version: int
-    """Rises when an older btray could not read the bundle."""
+    """Rises when a bundle and a btray before and after could not go together, as when frames are made otherwise."""
     model_id: str
     """Digest of weights, network, preprocessing, calibration and classes; the name of this model in every result."""
     classes: tuple[str, ...] = Field(min_length=2)
@@ -127,7 +127,7 @@ class Manifest(ComponentConfig):
 
     @classmethod
     def from_text(cls, text: str, uri: str) -> Self:
-        """Read bundle.json of the bundle at `uri`. Raises UserError if it is damaged, or newer than this btray."""
+        """Read bundle.json of the bundle at `uri`. Raises UserError if it is damaged, or of another format version."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -136,8 +136,11 @@ class Manifest(ComponentConfig):
         if not isinstance(version, int):
             raise UserError(f"{uri}: {MANIFEST} has no format_version; train or copy the bundle again")
         if version > FORMAT_VERSION:
+            raise UserError(f"{uri} has format_version {version}; this btray reads {FORMAT_VERSION}: upgrade btray")
+        if version < FORMAT_VERSION:
             raise UserError(
-                f"{uri} has format_version {version}; this btray reads up to {FORMAT_VERSION}: upgrade btray"
+                f"{uri} has format_version {version}; this btray makes other frames and reads {FORMAT_VERSION}: train "
+                "the model again, into another folder"
             )
         seal = content.pop(_SEAL, None)
         if not isinstance(seal, str) or sha256(text.replace(seal, _NO_SEAL).encode()) != seal:

@@ -177,7 +177,8 @@ def test_weights_that_do_not_fit_the_network_are_refused(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content.update(format_version=2), "format_version 2"),
+        (lambda content: content.update(format_version=1), "format_version 1; this btray makes other frames"),
+        (lambda content: content.update(format_version=3), "format_version 3"),
         (lambda content: content.update(format_version=10**30, more="x"), "upgrade"),
         (lambda content: content.update(format_version="1"), "format_version"),
         (lambda content: content.pop("format_version"), "format_version"),
@@ -207,7 +208,7 @@ def test_a_changed_manifest_is_refused_with_and_without_its_digest(
     refusal(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "7", "null", "[" * 100_000, "{", '{"format_version": 1}', "\0", "{}"])
+@pytest.mark.parametrize("content", ["", "[]", "7", "null", "[" * 100_000, "{", '{"format_version": 2}', "\0", "{}"])
 def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, content: str) -> None:
     (folder / MANIFEST).write_text(content)
     assert MANIFEST in refusal(folder)
@@ -326,9 +327,10 @@ def test_a_bundle_with_a_stranger_beside_it_is_not_written_over(folder: Path) ->
 def test_a_file_or_an_unreadable_bundle_in_the_way_is_found_before_training(folder: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         require_free(str(folder / MANIFEST))
-    rewrite(folder, lambda content: content.update(format_version=2))
-    with pytest.raises(UserError, match="format_version 2"):
-        require_free(str(folder))
+    for version, remedy in ((1, "train the model again, into another folder"), (3, "upgrade btray")):
+        rewrite(folder, lambda content, version=version: content.update(format_version=version))  # type: ignore[misc]
+        with pytest.raises(UserError, match=f"format_version {version}; .*{remedy}"):
+            require_free(str(folder))
 
 
 def test_an_empty_folder_and_one_with_only_a_run_are_free(tmp_path: Path) -> None:

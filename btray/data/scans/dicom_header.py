@@ -150,7 +150,8 @@ def fragments(data: bytes, element: Element, order: str = "<") -> list[tuple[int
 
     Raises ScanRejected, `truncated`, if they end early, and Malformed if they are none.
     """
-    at, found = element.start, []
+    at = element.start
+    found: list[tuple[int, int]] = []
     end = len(data) if element.length == UNDEFINED else element.start + element.length
     header = struct.Struct(order + "HHI")
     while at + 8 <= end:

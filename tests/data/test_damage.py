@@ -154,6 +154,20 @@ def test_strips_of_a_tiff_are_checked_with_the_tables_that_it_keeps_apart() -> N
         check_jpeg(strip[: length // 2] + b"\xff\xd9", tables)
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "group4"])
+def test_what_libtiff_finds_wrong_is_a_rejection_and_nothing_is_printed(
+    compression: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    image = Image.fromarray(phantom("glioma", 1, size=256))
+    whole = corpus.encode(image.convert("1") if compression == "group4" else image, "TIFF", compression=compression)
+    at = len(whole) // 3
+    with pytest.raises(ScanRejected) as caught:
+        decode(whole[:at] + b"\xff" * 500 + whole[at + 500 :])
+    assert caught.value.code == "decode_failed"
+    assert decode(whole).frames[0].shape == (256, 256), "one that is whole, after it"
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("name", ["jpeg_zero_hole.jpg", "jpeg_cut_with_eoi.jpg"])
 def test_the_cases_that_were_called_whole_are_rejected(name: str) -> None:
     if not CASES.is_dir():

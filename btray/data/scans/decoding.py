@@ -29,7 +29,7 @@ from btray.data.scans.jpeg import JpegStream
 from btray.data.scans.nifti import Volume, read_header
 from btray.data.scans.png import PNG_END, check_png, check_rows
 from btray.data.scans.slice_info import SliceInfo
-from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
+from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers, strict_libtiff
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -245,7 +245,8 @@ def _pages(data: bytes, limits: ScanLimits) -> Iterator[Array]:
         pixels = _check_size(image.size, limits, pixels)
         check_strips(data, image.tag_v2)
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero: Pillow inverts up to 8 bit only
-        frame = _frame(data, image)
+        with strict_libtiff():
+            frame = _frame(data, image)
         yield np.invert(frame) if inverted and frame.dtype == np.uint16 else frame
 
 

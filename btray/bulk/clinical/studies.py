@@ -70,8 +70,8 @@ SCHEMA = pa.schema(
 `run_id` and `classified_at` are those of its latest frame."""
 
 _FRAME = (
-    "uri", "etag", "frame", "study_uid", "series_uid", "instance_uid", "position_mm", "status", "probabilities",
-    "abstained", "out_of_distribution", "run_id", "classified_at",
+    "uri", "etag", "frame", "study_uid", "series_uid", "instance_uid", "position_mm", "status", "error_code",
+    "probabilities", "abstained", "out_of_distribution", "run_id", "classified_at",
 )  # fmt: skip
 _SHOWN = ("uri", "frame", "series_uid", "instance_uid", "position_mm")
 _STATE = "_state.json"
@@ -195,7 +195,8 @@ def _read_file(info: FileInfo) -> pa.Table | None:
 def study_rows(frames: pa.Table, reader: Reader) -> list[dict[str, Any]]:
     """Return the rows of the series and studies that some rows of the results table belong to.
 
-    Of an object that was read several times the latest version counts, and of each of its frames the latest row.
+    Of an object that was read several times the latest version counts, and of each of its frames the latest row. Series
+    that were left out by a choice are in no row.
     """
     pile = _Pile(_current(frames), reader)
     rows: list[dict[str, Any]] = []
@@ -267,7 +268,8 @@ def _current(frames: pa.Table) -> pa.Table:
     latest_etag[uris] = etags  # of equal ones the last counts
     chosen = np.flatnonzero(latest_etag[uris] == etags)[::-1]
     _, first = np.unique(uris[chosen] * (numbers.max(initial=0) + 1) + numbers[chosen], return_index=True)
-    return frames.take(np.sort(chosen[first]))
+    frames = frames.take(np.sort(chosen[first]))
+    return frames.filter(pc.not_equal(pc.fill_null(frames["error_code"], ""), "not_selected"))
 
 
 def _codes(column: pa.ChunkedArray) -> Codes:

@@ -28,6 +28,7 @@ from btray.data.key_set import Keys
 from btray.data.scans import SliceInfo
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import require_agreement
 from btray.model.studies import Reader
 from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
@@ -52,8 +53,9 @@ class ClassifyJob(ArchiveJob):
     choices = frozenset({"reclassify", "retry_rejected", "explain_labels", "series", "series_preset"})
 
     def __init__(self, config: ClassifyConfig) -> None:
-        """Load the bundle. Raises UserError if there is none, or if it does not know a label of `explain_labels`."""
+        """Load the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
         self.bundle = load_bundle(config.model, model_id=config.model_id)
+        require_agreement(self.bundle.manifest, self.bundle.uri, config.precision)
         classes = self.bundle.manifest.classes
         for label in config.explain_labels:
             if label not in classes:
@@ -131,7 +133,7 @@ class ClassifyJob(ArchiveJob):
             profiles, drift = summary.compare(run, report, self.bundle)
             report = report.model_copy(update={"drift": drift})
             if report.objects:
-                classifier = Classifier(self.bundle, device="cpu")
+                classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
                 uids = {str(frame.study_uid) for frame in report.most_tumor}
                 rows = read_studies(studies, self.group, uids)
                 page = summary.write_summary(

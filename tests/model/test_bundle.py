@@ -13,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.model.bundle import load_bundle, save_bundle
+from btray.data.fingerprint import LENGTH, VIEWS
+from btray.model.bundle import FINGERPRINTS, load_bundle, pack_fingerprints, read_fingerprints, save_bundle
 from btray.model.bundle_files import WEIGHTS, WRITING, require_free
 from btray.model.classifier import Classifier
 from btray.model.config import MANIFEST
@@ -109,6 +111,32 @@ def test_one_flipped_bit_anywhere_is_refused(folder: Path, name: str) -> None:
         flipped[place // 8] ^= 1 << place % 8
         (folder / name).write_bytes(flipped)
         assert name in refusal(folder), f"bit {place}"
+
+
+def test_fingerprints_are_not_read_by_who_classifies_and_are_verified_by_who_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prints = np.random.default_rng(0).random((20, VIEWS, LENGTH)).astype(np.float16)
+    uri = save_bundle(random_bundle(), str(tmp_path / "model"), FILES | {FINGERPRINTS: pack_fingerprints(prints)}).uri
+    read, read_bytes = set(), storage.read_bytes
+
+    def seen(uri: str, **options: Any) -> bytes:
+        read.add(storage.name(uri))
+        return read_bytes(uri, **options)
+
+    monkeypatch.setattr(storage, "read_bytes", seen)
+    Classifier.load(uri)
+    assert read == {WEIGHTS, *FILES}
+    bundle, path = load_bundle(uri), tmp_path / "model" / FINGERPRINTS
+    np.testing.assert_array_equal(read_fingerprints(bundle), prints)
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    Classifier.load(uri)
+    with pytest.raises(UserError, match=FINGERPRINTS):
+        read_fingerprints(bundle)
+    path.unlink()
+    assert FINGERPRINTS in refusal(uri)
 
 
 def test_the_case_of_an_exponent_is_a_flipped_bit_too(folder: Path) -> None:

@@ -171,18 +171,18 @@ def _decode_jpeg_2000(stream: bytes, pixels: PixelFormat) -> Array:
 
 
 def _check_tiles(stream: bytes) -> None:
-    """Raise ScanRejected, `truncated`, unless the parts of all tiles follow one another to the end (T.800, A.4.2)."""
+    """Raise ScanRejected, `truncated`, unless parts of all tiles follow one another to the end (T.800, A.4.2, B.3)."""
+    right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", stream, 8)
+    tiles = -(-(right - left) // max(width, 1)) * -(-(bottom - top) // max(height, 1))
     at = 2
-    while stream[at : at + 2] != _SOT:
+    while stream[at : at + 2] != _SOT and at + 12 <= len(stream):
         at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-        if at + 12 > len(stream):
-            raise ScanRejected("truncated", "a DICOM object whose JPEG 2000 frame ends early")
+    found: set[int] = set()
     while stream[at : at + 2] == _SOT:
-        length = int.from_bytes(stream[at + 6 : at + 10], "big")
-        if not length:  # the last one, up to the end
-            return
-        at += max(length, 12)
-    if at != len(stream) - 2:
+        tile, length = struct.unpack_from(">HI", stream, at + 4)
+        found.add(tile)
+        at = at + max(length, 12) if length else len(stream) - 2  # the last one may not say how long it is
+    if at != len(stream) - 2 or len(found) < tiles:
         raise ScanRejected("truncated", "a DICOM object whose JPEG 2000 frame ends early")
 
 

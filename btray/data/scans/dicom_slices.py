@@ -39,8 +39,8 @@ _TR, _TE, _TI, _EFFECTIVE_TE, _TIMES_TI, _B_VALUE = (
 _ECHO_KIND, _INVERTED, _ACQUISITION_CONTRAST = 0x00189008, 0x00189009, 0x00089209
 _AGENT, _AGENT_GIVEN = 0x00180010, 0x00189342
 
-_UID: Final = re.compile(r"(?=.{1,64}\Z)(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
-_CODE: Final = re.compile(r"[A-Z][A-Z0-9]{1,9}\Z", re.ASCII)
+_UID: Final = re.compile(r"(?!.{65})(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
+_CODE: Final = re.compile(r"[A-Z][A-Z0-9]{1,9}", re.ASCII)
 _SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"
 _FARTHEST_MM: Final = 1e5
 _WIDEST_PIXEL_MM: Final = 100
@@ -147,7 +147,7 @@ class _Facts:
     def __init__(self, elements: Dataset) -> None:
         self.uids = [_uid(elements.text(tag)) for tag in (_STUDY, _SERIES, _INSTANCE)]
         modality = elements.text(_MODALITY).upper()
-        self.modality = modality if _CODE.match(modality) else None
+        self.modality = modality if _CODE.fullmatch(modality) else None
         self.sop_class = elements.text(_SOP_CLASS)
         self.texts = [elements.text(tag) or None for tag in (_BODY_PART, _DESCRIPTION, _PROTOCOL)]
         self.names = tuple(
@@ -190,7 +190,7 @@ def _frame_header(groups: _Groups, facts: _Facts) -> FrameHeader:
 
 
 def _uid(text: str) -> str | None:
-    return text if _UID.match(text) else None
+    return text if _UID.fullmatch(text) else None
 
 
 def _pair(numbers: list[float]) -> tuple[float, float] | None:

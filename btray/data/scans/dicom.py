@@ -195,4 +195,4 @@ def _shown(gray: Array, header: FrameHeader, shape: tuple[int, int]) -> Array:
     """Return gray levels as people see them: resized to `shape`, turned and flipped."""
     resized = resize(gray, shape)
     shown = header.view.show(resized) if header.view else np.ascontiguousarray(resized)
-    return shown if shown.flags.writeable and shown.base is None else shown.copy()
+    return shown if shown.flags.writeable else shown.copy()

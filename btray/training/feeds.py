@@ -212,8 +212,8 @@ class StreamFeed:
                 self.rejected += 1
                 _log.warning("rejected, though readable when the run began (%s): %s", code, message)
             if readable.any():
-                frames, labels, samples = (arrays[key][readable] for key in ("frame", "label", "sample"))
+                kept = {key: torch.from_numpy(arrays[key][readable]) for key in ("frame", "label", "sample")}
                 # A scan that was exchanged since may have more frames than it had.
-                places = np.searchsorted(self.plan.samples, samples).clip(max=len(self.weights) - 1)
+                places = np.searchsorted(self.plan.samples, kept["sample"]).clip(max=len(self.weights) - 1)
                 weights = torch.from_numpy(self.weights[places])
-                yield Batch(*map(torch.from_numpy, (frames, labels, samples)), weights=weights)
+                yield Batch(kept["frame"], kept["label"], kept["sample"], weights)

@@ -12,7 +12,7 @@ from btray.core.config import ComponentConfig, JobConfig, Positive, Probability,
 from btray.core.errors import UserError
 from btray.core.uris import Uri, resolve, resolved
 from btray.data.config import PreprocessConfig
-from btray.model.config import BACKBONES, MANIFEST, NetworkConfig
+from btray.model.config import ARCHITECTURES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
 """Settings of a search that are drawn evenly on a logarithmic scale."""
@@ -248,8 +248,8 @@ class TrainConfig(JobConfig):
 class SpaceConfig(ComponentConfig):
     """What differs between trials. A setting with one choice, or with equal bounds, is fixed."""
 
-    architecture: tuple[Literal["cnn", *BACKBONES], ...] = ("cnn",)  # type: ignore[valid-type]
-    """Choices of --network.architecture; a backbone ignores the five settings of the family below."""
+    architecture: tuple[Literal[ARCHITECTURES], ...] = ("cnn",)  # type: ignore[valid-type]
+    """Choices of --network.architecture; all but cnn ignore the five settings of its family below."""
     width: tuple[Annotated[float, Field(gt=0, le=8)], ...] = (0.5, 0.75, 1.0, 1.5)
     """Choices of a factor on --network.stem-width and --network.widths; the result is rounded to eights."""
     depth: tuple[Annotated[int, Field(ge=0, le=8)], ...] = (0, 1)
@@ -301,6 +301,8 @@ class TuneConfig(TrainConfig):
     may_change: ClassVar[frozenset[str]] = TrainConfig.may_change - {"epochs", "num_workers", "patience"} | {
         "concurrent"
     }
+    network: NetworkConfig = NetworkConfig(architecture="cnn")
+    """Network; what --space varies is varied from here."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tune"
     """Name of the search; the same name resumes a search that was interrupted."""
     epochs: Positive = 12
@@ -327,6 +329,13 @@ class TuneConfig(TrainConfig):
         if self.search == "optuna" and find_spec("optuna") is None:
             raise UserError("--search optuna needs the extra: pip install 'btray[tune]'; or give --search random")
         super().check()
+
+    @property
+    def start(self) -> str | None:
+        """As in training, but ImageNet's weights only if all trials are of the architecture that they fit."""
+        if self.init_from is None:
+            return IMAGENET if self.space.architecture == ("mobile_cnn",) else None
+        return super().start
 
     @model_validator(mode="after")
     def _weights_fit_one_network(self) -> Self:

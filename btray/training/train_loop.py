@@ -149,8 +149,11 @@ class Trainer:
         }
 
     def _frozen_parts(self, epoch: int) -> int:
+        """Return how many parts of the network, from the input, do not learn in `epoch`."""
         settings = self.config.optimiser
-        if self.fine_tune and epoch < settings.freeze_epochs:
+        if not self.fine_tune:
+            return 0
+        if epoch < settings.freeze_epochs:
             return len(self.network.parts)
         return settings.frozen_stages if self.config.start == IMAGENET else 0
 

@@ -106,9 +106,12 @@ class TrainConfig(JobConfig):
     })  # fmt: skip
     """Settings that may differ between two commands for one run: none changes an epoch that is already trained."""
     data: Uri
-    """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id]); local or s3://."""
+    """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id][,source]); local or s3://."""
     classes: tuple[str, ...] = ()
     """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
+    outliers: str | None = None
+    """Label of images that show none of the classes: training learns to be unsure of them, and they are in no figure \
+    but the share that is rejected."""
     out: Uri
     """Where the model bundle is written; local or s3://."""
     overwrite: bool = Field(default=False, exclude=True)
@@ -127,11 +130,17 @@ class TrainConfig(JobConfig):
     """One worker per GPU, NCCL, bf16 autocast."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random source."""
+    validate_by: Literal["patients", "sources", "folds"] = "patients"
+    """Hold out a share of the patients (or of what stands for them) once; or train one network without each source or \
+    fold, choose epochs and thresholds by their answers to what they have not seen, and then train on all images."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.15
-    """Share of the training images held out, by group, for early stopping; unused if the data have a val split."""
-    refit_epochs: Annotated[int, Field(ge=0)] = 10
-    """Epochs in which the best network then learns from all images, including those held out; 0: none. Unused if the \
+    """With --validate-by patients: share of the training images held out, by group, for early stopping; unused if the \
     data have a val split."""
+    folds: Annotated[int, Field(ge=2, le=20)] = 3
+    """With --validate-by folds: number of folds, which no patient is cut by."""
+    refit_epochs: Annotated[int, Field(ge=0)] = 10
+    """Epochs in which the network then learns from all images, unaltered, including those held out; 0: none. Unused \
+    if the data have a val split."""
     patience: Annotated[int, Field(ge=0)] = 15
     """Epochs without a better validation macro-F1 before training stops; 0: never."""
     on_leak: Literal["warn", "drop", "fail"] = "warn"
@@ -267,6 +276,8 @@ class TuneConfig(TrainConfig):
     """
 
     record: ClassVar[str] = "tune.yaml"
+    validate_by: Literal["patients"] = "patients"
+    """Trials are compared on the same held-out patients."""
     # Unlike in a single run, epochs, workers and patience are fixed: trials that differ in them cannot be compared.
     may_change: ClassVar[frozenset[str]] = TrainConfig.may_change - {"epochs", "num_workers", "patience"} | {
         "concurrent"

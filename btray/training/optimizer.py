@@ -18,6 +18,9 @@ from btray.training.config import OptimiserConfig
 # the setting means the same for a CNN of four stages and a DenseNet of twelve.
 _DECAY_STEPS = 4
 
+OUTLIER_WEIGHT = 0.5
+"""Weight of an outlier in the loss, where an image of a class weighs 1 on average, as in that paper."""
+
 
 def make_optimiser(network: Network, config: OptimiserConfig, *, fine_tune: bool) -> torch.optim.AdamW:
     """Build AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over groups of parameters.
@@ -79,9 +82,13 @@ def class_weights(counts: Sequence[int], config: OptimiserConfig) -> Tensor:
 
 
 def soft_targets(labels: Tensor, classes: int, config: OptimiserConfig) -> Tensor:
-    """Return one-hot targets [n, classes] with label smoothing (Szegedy et al. 2016, arXiv:1512.00567)."""
+    """Return one-hot targets [n, classes] with label smoothing (Szegedy et al. 2016, arXiv:1512.00567).
+
+    Those of outliers, whose label is -1, are uniform (Hendrycks et al. 2019, Outlier Exposure, arXiv:1812.04606).
+    """
     smoothing = config.label_smoothing
-    return F.one_hot(labels, classes).float() * (1.0 - smoothing) + smoothing / classes
+    targets = F.one_hot(labels.clamp(min=0), classes).float() * (1.0 - smoothing) + smoothing / classes
+    return torch.where(labels[:, None] < 0, 1.0 / classes, targets)
 
 
 def mix_up(

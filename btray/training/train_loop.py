@@ -60,7 +60,8 @@ class Trainer:
         self.device = ray.train.torch.get_device()
         self.collectives = Collectives(self.device)
         self.augmenter = Augmenter(self.config.augment, self.config.seed)
-        self.class_weights = optimizer.class_weights(plan.class_counts(), settings).to(self.device)
+        weights = optimizer.class_weights(plan.class_counts(), settings).to(self.device)
+        self.class_weights = F.pad(weights, (0, 1), value=optimizer.OUTLIER_WEIGHT)  # the last one is that of label -1
         torch.manual_seed(self.config.seed)  # every worker begins with the same weights
         network = build_network(self.config.network, len(plan.classes))
         if plan.initial_weights:

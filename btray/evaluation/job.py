@@ -11,7 +11,7 @@ from btray.core.cluster import connected, require_gpus
 from btray.core.console import ProgressLine
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
-from btray.data.labels import outlier_label, require_known_labels
+from btray.data.labels import require_known_labels, require_label
 from btray.data.rejections import (
     REJECTED,
     as_csv,
@@ -50,10 +50,10 @@ def evaluate(config: EvaluateConfig) -> str:
     if split:
         table = table.filter(pc.equal(table["split"], split))
     labels, classes = set(table["label"].to_pylist()), bundle.manifest.classes
-    outliers = outlier_label(config.outliers, labels, config.data)
-    if outliers in classes:
+    require_label(config.outliers, labels, config.data)
+    if config.outliers in classes:
         raise UserError(f"--outliers {config.outliers}: the model knows this class; leave --outliers out to measure it")
-    require_known_labels(labels - {outliers}, classes, config.data)
+    require_known_labels(labels - {config.outliers}, classes, config.data)
     with connected(), ProgressLine(f"classifying {len(table)} images", keep=False):
         if config.use_gpu:
             require_gpus()

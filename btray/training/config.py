@@ -12,6 +12,7 @@ from btray.core.config import ComponentConfig, JobConfig, Positive, Probability,
 from btray.core.errors import UserError
 from btray.core.uris import Uri, resolve, resolved
 from btray.data.config import PreprocessConfig
+from btray.data.labels import Label
 from btray.model.config import ARCHITECTURES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
@@ -117,7 +118,7 @@ class TrainConfig(JobConfig):
     """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id][,source]); local or s3://."""
     classes: tuple[str, ...] = ()
     """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
-    outliers: str | None = None
+    outliers: Label | None = None
     """Label of images that show none of the classes: training learns to be unsure of them, and they are in no figure \
     but the share that is rejected."""
     out: Uri

@@ -25,7 +25,7 @@ from btray.data.duplicates import group_by_fingerprint
 from btray.data.fingerprint import unpack
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.data.labelled import read_labelled
-from btray.data.labels import class_order, outlier_label, require_known_labels
+from btray.data.labels import class_order, require_known_labels, require_label
 from btray.data.rejections import (
     REJECTED,
     enforce_max_rejected,
@@ -158,16 +158,15 @@ def read_source(config: TrainConfig) -> Source:
     """
     chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
     table = read_labelled(config.data, classes=chosen)
-    outliers = outlier_label(config.outliers, table["label"].unique().to_pylist(), config.data)
-    config = config.model_copy(update={"outliers": outliers})
+    require_label(config.outliers, table["label"].unique().to_pylist(), config.data)
     learnt = table.filter(~in_splits(table, "val", "test"))["label"].to_pylist()
-    classes = class_order(label for label in learnt if label != outliers)
+    classes = class_order(label for label in learnt if label != config.outliers)
     if len(classes) < 2:
         names = ", ".join(classes) or "none"
         raise UserError(
             f"{config.data}: training needs images of at least two classes outside val and test; found {names}"
         )
-    require_known_labels(filter(partial(ne, outliers), table["label"].to_pylist()), classes, config.data)
+    require_known_labels(filter(partial(ne, config.outliers), table["label"].to_pylist()), classes, config.data)
     weights = read_initial_weights(config.start, config.network, len(classes)) if config.start else None
     return Source(config, table, classes, weights)
 

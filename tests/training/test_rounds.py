@@ -9,18 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from btray import storage
 from btray.core.errors import UserError
+from btray.data.frames import FRAMES_PER_SCAN
+from btray.data.labelled import read_labelled
 from btray.model.bundle import load_bundle
+from btray.model.classifier import Classifier
+from btray.model.network import build_network
+from btray.training import job
 from btray.training.config import TrainConfig, TuneConfig
-from btray.training.history import best_record, read_history
+from btray.training.history import EpochRecord
 from btray.training.job import train
-from btray.training.plan import run_folder
+from btray.training.plan import Plan
+from btray.training.prepare import TrainingData
+from btray.training.run import TrainResult
+from tests.helpers.local_data import run_here
 from tests.helpers.training_helpers import easy_picture, prepared, tiny
 
-pytestmark = pytest.mark.cluster
-
+BOTH = [("glioma", "1", "a", ""), ("no_tumor", "2", "b", "")]
 KINDS = {"glioma": 0, "no_tumor": 1, "other": 2, "abscess": 3}
 
 
@@ -33,6 +41,11 @@ def write_manifest(folder: Path, rows: list[tuple[str, str, str, str]]) -> str:
         lines.append(f"{number}.png,{label},{patient},{source},{split}")
     Path(folder, "manifest.csv").write_text("\n".join(lines))
     return str(folder / "manifest.csv")
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -50,49 +63,125 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_manifest(tmp_path_factory.mktemp("sources"), rows)
 
 
-def parts_of(config: TrainConfig) -> Any:
-    return json.loads(storage.read_text(storage.join(config.out, "metrics.json")))
+class FakeTraining:
+    """Stands for Ray Train: networks of random weights, each another one, and which samples each would have learnt."""
+
+    def __init__(self) -> None:
+        self.plans: dict[str, Plan] = {}
+        self.weights: dict[str, dict[str, torch.Tensor]] = {}
+
+    def __call__(self, data: TrainingData) -> TrainResult:
+        plan = data.plan
+        self.plans[plan.config.name] = plan
+        torch.manual_seed(len(self.plans))
+        network = build_network(plan.config.network, len(plan.classes))
+        torch.nn.init.normal_(network.head.weight, std=2.0)
+        self.weights[plan.config.name] = network.state_dict()
+        best = min(plan.config.epochs, 2 * len(self.plans))  # 2 epochs for the first run, 4 for the second
+        measured = len(plan.validation) > 0
+        records = [
+            EpochRecord(
+                epoch=epoch, train_loss=1.0, learning_rate=0.1, images=1, images_per_second=1.0, feed_ratio=1.0,
+                val_loss=1.0 if measured else None, val_macro_f1=0.5 if measured else None,
+                val_accuracy=0.5 if measured else None, rejected=0, seconds=1.0,
+                score=1.0 - abs(best - epoch) / 100 if measured else float(epoch),
+            )
+            for epoch in range(1, plan.config.epochs + 1)
+        ]  # fmt: skip
+        return TrainResult(self.weights[plan.config.name], records)
 
 
-def test_each_source_is_answered_by_a_network_without_it_and_all_train_the_last_one(
-    ray_session: None, two_sources: str, tmp_path: Path
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
+    fake = FakeTraining()
+    monkeypatch.setattr(job, "fit", fake)
+    return fake
+
+
+def read_json(config: TrainConfig, name: str) -> Any:
+    return json.loads(storage.read_text(storage.join(config.out, name)))
+
+
+def right_of(config: TrainConfig, training: FakeTraining, run: str) -> tuple[int, int]:
+    """Classify what a run validates with by its own network: how many are right, and how many there are."""
+    bundle, plan = load_bundle(config.out), training.plans[run]
+    classifier = Classifier(replace(bundle, weights=training.weights[run]))
+    table = read_labelled(config.data).take(plan.rows(plan.validation))
+    answers = classifier.predict(table["uri"].to_pylist())
+    pairs = zip(answers, table["label"].to_pylist(), strict=True)
+    return sum(answer.label == label for answer, label in pairs), len(answers)
+
+
+def test_each_source_is_answered_by_the_network_without_it_and_the_last_one_learns_from_all(
+    two_sources: str, training: FakeTraining, tmp_path: Path
 ) -> None:
-    config = tiny(two_sources, tmp_path / "model", validate_by="sources", outliers=" other", epochs=3)
+    config = tiny(two_sources, tmp_path / "model", validate_by="sources", outliers=" other", epochs=6)
     train(config)
-    metrics, bundle = parts_of(config), load_bundle(config.out)
+    assert list(training.plans) == ["train.round-1", "train.round-2", "train.final-3"], "3 is the mean of 2 and 4"
+    metrics, bundle = read_json(config, "metrics.json"), load_bundle(config.out)
     assert bundle.manifest.classes == ("glioma", "no_tumor", "abscess")
     assert bundle.manifest.data.counts["train"] == {"glioma": 32, "no_tumor": 32, "abscess": 6, "other": 32}
     # nothing is to be learnt of abscesses without b, so b is tested without them
     assert {name: part["n"] for name, part in metrics["validation"].items()} == {"a": 32, "b": 32, "all": 64}
     assert {name: part["groups"] for name, part in metrics["validation"].items()} == {"a": 16, "b": 16, "all": 32}
-    assert {name: part["outliers"]["n"] for name, part in metrics["validation"].items()} == {
-        "a": 16,
-        "b": 16,
-        "all": 32,
-    }
-    for part in metrics["validation"].values():
+    for name, part in metrics["validation"].items():
+        assert part["outliers"]["n"] == (32 if name == "all" else 16)
         assert set(part["per_class"]) == {"glioma", "no_tumor"}
         assert part["macro_f1_ci95"][0] <= part["macro_f1"] <= part["macro_f1_ci95"][1]
-    assert (metrics["n"], metrics["outliers"]["n"]) == (8, 4)
-    assert list(metrics["sources"]) == ["c"]
-    runs = Path(run_folder(config)).parent
-    best = [best_record(read_history(str(runs / f"train.round-{number}"))).epoch for number in (1, 2)]
-    epochs = round(float(np.mean(best)))
-    history = read_history(str(runs / f"train.final-{epochs}"))
-    assert (len(history), {record.val_loss for record in history}) == (epochs, {None})
-    assert bundle.manifest.data.epochs == epochs
+    for name, run in (("a", "train.round-1"), ("b", "train.round-2")):
+        right, images = right_of(config, training, run)
+        assert metrics["validation"][name]["accuracy"] == pytest.approx(right / images)
+    sources = np.array(read_labelled(two_sources)["source"].to_pylist())
+    for run, learnt in (("train.round-1", {"b"}), ("train.round-2", {"a"}), ("train.final-3", {"a", "b"})):
+        plan = training.plans[run]
+        assert set(sources[plan.samples[plan.train] // FRAMES_PER_SCAN]) == learnt
+        assert len(plan.train) + len(plan.validation) + len(plan.held_outliers) == 102 - 6 * (run == "train.round-2")
+    assert (metrics["n"], metrics["outliers"]["n"], list(metrics["sources"])) == (8, 4, ["c"])
+    assert bundle.manifest.data.epochs == 3
     assert bundle.manifest.thresholds.ood_score is not None
+    assert bundle.ood is not None
+    assert sum(read_json(config, "reference.json")["labels"].values()) == 64, "outliers do not count"
     card = storage.read_text(storage.join(config.out, "MODEL_CARD.md"))
     assert "fewer than 10" in card
     assert "Validation:" in card
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.jsonl")}
+    trained = dict(training.plans)
     train(config)
-    assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*.jsonl")}, "it is finished"
+    assert training.plans == trained, "it is finished"
 
 
-def test_folds_hold_each_sample_out_once_and_cut_no_patient(
-    ray_session: None, two_sources: str, tmp_path: Path
+def test_without_a_test_split_the_answers_of_all_folds_are_measured_and_a_refit_follows(
+    two_sources: str, training: FakeTraining, tmp_path: Path
 ) -> None:
+    table = read_labelled(two_sources)
+    rows = [(row["label"], row["patient_id"], row["source"], "") for row in table.to_pylist() if row["split"] != "test"]
+    manifest = write_manifest(tmp_path / "data", rows)
+    config = tiny(
+        manifest, tmp_path / "model", validate_by="folds", folds=2, outliers="other", epochs=4, refit_epochs=1
+    )
+    train(config)
+    assert list(training.plans) == ["train.round-1", "train.round-2", "train.final-3", "train.refit-3-1"]
+    metrics = read_json(config, "metrics.json")
+    assert metrics["n"] == metrics["validation"]["all"]["n"] == 70
+    assert metrics["outliers"]["n"] == 32
+    assert set(metrics["sources"]) == {"a", "b"}
+    assert metrics["accuracy"] == pytest.approx(metrics["validation"]["all"]["accuracy"])
+    right = [right_of(config, training, f"train.round-{number}")[0] for number in (1, 2)]
+    assert sum(right) / 70 == pytest.approx(metrics["accuracy"])
+
+
+def test_held_out_patients_are_answered_by_the_network_before_the_refit(
+    two_sources: str, training: FakeTraining, tmp_path: Path
+) -> None:
+    config = tiny(two_sources, tmp_path / "model", outliers="other", refit_epochs=1, epochs=2)
+    train(config)
+    assert list(training.plans) == ["train", "train.refit-2-1"]
+    (part,) = read_json(config, "metrics.json")["validation"].values()
+    right, images = right_of(config, training, "train")
+    assert (part["n"], part["accuracy"]) == (images, pytest.approx(right / images))
+    assert part["outliers"]["n"] > 0
+
+
+def test_folds_hold_each_sample_out_once_and_cut_no_patient(two_sources: str, tmp_path: Path) -> None:
     data = prepared(tiny(two_sources, tmp_path, validate_by="folds", folds=4, outliers="other"))
     assert np.array(list(data.rounds.values())).sum(axis=0).tolist() == [1] * len(data.plan.samples)
     assert list(data.rounds) == ["fold 1", "fold 2", "fold 3", "fold 4"]
@@ -113,9 +202,7 @@ def test_folds_hold_each_sample_out_once_and_cut_no_patient(
     assert data.digest() != prepared(tiny(two_sources, tmp_path, outliers="other")).digest()
 
 
-def test_outliers_are_of_no_class_and_some_patients_of_theirs_are_held_out(
-    ray_session: None, two_sources: str, tmp_path: Path
-) -> None:
+def test_outliers_are_of_no_class_and_some_patients_of_theirs_are_held_out(two_sources: str, tmp_path: Path) -> None:
     plan = prepared(tiny(two_sources, tmp_path, outliers="other")).plan
     assert set(plan.labels[plan.validation]) == {0, 1, 2}
     assert set(plan.labels[plan.held_outliers]) == {-1}
@@ -130,14 +217,14 @@ def test_outliers_are_of_no_class_and_some_patients_of_theirs_are_held_out(
     ("rows", "changes", "message"),
     [
         ([("glioma", "1", "", ""), ("no_tumor", "2", "", "")], {"validate_by": "sources"}, "column source"),
-        ([("glioma", "1", "a", ""), ("no_tumor", "2", "b", "")], {"validate_by": "folds", "folds": 5}, "5 folds"),
-        ([("glioma", "1", "a", ""), ("no_tumor", "2", "b", "val")], {"validate_by": "sources"}, "val split"),
-        ([("glioma", "1", "a", ""), ("no_tumor", "2", "b", "")], {"outliers": "lymphoma"}, "--outliers lymphoma"),
-        ([("glioma", "1", "a", ""), ("no_tumor", "2", "b", "")], {"outliers": "glioma"}, "at least two classes"),
+        (BOTH, {"validate_by": "folds", "folds": 5}, "5 folds"),
+        ([*BOTH, ("glioma", "3", "b", "val")], {"validate_by": "sources"}, "val split"),
+        (BOTH, {"outliers": "lymphoma"}, "--outliers lymphoma"),
+        (BOTH, {"outliers": "glioma"}, "at least two classes"),
     ],
 )
 def test_what_cannot_be_held_out_is_one_line(
-    ray_session: None, tmp_path: Path, rows: list[tuple[str, str, str, str]], changes: dict[str, Any], message: str
+    tmp_path: Path, rows: list[tuple[str, str, str, str]], changes: dict[str, Any], message: str
 ) -> None:
     manifest = write_manifest(tmp_path / "data", rows * 2)
     with pytest.raises(UserError, match=message) as caught:

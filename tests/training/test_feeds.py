@@ -223,12 +223,18 @@ def test_patients_named_by_the_files_keep_their_slices_on_one_side_and_stay_in_m
     uris = [f"scans/{name}.dcm" for name in np.random.default_rng(0).permutation(count)]
     empty = [None] * count
     table = pa.table(
-        {"uri": uris, "label": ["a"] * count, "split": empty, "patient_id": ["of the manifest", *empty[1:]]},
-        schema=pa.schema([labelled.SCHEMA.field(name) for name in ("uri", "label", "split", "patient_id")]),
+        {
+            "uri": uris,
+            "label": ["a"] * count,
+            "split": empty,
+            "patient_id": ["of the manifest", *empty[1:]],
+            "source": empty,
+        },
+        schema=pa.schema([labelled.SCHEMA.field(name) for name in ("uri", "label", "split", "patient_id", "source")]),
     )
     surveyed = pa.table({name: block[name] for name in ("sample", "patient")})
     source = Source(TrainConfig(data="d", out="o"), table, ("a", "b")).with_patients(surveyed)
     assert source.table["patient_id"].to_pylist() == ["of the manifest", *patients[1:], None]
-    held = hold_out(source.table.slice(1, 19), fraction=0.3, seed=1, duplicate_of=None)
+    held = hold_out(source.table.slice(1, 19), fraction=0.3, seed=1, prints=None)
     sides = {(name, bool(side)) for name, side in zip(patients[1:], held, strict=False)}
     assert len(sides) == len({name for name, _ in sides}), "a patient is on both sides"

@@ -180,7 +180,7 @@ def measure(
     if learnt_from is not None:
         kept = ~have_twin(scores.fingerprints, learnt_from)
         twins = int((~kept).sum())
-        clean = compute_metrics(labels[kept], probabilities[kept], classes, known.groups[kept]) if kept.any() else None
+        clean = compute_metrics(labels[kept], probabilities[kept], classes) if kept.any() else None
     if thresholds.abstain_below is not None:
         answers = probabilities.max(1) >= thresholds.abstain_below
         count, correct = int(answers.sum()), int((probabilities.argmax(1) == labels)[answers].sum())
@@ -207,13 +207,14 @@ def measure(
     sources = np.array(table["source"].take(answered.scores.row).fill_null(_NO_SOURCE).to_pylist(), object)
     names = sorted(set(sources.tolist()))
     return Evaluation(
-        **vars(compute_metrics(labels, probabilities, classes, known.groups)),
+        **vars(compute_metrics(labels, probabilities, classes)),
         clean=clean,
         twins=twins,
         ece_uncalibrated=reliability(labels, Classifier.calibrated(scores.answers.logits, 1.0)).ece,
         abstention=abstention,
         conformal=conformal,
         out_of_distribution=out_of_distribution,
+        by_patients=measure_part(labels, probabilities, classes, known.groups),
         outliers=answered.outliers(manifest),
         sources=None
         if names == [_NO_SOURCE]

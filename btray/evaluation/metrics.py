@@ -38,8 +38,6 @@ class ClassMetrics:
     """Area under the ROC curve of the class's probability; None if the class, or every other, is absent."""
     support: int
     """Images of this class."""
-    groups: int
-    """Their patients, or, if these are not named, groups of pictures that look alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +142,8 @@ class Evaluation(Metrics):
     """None if the model gives no label sets."""
     out_of_distribution: OutOfDistribution | None
     """None if the model keeps no distribution of its training images."""
+    by_patients: Part | None = None
+    """The same images with intervals over patients; None if not measured."""
     outliers: Outliers | None = None
     """Of images that `--outliers` names, which are in no other figure; None if there is none."""
     sources: dict[str, Part] | None = None
@@ -192,9 +192,7 @@ class Reliability:
         return float(np.nansum(self.count * np.abs(self.accuracy - self.confidence)) / self.count.sum())
 
 
-def compute_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], groups: np.ndarray | None = None
-) -> Metrics:
+def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Metrics:
     """Return the metrics of n images; what is undefined is None, never NaN.
 
     The predicted class has the highest probability, the first of several that are equal. Macro means are over the
@@ -204,7 +202,6 @@ def compute_metrics(
         labels: class indices, int [n].
         probabilities: [n, classes], each row sums to 1.
         classes: names of the columns.
-        groups: numbers, int [n], equal for images that depend on each other; default: none does.
 
     Raises:
         UserError: there is no image, or the model gives probabilities that are not finite.
@@ -221,7 +218,6 @@ def compute_metrics(
     aurocs = [auroc(labels, probabilities, index) for index in indices]
     defined_aurocs = [area for area in aurocs if area is not None]
     correct = int(np.trace(confusion))
-    distinct = np.arange(len(labels)) if groups is None else groups
     return Metrics(
         n=len(labels),
         accuracy=correct / len(labels),
@@ -237,11 +233,8 @@ def compute_metrics(
                 f1=_none_if_nan(f1),
                 auroc=area,
                 support=int(support),
-                groups=len(np.unique(distinct[labels == index])),
             )
-            for index, (name, precision, recall, f1, support, area) in enumerate(
-                zip(names, *scores, aurocs, strict=True)
-            )
+            for name, precision, recall, f1, support, area in zip(names, *scores, aurocs, strict=True)
         },
         confusion_matrix=ConfusionMatrix(labels=names, matrix=confusion.tolist()),
     )

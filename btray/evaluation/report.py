@@ -205,8 +205,8 @@ def _few(metrics: Evaluation) -> list[str]:
     """Name the classes with too few patients to say something."""
     return [
         f"{name} ({images(own.support)} of {own.groups} {'patient' if own.groups == 1 else 'patients'})"
-        for name, own in metrics.per_class.items()
-        if 0 < own.groups < FEW
+        for name, own in (metrics.by_patients.per_class if metrics.by_patients else {}).items()
+        if own.groups < FEW
     ]
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from btray import storage
 from btray.bulk import table
+from btray.bulk.clinical.headers import HeaderReader
 from btray.bulk.clinical.pseudonyms import Pseudonyms, check_table, claim_table
+from btray.bulk.clinical.series import DERIVED, UNKNOWN
+from btray.bulk.clinical.studies import read_studies, update_studies
 from btray.bulk.completed import CompletedIndex
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.driver import ArchiveJob, run_archive
@@ -18,8 +22,10 @@ from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
 from btray.core.errors import UserError
 from btray.data.key_set import Keys
+from btray.data.scans import SliceInfo
 from btray.model.bundle_files import read_files
 from btray.model.manifest import require_agreement
+from btray.model.studies import Reader
 from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
 
@@ -46,23 +52,29 @@ class ClassifyJob(ArchiveJob):
 
     name = "classify"
     schema = table.SCHEMA
-    choices = frozenset({"reclassify", "retry_rejected", "explain_labels"})
+    choices = frozenset({"reclassify", "retry_rejected", "explain_labels", "series", "series_preset"})
 
     def __init__(self, config: ClassifyConfig) -> None:
         """Verify the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
         self.model = storage.resolve(config.model)
-        manifest, _ = read_files(self.model, model_id=config.model_id)
-        require_agreement(manifest, self.model, config.precision)
+        self.manifest, _ = read_files(self.model, model_id=config.model_id)
+        require_agreement(self.manifest, self.model, config.precision)
+        classes = self.manifest.classes
         for label in config.explain_labels:
-            if label not in manifest.classes:
-                known = ", ".join(manifest.classes)
-                raise UserError(f"--explain-labels {label}: the model does not know it; it knows {known}")
-        super().__init__(config, group=manifest.model_id)
+            if label not in classes:
+                raise UserError(f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}")
+        super().__init__(config, group=self.manifest.model_id)
         self.config: ClassifyConfig = config
         self.pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
         check_table(self.output, self.pseudonyms)
         self.gpu_share = config.gpu_share if config.use_gpu else 0.0
         self.completed = CompletedIndex(self.output, self.group)
+        self.outputs = (self.output, config.studies_uri)
+        choice = config.series_filter
+        self.reason = choice.reason if choice else ""
+        reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
+        self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms) if choice else None
+        self._series: Counter[tuple[str | None, str, str]] = Counter()
 
     def begin(self) -> None:
         """Keep what tells later runs whether they have the same key."""
@@ -71,6 +83,20 @@ class ClassifyJob(ArchiveJob):
     def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
         """Return the listed objects, under their pseudonyms with --pseudonymize."""
         return map(self.pseudonyms.conceal, listed) if self.pseudonyms else listed
+
+    def preview(self, objects: Sequence[FileInfo]) -> None:
+        """Count the objects of each series that --series would choose or leave out."""
+        for header in self._headers.read(objects) if self._headers else ():
+            info = header if isinstance(header, SliceInfo) else None
+            outcome = "unreadable" if info is None and header is not None else "left out"
+            if outcome == "left out" and self._headers and self._headers.choice.matches(info):
+                outcome = "chosen"
+            shown = ", ".join(f"{key}={getattr(info, key, None) or UNKNOWN}" for key in DERIVED)
+            self._series[info.series_uid if info else None, outcome, shown] += 1
+
+    def previewed(self) -> list[str]:
+        """Return a line for each series: what was derived of it, and no name."""
+        return sorted(f"{outcome}: {count} objects, {shown}" for (_, outcome, shown), count in self._series.items())
 
     def folder(self, run_date: str) -> str:
         """Return the folder of this model's rows of a day."""
@@ -111,9 +137,13 @@ class ClassifyJob(ArchiveJob):
             self.completed.write(run)
         for uri in self.completed.damaged:
             set_aside(uri)  # now that what it held is classified anew
+        reader = Reader.of(self.manifest)
+        studies = self.config.studies_uri
+        counts = update_studies(self.output, self.group, studies, reader, any_new=report.in_series > 0)
+        report = report.model_copy(update={"studies": counts})
         try:
             if report.objects:
-                report = self._summarized(run, report)
+                report = self._summarized(run, report, studies)
         except Exception as error:  # the rows are there, and so is what the run counted
             reason = type(error).__name__ + ("" if self.pseudonyms else f": {error}")  # which may name an object
             _log.warning("there is no summary of this run: %s", reason, exc_info=not self.pseudonyms)
@@ -121,7 +151,7 @@ class ClassifyJob(ArchiveJob):
         print(summarize(report), flush=True)
         return report
 
-    def _summarized(self, run: Run, report: RunReport) -> RunReport:
+    def _summarized(self, run: Run, report: RunReport, studies: str) -> RunReport:
         """Write the page, and pictures of the least certain frames; return the report with its drift."""
         from btray.bulk import summary  # matplotlib: nothing needs it before the run has ended
         from btray.model.classifier import Classifier
@@ -129,7 +159,10 @@ class ClassifyJob(ArchiveJob):
         profiles, drift = summary.compare(run, report, self.bundle)
         report = report.model_copy(update={"drift": drift})
         classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
-        _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier, self.pseudonyms))
+        uids = {str(frame.study_uid) for frame in report.most_tumor}
+        rows = read_studies(studies, self.group, uids)
+        page = summary.write_summary(run, report, profiles, classifier, studies=rows, pseudonyms=self.pseudonyms)
+        _log.info("summary: %s", page)
         self._explain_least_certain(run, report, classifier)
         return report
 

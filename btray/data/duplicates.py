@@ -61,9 +61,9 @@ def near_pairs(prints: Fingerprints, *, within: float) -> tuple[Pairs, npt.NDArr
     return pairs[near], distance[near]
 
 
-def group_by_fingerprint(prints: Fingerprints) -> Numbers:
-    """Return group numbers int64 [n]: equal for images with the same fingerprint, also through others."""
-    pairs, _ = near_pairs(prints, within=SAME_FINGERPRINT)
+def group_by_fingerprint(prints: Fingerprints, *, within: float = SAME_FINGERPRINT) -> Numbers:
+    """Return group numbers int64 [n]: equal for fingerprints at most `within` apart, also through others."""
+    pairs, _ = near_pairs(prints, within=within)
     return components(len(prints), pairs)
 
 

@@ -14,10 +14,11 @@ from ray.exceptions import RayTaskError
 
 from btray import storage
 from btray.bulk import classify as classify_module
-from btray.bulk import driver, runs, summary, table, worklist
+from btray.bulk import driver, pipeline, runs, summary, table, worklist
 from btray.bulk.report import ClassifyTally
 from btray.bulk.runs import Run, write_part
 from btray.bulk.worker import objects_of
+from btray.core import cluster
 from btray.core.errors import Failed, UserError
 from btray.model.drift import Profile
 from btray.model.prediction import Prediction
@@ -30,9 +31,9 @@ from tests.helpers.tiny_bundle import saved_bundle
 @pytest.fixture
 def nightly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The classify job on one new scan per call, with the parts processed here and not by Ray's actors."""
-    monkeypatch.setattr(driver, "connected", lambda **options: nullcontext())
+    monkeypatch.setattr(cluster, "connected", lambda **options: nullcontext())
     monkeypatch.setattr(
-        driver, "process_parts", lambda make, run, **how: SimpleNamespace(iter_batches=lambda **how: parts_of(run))
+        pipeline, "process_parts", lambda make, run, **how: SimpleNamespace(iter_batches=lambda **how: parts_of(run))
     )
     saved_bundle(str(tmp_path / "model"))
     output = str(tmp_path / "out")

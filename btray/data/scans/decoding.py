@@ -21,7 +21,7 @@ from PIL.ImageFile import ImageFile
 
 from btray.data.scans import gzipped
 from btray.data.scans.bmp import check_bmp
-from btray.data.scans.dicom import DicomImage, open_image
+from btray.data.scans.dicom import DicomImage, open_image, read_slice_info
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import PACKED, Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray, to_luma
@@ -166,6 +166,18 @@ def _decoding(data: bytes) -> Iterator[Format]:
         raise
     except Exception as error:  # damaged bytes make Pillow raise nearly anything: SyntaxError, KeyError, struct.error
         raise _rejection(error, data, kind) from error
+
+
+def read_info(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> SliceInfo | None:
+    """Return what a medical file says of its first frame, of which `data` may be the beginning; None for a picture.
+
+    Raises ScanRejected: `truncated` if the header goes on, or what else is wrong; no pixel is looked at.
+    """
+    data = gzipped.peek(data, limits.max_bytes)
+    with _decoding(data) as kind:
+        if kind == "NIfTI":
+            return _open_volume(data, limits).infos()[0]
+        return read_slice_info(data, limits.max_bytes) if kind == "DICOM" else None
 
 
 def count_pages(data: bytes) -> int:

@@ -1,21 +1,19 @@
 """Compressed pixels of a DICOM object, frame by frame (PS3.5, 8.2 and A.4): found, checked, decoded.
 
-imagecodecs decodes JPEG of more than 8 bits, JPEG-LS and JPEG 2000, pylibjpeg-rle RLE. They fill up what is missing and
-say nothing, so each stream is checked before: for its end, and for the size that its own header tells.
+imagecodecs decodes RLE, JPEG of more than 8 bits, JPEG-LS and JPEG 2000. Decoders fill up what is missing and say
+nothing, so each stream is checked before: for its end, and for the size that its own header tells.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
 import imagecodecs
 import numpy as np
-from rle.rle import decode_frame as decode_rle
 
 from btray.data.scans.dicom_header import PIXEL_DATA, Dataset, Malformed, fragments
 from btray.data.scans.dicom_pixels import PixelFormat
@@ -25,6 +23,9 @@ from btray.data.scans.jpeg import JpegStream
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _OFFSETS: Final = 0x7FE00001
+_MOST_SEGMENTS: Final = 100_000  # of a stream, up to its codes; the tiles of JPEG 2000 are less than 2^16
+_MOST_SCANS: Final = 100  # each costs a pass over the whole frame
+_RLE_HEADER, _RLE_PADDING = 64, 128  # bytes; what encoders write behind a plane is less than a run
 _EOI: Final = b"\xff\xd9"
 _SOF_LOSSLESS, _SOF_JPEG_LS, _PROGRESSIVE = 0xC3, 0xF7, 0xC2
 _FRAME_HEADERS: Final = {*range(0xC0, 0xD0), _SOF_JPEG_LS} - {0xC4, 0xC8, 0xCC}
@@ -34,7 +35,7 @@ _RGB_IDS: Final = b"RGB"
 _OTHER_END: Final = b"\x5a\xc3" * 32 + _EOI
 _SOC, _SIZ, _SOT = b"\xff\x4f", b"\xff\x51", b"\xff\x90"
 _STREAM_STARTS: Final = (b"\xff\xd8\xff", _SOC + _SIZ, b"\0\0\0\x0cjP")
-_ENDS_EARLY: Final = re.compile("structural problem|too small|premature|end of the data was reached", re.IGNORECASE)
+_ENDS_EARLY: Final = re.compile("structural problem|too small|premature|INPUT_CORRUPT", re.IGNORECASE)
 
 
 def find_frames(elements: Dataset, count: int) -> list[list[tuple[int, int]]]:
@@ -45,7 +46,7 @@ def find_frames(elements: Dataset, count: int) -> list[list[tuple[int, int]]]:
     element = elements.get(PIXEL_DATA)
     if element is None:
         raise Malformed
-    (_, table_length), *found = fragments(elements.data, element, elements.order) or [(0, 0)]
+    (_, table_length), *found = fragments(elements.data, element, elements.order, count) or [(0, 0)]
     data = elements.data
     if len(found) < count:
         raise ScanRejected("truncated", f"a DICOM object of {count} frames that has pixels of {len(found)}")
@@ -56,7 +57,7 @@ def find_frames(elements: Dataset, count: int) -> list[list[tuple[int, int]]]:
     if not table:
         table, size = data[first - 8 - table_length : first - 8], 4
     if count > 1 and table:
-        offsets = np.frombuffer(table[: len(table) // size * size], f"{elements.order}u{size}").tolist()
+        offsets = np.frombuffer(table[: min(len(table) // size, count + 1) * size], f"{elements.order}u{size}").tolist()
         by_offset = {start - first: number for number, (start, _) in enumerate(found)}
         starts = [by_offset.get(offset, -1) for offset in offsets]
     else:
@@ -76,20 +77,25 @@ def join(data: bytes, pieces: Sequence[tuple[int, int]]) -> bytes:
 
 
 def _decode_rle(stream: bytes, pixels: PixelFormat) -> Array:
-    planes = int.from_bytes(stream[:4], "little")
-    if planes != pixels.samples * pixels.allocated // 8:
+    """Decode planes of bytes, those of the highest bits first, that are packed one by one (PS3.5, G)."""
+    width, size = pixels.allocated // 8, pixels.rows * pixels.columns
+    count = pixels.samples * width
+    if len(stream) < _RLE_HEADER:
+        raise ScanRejected("truncated", "a DICOM object whose RLE frame ends in its header")
+    planes, *starts = struct.unpack_from(f"<{count + 1}I", stream)
+    ends = [*starts[1:], len(stream)]
+    if planes != count or starts[0] < _RLE_HEADER or any(a > b for a, b in pairwise(starts)):
         raise ScanRejected("decode_failed", "a DICOM object whose RLE frame has not the planes that its header says")
-    values = np.frombuffer(decode_rle(stream, pixels.rows * pixels.columns, pixels.allocated, "<"), np.uint8)
-    values = values.view(f"<u{pixels.allocated // 8}").reshape(pixels.samples, *pixels.shape)
-    return values[0] if pixels.samples == 1 else np.moveaxis(values, 0, 2)
-
-
-def _decode_deflated(stream: bytes, pixels: PixelFormat) -> Array:
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    plain = inflater.decompress(stream, pixels.frame_bytes)
-    if len(plain) < pixels.frame_bytes:
-        raise ScanRejected("truncated", "a DICOM object whose deflated frame ends early")
-    return pixels.native(plain, 0, "<")
+    if starts[-1] > len(stream):
+        raise ScanRejected("truncated", "a DICOM object whose RLE frame ends early")
+    values = np.empty((pixels.samples, size, width), np.uint8)
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        plane = imagecodecs.packbits_decode(stream[start:end], out=size + _RLE_PADDING)
+        if len(plane) < size:
+            raise ScanRejected("truncated", "a DICOM object whose RLE frame ends early")
+        values[number // width, :, width - 1 - number % width] = np.frombuffer(plane, np.uint8, size)
+    numbers = values.view(f"<u{width}").reshape(pixels.samples, *pixels.shape)
+    return numbers[0] if pixels.samples == 1 else np.moveaxis(numbers, 0, 2)
 
 
 def _decode_jpeg(stream: bytes, pixels: PixelFormat) -> Array:
@@ -100,6 +106,8 @@ def _decode_jpeg(stream: bytes, pixels: PixelFormat) -> Array:
         return imagecodecs.jpegls_decode(stream)
     if kind not in (0xC0, 0xC1, _SOF_LOSSLESS):
         raise ScanRejected("unsupported", "a DICOM object of progressive, hierarchical or arithmetic-coded JPEG")
+    if stream.count(b"\xff\xda") > _MOST_SCANS:
+        raise ScanRejected("bomb", f"a DICOM object whose JPEG frame has more than {_MOST_SCANS} scans")
     is_rgb = pixels.photometric == "RGB" and (kind == _SOF_LOSSLESS or not marked)
     if kind != _SOF_LOSSLESS and precision == 8:
         jpeg = JpegStream(stream[:2] + _ADOBE_RGB + stream[2:] if is_rgb and ids != _RGB_IDS else stream)
@@ -107,11 +115,11 @@ def _decode_jpeg(stream: bytes, pixels: PixelFormat) -> Array:
         if gray is not None:
             return gray
         jpeg.check()  # of a sampling that TurboJPEG does not know
-    space = {} if len(ids) == 1 else dict.fromkeys(("colorspace", "outcolorspace"), "RGB" if is_rgb else "YCBCR")
-    values: Array = imagecodecs.jpeg8_decode(stream, **space)
+    space = None if len(ids) == 1 else "RGB" if is_rgb else "YCBCR"
+    values: Array = imagecodecs.jpeg8_decode(stream, colorspace=space, outcolorspace=space)
     # Where the codes end early, libjpeg repeats what it last knew. Then it matters what follows them.
     if not np.ptp(values[-1], axis=0).any() or predictor > 1:
-        other = imagecodecs.jpeg8_decode(stream[:-2] + _OTHER_END, **space)
+        other = imagecodecs.jpeg8_decode(stream[:-2] + _OTHER_END, colorspace=space, outcolorspace=space)
         if not np.array_equal(values, other):
             raise ScanRejected("truncated", "a DICOM object whose JPEG frame ends early")
     return values if values.ndim == 2 or is_rgb else values[..., 0]
@@ -124,8 +132,8 @@ def _jpeg_header(stream: bytes) -> tuple[int, int, tuple[int, int], bytes, int, 
     """
     at, marked = 2, False
     frame: tuple[int, int, tuple[int, int], bytes] | None = None
-    while at + 4 <= len(stream):
-        if stream[at] != 0xFF:
+    for _ in range(_MOST_SEGMENTS):
+        if at + 4 > len(stream) or stream[at] != 0xFF:
             break
         marker = stream[at + 1]
         if marker == 0xFF:
@@ -175,13 +183,16 @@ def _check_tiles(stream: bytes) -> None:
     right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", stream, 8)
     tiles = -(-(right - left) // max(width, 1)) * -(-(bottom - top) // max(height, 1))
     at = 2
-    while stream[at : at + 2] != _SOT and at + 12 <= len(stream):
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
     found: set[int] = set()
-    while stream[at : at + 2] == _SOT:
-        tile, length = struct.unpack_from(">HI", stream, at + 4)
-        found.add(tile)
-        at = at + max(length, 12) if length else len(stream) - 2  # the last one may not say how long it is
+    for _ in range(_MOST_SEGMENTS):
+        if at + 12 > len(stream):
+            break
+        if stream[at : at + 2] == _SOT:
+            tile, length = struct.unpack_from(">HI", stream, at + 4)
+            found.add(tile)
+            at = at + max(length, 12) if length else len(stream) - 2  # the last one may not say how long it is
+        else:
+            at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
     if at != len(stream) - 2 or len(found) < tiles:
         raise ScanRejected("truncated", "a DICOM object whose JPEG 2000 frame ends early")
 
@@ -196,13 +207,12 @@ def _check_size(size: tuple[int, int], components: int, pixels: PixelFormat) -> 
 _JPEG, _JPEG_2000 = ("50", "51", "57", "70", "80", "81"), ("90", "91", "201", "202", "203")
 DECODERS: Final[dict[str, Callable[[bytes, PixelFormat], Array]]] = {
     "1.2.840.10008.1.2.5": _decode_rle,
-    "1.2.840.10008.1.2.8.1": _decode_deflated,
     **{f"1.2.840.10008.1.2.4.{number}": _decode_jpeg for number in _JPEG},
     **{f"1.2.840.10008.1.2.4.{number}": _decode_jpeg_2000 for number in _JPEG_2000},
 }
 """By transfer syntax. They return stored numbers, or luma of colours, [height, width], or RGB [height, width, 3].
 
-The numbers are right-justified but for RLE and deflated frames, which are as the header says."""
+The numbers are right-justified but for RLE frames, which are as the header says."""
 
 
 def decode_frame(decoder: Callable[[bytes, PixelFormat], Array], stream: bytes, pixels: PixelFormat) -> Array:

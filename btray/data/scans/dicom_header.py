@@ -145,10 +145,11 @@ def read_elements(data: bytes, meta: FileMeta, max_bytes: int) -> Dataset:
     return Dataset(data, order, elements)
 
 
-def fragments(data: bytes, element: Element, order: str = "<") -> list[tuple[int, int]]:
+def fragments(data: bytes, element: Element, order: str, frames: int) -> list[tuple[int, int]]:
     """Return start and length of each fragment of encapsulated pixels; the first holds offsets (PS3.5, A.4).
 
-    Raises ScanRejected, `truncated`, if they end early, and Malformed if they are none.
+    Raises ScanRejected, `truncated` if they end early, `bomb` if they are too many for so many frames, and Malformed
+    if they are none.
     """
     at = element.start
     found: list[tuple[int, int]] = []
@@ -161,6 +162,8 @@ def fragments(data: bytes, element: Element, order: str = "<") -> list[tuple[int
             return found
         if tag != ITEM:
             raise Malformed
+        if len(found) > frames + MAX_ELEMENTS:
+            raise ScanRejected("bomb", f"a DICOM object of more than {len(found)} fragments")
         found.append((at + 8, length))
         at += 8 + length
     if element.length == UNDEFINED or at > end:
@@ -277,7 +280,7 @@ class _Walk:
 
     def _behind_fragments(self, element: Element) -> int:
         """Return where the encapsulated pixels of a small picture within the object end."""
-        found = fragments(self.data, element, self.order)
+        found = fragments(self.data, element, self.order, 1)
         return (sum(found[-1]) if found else element.start) + 8
 
 

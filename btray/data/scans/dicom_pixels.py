@@ -110,6 +110,8 @@ class PixelFormat:
         words: Array = values.view(f"u{values.dtype.itemsize}")
         kind = f"{'i' if self.signed else 'u'}{values.dtype.itemsize}"
         left, right = bits - 1 - high, bits - stored
+        if right and left == right and not self.signed:
+            return words & (2**stored - 1), words
         numbers = words << left if left else words
         numbers = numbers.view(kind)
         return numbers >> right if right else numbers, words.view(kind)

@@ -52,7 +52,8 @@ class View:
     def show(self, pixels: Array) -> Array:
         """Return `pixels` [height, width] as they are shown, C-contiguous."""
         shown = pixels.T if self.transposed else pixels
-        shown = shown[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+        if self.upside_down or self.mirrored:
+            shown = shown[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
         return np.ascontiguousarray(shown)
 
     def locate(self, point: Sequence[float]) -> float:

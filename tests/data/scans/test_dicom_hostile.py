@@ -231,8 +231,10 @@ def odd_streams() -> dict[str, tuple[bytes, str]]:
     jpeg, rle, j2k, jls = (stream(name) for name in (dicom.JPEG_LOSSLESS_1, dicom.RLE, dicom.JPEG_2000, dicom.JPEG_LS))
     small = stream(dicom.JPEG, SHALLOW)
     twelve = stream(dicom.JPEG_EXTENDED, DEEP >> 4)
-    progressive = encode(SHALLOW, "JPEG", progressive=True)
-    end = fragment(b"")[:0] + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    progressive, colours = encode(SHALLOW, "JPEG", progressive=True), encode(np.dstack([SHALLOW] * 3), "JPEG")
+    scan = colours.index(b"\xff\xda")
+    many_scans = colours[:scan] + colours[scan:-2] * 200 + EOI
+    end = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
     deep = functools.partial(encapsulated, pixels=DEEP)
 
     def rle_header(*numbers: int) -> bytes:
@@ -246,6 +248,8 @@ def odd_streams() -> dict[str, tuple[bytes, str]]:
         "a fragment longer than the file": (pixel_element(fragment(b"") + fragment(small, 10**6) + end), "truncated"),
         "bytes that are no fragment": (pixel_element(fragment(b"") + b"\1\2\3\4" + small + end), "decode_failed"),
         "compressed, but pixels as they are": (pixel_element(SHALLOW.tobytes(), length=SHALLOW.size), "decode_failed"),
+        "60,000 empty fragments": (pixel_element(fragment(b"") * 60_000 + end), "bomb"),
+        "JPEG of 200 scans": (encapsulated(dicom.JPEG, many_scans, pixels=np.dstack([SHALLOW] * 3)), "bomb"),
         "fragments of a known length": (
             pixel_element(fragment(b"") + fragment(small), length=16 + len(small)), "ok",
         ),
@@ -296,11 +300,11 @@ def odd_streams() -> dict[str, tuple[bytes, str]]:
         ),
         "HTJ2K cut before its end mark": (deep(dicom.HTJ2K, cut_with_end(dicom.HTJ2K, 0.5)), "truncated"),
         "RLE cut": (deep(dicom.RLE, rle[: len(rle) // 2]), "truncated"),
-        "RLE cut in its header": (deep(dicom.RLE, rle[:40]), "decode_failed"),
+        "RLE cut in its header": (deep(dicom.RLE, rle[:40]), "truncated"),
         "RLE of no segments": (deep(dicom.RLE, rle_header(0)), "decode_failed"),
         "RLE of 15 segments": (deep(dicom.RLE, rle_header(15, *range(64, 79))), "decode_failed"),
-        "RLE of segments beyond its end": (deep(dicom.RLE, rle_header(2, 64, 2**31)), "decode_failed"),
-        "RLE of segments that overlap": (deep(dicom.RLE, rle_header(2, 64, 64)), "decode_failed"),
+        "RLE of segments beyond its end": (deep(dicom.RLE, rle_header(2, 64, 2**31)), "truncated"),
+        "RLE of segments that overlap": (deep(dicom.RLE, rle_header(2, 64, 64)), "truncated"),
     }  # fmt: skip
 
 
@@ -369,8 +373,7 @@ SYNTAXES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.soak)])
-def test_damaged_objects_give_sound_frames_or_a_code(count: int) -> None:
-    outcomes = [attempt(data, ScanLimits()) for data in mutants(count)]
-    assert any(isinstance(found, Scan) for found in outcomes)
-    assert len({found.code for found in outcomes if isinstance(found, ScanRejected)}) >= 3
+def test_damaged_objects_give_sound_frames_or_a_code() -> None:
+    outcomes = [attempt(data, ScanLimits()) for data in mutants(2000)]
+    assert sum(isinstance(found, Scan) for found in outcomes) > 200
+    assert len({found.code for found in outcomes if isinstance(found, ScanRejected)}) >= 4

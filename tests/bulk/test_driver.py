@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -117,3 +119,18 @@ def test_an_error_of_a_worker_for_the_user_is_shown_without_its_traceback() -> N
         with pytest.raises(type(error)) as caught, driver._readable_errors():
             raise RayTaskError("read", "a traceback\nof many lines", error).as_instanceof_cause()
         assert str(caught.value) == str(error)
+
+
+def test_a_night_with_nothing_new_loads_neither_torch_nor_ray(nightly: Any, tmp_path: Path) -> None:
+    output = nightly()
+    code = (
+        "import sys\n"
+        "from btray.bulk.classify import classify\n"
+        "from btray.bulk.config import ClassifyConfig\n"
+        f"folder = {str(tmp_path)!r}\n"
+        f"classify(ClassifyConfig(model=folder + '/model', input=folder + '/scans', output={output!r}))\n"
+        "print(sorted({'torch', 'ray', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "1 unchanged" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -11,7 +11,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -73,6 +73,7 @@ class FileFacts:
 
 
 _DEFAULT_LIMITS = ScanLimits()
+_UNPACKED_TO_COUNT = 1 << 24  # bytes, which take some 30 ms
 _COLOUR_SIDE = 64  # of the small copy in colour, in pixels, if the file has as many
 _COLOURLESS = ("1", "L", "LA", "I", "F")
 
@@ -181,12 +182,16 @@ def read_info(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> SliceInfo
 
 
 def count_pages(data: bytes) -> int:
-    """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it."""
+    """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it.
+
+    Also 1 if the header lies in the compressed part of a DICOM object that is large once it is unpacked.
+    """
     try:
         if recognise_format(head := gzipped.peek(data)) == "NIfTI":
             return _open_volume(head, _DEFAULT_LIMITS).shape[2]
         if recognise_format(head) == "DICOM":
-            return _open_dicom(_unpack(data, _DEFAULT_LIMITS), _DEFAULT_LIMITS).pixels.frames
+            limits = replace(_DEFAULT_LIMITS, max_bytes=_UNPACKED_TO_COUNT)
+            return _open_dicom(gzipped.peek(data, _UNPACKED_TO_COUNT), limits).pixels.frames
         return len(find_directories(data)) if recognise_format(data) == "TIFF" else 1
     except ScanRejected:
         return 1

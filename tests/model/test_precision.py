@@ -48,11 +48,12 @@ def frames_of(classifier: Classifier) -> np.ndarray:
     [
         NETWORK,
         NETWORK.model_copy(update={"norm": "group", "activation": "gelu"}),
+        NetworkConfig(architecture="mobile_cnn"),
         NetworkConfig(architecture="resnet18"),
         NetworkConfig(architecture="densenet121"),
         NetworkConfig(architecture="convnext_tiny"),
     ],
-    ids=["cnn", "group norm", "resnet18", "densenet121", "convnext_tiny"],
+    ids=["cnn", "group norm", "mobile_cnn", "resnet18", "densenet121", "convnext_tiny"],
 )
 def test_answers_and_features_differ_by_rounding_alone(engine: EngineName, network: NetworkConfig) -> None:
     bundle = random_bundle(network=network)

@@ -120,11 +120,22 @@ class ClassifyJob(ArchiveJob):
         _ = self.bundle
 
     def processor(self) -> Callable[[Run, int], PartProcessor]:
-        """Return what makes the classifier of an actor."""
+        """Return what makes the classifier of an actor. Raises UserError for bf16 if only this machine is there."""
+        self._require_bf16()
         # Resolved: an actor runs in another folder than the job if it joined a running cluster.
         config = self.config.model_copy(update={"model": self.model})
         # The key itself, since its file may not be on the node of the actor.
         return partial(_part_classifier, config, self.group, self.pseudonyms)
+
+    def _require_bf16(self) -> None:
+        if self.config.precision == "bf16" and not self.config.use_gpu:
+            import torch
+
+            from btray.core.cluster import started_ray_here
+            from btray.model.engines import require_bf16
+
+            if started_ray_here():  # else the actors, which are elsewhere, will say so
+                require_bf16(self.config.engine, torch.device("cpu"))
 
     def totals(self) -> ClassifyTotals:
         """Return counts with labels, profile and least certain frames."""

@@ -21,6 +21,7 @@ from btray.core.errors import UserError
 from btray.data.key_set import Keys
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
+from btray.model.shipped import announce
 from btray.storage.parquet import set_aside
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class ClassifyJob(ArchiveJob):
     def __init__(self, config: ClassifyConfig) -> None:
         """Load the bundle. Raises UserError if there is none, or if it does not know a label of `explain_labels`."""
         self.bundle = load_bundle(config.model, model_id=config.model_id)
+        announce(config.model, self.bundle.manifest.model_id)
         classes = self.bundle.manifest.classes
         for label in config.explain_labels:
             if label not in classes:
@@ -66,8 +68,7 @@ class ClassifyJob(ArchiveJob):
 
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes the classifier of an actor."""
-        # Resolved: an actor runs in another folder than the job if it joined a running cluster.
-        return partial(PartClassifier, self.config.model_copy(update={"model": self.bundle.uri}), self.group)
+        return partial(PartClassifier, self.config, self.group)
 
     def totals(self) -> ClassifyTotals:
         """Return counts with labels, profile and least certain frames."""

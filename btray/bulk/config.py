@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from btray.core.config import JobConfig, Positive, Probability
 from btray.core.uris import Uri, resolved
 from btray.model.config import require_bundle
+from btray.model.shipped import SHIPPED, Model
 
 SHOWN = 24
 """Number of the least certain frames that summary.html shows."""
@@ -63,8 +64,8 @@ class ArchiveConfig(JobConfig):
 class ClassifyConfig(ArchiveConfig):
     """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
 
-    model: Uri
-    """Model bundle."""
+    model: Model = SHIPPED
+    """Model bundle: a folder, local or s3://, or the name of the shipped one."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
     reclassify: bool = False

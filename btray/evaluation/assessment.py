@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.duplicates import have_twin
-from btray.data.fingerprint import Fingerprints
+from btray.data.fingerprint import Fingerprints, ShortFingerprints
 from btray.data.frames import FrameSource, Rejection
 from btray.data.rejections import REJECTED
 from btray.evaluation import plots
@@ -57,7 +57,7 @@ def assess(
     measured_on: str,
     history: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
-    learnt_from: Fingerprints | None = None,
+    learnt_from: Fingerprints | ShortFingerprints | None = None,
 ) -> Assessment:
     """Compute the metrics and draw the plots and the report.
 
@@ -106,7 +106,7 @@ def measure(
     probabilities: Probabilities,
     *,
     measured_on: str,
-    learnt_from: Fingerprints | None,
+    learnt_from: Fingerprints | ShortFingerprints | None,
 ) -> Evaluation:
     """Compute the content of `metrics.json`; what the model has no threshold for is None.
 

@@ -25,6 +25,7 @@ from btray.model.engines import EngineName, make_engine
 from btray.model.manifest import Manifest
 from btray.model.ood import Distribution
 from btray.model.prediction import Answer, Prediction
+from btray.model.shipped import SHIPPED
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Classifier:
     @classmethod
     def load(
         cls,
-        uri: str | PathLike[str],
+        uri: str | PathLike[str] = SHIPPED,
         *,
         model_id: str | None = None,
         device: str | None = None,
@@ -86,7 +87,7 @@ class Classifier:
         """Load and verify a bundle. Raises UserError.
 
         Args:
-            uri: the bundle, local or s3://.
+            uri: the bundle, local or s3://; by default the one that ships with btray.
             model_id: refuse any other model.
             device: `cpu` or `cuda`; by default a GPU if there is one.
             batch_size: images per forward pass; by default as many as suit the device.

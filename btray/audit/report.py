@@ -118,11 +118,14 @@ def _pictures(uris: Sequence[str], lines: Sequence[Sequence[str]], marked: Seque
 
 
 def _thumbnail(data: ReadResult) -> str:
-    """Return a small picture as a data URI; empty if the file cannot be read any more."""
+    """Return a small picture as a data URI; empty if the file cannot be read any more, or may name the patient."""
     try:
-        picture = Image.fromarray(reduced(representative(decode(contents(data)).frames)))
+        scan = decode(contents(data))
     except (StorageError, ScanRejected):
         return ""
+    if any(info.burned_in for info in scan.slices or ()):
+        return ""
+    picture = Image.fromarray(reduced(representative(scan.frames)))
     picture.thumbnail((_SIDE, _SIDE))
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=80)

@@ -9,6 +9,7 @@ from functools import partial
 from btray import storage
 from btray.bulk import table
 from btray.bulk.classify_worker import PartClassifier
+from btray.bulk.clinical.pseudonyms import Pseudonyms, check_table, claim_table
 from btray.bulk.completed import CompletedIndex
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.driver import ArchiveJob, run_archive
@@ -22,6 +23,7 @@ from btray.data.key_set import Keys
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
 from btray.model.shipped import announce
+from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
 
 _log = logging.getLogger(__name__)
@@ -53,8 +55,18 @@ class ClassifyJob(ArchiveJob):
                 raise UserError(f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}")
         super().__init__(config, group=self.bundle.manifest.model_id)
         self.config: ClassifyConfig = config
+        self.pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
+        check_table(self.output, self.pseudonyms)
         self.gpu_share = config.gpu_share if config.use_gpu else 0.0
         self.completed = CompletedIndex(self.output, self.group)
+
+    def begin(self) -> None:
+        """Keep what tells later runs whether they have the same key."""
+        claim_table(self.output, self.pseudonyms)
+
+    def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
+        """Return the listed objects, under their pseudonyms with --pseudonymize."""
+        return map(self.pseudonyms.conceal, listed) if self.pseudonyms else listed
 
     def folder(self, run_date: str) -> str:
         """Return the folder of this model's rows of a day."""
@@ -68,7 +80,8 @@ class ClassifyJob(ArchiveJob):
 
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes the classifier of an actor."""
-        return partial(PartClassifier, self.config, self.group)
+        # The key itself, since its file may not be on the node of the actor.
+        return partial(PartClassifier, self.config, self.group, self.pseudonyms)
 
     def totals(self) -> ClassifyTotals:
         """Return counts with labels, profile and least certain frames."""
@@ -88,11 +101,12 @@ class ClassifyJob(ArchiveJob):
             report = report.model_copy(update={"drift": drift})
             if report.objects:
                 classifier = Classifier(self.bundle, device="cpu")
-                _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier))
+                _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier, self.pseudonyms))
                 self._explain_least_certain(run, report, classifier)
         except Exception as error:  # the rows are there, and so is what the run counted
-            _log.warning("there is no summary of this run: %s", error, exc_info=True)
-            report = report.model_copy(update={"summary_failed": f"{type(error).__name__}: {error}"})
+            reason = type(error).__name__ + ("" if self.pseudonyms else f": {error}")  # which may name an object
+            _log.warning("there is no summary of this run: %s", reason, exc_info=not self.pseudonyms)
+            report = report.model_copy(update={"summary_failed": reason})
         print(summarize(report), flush=True)
         return report
 
@@ -100,5 +114,6 @@ class ClassifyJob(ArchiveJob):
         folder = storage.join(run.output, FOLDER, run.run_id)
         explained = report.least_certain[: self.config.explain]
         for start in range(0, len(explained), classifier.batch_size):
-            frames, pixels = read_frames(classifier, explained[start : start + classifier.batch_size])
+            some = explained[start : start + classifier.batch_size]
+            frames, pixels = read_frames(classifier, some, self.pseudonyms)
             write_explanations(folder, f"least_certain-{start:05d}", frames, pixels, classifier)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from btray import storage
+from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.explanations import FOLDER, write_explanations
 from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain
@@ -22,7 +23,7 @@ from btray.bulk.runs import Run
 from btray.bulk.table import SCHEMA, row_of
 from btray.bulk.worker import Prefetcher, Row, Seconds
 from btray.core import logs
-from btray.data.frames import FrameSource, Rejection
+from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.key_set import keys_of
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
@@ -35,7 +36,7 @@ from btray.storage.read_many import ReadResult
 _FRAMES = 256
 _SMALL = 4 << 20  # bytes of frames of one object
 
-Decoded = list[Frame] | Scan | Rejection
+Decoded = Frames | Scan | Rejection
 """What the bytes of an object become."""
 
 
@@ -47,7 +48,7 @@ class Piece:
     """Of the object in its batch."""
     first: int
     """Number of the first of these frames among those of the object."""
-    frames: list[Frame] | Rejection
+    frames: Frames | Rejection
 
 
 class PartClassifier:
@@ -57,8 +58,13 @@ class PartClassifier:
     write_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     tally_type = ClassifyTally
 
-    def __init__(self, config: ClassifyConfig, model_id: str, run: Run, cpus: int) -> None:
-        """Load the bundle `config.model`, which must be `model_id`; decode `cpus` scans at a time."""
+    def __init__(
+        self, config: ClassifyConfig, model_id: str, pseudonyms: Pseudonyms | None, run: Run, cpus: int
+    ) -> None:
+        """Load the bundle `config.model`, which must be `model_id`; decode `cpus` scans at a time.
+
+        `pseudonyms` are those that objects are listed with.
+        """
         logs.begin_in_worker(config.log_format, job="classify", run_id=run.run_id)
         # Loaded here and not sent: an actor that Ray starts again must not depend on an object of a node that died.
         self.classifier = Classifier.load(
@@ -71,13 +77,19 @@ class PartClassifier:
         )
         self.run = run
         self._config = config
+        self._pseudonyms = pseudonyms
         # One decoder is this thread itself: nothing else is done meanwhile.
         self._decoders = ThreadPoolExecutor(cpus) if cpus > 1 else None
         self._decoded_ahead = 2 * cpus
         batch = self.classifier.batch_size
         self.most_frames = batch * math.ceil(_FRAMES / batch)
-        max_bytes = self.classifier.source.limits.max_bytes
-        self.reader = Prefetcher(threads=config.threads, patience=config.patience, max_bytes=max_bytes, least=batch)
+        self.reader = Prefetcher(
+            threads=config.threads,
+            patience=config.patience,
+            max_bytes=self.classifier.source.limits.max_bytes,
+            least=batch,
+            pseudonyms=pseudonyms,
+        )
 
     def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return one row per frame, or one for an object that gives none; each frame with the digest of its pixels."""
@@ -94,7 +106,7 @@ class PartClassifier:
         """Return the counts of a part, its profile and its least certain frames."""
         classified = [row for row in rows if row["status"] == "ok"]
         places = {info.uri: info.place or info.uri for info in objects}
-        frames = (_frame_of(row, places[row["uri"]]) for row in classified)
+        frames = (_frame_of(row, places[row["uri"]]) for row in classified if not row["burned_in"])
         return ClassifyTally.of(
             rows,
             objects,
@@ -115,12 +127,14 @@ class PartClassifier:
         for prediction in predictions:
             piece = pieces[prediction.index]
             row = row_of(prediction, objects[piece.index], run_id=self.run.run_id, classified_at=now)
+            if self._pseudonyms:
+                row = self._pseudonyms.conceal_row(row)
             row["frame"] = piece.first + prediction.frame
             rows.append(row)
             if not isinstance(piece.frames, Rejection):
                 frame = piece.frames[prediction.frame]
                 row["picture"] = hashlib.sha256(frame.tobytes()).hexdigest()
-                if prediction.label in self._config.explain_labels:
+                if prediction.label in self._config.explain_labels and not prediction.burned_in:
                     explained.append(row)
                     pixels.append(frame)
         predicted = time.perf_counter()
@@ -171,13 +185,16 @@ def pieces_of(decoded: Iterable[Decoded], source: FrameSource, *, most: int) -> 
         if isinstance(of_object, Rejection):
             pieces.append(Piece(index, 0, of_object))
             continue
-        pages: list[Any] = of_object.frames if isinstance(of_object, Scan) else of_object
-        first = 0
-        while first < len(pages):
-            some = pages[first : first + most - held]
-            frames: list[Frame] = source.frames_of(Scan(some)) if isinstance(of_object, Scan) else some
+        first, count = 0, len(of_object.frames if isinstance(of_object, Scan) else of_object)
+        while first < count:
+            end = min(count, first + most - held)
+            if isinstance(of_object, Scan):
+                infos = of_object.slices and of_object.slices[first:end]
+                frames = source.frames_of(Scan(of_object.frames[first:end], infos))
+            else:
+                frames = of_object.part(first, end)
             pieces.append(Piece(index, first, frames))
-            first, held = first + len(some), held + len(some)
+            first, held = end, held + end - first
             if held == most:
                 yield pieces
                 pieces, held = [], 0

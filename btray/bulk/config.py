@@ -85,11 +85,17 @@ class ClassifyConfig(ArchiveConfig):
     """Write pictures of what spoke for the label (Grad-CAM) of this many of the least certain scans."""
     explain_labels: tuple[str, ...] = ()
     """Write such pictures of every scan that gets one of these labels."""
+    pseudonymize: Uri | None = None
+    """File with a key of at least 32 bytes, mode 600: UIDs and names of objects are written as HMACs with it."""
 
     def check(self) -> None:
-        """As for all archives; and refuse a bundle that is not there."""
+        """As for all archives; and refuse a bundle that is not there, or a key that cannot be used."""
         require_bundle(self.model)
         super().check()
+        if self.pseudonymize is not None:
+            from btray.bulk.clinical.pseudonyms import Pseudonyms
+
+            Pseudonyms.from_file(self.pseudonymize)
 
     @property
     def least_certain(self) -> int:

@@ -60,6 +60,13 @@ class ArchiveJob(ABC):
         self.output = config.output
         self.group = group
 
+    def begin(self) -> None:  # noqa: B027 - most jobs have nothing to do
+        """Do what must be done before anything else is written to the output; called with its lease."""
+
+    def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
+        """Return the listed objects by the names that they have in all that is written."""
+        return listed
+
     @abstractmethod
     def folder(self, run_date: str) -> str:
         """Return the folder, below the output, of the files of a run that began on a day (YYYY-MM-DD, UTC)."""
@@ -90,13 +97,14 @@ def run_archive(job: ArchiveJob) -> str:
     config = job.config
     with _readable_errors():
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.output)
-        listed = list_archive(config.input, selection, patience=config.patience)
+        listed = job.named(list_archive(config.input, selection, patience=config.patience))
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
             _estimate(job, listed)
             return job.output
         with lease.hold(job.output) as check:
+            job.begin()
             report = _run(job, listed, check)
     if not report.unchanged:
         require_found(report.rejected_by_code, report.objects, config.input)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from btray import storage
+from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.report import ClassifiedFrame
 from btray.data.frames import Rejection
 from btray.data.rejections import as_csv
@@ -47,13 +48,17 @@ def write_explanations(
     storage.write_bytes(storage.join(folder, f"{name}.csv"), as_csv(_COLUMNS, rows))
 
 
-def read_frames(classifier: Classifier, frames: Sequence[ClassifiedFrame]) -> tuple[list[ClassifiedFrame], Pixels]:
-    """Return those of `frames` that can still be read, and their pixels."""
-    scans = classifier.source.from_uris([frame.place for frame in frames])
+def read_frames(
+    classifier: Classifier, frames: Sequence[ClassifiedFrame], pseudonyms: Pseudonyms | None = None
+) -> tuple[list[ClassifiedFrame], Pixels]:
+    """Return those of `frames` that can still be read and may be shown, and their pixels."""
+    scans = classifier.source.from_uris(
+        [pseudonyms.place(frame.place) if pseudonyms else frame.place for frame in frames]
+    )
     readable = [
         (frame, scan[frame.frame])
         for frame, scan in zip(frames, scans, strict=True)
-        if not isinstance(scan, Rejection) and frame.frame < len(scan)
+        if not isinstance(scan, Rejection) and frame.frame < len(scan) and not scan.names_patient(frame.frame)
     ]
     size = classifier.manifest.preprocess.size
     pixels = np.stack([picture for _, picture in readable]) if readable else np.zeros((0, size, size), np.uint8)

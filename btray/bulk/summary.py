@@ -16,6 +16,7 @@ from matplotlib.ticker import PercentFormatter
 
 from btray import storage
 from btray.bulk import runs
+from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import SHOWN
 from btray.bulk.explanations import explain_frames, read_frames
 from btray.bulk.report import RunReport
@@ -50,11 +51,17 @@ def compare(run: Run, report: RunReport, bundle: Bundle) -> tuple[dict[str, Prof
     return profiles, {name: drift(profile, report.profile) for name, profile in others.items()}
 
 
-def write_summary(run: Run, report: RunReport, profiles: Mapping[str, Profile], classifier: Classifier) -> str:
+def write_summary(
+    run: Run,
+    report: RunReport,
+    profiles: Mapping[str, Profile],
+    classifier: Classifier,
+    pseudonyms: Pseudonyms | None = None,
+) -> str:
     """Write summary.html beside run.json; return its URI."""
     profile, drifts = report.profile, report.drift or {}
     count = max(1, profile.frames)
-    frames, pixels = read_frames(classifier, report.least_certain[:SHOWN])
+    frames, pixels = read_frames(classifier, report.least_certain[:SHOWN], pseudonyms)
     pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
     page = render_page(
         "btray.bulk",

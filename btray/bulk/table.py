@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from btray.data.slice_facts import UIDS
 from btray.model.prediction import ADDED, COLUMNS, Prediction, arrow_field, as_row
 from btray.storage import FileInfo
 
@@ -16,10 +17,8 @@ SCHEMA = pa.schema(
         pa.field("etag", pa.string(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
         arrow_field("frame"),
-        pa.field("study_uid", pa.string()),
-        pa.field("series_uid", pa.string()),
-        pa.field("instance_uid", pa.string()),
-        *(arrow_field(name) for name in COLUMNS if name != "frame" and name not in ADDED),
+        *(arrow_field(name) for name in UIDS),
+        *(arrow_field(name) for name in COLUMNS if name not in ("frame", *UIDS, *ADDED)),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("classified_at", pa.timestamp("us", "UTC"), nullable=False),
         *(arrow_field(name) for name in ADDED),

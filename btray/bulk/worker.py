@@ -14,6 +14,7 @@ import ray
 
 from btray import storage
 from btray.bulk import runs
+from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.report import PartTally
 from btray.bulk.runs import Run, read_tally, write_part
 from btray.core.allocator import keep_freed_memory
@@ -32,8 +33,17 @@ Seconds = defaultdict[str, float]
 class Prefetcher:
     """Reads batches of at most `least` or 64 objects, whichever is more, and 64 MiB; `threads` objects at a time."""
 
-    def __init__(self, *, threads: int, patience: float, max_bytes: int, least: int = 1) -> None:
-        """Start the thread that reads ahead."""
+    def __init__(
+        self,
+        *,
+        threads: int,
+        patience: float,
+        max_bytes: int,
+        least: int = 1,
+        pseudonyms: Pseudonyms | None = None,
+    ) -> None:
+        """Start the thread that reads ahead; `pseudonyms` are those that objects are listed with."""
+        self._pseudonyms = pseudonyms
         self._threads = threads
         self._patience = patience
         self._max_bytes = max_bytes
@@ -69,12 +79,16 @@ class Prefetcher:
                 max_bytes=self._max_bytes,
             )
 
-        results = read_patiently(batch, read, self._patience)
+        known = self._pseudonyms
+        results = read_patiently([known.reveal(info) for info in batch] if known else batch, read, self._patience)
         for number, info in enumerate(batch):
+            result = results[number]
             # No later run could tell which bytes it was that this row speaks of.
-            if not info.etag and not isinstance(results[number], StorageError):
+            if not info.etag and not isinstance(result, StorageError):
                 detail = "it could not be examined when it was listed, and now it can be read"
                 results[number] = StorageError("changed", info.uri, detail)
+            elif known and isinstance(result, StorageError):
+                results[number] = known.conceal_error(result, info)
         return results
 
 

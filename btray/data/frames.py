@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from btray.data.config import PreprocessConfig
 from btray.data.preprocess import Frame, decode_side, make_frame
-from btray.data.scans import Scan, ScanLimits, ScanRejected, decode
+from btray.data.scans import Scan, ScanLimits, ScanRejected, SliceInfo, decode
 from btray.storage import StorageError
 from btray.storage.read_many import read_many
 
@@ -22,11 +22,36 @@ class Rejection:
     code: str
     message: str
     retryable: bool
+    info: SliceInfo | None = None
+    """What the header of the scan says, if it could be read."""
 
     @classmethod
     def of(cls, error: StorageError | ScanRejected) -> Rejection:
         """Make one from the error of reading or decoding."""
-        return cls(error.code, str(error), error.retryable)
+        info = error.info if isinstance(error, ScanRejected) else None
+        return cls(error.code, str(error), error.retryable, info)
+
+
+class Frames(list[Frame]):
+    """The frames of one scan, uint8 [size, size], and what its file says of each."""
+
+    def __init__(self, frames: Iterable[Frame] = (), infos: Sequence[SliceInfo] | None = None) -> None:
+        """Keep `infos`, one for each frame; None for a picture, which says nothing."""
+        super().__init__(frames)
+        self.infos = infos
+
+    def info(self, number: int) -> SliceInfo | None:
+        """Return what the file says of one of the frames."""
+        return None if self.infos is None else self.infos[number]
+
+    def names_patient(self, number: int) -> bool:
+        """Return whether text in one of the frames may name the patient: then no picture may show it."""
+        info = self.info(number)
+        return info is not None and bool(info.burned_in)
+
+    def part(self, first: int, end: int) -> Frames:
+        """Return the frames from number `first` to before `end`."""
+        return Frames(self[first:end], self.infos and self.infos[first:end])
 
 
 @dataclass(frozen=True)
@@ -36,11 +61,11 @@ class FrameSource:
     preprocess: PreprocessConfig
     limits: ScanLimits = field(default_factory=ScanLimits)
 
-    def from_bytes(self, data: bytes) -> list[Frame] | Rejection:
-        """Return the frames (uint8 [size, size]) of one encoded scan, in their order, or why there are none."""
+    def from_bytes(self, data: bytes) -> Frames | Rejection:
+        """Return the frames of one encoded scan, in their order, or why there are none."""
         return self._framed(self.decode(data))
 
-    def from_uris(self, uris: Sequence[str]) -> list[list[Frame] | Rejection]:
+    def from_uris(self, uris: Sequence[str]) -> list[Frames | Rejection]:
         """Do the same for stored scans, which are read concurrently; one entry for each of `uris`."""
         return [self._framed(scan) for scan in self.scans(uris)]
 
@@ -56,9 +81,9 @@ class FrameSource:
         except ScanRejected as error:
             return Rejection.of(error)
 
-    def frames_of(self, scan: Scan) -> list[Frame]:
+    def frames_of(self, scan: Scan) -> Frames:
         """Return the frames of a decoded scan, in their order."""
-        return [make_frame(gray, self.preprocess) for gray in scan.frames]
+        return Frames((make_frame(gray, self.preprocess) for gray in scan.frames), scan.slices)
 
-    def _framed(self, scan: Scan | Rejection) -> list[Frame] | Rejection:
+    def _framed(self, scan: Scan | Rejection) -> Frames | Rejection:
         return scan if isinstance(scan, Rejection) else self.frames_of(scan)

@@ -181,6 +181,6 @@ def _draw_worst_errors(
             name=storage.name(uri),
         )
         for index, uri, frames in read
-        if not isinstance(frames, Rejection)
+        if not isinstance(frames, Rejection) and not frames.names_patient(0)
     ]
     return plots.error_grid(shown, errors=int((predicted != labels).sum()), total=len(labels))

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.data.frames import FrameSource, Rejection
-from btray.data.preprocess import Frame, make_frame, to_tensor
+from btray.data.frames import Frames, FrameSource, Rejection
+from btray.data.preprocess import make_frame, to_tensor
 from btray.data.scans.gray import to_uint16
 from btray.model.abstention import label_sets
 from btray.model.bundle import Bundle, load_bundle
 from btray.model.engines import EngineName, make_engine
 from btray.model.manifest import Manifest
 from btray.model.ood import Distribution
-from btray.model.prediction import Answer, Prediction
+from btray.model.prediction import Answer, Prediction, facts_of
 from btray.model.shipped import SHIPPED
 
 _log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Classifier:
         uris = [None if isinstance(given, bytes | np.ndarray) else str(given) for given in inputs]
         return self.predict_decoded(self.frames(inputs), uris)
 
-    def predict_decoded(self, scans: Sequence[list[Frame] | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
+    def predict_decoded(self, scans: Sequence[Frames | Rejection], uris: Sequence[str | None]) -> list[Prediction]:
         """Classify inputs whose frames, or the reason why there are none, are at hand; `uris` are their names."""
         frames = [frame for scan in scans if not isinstance(scan, Rejection) for frame in scan]
         answers = iter(interpret(self.answer(np.stack(frames)), self.manifest, self.ood) if frames else ())
@@ -116,7 +116,14 @@ class Classifier:
                 predictions.append(Prediction.of_rejection(scan, index=index, uri=uri, model_id=self.model_id))
                 continue
             predictions += [
-                Prediction(index=index, uri=uri, frame=frame, model_id=self.model_id, **vars(next(answers)))
+                Prediction(
+                    index=index,
+                    uri=uri,
+                    frame=frame,
+                    model_id=self.model_id,
+                    **vars(next(answers)),
+                    **facts_of(scan.info(frame)),
+                )
                 for frame in range(len(scan))
             ]
         return predictions
@@ -145,13 +152,13 @@ class Classifier:
         """Return the softmax of logits [n, classes] divided by `temperature`; each row depends on itself alone."""
         return (torch.from_numpy(logits) / temperature).softmax(1).numpy()
 
-    def frames(self, inputs: Sequence[Input]) -> list[list[Frame] | Rejection]:
+    def frames(self, inputs: Sequence[Input]) -> list[Frames | Rejection]:
         """Return the frames, uint8 [size, size], of each input, or why there are none; reads stored ones together."""
         scans = [self._frames_or_uri(given) for given in inputs]
         stored = iter(self.source.from_uris([scan for scan in scans if isinstance(scan, str)]))
         return [next(stored) if isinstance(scan, str) else scan for scan in scans]
 
-    def _frames_or_uri(self, given: object) -> list[Frame] | Rejection | str:
+    def _frames_or_uri(self, given: object) -> Frames | Rejection | str:
         """Return the frames of an input that is at hand, the URI of a stored one, or why it is neither."""
         if isinstance(given, bytes):
             return self.source.from_bytes(given)
@@ -164,7 +171,7 @@ class Classifier:
         except UserError as error:
             return Rejection("unsupported", str(error), False)
 
-    def _from_array(self, pixels: npt.NDArray[Any]) -> list[Frame] | Rejection:
+    def _from_array(self, pixels: npt.NDArray[Any]) -> Frames | Rejection:
         if pixels.ndim != 2:
             return Rejection("unsupported", f"an array of shape {pixels.shape} is not [height, width]", False)
         least = self.source.limits.min_side
@@ -174,7 +181,7 @@ class Classifier:
             if pixels.dtype.kind not in "biuf" or not np.isfinite(pixels).all():
                 return Rejection("unsupported", f"{pixels.dtype} array with values that are not finite numbers", False)
             pixels = to_uint16(pixels)  # preprocessing stretches gray levels anyway: no unit is lost
-        return [make_frame(pixels, self.manifest.preprocess)]
+        return Frames([make_frame(pixels, self.manifest.preprocess)])
 
 
 def interpret(output: NetworkOutput, manifest: Manifest, distribution: Distribution | None) -> list[Answer]:

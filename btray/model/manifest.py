@@ -49,6 +49,13 @@ class Thresholds(ComponentConfig):
     """Error rate for which `conformal` was chosen."""
 
 
+class StudyRule(ComponentConfig):
+    """How the frames of a series are decided together."""
+
+    top: Annotated[int, Field(ge=1)]
+    """Frames with the most tumor whose probabilities are averaged."""
+
+
 class TrainedOn(ComponentConfig):
     """The data of a training, and how long it took."""
 
@@ -107,6 +114,8 @@ class Manifest(ComponentConfig):
     """SHA-256 of the weights file."""
     files: dict[str, str]
     """SHA-256 of every other file, by name."""
+    study_rule: StudyRule | None = None
+    """Chosen on validation images; None: there were no groups of several slices, and a default is used."""
 
     @field_validator("files")
     @classmethod

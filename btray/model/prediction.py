@@ -1,21 +1,23 @@
 """One prediction: its fields, and the form that each takes wherever predictions are written.
 
 The results table, the JSON of `btray predict` and of the service, its OpenAPI schema, the outputs of the Open Inference
-Protocol, the terminal's table and the CSV of an evaluation follow from the fields of `Answer` and `Prediction`: a new
-one is added here, and `tests/model/test_prediction.py` finds the output that lacks it. Free of torch, so that whatever
-reads or describes predictions starts quickly.
+Protocol, the terminal's table and the CSV of an evaluation follow from the fields of `Answer`, `SliceFacts` and
+`Prediction`: a new one is added there, and `tests/model/test_prediction.py` finds the output that lacks it. Free of
+torch, so that whatever reads or describes predictions starts quickly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ConfigDict, Field, TypeAdapter
+
+from btray.data.slice_facts import UIDS, SliceFacts
 
 if TYPE_CHECKING:
     from btray.data.frames import Rejection
@@ -44,8 +46,8 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction(Answer):
-    """The answer for one frame, or why there is none."""
+class Prediction(SliceFacts, Answer):
+    """The answer for one frame, or why there is none; and what its file says of the frame."""
 
     __pydantic_config__ = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
 
@@ -77,7 +79,17 @@ class Prediction(Answer):
             error=rejection.message,
             retryable=rejection.retryable,
             model_id=model_id,
+            **facts_of(rejection.info),
         )
+
+
+SLICE = tuple(item.name for item in fields(SliceFacts))
+"""Fields that say what the file says."""
+
+
+def facts_of(info: SliceFacts | None) -> dict[str, Any]:
+    """Return those fields of a prediction; none if the file says nothing."""
+    return {} if info is None else {name: getattr(info, name) for name in SLICE}
 
 
 class _Form(NamedTuple):
@@ -103,16 +115,17 @@ _FORMS: dict[Any, _Form] = {
 _HINTS = get_type_hints(Prediction)
 ANSWER = tuple(item.name for item in fields(Answer))
 """Fields of the answer."""
-COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER)
+COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER, *SLICE)
 """Fields that are columns of the results table; `uri` and `model_id` are there too, as the object's and the path's."""
 _ALWAYS, _REASON = ("frame", "status", "model_id"), ("error_code", "error")
-ADDED = ("label_set",)
+ADDED = ("label_set", *(name for name in SLICE if name not in UIDS))
 """Columns that the first results tables lack: they stand at the end, and are null in older files."""
 
 
 def _form(name: str) -> _Form:
     hint = _HINTS[name]
-    return _FORMS[hint if hint in _FORMS else get_args(hint)[0]]
+    kind = hint if hint in _FORMS else get_args(hint)[0]
+    return _FORMS[str if get_origin(kind) is Literal else kind]
 
 
 # ---- the results table
@@ -141,19 +154,25 @@ def as_record(prediction: Prediction) -> dict[str, Any]:
 
 
 def as_answer(prediction: Prediction) -> dict[str, Any]:
-    """Return what the service answers: the fields of the answer, or `error_code` and `error` of a rejection."""
+    """Return what the service answers: the fields of the answer, or `error_code` and `error` of a rejection.
+
+    What the file says of the frame is there as far as it is known.
+    """
     names = (*_ALWAYS, *(ANSWER if prediction.status == "ok" else _REASON))
-    return {name: getattr(prediction, name) for name in names}
+    known = (name for name in SLICE if getattr(prediction, name) is not None)
+    return {name: getattr(prediction, name) for name in (*names, *known)}
 
 
 def answer_model_fields() -> dict[str, Any]:
     """Return the fields of `as_answer` for `pydantic.create_model`, described by their docstrings."""
     # pydantic reads the docstrings of the class itself, not those of its bases
-    described = TypeAdapter(Prediction).json_schema()["properties"] | TypeAdapter(Answer).json_schema()["properties"]
-    described = {name: described[name]["description"] for name in described}
+    described: dict[str, str] = {}
+    for kind in (Prediction, Answer, SliceFacts):
+        schema = TypeAdapter(kind).json_schema()["properties"]
+        described |= {name: schema[name]["description"] for name in schema if "description" in schema[name]}
     always = {name: (_HINTS[name], Field(description=described[name])) for name in _ALWAYS}
     return always | {
-        name: (_HINTS[name] | None, Field(None, description=described[name])) for name in (*_REASON, *ANSWER)
+        name: (_HINTS[name] | None, Field(None, description=described[name])) for name in (*_REASON, *ANSWER, *SLICE)
     }
 
 

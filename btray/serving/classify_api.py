@@ -156,7 +156,9 @@ async def classify(
     if len(images) == 1 and isinstance(images[0], Rejection):
         raise Problem.of_rejection(images[0].code, images[0].message)
     results = [_image_answer(prediction, uploads[prediction.index], top_k) for prediction in predictions]
-    answers = [pair for pair in zip(predictions, results, strict=True) if explain and pair[0].label]
+    # no picture shows a frame with text in it, which may name the patient
+    shown = zip(predictions, results, strict=True)
+    answers = [pair for pair in shown if explain and pair[0].label and not pair[0].burned_in]
     if answers:
         labels = [str(prediction.label) for prediction, _ in answers]
         frames = [images[prediction.index][prediction.frame] for prediction, _ in answers]  # type: ignore[index]

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from btray import storage
 from btray.core.cluster import own_device
 from btray.core.errors import UserError
-from btray.data.frames import FrameSource, Rejection
+from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.preprocess import Frame
 from btray.data.scans import ScanLimits, count_pages
 from btray.explain import Heat, heat_maps
@@ -44,7 +44,7 @@ _SMALL = ScanLimits(max_bytes=2**18, max_pixels=2**20)
 _FIRST_PAUSE = 2.0
 _LONGEST_PAUSE = 60.0
 
-DecodedImage = list[Frame] | Rejection
+DecodedImage = Frames | Rejection
 """The frames of one image, or why there are none."""
 
 
@@ -145,7 +145,9 @@ class ServedModel:
         # Image, frame within it, and that frame alone, or the reason why there is none.
         numbered: list[tuple[int, int, DecodedImage]] = []
         for index, image in enumerate(images):
-            single: list[DecodedImage] = [image] if isinstance(image, Rejection) else [[frame] for frame in image]
+            single: list[DecodedImage] = [image]
+            if not isinstance(image, Rejection):
+                single = [image.part(number, number + 1) for number in range(len(image))]
             numbered += [(index, number, piece) for number, piece in enumerate(single)]
         predictions = []
         for start in range(0, len(numbered), self.batcher.largest):
@@ -161,7 +163,7 @@ class ServedModel:
             ]
         return predictions
 
-    async def at_once(self, image: bytes) -> tuple[list[Frame], list[Prediction]] | None:
+    async def at_once(self, image: bytes) -> tuple[Frames, list[Prediction]] | None:
         """Return the frame and the prediction of one small image, decoded where it is classified.
 
         None if it is not small, cannot be read or has several pages, or if the model is at work: others must not wait
@@ -172,7 +174,7 @@ class ServedModel:
             return None
         limits = replace(_SMALL, max_pixels=min(_SMALL.max_pixels, self.source.limits.max_pixels))
 
-        def decode_and_predict() -> tuple[list[Frame], list[Prediction]] | None:
+        def decode_and_predict() -> tuple[Frames, list[Prediction]] | None:
             frames = replace(self.source, limits=limits).from_bytes(image)
             if isinstance(frames, Rejection):
                 return None

@@ -36,7 +36,7 @@ TRAINING_CPUS = 1.0 - _KEPT_CPUS
 # Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.
 _SHUFFLED_BATCHES = 32
 # The columns that the driver looks at: all but the frames.
-_SURVEYED = ["sample", "label", "digest", "fingerprint", "code", "message"]
+_SURVEYED = ["sample", "label", "digest", "fingerprint", "patient", "code", "message"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -58,10 +58,11 @@ class Batch:
 def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, kept: bool = False) -> Dataset:
     """Decode the scans of `table` (columns row, uri, label as a number) to one row per frame.
 
-    Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), fingerprint (of the scan, packed), code
-    and message (of a rejection, whose frame is black). Nothing runs before the data set is used; each task then takes
-    `num_cpus`, or, for frames that are `kept` while workers train, the little that these leave, with as many tasks at
-    a time as there are CPUs. A cluster without a CPU grows by whole CPUs, so there `num_cpus` holds.
+    Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), fingerprint (of the scan, packed),
+    patient (a digest, empty if the file names none), code and message (of a rejection, whose frame is black). Nothing
+    runs before the data set is used; each task then takes `num_cpus`, or, for frames that are `kept` while workers
+    train, the little that these leave, with as many tasks at a time as there are CPUs. A cluster without a CPU grows by
+    whole CPUs, so there `num_cpus` holds.
     """
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
     tasks = min(len(blocks), int(ray.cluster_resources().get("CPU", 0.0))) if kept else 0
@@ -75,7 +76,7 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
 
 
 def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]:
-    """Collect decoded rows without their frames: sample, label, digest, fingerprint, code, message; by sample.
+    """Collect decoded rows without their frames: sample, label, digest, fingerprint, patient, code, message; by sample.
 
     Up to `keep` rows stay in Ray's object store with their frames, as the data set that is returned first. Frames are
     counted, not scans, of which some have hundreds: if there are more than `keep`, all are released and it is None.
@@ -111,12 +112,13 @@ def _frames(source: FrameSource, row: int, label: int, scan: Scan | Rejection) -
         scan = Rejection("bomb", reason, retryable=False)
     if isinstance(scan, Rejection):
         frames = [np.zeros((source.preprocess.size,) * 2, np.uint8)]
-        fingerprint, code, message = NO_FINGERPRINT, scan.code, scan.message
+        fingerprint, patient, code, message = NO_FINGERPRINT, "", scan.code, scan.message
     else:
+        patient = next((info.patient_key for info in scan.slices or () if info.patient_key), "")
         frames, fingerprint, code, message = source.frames_of(scan), fingerprint_of(scan.frames), "", ""
     for number, frame in enumerate(frames):
         digest = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
-        yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, code, message, frame
+        yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, patient, code, message, frame
 
 
 class StreamSplit(ray.train.DataConfig):

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,23 @@ class Source:
         labels = pc.index_in(self.table["label"].take(rows), pa.array(self.classes)).cast(pa.int64())
         numbered = pa.table({"row": rows, "uri": self.table["uri"].take(rows), "label": labels})
         return decode_rows(numbered, FrameSource(self.config.preprocess), **options)
+
+    def with_patients(self, surveyed: pa.Table) -> Source:
+        """Take digests of patients from the files, as `feeds.survey` gives them, where the source names no patient.
+
+        They stay in memory.
+        """
+        known = dict(
+            zip(
+                (surveyed["sample"].to_numpy() // FRAMES_PER_SCAN).tolist(),
+                surveyed["patient"].to_pylist(),
+                strict=True,
+            )
+        )
+        found = pa.array([known.get(row) or None for row in range(len(self.table))], pa.string())
+        column = self.table.schema.get_field_index("patient_id")
+        named = pc.coalesce(self.table["patient_id"], found)
+        return replace(self, table=self.table.set_column(column, "patient_id", named))
 
 
 @dataclass(frozen=True)
@@ -160,6 +177,7 @@ def prepare(source: Source) -> TrainingData:
         storage.write_bytes(storage.join(run_uri, REJECTED), rejections_csv(rejected, table))
     require_found(rejected["code"].to_pylist(), len(rows), config.data)
     enforce_max_rejected(rejected["code"].to_pylist(), len(rows), config.max_rejected)
+    source = source.with_patients(surveyed)
     # Twins are found before images are held out: both of them go to the same side.
     leak, used, twins = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))
     validation = _choose_validation(source, used, twins)

@@ -169,9 +169,8 @@ COMPRESSIONS = {
 UNREAD = {
     "DICOM": bytes(128) + b"DICM\2\0\0\0UL\4\0",
     "DICOM file": b"\x08\0\x05\0CS\x0a\0ISO_IR 100",
-    "NIfTI": b"\x5c\1\0\0" + bytes(340) + b"n+1\0",
-    "NIfTI file": b"\x5c\1\0\0" + bytes(340) + b"ni1\0",
-    "NIfTI-2": b"\x1c\2\0\0n+2\0\r\n\x1a\n",
+    "NIfTI header": b"\x5c\1\0\0" + bytes(340) + b"ni1\0",
+    "one file of two": b"\x1c\2\0\0ni2\0\r\n\x1a\n",
     "Analyze": struct.pack("<i36xh", 348, 3) + bytes(306),
     "Analyze 7.5": struct.pack(">i36xh", 348, 4) + bytes(306),
     "MGH": struct.pack(">6i", 1, 256, 256, 128, 1, 3) + bytes(300),

@@ -242,7 +242,7 @@ def test_a_hint_below_one_is_the_callers_mistake() -> None:
 
 
 def test_the_corpus_is_the_same_on_every_run() -> None:
-    again = {**corpus._jpegs(), **corpus._pngs(), **corpus._tiffs(), **corpus._others()}
+    again = {**corpus._jpegs(), **corpus._pngs(), **corpus._tiffs(), **corpus._others(), **corpus._volumes()}
     assert again == GOOD
     assert sys.getsizeof(GOOD) < 2**20
 

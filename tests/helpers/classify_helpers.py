@@ -129,7 +129,7 @@ def part_classifier(patch: pytest.MonkeyPatch, model: str, *, cpus: int = 1, **c
     patch.setattr("btray.bulk.classify_worker.logs.begin_in_worker", lambda *_, **__: None)
     run = Run(run_id="run", group="model", parts="parts", output="out", request={})
     config = job(model, "in", "out", **{"engine": "eager", "threads": 4, "patience": 1.0, **changes})
-    return PartClassifier(config, load_bundle(model).manifest.model_id, run, cpus)
+    return PartClassifier(config, load_bundle(model).manifest.model_id, None, run, cpus)
 
 
 # ---- killing

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.helpers.nifti_files import write_nifti
+
 HEIGHT, WIDTH = 72, 96
 _BORDER = 8  # black rim, transparent in the scans that have alpha
 LOSSY_TOLERANCE = 10 / 255
@@ -66,7 +68,7 @@ def expected(name: str) -> list[np.ndarray]:
 @functools.cache
 def good_scans() -> dict[str, bytes]:
     """Return every kind of image that must be readable, by name."""
-    return {**_jpegs(), **_pngs(), **_tiffs(), **_others()}
+    return {**_jpegs(), **_pngs(), **_tiffs(), **_others(), **_volumes()}
 
 
 @functools.cache
@@ -266,6 +268,17 @@ def _others() -> dict[str, bytes]:
     }
 
 
+def _volumes() -> dict[str, bytes]:
+    deep = write_nifti(picture16().T[:, :, None], version=2, order=">")
+    pages = np.dstack([page.T for page in (picture(), picture()[::-1], picture()[:, ::-1])])
+    return {
+        "nifti_pages": write_nifti(pages),
+        "nifti_pages_gzip": gzip.compress(write_nifti(pages), mtime=0),
+        "nifti_16bit": deep,
+        "nifti_float_stretched": write_nifti((picture().T[:, :, None] / 40 - 3).astype(np.float32)),
+    }
+
+
 def _no_images() -> dict[str, tuple[bytes, str]]:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as members:
@@ -287,14 +300,15 @@ def _no_images() -> dict[str, tuple[bytes, str]]:
 
 
 def _unsupported() -> dict[str, tuple[bytes, str]]:
-    nifti = struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(4096)
+    times = write_nifti(np.dstack([picture().T] * 3)[:, :, None])
     twelve_bit = bytearray(good_scans()["jpeg_gray"])
     twelve_bit[twelve_bit.index(b"\xff\xc0") + 4] = 12
     planes = {
         "gif": encode(_gray(), "GIF"),
         "dicom": bytes(128) + b"DICM\2\0\0\0UL\4\0" + bytes(200),
-        "nifti": nifti,
-        "nifti_gzip": gzip.compress(nifti, mtime=0),
+        "nifti_of_times": times,
+        "nifti_of_times_gzip": gzip.compress(times, mtime=0),
+        "nifti_pair": struct.pack("<i", 348) + bytes(340) + b"ni1\0",
         "pdf": encode(_gray(), "PDF"),
         "eps": encode(_gray(), "EPS"),
         "icon": encode(_gray(), "ICO"),
@@ -316,6 +330,9 @@ def _cut() -> dict[str, tuple[bytes, str]]:
             cut[f"{name}_cut_at_{share:.0%}"] = (data[: max(40, int(len(data) * share))], "truncated")
         if "pages" not in name:  # these end with meaningless bytes
             cut[f"{name}_last_byte_lost"] = (data[:-1], "truncated")
+    for name in ("nifti_16bit", "nifti_pages_gzip"):
+        data = good_scans()[name]
+        cut |= {f"{name}_cut_at_{share:.0%}": (data[: int(len(data) * share)], "truncated") for share in (0.3, 0.9)}
     directory = good_scans()["tiff_rgb_lzw"]
     cut["tiff_cut_in_its_directory"] = (directory[:-30], "truncated")
     return cut

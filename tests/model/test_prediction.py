@@ -22,21 +22,23 @@ from btray import cli
 from btray.bulk.table import SCHEMA, row_of
 from btray.data.fingerprint import NO_FINGERPRINT, unpack
 from btray.data.frames import Rejection
+from btray.data.scans import ScanRejected, SliceInfo
 from btray.evaluation.job import predictions_csv
 from btray.evaluation.scoring import Scores
 from btray.model.bundle import Bundle, save_bundle
 from btray.model.classifier import Classifier
 from btray.model.manifest import Thresholds
 from btray.model.ood import Distribution
-from btray.model.prediction import ANSWER, COLUMNS, Prediction, csv_cells
+from btray.model.prediction import ANSWER, COLUMNS, SLICE, Prediction, as_record, csv_cells
 from btray.phantoms import encoded_phantom
 from btray.storage import FileInfo
+from tests.helpers.nifti_files import write_nifti
 from tests.helpers.serving_helpers import Running, running
 from tests.helpers.tiny_bundle import FILES, random_bundle
 
 SCANS = [encoded_phantom(label, seed) for seed in range(4) for label in ("glioma", "no_tumor")]
 NOISE = np.random.default_rng(0).integers(0, 256, (200, 200), dtype=np.uint8)
-OBJECT = {"uri", "etag", "size", "study_uid", "series_uid", "instance_uid"}
+OBJECT = {"uri", "etag", "size"}
 """What the results table says of the object and not of the prediction."""
 RUN = {"run_id", "classified_at"}
 """What it says of the run."""
@@ -74,7 +76,9 @@ def as_json(value: Any) -> Any:
 
 def test_every_field_is_of_the_answer_or_says_what_it_is_an_answer_to() -> None:
     names = {field.name for field in fields(Prediction)}
-    assert names - set(ANSWER) == {"index", "uri", "frame", "status", "error_code", "error", "retryable", "model_id"}
+    assert names - {*ANSWER, *SLICE} == {
+        "index", "uri", "frame", "status", "error_code", "error", "retryable", "model_id",
+    }  # fmt: skip
     assert names - set(COLUMNS) == {"index", "uri", "model_id"}, "these stand elsewhere in the table, or nowhere"
 
 
@@ -100,6 +104,46 @@ def test_the_columns_of_the_first_tables_stand_where_they_stood_and_new_ones_fol
         "uri", "etag", "size", "frame", "status", "retryable", "abstained", "out_of_distribution", "run_id",
         "classified_at",
     ]  # fmt: skip
+
+
+VOLUME = write_nifti(np.random.default_rng(5).integers(0, 4000, (60, 50, 3)).astype(np.uint16))
+
+
+def test_what_the_file_says_of_a_slice_stands_in_each_output(
+    service: Running,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slices = Classifier(bundle).predict([VOLUME])
+    assert [(p.frame, p.plane, p.position_mm, p.spacing_mm) for p in slices] == [
+        (number, "axial", number, 1.0) for number in range(3)
+    ]
+    rows = [row_of(p, FileInfo("a.nii", 7, "e", 0.0), run_id="r", classified_at=datetime.now(UTC)) for p in slices]
+    facts = [{name: getattr(p, name) for name in SLICE} for p in slices]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    assert table.select(list(SLICE)).to_pylist() == facts
+    (path := tmp_path / "a.nii").write_bytes(VOLUME)
+    monkeypatch.setattr("sys.argv", ["btray", "predict", "--model", bundle.uri, "--json", str(path)])
+    cli.main()
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{name: record[name] for name in SLICE} for record in records] == facts
+    results = service.post("/v1/classify", VOLUME, "application/octet-stream").json()["results"]
+    assert [(r["frame"], r["plane"], r["position_mm"], r["spacing_mm"]) for r in results] == [
+        (number, "axial", number, 1.0) for number in range(3)
+    ]
+    described = service.get("/openapi.json").json()["components"]["schemas"]["ImageAnswer"]["properties"]
+    assert set(SLICE) <= described.keys()
+
+
+def test_a_rejection_says_what_the_header_said() -> None:
+    info = SliceInfo(study_uid="1.2", series_uid="1.2.3", modality="MR", description="of DOE^JANE", patient_key="key")
+    error = ScanRejected("truncated", "pixels end")
+    error.info = info
+    said = Prediction.of_rejection(Rejection.of(error), index=0, uri=None, model_id="m")
+    assert (said.study_uid, said.series_uid, said.modality) == ("1.2", "1.2.3", "MR")
+    assert "DOE" not in repr(said) + repr(info) + json.dumps(as_record(said))
 
 
 def test_a_rejection_has_no_answer_in_any_output() -> None:
@@ -148,7 +192,7 @@ def test_the_service_answers_with_them_and_openapi_describes_them(
     assert result["probabilities"] == values
     schema = service.get("/openapi.json").json()
     described = schema["components"]["schemas"]["ImageAnswer"]["properties"]
-    assert set(described) == {*result, "error_code", "error", "explanation"}
+    assert set(described) == {*result, *SLICE, "error_code", "error", "explanation"}
     assert all(described[name]["description"] for name in described if name != "explanation")
     answer = schema["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]
     example = answer["example"]["results"]

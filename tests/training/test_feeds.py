@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray.train
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from btray.data import labelled
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
+from btray.data.scans import Scan, SliceInfo
+from btray.data.splits import hold_out
 from btray.training import feeds, run
 from btray.training.config import OptimiserConfig, TrainConfig
 from btray.training.feeds import MemoryFeed, decode_block
 from btray.training.plan import Plan
+from btray.training.prepare import Source
 from btray.training.run import fit
 from tests.helpers.training_helpers import PREPROCESS, history_of, prepared, tiny, train_and_collect, write_tree
 
@@ -196,3 +201,34 @@ def test_streaming_feeds_every_sample_on_two_cpus(
         assert len(trained) == 63  # four whole batches but for the lost image
         orders.append([part[epoch][0] for part in parts])
     assert orders[0] != orders[1]
+
+
+def test_patients_named_by_the_files_keep_their_slices_on_one_side_and_stay_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two slices of each patient, under names that are no neighbours; the manifest names none."""
+
+    def decode_named(data: bytes, **_: Any) -> Scan:
+        pixels = np.arange(2500, dtype=np.uint16).reshape(50, 50)
+        return Scan([pixels], [SliceInfo(patient_key=data.decode())] if data else None)
+
+    monkeypatch.setattr("btray.data.frames.decode", decode_named)
+    patients = [f"digest {number % 10}" for number in range(20)]
+    contents = [*map(str.encode, patients), b""]
+    monkeypatch.setattr("btray.data.frames.read_many", lambda uris, **_: contents)
+    count = len(contents)
+    batch = {"uri": np.array(["x"] * count), "row": np.arange(count), "label": np.zeros(count, np.int64)}
+    (block,) = decode_block(batch, FrameSource(PREPROCESS))
+    assert block["patient"].tolist() == [*patients, ""]
+    uris = [f"scans/{name}.dcm" for name in np.random.default_rng(0).permutation(count)]
+    empty = [None] * count
+    table = pa.table(
+        {"uri": uris, "label": ["a"] * count, "split": empty, "patient_id": ["of the manifest", *empty[1:]]},
+        schema=pa.schema([labelled.SCHEMA.field(name) for name in ("uri", "label", "split", "patient_id")]),
+    )
+    surveyed = pa.table({name: block[name] for name in ("sample", "patient")})
+    source = Source(TrainConfig(data="d", out="o"), table, ("a", "b")).with_patients(surveyed)
+    assert source.table["patient_id"].to_pylist() == ["of the manifest", *patients[1:], None]
+    held = hold_out(source.table.slice(1, 19), fraction=0.3, seed=1, duplicate_of=None)
+    sides = {(name, bool(side)) for name, side in zip(patients[1:], held, strict=False)}
+    assert len(sides) == len({name for name, _ in sides}), "a patient is on both sides"

@@ -1,4 +1,4 @@
-"""Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP and WebP. Every rejection has a code; see `REJECTION_CODES`.
+"""Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP, WebP and NIfTI. Every rejection has a code: `REJECTION_CODES`.
 
 All callers decode with `decode`, so that training, bulk classification and serving see the same pixels. It keeps no
 state and is thread-safe. Other image formats are refused as `unsupported`, by name; nothing is read from disk here.
@@ -19,11 +19,13 @@ from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin
 from PIL import WebPImagePlugin as WebpImagePlugin
 from PIL.ImageFile import ImageFile
 
+from btray.data.scans import gzipped
 from btray.data.scans.bmp import check_bmp
 from btray.data.scans.errors import ScanRejected
-from btray.data.scans.formats import Format, describe_foreign, recognise_format
+from btray.data.scans.formats import PACKED, Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray
 from btray.data.scans.jpeg import JpegStream
+from btray.data.scans.nifti import Volume, read_header
 from btray.data.scans.png import PNG_END, check_png, check_rows
 from btray.data.scans.slice_info import SliceInfo
 from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
@@ -61,7 +63,7 @@ class FileFacts:
 
     format: Format
     mode: str
-    """Pillow's name for how a pixel is stored, "L" or "RGB" say."""
+    """Pillow's name for how a pixel is stored, "L" or "RGB" say; that of a volume, "I;16"."""
     width: int
     height: int
     """In pixels, as stored: of the first page, before an EXIF orientation is applied."""
@@ -94,6 +96,7 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
     "BMP": lambda data: int.from_bytes(data[2:6], "little") > len(data),
     "WebP": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
     "TIFF": lambda data: False,  # it has no mark of its end; `open_pages` and `check_strips` look at what it needs
+    "NIfTI": lambda data: False,  # as its reader has seen already
 }
 # frame headers, of one to four components, of processes that libjpeg does not know
 _RARE_JPEG = re.compile(rb"\xff([\xc5-\xc7\xcb\xcd-\xcf\xf7])\0[\x0b\x0e\x11\x14]")
@@ -103,7 +106,7 @@ _UNSUPPORTED_TEXT = re.compile("unsupported|not (yet )?supported|cannot handle",
 
 
 def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DEFAULT_LIMITS) -> Scan:
-    """Decode one encoded scan to gray frames; more than one frame only from a multi-page TIFF.
+    """Decode one encoded scan to gray frames; more than one frame only from a multi-page TIFF or a volume.
 
     Colour becomes luma (ITU-R 601), transparency is laid on black, EXIF orientation is applied. 16-bit gray and colour
     stay uint16; signed integers are shifted, 32-bit integers and floats scaled from their own range to 0..65535.
@@ -116,8 +119,24 @@ def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DE
         raise ScanRejected("empty", "the object has no bytes")
     if len(data) > limits.max_bytes:
         raise ScanRejected("too_large", f"{len(data)} bytes, above max_bytes {limits.max_bytes}")
+    data = _unpack(data, limits)
     with _decoding(data) as kind:
+        if kind == "NIfTI":
+            volume = _open_volume(data, limits)
+            return Scan(volume.frames(data), volume.infos())
         return Scan(_read_frames(data, kind, min_side, limits))
+
+
+def _unpack(data: bytes, limits: ScanLimits) -> bytes:
+    """Return the bytes of a volume packed with gzip; all others as they are."""
+    packed = data.startswith(gzipped.MAGIC) and recognise_format(gzipped.peek(data)) in PACKED
+    return gzipped.unpack(data, limits.max_bytes) if packed else data
+
+
+def _open_volume(data: bytes, limits: ScanLimits) -> Volume:
+    volume = read_header(data)
+    volume.check(max_pixels=limits.max_pixels, max_volume_pixels=limits.max_volume_pixels, min_side=limits.min_side)
+    return volume
 
 
 @contextlib.contextmanager
@@ -137,6 +156,8 @@ def _decoding(data: bytes) -> Iterator[Format]:
 def count_pages(data: bytes) -> int:
     """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it."""
     try:
+        if recognise_format(head := gzipped.peek(data)) == "NIfTI":
+            return _open_volume(head, _DEFAULT_LIMITS).shape[2]
         return len(find_directories(data)) if recognise_format(data) == "TIFF" else 1
     except ScanRejected:
         return 1
@@ -144,7 +165,11 @@ def count_pages(data: bytes) -> int:
 
 def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
     """Return what kind of file a scan is, and a small copy of its colours. Raises `ScanRejected` and nothing else."""
+    data = _unpack(data, limits)
     with _decoding(data) as kind:
+        if kind == "NIfTI":
+            width, height, _ = _open_volume(data, limits).shape
+            return FileFacts(kind, "I;16", width, height, None)
         image = next(open_pages(data)) if kind == "TIFF" else _READERS[kind](io.BytesIO(data))
         _check_size(image.size, limits)
         mode, (width, height) = image.mode, image.size

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from btray.data.scans.slice_info import SliceInfo
 
 REJECTION_CODES: Final[dict[str, str]] = {
     "empty": "The object has no bytes: the upload was interrupted; write it again.",
@@ -22,6 +25,8 @@ class ScanRejected(Exception):
 
     retryable: Final = False
     """Bytes that were refused once are refused always."""
+    info: SliceInfo | None = None
+    """What the header says, if it could be read."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)

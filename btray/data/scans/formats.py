@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import zlib
 from typing import Final, Literal
 
-Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP"]
+from btray.data.scans import gzipped
+
+Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP", "NIfTI"]
 
 _FORMATS: Final[dict[Format, re.Pattern[bytes]]] = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
@@ -15,6 +15,7 @@ _FORMATS: Final[dict[Format, re.Pattern[bytes]]] = {
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "BMP": re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),  # sizes that its header has
     "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "NIfTI": re.compile(rb".{344}n\+1\0|.{4}n\+2\0\r\n\x1a\n", re.DOTALL),
 }
 _GIF_FRAME = re.compile(rb"\x21\xf9\x04.{4}\x00\x2c", re.DOTALL)
 # Kinds that hold pictures and are not read here, by their beginning or, after `.{N}`, by what stands at byte N.
@@ -22,8 +23,7 @@ _FOREIGN: Final = tuple(
     (re.compile(beginning, re.DOTALL), name)
     for beginning, name in (
         (rb".{128}DICM|[\x02\x08]\0.\0(?:CS|DA|LO|OB|UI|UL)", "a DICOM file"),
-        (rb".{344}n[i+]1\0", "a NIfTI file"),
-        (rb".{4}n[i+]2\0", "a NIfTI-2 file"),
+        (rb".{344}ni1\0|.{4}ni2\0", "a NIfTI header without its pixels, one file of two (.hdr and .img)"),
         # the size of its header, and a number of dimensions
         (rb"\x5c\x01\0\0.{36}[\x01-\x07]\0|\0\0\x01\x5c.{36}\0[\x01-\x07]", "an Analyze 7.5 header"),
         (rb"\0\0\0\x01(?:\0\0[^\0].|\0\0\0[^\0]){3}\0\0..\0\0\0[\0-\x05]", "a FreeSurfer MGH volume"),
@@ -85,6 +85,10 @@ _NO_IMAGE: Final[tuple[tuple[bytes, str], ...]] = (
 )
 
 
+PACKED: Final[frozenset[Format]] = frozenset({"NIfTI"})
+"""Formats that are read if they are packed with gzip, as is customary."""
+
+
 def recognise_format(data: bytes) -> Format | None:
     """Return the format, if it is one that `btray.data.scans` reads, or None."""
     return next((name for name, beginning in _FORMATS.items() if beginning.match(data)), None)
@@ -97,9 +101,8 @@ def describe_foreign(data: bytes) -> tuple[str, str]:
         code = "animated" if frames > 1 else "unsupported"
         return code, f"a GIF of {frames} frames" if frames > 1 else "a GIF: convert it to PNG"
     head = data[:1024]
-    if data.startswith(b"\x1f\x8b"):
-        with contextlib.suppress(zlib.error):
-            head = zlib.decompressobj(wbits=31).decompress(data[:65536], 1024)
+    if data.startswith(gzipped.MAGIC):
+        head = gzipped.peek(data)
         if packed := recognise_format(head):
             return "unsupported", f"a {packed} packed with gzip: unpack it"
     name = next((name for beginning, name in _FOREIGN if beginning.match(head)), "")

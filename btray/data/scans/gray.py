@@ -31,20 +31,27 @@ def to_gray(image: Image.Image) -> Array:
     return np.array(image if image.mode == "L" else image.convert("L"))
 
 
-def to_uint16(values: Array) -> Array:
-    """Keep or shift integers that span no more than 16 bit; scale others, and floats, from their own range.
+def to_uint16(values: Array, span: tuple[float, float] | None = None) -> Array:
+    """Keep or shift integers that span no more than 16 bit; scale others, and floats, from their range.
 
-    What is not finite becomes the nearest end of the range, NaN the lower. Raises ScanRejected if nothing is finite.
+    The range is that of `span`, if these are part of more values, else their own. What is not finite becomes the
+    nearest end of it, NaN the lower. Raises ScanRejected if nothing is finite.
     """
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise ScanRejected("decode_failed", "no pixel is a finite number")
-    low, high = values[finite].min().item(), values[finite].max().item()
+    low, high = span or span_of(values)
     if values.dtype.kind in "iu" and high - low <= 0xFFFF:
         base = 0 if low >= 0 and high <= 0xFFFF else low
-        shifted: Array = values.astype(np.uint16) - np.uint16(base & 0xFFFF)  # modulo 2^16, which is exact
+        shifted: Array = values.astype(np.uint16) - np.uint16(int(base) & 0xFFFF)  # modulo 2^16, which is exact
         return shifted
     half = (
         np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) / 2
     )  # no range of doubles overflows
     return np.rint((half - low / 2) / (high / 2 - low / 2 or 1) * 0xFFFF).astype(np.uint16)
+
+
+def span_of(values: Array) -> tuple[float, float]:
+    """Return the least and the greatest finite value. Raises ScanRejected if there is none."""
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
+        if not values.size:
+            raise ScanRejected("decode_failed", "no pixel is a finite number")
+    return values.min().item(), values.max().item()

@@ -1,0 +1,1 @@
+"""What archives of a hospital need: pseudonyms, a choice of series, studies decided as a whole."""

@@ -34,13 +34,16 @@ VIEWS = 3
 LENGTH = 143
 """Numbers in the fingerprint of one thumbnail."""
 
-SHORT = 16
-"""Numbers in the short fingerprint of one thumbnail."""
+SHORT = 32
+"""Numbers in the short fingerprint of one thumbnail.
+
+Of 2247 real slices, compared with 2870 others, short ones found all 265 twins that whole ones find, and 1 more; with 24
+numbers 5 more, with 16 numbers 66."""
 
 NO_FINGERPRINT = bytes(2 * VIEWS * LENGTH)
 """The packed fingerprint of what shows nothing; it is like no other."""
 
-_STEPS = 512  # of 1, in a short fingerprint; larger numbers than a half are rare, and count as a half
+_STEPS = 255  # of 1, the largest number, in a short fingerprint
 
 _SIDE = 48
 _FREQUENCIES = 12
@@ -123,7 +126,7 @@ def shortened(prints: Fingerprints | ShortFingerprints) -> ShortFingerprints:
     """
     if is_short(prints):
         return prints
-    return np.rint(prints[..., _lowest()].astype(np.float32) * _STEPS).clip(0, 255).astype(np.uint8)
+    return np.rint(prints[..., _lowest()].astype(np.float32) * _STEPS).astype(np.uint8)
 
 
 def is_short(prints: Fingerprints | ShortFingerprints) -> bool:

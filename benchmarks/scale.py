@@ -40,11 +40,9 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from btray.core.allocator import keep_freed_memory
 from btray.model.classifier import Classifier
-keep_freed_memory()
 model, paths = sys.argv[1], json.load(sys.stdin)
-classifier = Classifier.load(model, engine="auto")
+classifier = Classifier.load(model)
 def work(some):
     frames = [classifier.source.from_bytes(Path(path).read_bytes()) for path in some]
     classifier.predict_decoded(frames, some)
@@ -56,7 +54,6 @@ print(time.perf_counter() - started, flush=True)
 """,
     "pack": """
 import json, sys, tempfile, time
-from btray.core.allocator import keep_freed_memory
 from collections import defaultdict
 from btray.bulk.pack import PartPacker
 from btray.data.packs import SCHEMA
@@ -67,7 +64,6 @@ from btray.data.scans import ScanLimits
 from btray.bulk.config import PackConfig
 from btray.storage import describe
 paths = json.load(sys.stdin)
-keep_freed_memory()
 reader = Prefetcher(threads=PackConfig.model_fields["threads"].default, patience=10, max_bytes=ScanLimits().max_bytes)
 rest = {"etag": "", "error_code": None, "error": None, "retryable": False}
 def work(some, uri):

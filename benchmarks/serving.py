@@ -145,7 +145,7 @@ def bare(model: str, port: int) -> None:
     from btray.model.classifier import Classifier
 
     torch.set_num_threads(1)
-    classifier, pool, app = Classifier.load(model, engine="auto"), ThreadPoolExecutor(2), FastAPI()
+    classifier, pool, app = Classifier.load(model), ThreadPoolExecutor(2), FastAPI()
 
     @app.post("/v1/classify")
     async def classify(request: Request) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def plain_serve(model: str, port: int) -> None:
         def __init__(self) -> None:
             from btray.model.classifier import Classifier
 
-            self.classifier = Classifier.load(model, engine="auto")
+            self.classifier = Classifier.load(model)
 
         async def classify(self, request: Request) -> dict[str, Any]:
             (prediction,) = self.classifier.predict([await request.body()])

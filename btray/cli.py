@@ -55,7 +55,9 @@ def predict(config: PredictConfig) -> None:
     from btray.model.classifier import Classifier
     from btray.model.prediction import as_record
 
-    classifier = Classifier.load(config.model, model_id=config.model_id, abstain_below=config.abstain_below)
+    classifier = Classifier.load(
+        config.model, model_id=config.model_id, abstain_below=config.abstain_below, precision=config.precision
+    )
     announce(config.model, classifier.model_id)
     print(NOTICE, file=sys.stderr, flush=True)
     inputs = _scans(config.files, classifier.model_id)

@@ -96,9 +96,9 @@ def acquire(config: AcquireConfig) -> str:
     """Bring all sources into `config.out` and return the URI of its manifest.
 
     Below `config.out` stand afterwards `images/<source>/...`, `config.yaml`, `dataset.json` and, written last,
-    `manifest.parquet`, whose URIs are relative to it. A `patient_id` is taken as given: the same one in two sources
-    counts as the same patient. Images are not decoded. Running again replaces every file by the same content. Single
-    files that are not taken are counted and named in dataset.json under `left_out`.
+    `manifest.parquet`, whose URIs are relative to it. A `patient_id` is taken as given, and so is a manifest's
+    `source`; other images have the name of their --source. Images are not decoded. Running again replaces every file by
+    the same content. Single files that are not taken are counted and named in dataset.json under `left_out`.
 
     Raises:
         UserError: a source cannot be taken as a whole.
@@ -185,7 +185,7 @@ def _copy(contents: Contents, target: str, name: str) -> list[int | LeftOut]:
 
 def _write(acquired: Sequence[tuple[SourceRecord, list[LabelledFile]]], out: str) -> str:
     rows = sorted(
-        (f"images/{source.name}/{file.path}", file.label, file.split, file.patient_id, source.name)
+        (f"images/{source.name}/{file.path}", file.label, file.split, file.patient_id, file.source or source.name)
         for source, files in acquired
         for file in files
     )

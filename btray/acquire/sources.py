@@ -57,6 +57,8 @@ class LabelledFile:
     label: str
     split: str | None
     patient_id: str | None = None
+    source: str | None = None
+    """What a manifest calls its source; if nothing, it is the --source itself."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def _read_manifest(uri: str, classes: Sequence[str]) -> Contents:
     files = []
     taken: set[str] = set()
     data = list_labelled(uri, classes)
-    for row in data.table.select(["uri", "label", "split", "patient_id"]).to_pylist():
+    for row in data.table.select(["uri", "label", "split", "patient_id", "source"]).to_pylist():
         folders = [
             re.sub(r"[/\\\0]", "-", part).lstrip(".") or "class" for part in (row["split"], row["label"]) if part
         ]

@@ -22,6 +22,7 @@ from btray.core.errors import UserError
 from btray.data.key_set import Keys
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
+from btray.model.manifest import require_agreement
 from btray.model.shipped import announce
 from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
@@ -46,9 +47,10 @@ class ClassifyJob(ArchiveJob):
     choices = frozenset({"reclassify", "retry_rejected", "explain_labels"})
 
     def __init__(self, config: ClassifyConfig) -> None:
-        """Load the bundle. Raises UserError if there is none, or if it does not know a label of `explain_labels`."""
+        """Load the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
         self.bundle = load_bundle(config.model, model_id=config.model_id)
         announce(config.model, self.bundle.manifest.model_id)
+        require_agreement(self.bundle.manifest, self.bundle.uri, config.precision)
         classes = self.bundle.manifest.classes
         for label in config.explain_labels:
             if label not in classes:
@@ -100,7 +102,7 @@ class ClassifyJob(ArchiveJob):
             profiles, drift = summary.compare(run, report, self.bundle)
             report = report.model_copy(update={"drift": drift})
             if report.objects:
-                classifier = Classifier(self.bundle, device="cpu")
+                classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
                 _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier, self.pseudonyms))
                 self._explain_least_certain(run, report, classifier)
         except Exception as error:  # the rows are there, and so is what the run counted

@@ -74,6 +74,7 @@ class PartClassifier:
             device="cuda" if config.use_gpu else "cpu",
             batch_size=config.batch_size,
             engine=config.engine,
+            precision=config.precision,
         )
         self.run = run
         self._config = config

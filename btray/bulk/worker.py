@@ -17,7 +17,6 @@ from btray.bulk import runs
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.report import PartTally
 from btray.bulk.runs import Run, read_tally, write_part
-from btray.core.allocator import keep_freed_memory
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult, read_many, read_patiently
 
@@ -119,7 +118,6 @@ class PartActor:
         self, make_processor: Callable[[Run, int], PartProcessor], run: Run, patience: float, cpus: int
     ) -> None:
         """Make the processor for `run`; called by Ray, also when it starts a dead actor again."""
-        keep_freed_memory()  # of images and of whole parts
         self.run = run
         self.processor = make_processor(run, cpus)
         self._patience = patience

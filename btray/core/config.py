@@ -147,6 +147,10 @@ class JobConfig(BaseSettings):
                 add_argument_method=_add_flag,
                 add_argument_group_method=_add_group,
             )
+            flags.env_vars = {
+                name: value if value is None or _can_be_unset(cls, name.split(".")) else str(value)
+                for name, value in flags.env_vars.items()
+            }
             # The first one wins.
             sources = (InitSettingsSource(cls, file_names), flags, _Environment(cls), _read(cls, config_file))
             return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings, which mypy overlooks
@@ -203,6 +207,17 @@ class OneLineParser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         meant = unknown and difflib.get_close_matches(unknown[1].replace("_", "-"), self._option_string_actions, n=1)
         raise UserError(message + (f"; did you mean {meant[0]}?" if meant else "") + " (see --help)")
+
+
+def _can_be_unset(model: type[BaseModel], path: list[str]) -> bool:
+    """Return whether a setting may be None. For others the flag's `none`, a subclass of str, is a text like any."""
+    field = model.model_fields.get(path[0])
+    options = () if field is None else get_args(field.annotation) or (field.annotation,)
+    if len(path) == 1:
+        return not options or type(None) in options
+    return any(
+        _can_be_unset(part, path[1:]) for part in options if isinstance(part, type) and issubclass(part, BaseModel)
+    )
 
 
 # Pydantic's own terms for settings of a component that need not be there, "ifdef" and "undefined", tell a user nothing.

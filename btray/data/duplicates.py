@@ -6,7 +6,7 @@ same bucket of at least one band all but surely, others hardly ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -40,20 +40,29 @@ _SPREAD = 0.85
 # In a larger bucket each image is paired with this many that come next by a further projection: crowds of one image
 # are joined as well, and cost stays linear.
 _WINDOW = 24
+# Numbers of a fingerprint, of the lowest frequencies, that are compared first. They hold most of it: hardly any pair of
+# different images of a bucket is left, however many share it.
+_LOWEST = 16
+_ROUNDING = 1.0001
 # Rounds of `verified_pairs`; on the public data set the first one finds every group.
 _ROUNDS = 4
-# Pairs compared at a time, so that memory stays bounded.
+# Images or pairs worked on at a time, and bands, so that memory stays bounded.
 _CHUNK = 10_000
+_BANDS_HELD = 8
 
 
 def near_pairs(prints: Fingerprints, *, within: float) -> tuple[Pairs, npt.NDArray[np.float32]]:
     """Find pairs of fingerprints [n, VIEWS, LENGTH] that lie at most `within` apart, nearest first.
 
     Returns their positions int64 [p, 2], each pair once, the smaller first, and their distances [p]. In crowds of more
-    than some dozen only pairs that hold the crowd together are given. Blank images have no pair.
+    than some dozen only pairs that hold the crowd together are given. Blank images have no pair. Besides `prints` and
+    the pairs it holds some 250 bytes per image.
     """
-    candidates = [_candidates(prints[:, view], seed=view) for view in range(VIEWS)]
-    pairs = np.unique(np.concatenate(candidates), axis=0) if len(prints) > 1 else np.zeros((0, 2), np.int64)
+    codes = np.zeros(0, np.int64)  # of pairs: the first position times n, plus the second
+    for view in range(VIEWS):
+        for found in _candidates(prints[:, view], within=within, seed=view):
+            codes = np.unique(np.concatenate([codes, *found]))  # the same pairs come again in every band and view
+    pairs = np.stack(np.divmod(codes, max(1, len(prints))), axis=1)
     apart = [np.zeros(0, np.float32)]
     for start in range(0, len(pairs), _CHUNK):
         part = pairs[start : start + _CHUNK]
@@ -64,9 +73,9 @@ def near_pairs(prints: Fingerprints, *, within: float) -> tuple[Pairs, npt.NDArr
     return pairs[near], distance[near]
 
 
-def group_by_fingerprint(prints: Fingerprints) -> Numbers:
-    """Return group numbers int64 [n]: equal for images with the same fingerprint, also through others."""
-    pairs, _ = near_pairs(prints, within=SAME_FINGERPRINT)
+def group_by_fingerprint(prints: Fingerprints, *, within: float = SAME_FINGERPRINT) -> Numbers:
+    """Return group numbers int64 [n]: equal for fingerprints at most `within` apart, also through others."""
+    pairs, _ = near_pairs(prints, within=within)
     return components(len(prints), pairs)
 
 
@@ -133,32 +142,58 @@ def _spanning_forest(pairs: Pairs) -> Numbers:
     return np.sort(forest.data.astype(np.int64)) - 1
 
 
-def _candidates(prints: npt.NDArray[np.float16], *, seed: int) -> Pairs:
-    """Return pairs [p, 2], some more than once, of fingerprints [n, LENGTH] of one view that share a bucket."""
+def _candidates(prints: npt.NDArray[np.float16], *, within: float, seed: int) -> Iterator[list[Numbers]]:
+    """Yield codes of pairs, some more than once, of fingerprints [n, LENGTH] of one view that share a bucket.
+
+    Pairs whose lowest frequencies alone lie further than `within` apart are left out.
+    """
     random = np.random.default_rng(seed)
-    weight = np.sqrt(frequencies()) / _SPREAD
+    order = np.argsort(frequencies(), kind="stable")
+    weight = (np.sqrt(frequencies()) / _SPREAD).astype(np.float32)
     used = np.flatnonzero(prints.any(1))
-    points = prints[used].astype(np.float32) * weight.astype(np.float32)
-    pairs = [np.zeros((0, 2), np.int64)]
-    for _ in range(_BANDS):
-        directions = random.normal(size=(LENGTH, _PROJECTIONS)).astype(np.float32)
-        places = points @ directions
-        cells = np.floor(places / _CELL + random.random(_PROJECTIONS, np.float32)).astype(np.int64)
-        keys = (cells * random.integers(1, 2**62, _PROJECTIONS)).sum(1)
-        pairs.append(_pairs_in_buckets(keys, places[:, 0]))
-        if len(pairs) > 8:  # the same pairs come again in every band
-            pairs = [np.unique(np.concatenate(pairs), axis=0)]
-    return used[np.concatenate(pairs)]
+    lowest = prints[used[:, None], order[:_LOWEST]].astype(np.float32)
+    for _ in range(0, _BANDS, _BANDS_HELD):
+        bands = [
+            (
+                random.normal(size=(LENGTH, _PROJECTIONS)).astype(np.float32),
+                random.random(_PROJECTIONS, np.float32),
+                random.integers(1, 2**62, _PROJECTIONS),
+            )
+            for _ in range(_BANDS_HELD)
+        ]
+        keys = np.empty((_BANDS_HELD, len(used)), np.int64)
+        places = np.empty((_BANDS_HELD, len(used)), np.float32)
+        for start in range(0, len(used), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            points = prints[used[part]].astype(np.float32) * weight
+            for band, (directions, shifts, factors) in enumerate(bands):
+                projected = points @ directions
+                cells = np.floor(projected / _CELL + shifts).astype(np.int64)
+                keys[band, part] = (cells * factors).sum(1)
+                places[band, part] = projected[:, 0]
+        found = (
+            used[pairs]
+            for band in range(_BANDS_HELD)
+            for pairs in _pairs_in_buckets(keys[band], places[band], lowest, within=within)
+        )
+        yield [pairs[:, 0] * len(prints) + pairs[:, 1] for pairs in found]
 
 
-def _pairs_in_buckets(keys: Numbers, place: npt.NDArray[np.float32]) -> Pairs:
-    """Pair equal keys [n], the smaller position first, [p, 2]: all of a small bucket, neighbours of a large one."""
+def _pairs_in_buckets(
+    keys: Numbers, place: npt.NDArray[np.float32], lowest: npt.NDArray[np.float32], *, within: float
+) -> Iterator[Pairs]:
+    """Pair equal keys [n], the smaller position first, [p, 2]: all of a small bucket, neighbours of a large one.
+
+    Only pairs whose `lowest` numbers, [n, _LOWEST], lie at most `within` apart.
+    """
     order = np.lexsort((place, keys))
-    pairs = [np.zeros((0, 2), np.int64)]
-    ranked = keys[order]
+    ranked, lowest = keys[order], lowest[order]
     for step in range(1, min(_WINDOW, len(keys) - 1) + 1):
-        first = np.flatnonzero(ranked[:-step] == ranked[step:])
-        if not len(first):
+        shared = np.flatnonzero(ranked[:-step] == ranked[step:])
+        if not len(shared):
             break
-        pairs.append(np.sort(np.stack([order[first], order[first + step]], 1), axis=1))
-    return np.concatenate(pairs)
+        for start in range(0, len(shared), _CHUNK):
+            first = shared[start : start + _CHUNK]
+            apart = np.square(lowest[first] - lowest[first + step]).sum(1)
+            first = first[apart <= within**2 * _ROUNDING]
+            yield np.sort(np.stack([order[first], order[first + step]], 1), axis=1)

@@ -15,7 +15,7 @@ from btray.core.errors import UserError
 from btray.data.labels import canonical_label, require_classes
 from btray.data.manifests import column_names, kind_of, read_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack
-from btray.data.trees import LAYOUT, SPLITS, no_class, read_tree, with_remedy
+from btray.data.trees import COLUMNS, LAYOUT, SPLITS, no_class, read_tree, with_remedy
 from btray.storage import FileInfo, StorageError
 from btray.storage.packed import path_of
 
@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         pa.field("label", pa.string(), nullable=False),
         pa.field("split", pa.string()),
         pa.field("patient_id", pa.string()),
+        pa.field("source", pa.string()),
         pa.field("size", pa.int64()),
         pa.field("etag", pa.string()),
     ]
@@ -74,11 +75,11 @@ def read_labelled(uri: str, *, classes: Sequence[str] = (), least_classes: int =
 def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
     """List the labelled images of a class-per-folder tree or a manifest.
 
-    What a tree is, `btray.data.trees` says. A manifest is a Parquet or CSV file with uri,label[,split][,patient_id],
-    or a folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's folder. A
-    packed archive gives what was packed into it, by the same rules, with member URIs. Labels are canonical; split is
-    null, train, val or test; size (bytes) and etag are null in a manifest's rows. If `classes` are given, images with
-    other labels are left out.
+    What a tree is, `btray.data.trees` says. A manifest is a Parquet or CSV file with uri,label[,split][,patient_id]
+    [,source], or a folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's
+    folder. A packed archive gives what was packed into it, by the same rules, with member URIs. Labels are canonical;
+    split is null, train, val or test; patient_id and source are null in a tree's rows, size (bytes) and etag in a
+    manifest's. If `classes` are given, images with other labels are left out.
 
     Raises:
         UserError: there is nothing, it cannot be read, or it is not laid out so.
@@ -106,7 +107,7 @@ def holds_labels(manifest: str) -> bool:
         return False
 
 
-def _table(rows: Iterable[tuple[str, str, object, object, object, object]]) -> pa.Table:
+def _table(rows: Iterable[tuple[str, str, object, object, object, object, object]]) -> pa.Table:
     return pa.table(list(map(list, zip(*rows, strict=True))), schema=SCHEMA)
 
 
@@ -114,7 +115,7 @@ def _read_tree(root: str, files: Mapping[str, FileInfo], classes: Sequence[str])
     """Read a tree from its files, by their paths."""
     tree = read_tree(files, root, classes)
     infos = ((files[path], split, label) for path, (split, label) in tree.images.items())
-    table = _table((info.uri, label, split, None, info.size, info.etag or None) for info, split, label in infos)
+    table = _table((info.uri, label, split, None, None, info.size, info.etag or None) for info, split, label in infos)
     return Labelled(table, tree.left_out, tree.warnings)
 
 
@@ -123,25 +124,25 @@ def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], class
 
     What a pack does not hold keeps its own URI: reading it tells whether it is there.
     """
-    rows: dict[str, tuple[int, tuple[str, str | None, str | None]]] = {}
-    for number, (uri, label, split, patient) in read_manifest(
-        manifest, SCHEMA.names[:4], required=("uri", "label"), folder=folder, known=members
+    rows: dict[str, tuple[int, tuple[str, str | None, str | None, str | None]]] = {}
+    for number, (uri, label, split, patient, source) in read_manifest(
+        manifest, SCHEMA.names[:5], required=("uri", "label"), folder=folder, known=members
     ):
         known_split = SPLITS.get((split or "").strip().casefold())
         if known_split is None and (split or "").strip():
             raise UserError(
                 f"{manifest}, row {number}: split {split!r} is unknown; write train, val or test, or leave it empty."
             )
-        facts = (canonical_label(str(label)), known_split, (patient or "").strip() or None)
+        facts = (canonical_label(str(label)), known_split, _text(patient), _text(source))
         # a row given twice counts once; two rows that differ are a mistake that nobody but the user can mend
         first, known = rows.setdefault(str(uri), (number, facts))
         if known != facts:
             raise UserError(
-                f"{manifest}, row {number}: {uri} has label, split and patient {facts}, but {known} in row {first}; "
-                "drop one."
+                f"{manifest}, row {number}: {uri} has label, split, patient and source {facts}, but {known} in row "
+                f"{first}; drop one."
             )
     if not rows:
-        raise UserError(f"{manifest} has no rows; list the images with the columns uri,label[,split][,patient_id].")
+        raise UserError(f"{manifest} has no rows; list the images with the columns {COLUMNS}.")
     wanted = {canonical_label(name) for name in classes}
     left_out = {uri: "not_in_classes" for uri, (_, (label, *_)) in rows.items() if wanted and label not in wanted}
     if len(left_out) == len(rows):
@@ -151,6 +152,10 @@ def _read_manifest(manifest: str, folder: str, members: Mapping[str, str], class
     labels = table["label"].unique().to_pylist()
     doubts = [f"label {label!r} looks like {kind}" for label in labels if (kind := no_class(label))]
     return Labelled(table, left_out, [] if wanted else with_remedy(doubts, labels))
+
+
+def _text(value: str | None) -> str | None:
+    return (value or "").strip() or None
 
 
 def _read_pack(root: str, classes: Sequence[str]) -> Labelled:

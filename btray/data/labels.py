@@ -58,6 +58,14 @@ def require_classes(classes: Sequence[str], labels: Collection[str], source: str
         raise UserError(f"--classes {missing[0]}: {source} has this class; there are {', '.join(class_order(labels))}")
 
 
+def outlier_label(name: str | None, labels: Collection[str], source: str) -> str | None:
+    """Return the label that --outliers names, None if it names none. Raises UserError if `source` has no such label."""
+    label = None if name is None else canonical_label(name)
+    if label is not None and label not in labels:
+        raise UserError(f"--outliers {name}: {source} has no such label; there are {', '.join(class_order(labels))}")
+    return label
+
+
 def require_known_labels(labels: Iterable[str], classes: Sequence[str], source: str) -> None:
     """Raise UserError if one of `labels`, which come from `source`, is none of a model's `classes`."""
     unknown = sorted(set(labels) - set(classes))

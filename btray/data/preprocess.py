@@ -1,13 +1,15 @@
 """The deterministic transform that training, bulk classification and serving share: gray image -> frame -> tensor.
 
 `make_frame` gives uint8, which is what travels between processes; `to_tensor` makes floats where they are used. Both
-are exact: integer look-up tables and sums, so that the same scan gives the same bits in every workload and batch.
+are exact, so that the same scan gives the same bits in every workload and batch: gray levels are integers, and only
+Pillow's resizing of 16 bit computes with doubles, in one order.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
 
 Gray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Frame = npt.NDArray[np.uint8]
+Levels = npt.NDArray[np.int32]
 
-# What 160 pixels with a crop need; a fingerprint takes at least that.
-_LEAST_DECODED = 320
+# A head fills 70 to 95 % of most pictures' shorter side: with this many pixels for one of the frame it stays sharp.
+_ROOM_FOR_CROP = 4 / 3
+# For every frame size up to 192, so that fingerprints do not depend on it; the many slices of 512 pixels are halved.
+_LEAST_DECODED = 256
 # The head is looked for in a thumbnail with this longer side: fine enough for a box, and text dissolves in it.
 _THUMBNAIL = 96
 # A line of the thumbnail whose gray levels span less than this is border or empty background, not anatomy.
@@ -63,20 +68,27 @@ def decode_side(config: PreprocessConfig) -> int:
 
     A crop needs room to spare, and fingerprints must not depend on the size of a small network's frames.
     """
-    return max(_LEAST_DECODED, 2 * config.size if config.crop else config.size)
+    return max(_LEAST_DECODED, math.ceil(config.size * (_ROOM_FOR_CROP if config.crop else 1)))
 
 
 def make_frame(gray: Gray, config: PreprocessConfig) -> Frame:
-    """Crop `gray` ([height, width], uint8 or uint16) to the head, stretch its gray levels, fit it into a square.
+    """Crop `gray` ([height, width], uint8 or uint16) to the head, fit it into a square, stretch its gray levels.
 
     Returns uint8 [size, size]; the aspect ratio is kept and the rest is black.
     """
     if gray.dtype not in (np.uint8, np.uint16) or gray.ndim != 2:
         raise ValueError(f"expected a uint8 or uint16 image [height, width], got {gray.dtype} {gray.shape}")
+    picture = _as_picture(gray)
+    box = Box(0, 0, *gray.shape)
     if config.crop:
-        gray = _crop_to_head(gray, config.margin)
-    percentiles = (config.low_percentile, config.high_percentile)
-    return _fit(_stretch(gray, _object_histogram(gray), percentiles), config.size)
+        picture, box = _crop_to_head(picture, config.margin)
+    fitted = _resize(picture, box, config.size)
+    frame = np.zeros((config.size, config.size), np.uint8)
+    top, left = ((config.size - side) // 2 for side in fitted.shape)
+    counts = _without_background(np.bincount(fitted.ravel()))
+    stretched = _stretch(fitted, counts, (config.low_percentile, config.high_percentile))
+    frame[top : top + len(fitted), left : left + fitted.shape[1]] = stretched
+    return frame
 
 
 def to_tensor(frames: torch.Tensor) -> torch.Tensor:
@@ -114,36 +126,41 @@ def preprocess_digest(config: PreprocessConfig) -> str:
 
 def head_pattern(dtype: np.dtype[np.unsignedinteger]) -> Gray:
     """Draw a head-like ellipse with texture on a dark ground, from integer arithmetic alone."""
-    rows, columns = np.mgrid[0:211, 0:173].astype(np.int64)
-    inside = (rows - 110) ** 2 * 60**2 + (columns - 88) ** 2 * 85**2 < (60 * 85) ** 2
+    # large enough that a frame of the default size averages whole pixels before it interpolates
+    rows, columns = np.mgrid[0:422, 0:346].astype(np.int64)
+    inside = (rows - 220) ** 2 * 120**2 + (columns - 176) ** 2 * 170**2 < (120 * 170) ** 2
     texture = (rows * rows + 3 * rows * columns + 7 * columns) % 97
     levels = np.where(inside, 90 + texture, (rows + columns) % 5)
     return (levels * (257 if dtype == np.uint16 else 1)).astype(dtype)
 
 
-def _crop_to_head(gray: Gray, margin: float) -> Gray:
-    thumbnail = _thumbnail(gray)
+def _as_picture(gray: Gray) -> Image.Image:
+    """Return `gray` as Pillow's "L" or, since it cannot shrink 16 bit, "I": signed integers of 32 bit."""
+    return Image.fromarray(np.ascontiguousarray(gray) if gray.dtype == np.uint8 else gray.astype(np.int32))
+
+
+def _crop_to_head(picture: Image.Image, margin: float) -> tuple[Image.Image, Box]:
+    """Return the picture, with a black ground instead of a white one, and the box of it that holds the head."""
+    thumbnail = _thumbnail(picture)
     inner = _strip_uniform_lines(thumbnail)
     view = thumbnail[inner.top : inner.bottom, inner.left : inner.right]
     background = _background_level(view)
-    head = _largest_object(np.abs(view.astype(np.int16) - background) > _OBJECT_CONTRAST)
+    head = _largest_object(np.abs(view - background) > _OBJECT_CONTRAST)
     if head is None:
-        return _cut(gray, inner, thumbnail.shape, 0.0)
+        return picture, _in_picture(inner, thumbnail.shape, picture, 0.0)
     if background > _BRIGHT:
-        gray = _blacken_outside(gray, head, inner, thumbnail.shape)
+        picture = _blacken_outside(picture, head, inner, thumbnail.shape)
     rows, columns = np.flatnonzero(head.any(1)), np.flatnonzero(head.any(0))
-    return _cut(gray, _bounds(rows, columns, inner), thumbnail.shape, margin)
+    return picture, _in_picture(_bounds(rows, columns, inner), thumbnail.shape, picture, margin)
 
 
-def _thumbnail(gray: Gray) -> Frame:
-    """Shrink `gray` to at most `_THUMBNAIL` pixels, its 1st to 99th percentile stretched to 0 to 255."""
-    step = max(1, round(max(gray.shape) / _THUMBNAIL))
-    wide = gray if gray.dtype == np.uint8 else gray.astype(np.float32)
-    small = np.asarray(Image.fromarray(wide).reduce(step)).astype(np.uint16)
+def _thumbnail(picture: Image.Image) -> Levels:
+    """Shrink the picture to about `_THUMBNAIL` pixels, its 1st to 99th percentile stretched to 0 to 255."""
+    small = np.asarray(picture.reduce(max(1, round(max(picture.size) / _THUMBNAIL))))
     return _stretch(small, np.bincount(small.ravel()), (1, 99))
 
 
-def _strip_uniform_lines(view: Frame) -> Box:
+def _strip_uniform_lines(view: Levels) -> Box:
     """Return the box that is left when uniform rows and columns, whatever their gray level, are taken off all sides.
 
     Repeats, since a white frame hides the black one inside it. Gives the whole picture if nothing would be left.
@@ -151,8 +168,8 @@ def _strip_uniform_lines(view: Frame) -> Box:
     box = Box(0, 0, *view.shape)
     while True:
         inside = view[box.top : box.bottom, box.left : box.right]
-        rows = np.flatnonzero(_span(inside, axis=1) > _UNIFORM_SPAN)
-        columns = np.flatnonzero(_span(inside, axis=0) > _UNIFORM_SPAN)
+        rows = np.flatnonzero(_span(inside) > _UNIFORM_SPAN)
+        columns = np.flatnonzero(_span(inside.T) > _UNIFORM_SPAN)
         if min(len(rows), len(columns)) < 8:
             return Box(0, 0, *view.shape)
         box, before = _bounds(rows, columns, box), box
@@ -166,19 +183,19 @@ def _bounds(rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], inside: B
     return Box(top, left, inside.top + int(rows[-1]) + 1, inside.left + int(columns[-1]) + 1)
 
 
-def _span(view: Frame, axis: int) -> npt.NDArray[np.int16]:
-    """Return the gray levels between the 4th and 96th percentile of each line: a few specks do not count."""
-    last = view.shape[axis] - 1
-    ranks = (last * 4 // 100, last * 96 // 100)
-    low, high = np.partition(view, ranks, axis=axis).take(ranks, axis=axis).swapaxes(0, axis).astype(np.int16)
-    return np.asarray(high - low)
+def _span(lines: Levels) -> Levels:
+    """Return the gray levels between the 4th and 96th percentile of each row: a few specks do not count."""
+    last = lines.shape[1] - 1
+    ranked = np.sort(lines, axis=1)  # 12 times as fast as for 8-bit numbers
+    return ranked[:, last * 96 // 100] - ranked[:, last * 4 // 100]
 
 
-def _background_level(view: Frame) -> int:
+def _background_level(view: Levels) -> int:
     """Return the median gray level of the picture's corners, where no head is."""
     height, width = (max(2, side // 10) for side in view.shape)
     corners = [view[:height, :width], view[:height, -width:], view[-height:, :width], view[-height:, -width:]]
-    return int(np.median(np.concatenate([corner.ravel() for corner in corners])))
+    levels = np.sort(np.concatenate([corner.ravel() for corner in corners]))
+    return int(levels[len(levels) // 2])
 
 
 def _largest_object(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
@@ -191,64 +208,70 @@ def _largest_object(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None
     if count == 0:
         return None
     sizes = np.bincount(labelled.ravel())[1:]
-    head: npt.NDArray[np.bool_] = labelled == int(sizes.argmax()) + 1
-    return head if head.mean() >= _SMALLEST_HEAD else None
+    largest = int(sizes.argmax())
+    return labelled == largest + 1 if sizes[largest] >= _SMALLEST_HEAD * mask.size else None
 
 
 def _over_neighbours(mask: npt.NDArray[np.bool_], combine: np.ufunc) -> npt.NDArray[np.bool_]:
     """Combine each pixel with its eight neighbours: erosion or dilation, 20 times as fast as SciPy's general one."""
-    padded = np.pad(mask, 1)
+    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), np.bool_)
+    padded[1:-1, 1:-1] = mask
     rows = combine(combine(padded[:-2], padded[1:-1]), padded[2:])
     return np.asarray(combine(combine(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:]))
 
 
-def _blacken_outside(gray: Gray, head: npt.NDArray[np.bool_], inner: Box, shape: tuple[int, ...]) -> Gray:
+def _blacken_outside(
+    picture: Image.Image, head: npt.NDArray[np.bool_], inner: Box, shape: tuple[int, ...]
+) -> Image.Image:
     mask = np.zeros(shape, np.uint8)
     # The outermost pixels of the thumbnail's head are half background: kept, they would leave a bright fringe.
     inside = _over_neighbours(ndimage.binary_fill_holes(head), np.logical_and)
     mask[inner.top : inner.bottom, inner.left : inner.right] = inside * np.uint8(255)
-    height, width = gray.shape
-    full = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
-    return np.where(full > 127, gray, gray.dtype.type(0))
+    full = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.BILINEAR))
+    return Image.fromarray(np.asarray(picture) * (full > 127))
 
 
-def _cut(gray: Gray, box: Box, shape: tuple[int, ...], margin: float) -> Gray:
-    """Cut `box`, given in pixels of a thumbnail of `shape`, out of `gray`, with `margin` around it."""
-    vertical, horizontal = gray.shape[0] / shape[0], gray.shape[1] / shape[1]
-    room = margin * max((box.bottom - box.top) * vertical, (box.right - box.left) * horizontal)
-    top, bottom = max(0, int(box.top * vertical - room)), min(gray.shape[0], round(box.bottom * vertical + room))
-    left, right = max(0, int(box.left * horizontal - room)), min(gray.shape[1], round(box.right * horizontal + room))
-    return gray[top:bottom, left:right]
+def _in_picture(box: Box, shape: tuple[int, ...], picture: Image.Image, margin: float) -> Box:
+    """Return `box`, given in pixels of a thumbnail of `shape`, in those of the picture, with `margin` around it."""
+    width, height = picture.size
+    down, across = height / shape[0], width / shape[1]
+    room = margin * max((box.bottom - box.top) * down, (box.right - box.left) * across)
+    return Box(
+        max(0, int(box.top * down - room)),
+        max(0, int(box.left * across - room)),
+        min(height, round(box.bottom * down + room)),
+        min(width, round(box.right * across + room)),
+    )
 
 
-def _object_histogram(gray: Gray) -> npt.NDArray[np.int64]:
-    """Count how often each gray level occurs, without the darkest 3 % of the range.
+def _resize(picture: Image.Image, box: Box, size: int) -> Gray | Levels:
+    """Resize what is in `box` with antialiasing so that its longer side is `size`."""
+    height, width = box.bottom - box.top, box.right - box.left
+    factor = size / max(height, width)
+    target = max(1, round(width * factor)), max(1, round(height * factor))
+    edges = (box.left, box.top, box.right, box.bottom)
+    # whole multiples are averaged first, in a fraction of the time
+    return np.asarray(picture.resize(target, Image.Resampling.BILINEAR, edges, reducing_gap=1.0))
+
+
+def _without_background(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Take the darkest 3 % of the range out of a histogram, in place, if it has more than one level.
 
     Those are background; were they counted, the percentiles would depend on how much of it the crop left.
     """
-    counts = np.array(Image.fromarray(gray).histogram()) if gray.dtype == np.uint8 else np.bincount(gray.ravel())
-    occurring = np.flatnonzero(counts)
-    floor = int(occurring[0]) + (int(occurring[-1]) - int(occurring[0])) * 3 // 100
-    above = np.where(np.arange(len(counts)) > floor, counts, 0)
-    return above if above.any() else counts
+    low, high = int((counts > 0).argmax()), len(counts) - 1  # the last one that `np.bincount` gives occurs
+    if low < high:
+        counts[: low + (high - low) * 3 // 100 + 1] = 0
+    return counts
 
 
-def _stretch(gray: Gray, counts: npt.NDArray[np.int64], percentiles: tuple[float, float]) -> Frame:
-    """Map two `percentiles` of the histogram `counts` to black and white through a look-up table."""
+def _stretch(gray: Gray | Levels, counts: npt.NDArray[np.int64], percentiles: tuple[float, float]) -> Levels:
+    """Map two `percentiles` of the histogram `counts` to 0 and 255, and what lies beyond them too."""
     cumulative = np.cumsum(counts)
-    low, high = (int(np.searchsorted(cumulative, cumulative[-1] * percentile / 100)) for percentile in percentiles)
-    levels = np.arange(len(counts), dtype=np.int64)  # no level above them occurs
-    table = np.clip((levels - low) * 255 // max(high - low, 1), 0, 255).astype(np.uint8)
-    return np.asarray(table.take(gray))
-
-
-def _fit(gray: Frame, size: int) -> Frame:
-    """Resize with antialiasing so that the longer side is `size`, and centre the result on a black square."""
-    height, width = gray.shape
-    factor = size / max(height, width)
-    new_height, new_width = max(1, round(height * factor)), max(1, round(width * factor))
-    resized = Image.fromarray(np.ascontiguousarray(gray)).resize((new_width, new_height), Image.Resampling.BILINEAR)
-    frame = np.zeros((size, size), np.uint8)
-    top, left = (size - new_height) // 2, (size - new_width) // 2
-    frame[top : top + new_height, left : left + new_width] = np.asarray(resized)
-    return frame
+    total = int(cumulative[-1])
+    low, high = np.searchsorted(cumulative, [total * percentile / 100 for percentile in percentiles]).tolist()
+    levels: Levels = np.clip(gray, low, high).astype(np.int32)
+    levels -= low
+    levels *= 255
+    levels //= max(high - low, 1)
+    return levels

@@ -1,10 +1,11 @@
 """Group-aware, stratified splits: what belongs together never lies on both sides; and what leaks between given ones.
 
-Rows belong together that share a patient_id, that are known to show the same picture (`duplicate_of`), or, if no
-patient is known, whose files are neighbours: slices of one patient usually carry neighbouring numbers, so each run of
-numbered files (one folder, one name but for the number) is cut into contiguous blocks. A picture's twins elsewhere come
-along to the block of the first of them; the twins' neighbours do not, else chains of twins would weld whole classes
-into one group.
+Rows belong together that share a patient_id (and the source, if it is known), that look alike by their fingerprints
+(the same picture, or neighbouring slices), or, if no patient is known, whose files are neighbours: slices of a patient
+usually carry neighbouring numbers, so the files of one class and source, in the order of folders and numbers, are cut
+into a few large blocks, where two neighbours look least alike: there one patient ends and the next begins. What looks
+alike elsewhere comes along to the block of the first of them; the neighbours of that do not, else chains would weld
+whole classes into one group.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +24,19 @@ import pyarrow as pa
 from sklearn.model_selection import StratifiedGroupKFold
 
 from btray.core.errors import ThresholdExceeded, UserError
-from btray.data.duplicates import Numbers, components, numbered
+from btray.data.duplicates import Numbers, components, near_pairs, numbered
+from btray.data.fingerprint import ALIKE, Fingerprints, distances
 from btray.storage.packed import path_of
 
 _log = logging.getLogger(__name__)
 
-BLOCK = 25
-"""Files in a block of a long run."""
-LEAST_BLOCKS = 10
-"""Blocks that a shorter run is cut into, so that a small class can be split too."""
+BLOCKS = 7
+"""Blocks that the files of a class are cut into, if no patients are named: few, for each cut parts a patient's slices.
+
+With 7, the default share of 15 % is one block of each class, and 3 to 5 folds can be made.
+"""
+# Of how many folds a share to hold out is made up at most.
+_MOST_FOLDS = 10
 
 
 SPLIT_ORDER = ("train", "val", "test")
@@ -98,75 +105,71 @@ def report_leak(leak: Leak, on_leak: str, source: str) -> None:
             _log.info("%s; the %d twins are left out of training", message, int(leak.learnt.sum()))
 
 
-def hold_out(table: pa.Table, *, fraction: float, seed: int, duplicate_of: np.ndarray | None) -> Flags:
-    """Choose whole groups such that each class is held out in a share near `fraction`.
+def hold_out(table: pa.Table, *, fraction: float, seed: int, prints: Fingerprints | None) -> Flags:
+    """Choose whole groups such that each class is held out in a share near `fraction`: some folds of `k_folds`.
 
-    Of every class with at least two groups at least one is held out and at least one kept; a class with one group is
-    kept whole, with a warning. The choice depends on the seed, names, labels and groups, not on the order of the rows.
+    Of every class with two groups at least one is held out and one kept, wherever groups of several classes allow both;
+    a class with one group is kept whole, with a warning. The choice depends on the seed, names, labels and groups, not
+    on the order of the rows.
 
     Args:
-        table: rows with uri, label and patient_id, as from `labelled.read_labelled`; n rows.
+        table: rows with uri, label, patient_id and source, as from `labelled.read_labelled`; n rows.
         fraction: share to hold out, above 0 and below 1.
         seed: of the random choice.
-        duplicate_of: int [n]; rows with an equal value show the same picture; -1 (or None): not known.
+        prints: of the images, [n, VIEWS, LENGTH], if they are known.
 
     Returns:
         bool [n], true if held out.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} must lie between 0 and 1")
-    group = group_rows(table, duplicate_of)
+    group = group_rows(table, prints)
     classes, label = np.unique(_column(table, "label"), return_inverse=True)
     counts = np.zeros((group.max(initial=-1) + 1, len(classes)), np.int64)
     np.add.at(counts, (group, label), 1)
-    held = _choose_groups(counts, fraction, np.random.default_rng(seed))
-    for index, name in enumerate(classes):
-        if not held[counts[:, index] > 0].any():
-            _log.warning(
-                "No image of class %r can be held out: they all belong to groups needed for training.", str(name)
-            )
+    held = np.zeros(len(counts), bool)
+    share = Fraction(fraction).limit_denominator(max(1, min(_MOST_FOLDS, len(counts), counts.sum(0).max(initial=0))))
+    if 0 < share < 1:
+        # Groups of different size are dealt out by size, not by chance: the seed also says which folds they are.
+        folds = (_folds(label, group, share.denominator, seed) + seed) % share.denominator
+        held[group[folds < share.numerator]] = True
+    present = counts > 0
+    order = np.argsort(counts.sum(axis=1), kind="stable")  # what is moved is small
+    for index in np.argsort(present.sum(axis=0), kind="stable"):  # rare classes first
+        if not present[~held, index].any():
+            held[order[present[order, index]][-1]] = False
+    for index in np.argsort(present.sum(axis=0), kind="stable"):
+        spare = present[~held].sum(axis=0) > 1
+        if not present[held, index].any():
+            free = order[~held[order] & present[order, index] & (spare | ~present[order]).all(axis=1)]
+            held[free[:1]] = True
+            if not len(free):
+                _log.warning(
+                    "No image of class %r can be held out: they all belong to groups needed for training.",
+                    str(classes[index]),
+                )
     return held[group]
 
 
-def _choose_groups(counts: Numbers, fraction: float, random: np.random.Generator) -> Flags:
-    """Choose the groups to hold out, bool [groups], by each group's images of each class, int [groups, classes]."""
-    shuffled, present = random.permutation(len(counts)), counts > 0
-    target, held = fraction * counts.sum(axis=0), np.zeros(len(counts), bool)
+def leave_out_sources(table: pa.Table) -> dict[str, Flags]:
+    """Return of each source, by name, which rows are its own, bool [n].
 
-    def allowed(groups: Numbers) -> Numbers:
-        """Return those of `groups` that leave another group of each of their classes to learn from."""
-        last = present.sum(axis=0) - present[held].sum(axis=0) < 2
-        return np.asarray(groups[~held[groups] & ~(present[groups] & last).any(axis=1)])
-
-    def distance(added: Numbers | int) -> npt.NDArray[np.float64]:
-        """Return how far the shares would be off, summed over classes, with `added` images of each class."""
-        reached = counts[held].sum(axis=0) + added
-        return np.asarray((np.abs(reached - target) / np.maximum(target, 1)).sum(axis=-1))
-
-    # A group of each class, rare ones first: the first that fits, or the one that overshoots least.
-    for index in np.argsort(present.sum(axis=0), kind="stable"):
-        candidates = allowed(shuffled[present[shuffled, index]])
-        if held[present[:, index]].any() or not len(candidates):  # one held out for another class had this one too
-            continue
-        room = target - counts[held].sum(axis=0)
-        fitting = candidates[((counts[candidates] <= room) | ~present[candidates]).all(axis=1)]
-        held[fitting[0] if len(fitting) else candidates[distance(counts[candidates]).argmin()]] = True
-    # Then what fits, in random order.
-    room, spare = target - counts[held].sum(axis=0), present.sum(axis=0) - present[held].sum(axis=0) - 1
-    for group in shuffled[~held[shuffled]]:
-        if (~present[group] | ((counts[group] <= room) & (spare > 0))).all():
-            held[group] = True
-            room, spare = room - counts[group], spare - present[group]
-    # At last, while that comes nearer to the target than falling short of it, what overshoots; rounding is no approach.
-    while len(candidates := allowed(shuffled)):
-        distances = distance(counts[candidates])
-        if distances.min() >= distance(0) - 1e-12:
-            break
-        held[candidates[distances.argmin()]] = True
-    return held
+    Raises:
+        UserError: there are fewer than two sources, or rows without one.
+    """
+    sources = _column(table, "source")
+    names = sorted({source for source in sources if source})
+    if len(names) < 2 or None in sources:
+        found = f"{len(names)} ({', '.join(names)})" if names else "none"
+        unnamed = f", and {(sources == None).sum()} images without one" * (None in sources)  # noqa: E711 - of each
+        raise UserError(
+            f"--validate-by sources needs two sources or more, and each image's: the data name {found}{unnamed}; give "
+            "a manifest with the column source, as jobs/acquire.py makes it of several --source, or --validate-by folds"
+        )
+    return {name: sources == name for name in names}
 
 
-def k_folds(table: pa.Table, *, k: int, seed: int, duplicate_of: np.ndarray | None) -> Numbers:
+def k_folds(table: pa.Table, *, k: int, seed: int, prints: Fingerprints | None) -> Numbers:
     """Return fold numbers 0..k-1, int [n]: groups are never cut, and classes spread as evenly as groups allow.
 
     Arguments as for `hold_out`.
@@ -174,56 +177,85 @@ def k_folds(table: pa.Table, *, k: int, seed: int, duplicate_of: np.ndarray | No
     Raises:
         UserError: there are fewer groups than folds, or no class has k images.
     """
-    group, labels = group_rows(table, duplicate_of), _column(table, "label")
+    group, labels = group_rows(table, prints), _column(table, "label")
     most = np.unique(labels, return_counts=True)[1].max(initial=0)
     if not 2 <= k <= min(group.max(initial=-1) + 1, most):
         raise UserError(
             f"{k} folds cannot be made of {group.max(initial=-1) + 1} groups and at most {most} images per class: "
             "choose 2 or more folds, and no more than there are groups and images."
         )
+    return _folds(labels, group, k, seed)
+
+
+def _folds(labels: npt.NDArray[np.generic], group: Numbers, k: int, seed: int) -> Numbers:
     order = np.argsort(group, kind="stable")  # the splitter's choice must not depend on the order of the rows
-    folds = np.empty(len(table), np.int64)
+    folds = np.empty(len(group), np.int64)
     splitter = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
-    for fold, (_, members) in enumerate(splitter.split(labels[order], labels[order], group[order])):
-        folds[order[members]] = fold
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a class has fewer images than there are folds
+        for fold, (_, members) in enumerate(splitter.split(labels[order], labels[order], group[order])):
+            folds[order[members]] = fold
     return folds
 
 
 # ---- groups
 
 
-def group_rows(table: pa.Table, duplicate_of: Sequence[int | None] | np.ndarray | None) -> Numbers:
+def group_rows(table: pa.Table, prints: Fingerprints | None) -> Numbers:
     """Return group numbers from 0, int [n]: what belongs together, as the module's text says.
 
     Arguments as for `hold_out`. The numbers do not depend on the order of the rows: groups are numbered by their first
     rows in the order of folders, names and numbers.
     """
     uris = [path_of(uri) for uri in _column(table, "uri")]
-    count = len(uris)
-    given = [None] * count if duplicate_of is None else duplicate_of
-    twins = np.array([-1 if twin is None else twin for twin in given], np.int64)
-    if len(twins) != count:
-        raise ValueError(f"duplicate_of has {len(twins)} entries for {count} rows")
-    keys = [_run_key(uri) for uri in uris]
-    order = np.array(sorted(range(count), key=lambda row: (keys[row], uris[row])), dtype=np.int64)
-    block: list[int] = []  # of each row in order: a number that no other run uses
-    for _, rows in itertools.groupby(order, lambda row: keys[row][:2]):
-        size = len(list(rows))
-        pieces = -(-size // min(BLOCK, max(1, size // LEAST_BLOCKS)))
-        block += [len(block) + place * pieces // size for place in range(size)]
-    patients, twins = _column(table, "patient_id")[order], twins[order]
-    known, twinned = np.flatnonzero(patients != None), np.flatnonzero(twins >= 0)  # noqa: E711 - of each element
-    # rows are joined by a common patient or picture, nodes after those of the rows, also through others
-    ties = [
-        (known, numbered(pa.array(patients[known])) + count),
-        (twinned, numbered(pa.array(twins[twinned])) + 2 * count),
-    ]
-    part = components(3 * count, np.concatenate([np.stack(tie, axis=1) for tie in ties]))[:count]
+    count, classes = len(uris), list(zip(_sources(table), _column(table, "label"), strict=True))
+    keys = [(kind, *_run_key(uri), uri) for kind, uri in zip(classes, uris, strict=True)]
+    order = np.array(sorted(range(count), key=keys.__getitem__), dtype=np.int64)
+    block: list[int] = []  # of each row in order: a number that no other class uses
+    for _, run in itertools.groupby(order, lambda row: classes[row]):
+        rows = np.array(list(run))
+        block += (len(block) + _blocks(len(rows), None if prints is None else prints[rows])).tolist()
+    part = subjects(table, prints)[order]
     _, first, number = np.unique(part, return_index=True, return_inverse=True)
-    home = np.where(np.isin(part, part[known]), count + number, np.array(block, np.int64)[first[number]])
+    named = np.isin(part, part[_column(table, "patient_id")[order] != None])  # noqa: E711 - of each element
     group = np.empty(count, np.int64)
-    group[order] = numbered(pa.array(home))
+    group[order] = numbered(pa.array(np.where(named, count + number, np.array(block, np.int64)[first[number]])))
     return group
+
+
+def subjects(table: pa.Table, prints: Fingerprints | None) -> Numbers:
+    """Return numbers int [n], equal for rows of one patient, or that look alike, also through others.
+
+    Arguments as for `hold_out`. A row of which neither is known has a number of its own. One patient_id in two sources
+    is two patients.
+    """
+    count = len(table)
+    patients, sources = _column(table, "patient_id"), _sources(table)
+    known = np.flatnonzero(patients != None)  # noqa: E711 - of each element
+    names = [f"{sources[row]}/{patients[row]}" for row in known]
+    # rows are joined with their patient, a node after those of the rows, and with what looks alike
+    ties = [np.stack([known, numbered(pa.array(names, pa.string())) + count], axis=1)]
+    if prints is not None:
+        if len(prints) != count:
+            raise ValueError(f"prints has {len(prints)} entries for {count} rows")
+        ties.append(near_pairs(prints, within=ALIKE)[0])
+    return components(2 * count, np.concatenate(ties))[:count]
+
+
+def _blocks(size: int, prints: Fingerprints | None) -> Numbers:
+    """Return for each of a run of files, 1 or more, the number of its block, from 0."""
+    count = min(BLOCKS, size)
+    cuts = np.arange(1, count) * size // count
+    slack = size // (4 * count)  # no block is shorter than half of what it would be if all were equal
+    if prints is not None and slack:
+        change = distances(prints[:-1], prints[1:])  # from each file to the next
+        cuts = np.array([cut - slack + change[cut - slack - 1 : cut + slack].argmax() for cut in cuts], np.int64)
+    return np.searchsorted(cuts, np.arange(size), side="right")
+
+
+def _sources(table: pa.Table) -> list[str]:
+    """Return the source of each row, empty if it is not known."""
+    return [source or "" for source in _column(table, "source")]
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:

@@ -25,7 +25,8 @@ SPLITS = {
     **dict.fromkeys(("testing", "test"), "test"),
 }
 """Names of split folders, and in a manifest's column split, with what they mean."""
-LAYOUT = "one folder per class, or a manifest (.parquet or .csv) with the columns uri,label[,split][,patient_id]"
+COLUMNS = "uri,label[,split][,patient_id][,source]"
+LAYOUT = f"one folder per class, or a manifest (.parquet or .csv) with the columns {COLUMNS}"
 
 _MOST_WARNINGS = 20
 _ARCHIVES = {".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst"}

@@ -87,7 +87,7 @@ def largest_difference(first: Bundle, second: Bundle, frames: npt.NDArray[np.uin
     """Return by how much the probabilities of two models differ at most over frames, uint8 [n, size, size]."""
     given = []
     for bundle in (first, second):
-        logits = Classifier(bundle, device="cpu").answer(frames).logits
+        logits = Classifier(bundle, device="cpu", engine="eager").answer(frames).logits
         given.append(Classifier.calibrated(logits, bundle.manifest.calibration.temperature))
     return float(np.abs(given[0] - given[1]).max())
 
@@ -122,7 +122,7 @@ def _frames_of(bundle: Bundle, data: str) -> npt.NDArray[np.uint8]:
     """
     uris = read_labelled(data, least_classes=1)["uri"]
     chosen = np.random.default_rng(0).permutation(len(uris))[:_IMAGES]
-    read = Classifier(bundle, device="cpu").frames(uris.take(np.sort(chosen)).to_pylist())
+    read = Classifier(bundle, device="cpu", engine="eager").frames(uris.take(np.sort(chosen)).to_pylist())
     frames = [scan[0] for scan in read if not isinstance(scan, Rejection)]
     if not frames:
         raise UserError(f"--data {data}: not one of {len(chosen)} images can be read")

@@ -3,7 +3,7 @@
 A bundle is a folder, local or in object storage, of `model.safetensors`, `bundle.json`, `metrics.json`, plots,
 `report.html` and `MODEL_CARD.md`, with `ood.safetensors` and `fingerprints.safetensors` if training made them.
 `bundle.json` holds the SHA-256 of all other files and of itself and is written last, so that a bundle is there whole or
-not at all. Loading verifies every digest and never unpickles.
+not at all. Loading verifies the digest of all that it reads, every file but the fingerprints, and never unpickles.
 """
 
 from __future__ import annotations
@@ -171,8 +171,12 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     if model_id is not None and model_id != manifest.model_id:
         raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
     weights_file = read_verified(uri, WEIGHTS, manifest.weights_sha256)
-    files = {name: read_verified(uri, name, digest) for name, digest in manifest.files.items()}
-    if unlisted := visible_names(uri) - {MANIFEST, WEIGHTS, *manifest.files}:
+    # Fingerprints are a kilobyte for each training image, which nobody who classifies needs: `read_fingerprints`.
+    files = {name: read_verified(uri, name, digest) for name, digest in manifest.files.items() if name != FINGERPRINTS}
+    names = visible_names(uri)
+    if FINGERPRINTS in manifest.files.keys() - names:
+        raise UserError(f"{uri} is incomplete: {FINGERPRINTS} is missing; copy the bundle again")
+    if unlisted := names - {MANIFEST, WEIGHTS, *manifest.files}:
         raise UserError(
             f"{uri} holds {min(unlisted)}, which {MANIFEST} does not list; remove it or copy the bundle again"
         )

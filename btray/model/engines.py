@@ -1,4 +1,7 @@
-"""Engines: a network run as it is, as a frozen graph, or by ONNX Runtime. All give the same answers within 1e-5.
+"""Engines: a network run as it is, as a frozen graph, or by ONNX Runtime, in float32 or bfloat16.
+
+In float32 all give the same answers within 1e-5. In bfloat16 the feature maps are computed; what is summed up of them,
+the last layer included, is float32 again.
 
 torch's tracing tools are deprecated in favour of torch.compile, which needs a C++ compiler on every node and half a
 minute per worker; tracing takes a second. So they stay, behind one function, and are not used if they would be wrong.
@@ -12,89 +15,144 @@ import logging
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from btray.core.errors import UserError
+from btray.model.config import EngineName, Precision
 from btray.model.network import Network
 
 _log = logging.getLogger(__name__)
 
-EngineName = Literal["auto", "eager", "frozen", "onnx"]
-Engine = Callable[[Tensor], tuple[Tensor, Tensor]]
+Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Standardised images [n, 1, size, size] -> logits [n, classes] and features [n, channels]: `Network.with_summary`."""
 
-TOLERANCE = 1e-4
-"""Largest difference from the network's own logits that a graph may show on noise."""
+TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "bf16": 0.1}
+"""Largest difference from the network's own logits, in float32 or bfloat16, that a graph may show on noise."""
+CPU_FLAGS = Path("/proc/cpuinfo")
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
-def make_engine(name: EngineName, network: Network, *, size: int, device: torch.device) -> Engine:
+@dataclass(frozen=True)
+class Engine:
+    """A network that is ready to run."""
+
+    name: str
+    """How it is run and in which precision, as in `frozen bf16`."""
+    run: Run
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 logits [n, classes] and features [n, channels] of standardised images [n, 1, size, size]."""
+        return self.run(images)
+
+
+def make_engine(
+    name: EngineName, network: Network, *, size: int, device: torch.device, precision: Precision = "float32"
+) -> Engine:
     """Prepare the network, in evaluation mode on `device`, to be run on images of `size` pixels a side.
 
     `auto` is `frozen` on a CPU and `eager` elsewhere. Raises UserError for `onnx` on another device than a CPU, or if
-    ONNX Runtime is not installed.
+    ONNX Runtime is not installed, and for `bf16` on a device that is not made for it.
     """
     if name == "auto":
         name = "frozen" if device.type == "cpu" else "eager"
+    if precision == "bf16":
+        require_bf16(name, device)
+    module = _WithSummary(network, precision)
+    eager = Engine(f"eager {precision}", module)
     if name == "eager":
-        return network.with_summary
+        return eager
     example = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     example = example.contiguous(memory_format=torch.channels_last)
-    engine = _frozen(network, example) if name == "frozen" else _onnx(network, example)
+    run = _frozen(module, example) if name == "frozen" else _onnx(module, example)
     with torch.inference_mode():
-        outputs = zip(engine(example), network.with_summary(example), strict=True)
+        outputs = zip(run(example), module(example), strict=True)
         worst = max(float((got - own).abs().max()) for got, own in outputs)
-    if not worst <= TOLERANCE:
+    if not worst <= TOLERANCE[precision]:
         _log.warning("engine %s differs by %.1e from the network on this machine; eager is used instead", name, worst)
-        return network.with_summary
-    return engine
+        return eager
+    return Engine(f"{name} {precision}", run)
+
+
+def require_bf16(name: EngineName, device: torch.device) -> None:
+    """Raise UserError unless `device` computes in bfloat16 faster than in float32, and the engine `name` in it."""
+    if name == "onnx":
+        raise UserError("--precision bf16 needs --engine frozen or eager: ONNX Runtime has no bfloat16 on a CPU")
+    if not supports_bf16(device):
+        remedy = "leave it out, or use a machine that has"
+        if device.type == "cpu":
+            raise UserError(f"--precision bf16: this CPU has neither AVX512_BF16 nor AMX; {remedy} one of them")
+        raise UserError(f"--precision bf16: the device {device} has no bfloat16; {remedy} it")
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether `device` has instructions for bfloat16."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return not set(_BF16_FLAGS).isdisjoint(CPU_FLAGS.read_text(encoding="utf-8").split())
 
 
 class _WithSummary(nn.Module):
-    """The module that is traced: its forward pass gives the features too."""
+    """The module that is run and traced: `Network.with_summary`, its feature maps in a precision."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, precision: Precision) -> None:
         super().__init__()
-        self.network = network
+        self.network = network if precision == "float32" else _in_bf16(network)
+        self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network.with_summary(images)
+        return self.network.with_summary(images.to(self.dtype))
+
+    def extra_repr(self) -> str:
+        return str(self.dtype)
 
 
-def _frozen(network: Network, example: Tensor) -> Engine:
+def _in_bf16(network: Network) -> Network:
+    """Return a copy whose feature maps are bfloat16; the numbers of batch normalisation stay as exact as they are."""
+    copied = copy.deepcopy(network)
+    copied.parts.to(torch.bfloat16)
+    for module, own in zip(copied.parts.modules(), network.parts.modules(), strict=True):
+        if isinstance(module, nn.BatchNorm2d):
+            module.float().load_state_dict(own.state_dict())
+    return copied
+
+
+def _frozen(module: _WithSummary, example: Tensor) -> Run:
     """Make one graph with its weights as constants and batch normalisation folded into the convolutions."""
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        graph = torch.jit.load(io.BytesIO(_traced(network, example)), map_location=example.device)
-        graph.load_state_dict(_WithSummary(network).state_dict())
-        engine: Engine = torch.jit.freeze(graph.eval())
-    return engine
+        graph = torch.jit.load(io.BytesIO(_traced(module, example)), map_location=example.device)
+        graph.load_state_dict(module.state_dict())
+        run: Run = torch.jit.freeze(graph.eval())
+    return run
 
 
 _traces: dict[tuple[str, torch.Size, torch.device], bytes] = {}
 
 
-def _traced(network: Network, example: Tensor) -> bytes:
-    """Trace the network with zeros for weights, once per structure and process; return the saved graph.
+def _traced(module: _WithSummary, example: Tensor) -> bytes:
+    """Trace the module with zeros for weights, once per structure and process; return the saved graph.
 
     torch never frees the memory of a trace, nor that of what is frozen from one (pytorch #96726). What is loaded from
     the saved graph is freed like any module, so that a service may switch models for ever.
     """
-    key = (repr(network), example.shape, example.device)  # see Network.extra_repr
+    key = (repr(module), example.shape, example.device)  # see Network.extra_repr
     if key not in _traces:
-        empty = copy.deepcopy(network)
+        empty = copy.deepcopy(module)
         for tensor in empty.state_dict().values():
             tensor.zero_()
         saved = io.BytesIO()
-        torch.jit.save(torch.jit.trace(_WithSummary(empty), example, check_trace=False), saved)
+        torch.jit.save(torch.jit.trace(empty, example, check_trace=False), saved)
         _traces[key] = zlib.compress(saved.getvalue(), 1)
     return zlib.decompress(_traces[key])
 
 
-def _onnx(network: Network, example: Tensor) -> Engine:
+def _onnx(module: _WithSummary, example: Tensor) -> Run:
     if example.device.type != "cpu":
         raise UserError(f"engine onnx runs on a CPU, not on {example.device.type}; choose eager or frozen")
     try:
@@ -106,7 +164,7 @@ def _onnx(network: Network, example: Tensor) -> Engine:
     names = ["logits", "features"]
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
-            _WithSummary(network),
+            module,
             (example.contiguous(),),
             graph,  # type: ignore[arg-type]  # the annotation knows paths only
             input_names=["images"],

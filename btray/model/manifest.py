@@ -12,12 +12,16 @@ from typing import Annotated, Self
 
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
-from btray.core.config import ComponentConfig
+from btray.core.config import ComponentConfig, Probability
 from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
-from btray.model.config import MANIFEST, NetworkConfig
+from btray.model.config import MANIFEST, NetworkConfig, Precision
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: frames were made otherwise
+
+# What `--precision bf16` asks for, in Agreement.
+LEAST_EQUAL_LABELS = 0.99
+LARGEST_DIFFERENCE = 0.1
 
 # The key of the SHA-256 of bundle.json itself, computed with zeros in its place. It covers the text and not the parsed
 # content, so that no bit of the file can flip unnoticed.
@@ -81,11 +85,22 @@ class TrainedOn(ComponentConfig):
     """The data name patients, so that no patient is in several splits."""
 
 
+class Agreement(ComponentConfig):
+    """How far answers computed in bfloat16 agree with those in float32."""
+
+    images: Annotated[int, Field(ge=1)]
+    """Validation images that were answered twice."""
+    equal_labels: Probability
+    """Share of them that got the same label."""
+    largest_difference: Probability
+    """Of a probability, over all images and classes."""
+
+
 class Manifest(ComponentConfig):
     """The content of `bundle.json`."""
 
     format_version: int
-    """Rises when an older btray could not read the bundle."""
+    """Rises when a bundle and a btray before and after could not go together, as when frames are made otherwise."""
     model_id: str
     """Digest of weights, network, preprocessing, calibration and classes; the name of this model in every result."""
     classes: tuple[str, ...] = Field(min_length=2)
@@ -114,6 +129,8 @@ class Manifest(ComponentConfig):
     """SHA-256 of the weights file."""
     files: dict[str, str]
     """SHA-256 of every other file, by name."""
+    bf16: Agreement | None = None
+    """Whether `--precision bf16` may be used; None: it was not measured, and may not."""
     study_rule: StudyRule | None = None
     """Chosen on validation images; None: there were no groups of several slices, and a default is used."""
 
@@ -127,7 +144,7 @@ class Manifest(ComponentConfig):
 
     @classmethod
     def from_text(cls, text: str, uri: str) -> Self:
-        """Read bundle.json of the bundle at `uri`. Raises UserError if it is damaged, or newer than this btray."""
+        """Read bundle.json of the bundle at `uri`. Raises UserError if it is damaged, or of another format version."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -136,8 +153,11 @@ class Manifest(ComponentConfig):
         if not isinstance(version, int):
             raise UserError(f"{uri}: {MANIFEST} has no format_version; train or copy the bundle again")
         if version > FORMAT_VERSION:
+            raise UserError(f"{uri} has format_version {version}; this btray reads {FORMAT_VERSION}: upgrade btray")
+        if version < FORMAT_VERSION:
             raise UserError(
-                f"{uri} has format_version {version}; this btray reads up to {FORMAT_VERSION}: upgrade btray"
+                f"{uri} has format_version {version}; this btray makes other frames and reads {FORMAT_VERSION}: train "
+                "the model again, into another folder"
             )
         seal = content.pop(_SEAL, None)
         if not isinstance(seal, str) or sha256(text.replace(seal, _NO_SEAL).encode()) != seal:
@@ -172,6 +192,24 @@ class Manifest(ComponentConfig):
             f"{name} {old} (here {now[name]})" for name, old in self.versions.items() if now.get(name, old) != old
         ]
         return ", ".join(differing) or "all are equal, so the processor may differ"
+
+
+def require_agreement(manifest: Manifest, uri: str, precision: Precision) -> None:
+    """Raise UserError unless the model of the bundle at `uri` was found to answer in `precision` as in float32."""
+    found = manifest.bf16
+    if precision == "float32":
+        return
+    if found is None:
+        raise UserError(
+            f"--precision {precision}: {uri} does not say how far its answers agree with those in float32; leave it "
+            "out, or train again on a CPU with AVX512_BF16 or AMX"
+        )
+    if found.equal_labels < LEAST_EQUAL_LABELS or found.largest_difference > LARGEST_DIFFERENCE:
+        raise UserError(
+            f"--precision {precision}: of {found.images} validation images {uri} gives {found.equal_labels:.1%} the "
+            f"label that it gives in float32, at least {LEAST_EQUAL_LABELS:.0%} are asked for; probabilities differ by "
+            f"up to {found.largest_difference:.3f}, at most {LARGEST_DIFFERENCE} is allowed; leave it out"
+        )
 
 
 def is_plain_name(name: str) -> bool:

@@ -66,16 +66,16 @@ class Network(nn.Module):
         """Compute logits [n, classes] and, in the same pass, features [n, channels] for the out-of-distribution score.
 
         The features are the mean of each channel of the last feature map of every resolution: coarse and fine maps
-        together tell an image that is not an MRI slice.
+        together tell an image that is not an MRI slice. Both are float32, also if the feature maps are not.
         """
         means = []
         for part in self.parts:
             previous, images = images, part(images)
             # the image itself, of one channel, is not a feature map
             if images.shape[2:] != previous.shape[2:] and previous.shape[1] > 1:
-                means.append(previous.mean((2, 3)))
-        means.append(images.mean((2, 3)))
-        logits: Tensor = self.head(self.dropout(self.embed(images)))
+                means.append(previous.mean((2, 3), dtype=torch.float32))
+        means.append(images.mean((2, 3), dtype=torch.float32))
+        logits: Tensor = self.head(self.dropout(self.embed(images.float())))
         return logits, torch.cat(means, 1)
 
 

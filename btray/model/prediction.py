@@ -65,6 +65,8 @@ class Prediction(SliceFacts, Answer):
     """Why the input was rejected, for people."""
     retryable: bool = False
     """The input was rejected, but another try may succeed."""
+    engine: str | None = None
+    """How the network was run and in which precision: `frozen float32`; null if there is no answer."""
     model_id: str = ""
     """The model that answered."""
 
@@ -115,10 +117,10 @@ _FORMS: dict[Any, _Form] = {
 _HINTS = get_type_hints(Prediction)
 ANSWER = tuple(item.name for item in fields(Answer))
 """Fields of the answer."""
-COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER, *SLICE)
+COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER, *SLICE, "engine")
 """Fields that are columns of the results table; `uri` and `model_id` are there too, as the object's and the path's."""
 _ALWAYS, _REASON = ("frame", "status", "model_id"), ("error_code", "error")
-ADDED = ("label_set", *(name for name in SLICE if name not in UIDS))
+ADDED = ("label_set", *(name for name in SLICE if name not in UIDS), "engine")
 """Columns that the first results tables lack: they stand at the end, and are null in older files."""
 
 

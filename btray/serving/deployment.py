@@ -19,7 +19,6 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from btray.core import logs
-from btray.core.allocator import keep_freed_memory
 from btray.core.config import ComponentConfig
 from btray.core.errors import UserError
 from btray.serving.app import build_app
@@ -47,7 +46,6 @@ class Replica:
     def __init__(self) -> None:
         """Start without a model; Serve calls `reconfigure` next."""
         logs.begin_in_worker("text", job="serve")  # the driver turns lines into JSON if it logs JSON
-        keep_freed_memory()
         host = haproxy_host()
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.
         self.service = Service(sees_callers=host is None or is_loopback(host))

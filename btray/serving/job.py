@@ -20,6 +20,7 @@ from btray.core.cluster import connected
 from btray.core.config import set_environment
 from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
+from btray.model.manifest import require_agreement
 from btray.model.shipped import announce
 from btray.serving.access import KeyRing
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig
@@ -127,7 +128,9 @@ def _verified(config: ServeConfig) -> ServiceConfig:
     """
     service = config.service.model_dump()
     for entry in filter(None, (service, service["canary"])):
-        entry["model_id"] = load_bundle(entry["model"], model_id=entry["model_id"]).manifest.model_id
+        bundle = load_bundle(entry["model"], model_id=entry["model_id"])
+        require_agreement(bundle.manifest, bundle.uri, config.precision)
+        entry["model_id"] = bundle.manifest.model_id
         announce(entry["model"], entry["model_id"])
     if config.keys is not None:
         service["keys"] = KeyRing.of(config.keys).uri

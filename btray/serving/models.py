@@ -305,13 +305,19 @@ class ServedModels:
 
     def _served(self, uri: str, model_id: str | None, config: ServiceConfig) -> ServedModel:
         """Return the model of a bundle; one that is served already is kept, with the new limits."""
-        settings = (uri, model_id, config.abstain_below, config.max_batch, config.engine)
+        settings = (uri, model_id, config.abstain_below, config.max_batch, config.engine, config.precision)
         limits = ScanLimits(max_bytes=config.limits.max_body, max_pixels=int(config.limits.max_megapixels * 1e6))
         for model in self.split.models if self.split else ():
             if model.settings == settings:
                 return replace(model, source=replace(model.source, limits=limits))
         bundle = load_bundle(uri, model_id=model_id).abstaining_below(config.abstain_below)
-        classifier = Classifier(bundle, device=own_device(), batch_size=config.max_batch, engine=config.engine)
+        classifier = Classifier(
+            bundle,
+            device=own_device(),
+            batch_size=config.max_batch,
+            engine=config.engine,
+            precision=config.precision,
+        )
         _warm(classifier, config.max_batch)
         batcher: Batcher[Sequence[DecodedImage], list[Prediction]] = Batcher(
             partial(_predict, classifier),
@@ -337,4 +343,3 @@ def _warm(classifier: Classifier, largest: int) -> None:
     for count in (1, largest, 1, largest):  # a frozen graph is made ready at its second pass
         frames = np.zeros((count, side, side), np.uint8)
         interpret(classifier.answer(frames), classifier.manifest, None)
-    heat_maps(classifier, frames[:1])

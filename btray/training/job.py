@@ -23,6 +23,7 @@ from btray.model.classifier import interpret
 from btray.model.drift import REFERENCE, Profile
 from btray.model.manifest import TrainedOn
 from btray.model.ood import REFERENCE_IMAGES, Distribution
+from btray.model.precision import measure_agreement
 from btray.training.calibration import Limits, calibrate
 from btray.training.config import TrainConfig
 from btray.training.history import HISTORY, as_lines, best_record
@@ -56,7 +57,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
         calibrated, validation = _calibrate(trained)
         final, test = _score_test(calibrated, _refit(calibrated))
         assessment = _assess(calibrated, final, validation, test)
-    saved = save_bundle(final.bundle(), config.out, {**assessment.files, **(files or {})})
+    saved = save_bundle(_with_agreement(calibrated, final), config.out, {**assessment.files, **(files or {})})
     print(summary(assessment.metrics), flush=True)
     report = storage.join(config.out, "report.html")
     print(f"model {saved.manifest.model_id}; report {report}; run {data.plan.run_uri}", flush=True)
@@ -146,6 +147,13 @@ def _score_test(calibrated: TrainedModel, final: TrainedModel) -> tuple[TrainedM
     reference, test = final.score(final.reference_rows(), test_rows)
     limits = replace(final.limits, ood=Distribution.fit(reference.answers.features))
     return replace(final, limits=limits), test
+
+
+def _with_agreement(calibrated: TrainedModel, final: TrainedModel) -> Bundle:
+    """Return the final model with how far it agrees with itself in bfloat16, on the validation images."""
+    plan, bundle = calibrated.data.plan, final.bundle()
+    uris = calibrated.data.source.table["uri"].take(plan.rows(plan.validation)).to_pylist()
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"bf16": measure_agreement(bundle, uris)}))
 
 
 def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, test: Scores) -> Assessment:

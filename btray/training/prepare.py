@@ -178,9 +178,8 @@ def prepare(source: Source) -> TrainingData:
     require_found(rejected["code"].to_pylist(), len(rows), config.data)
     enforce_max_rejected(rejected["code"].to_pylist(), len(rows), config.max_rejected)
     source = source.with_patients(surveyed)
-    # Twins are found before images are held out: both of them go to the same side.
-    leak, used, twins = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))
-    validation = _choose_validation(source, used, twins)
+    leak, used = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))
+    validation = _choose_validation(source, used)
     plan = Plan(
         config=config,
         classes=source.classes,
@@ -196,11 +195,8 @@ def prepare(source: Source) -> TrainingData:
     return TrainingData(source, frames, rejected, used, leak, plan)
 
 
-def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table, Indices]:
-    """Compare the pixels of the splits and act on --on-leak.
-
-    Returns the leak, the rows of the survey that are used, and for each a number that files of the same image share.
-    """
+def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table]:
+    """Compare the pixels of the splits and act on --on-leak; returns the leak, and the rows of the survey in use."""
     test = np.flatnonzero(in_splits(source.table, "test"))
     surveyed = readable.slice(0, 0)
     if len(test):
@@ -211,17 +207,18 @@ def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table, I
     leak = find_leak(np.array(source.table["split"].take(rows).to_pylist(), object), groups)
     report_leak(leak, source.config.on_leak, source.config.data)
     used = np.flatnonzero(~leak.learnt[: len(readable)] | (source.config.on_leak != "drop"))
-    return leak, readable.take(used), groups[used]
+    return leak, readable.take(used)
 
 
-def _choose_validation(source: Source, used: pa.Table, twins: Indices) -> npt.NDArray[np.bool_]:
+def _choose_validation(source: Source, used: pa.Table) -> npt.NDArray[np.bool_]:
     """Choose which samples are held out: the val split if there is one, else whole groups of the training images."""
     row_of_sample = used["sample"].to_numpy() // FRAMES_PER_SCAN
     rows, first, of_sample = np.unique(row_of_sample, return_index=True, return_inverse=True)
     chosen, config = source.table.take(rows), source.config
     held_out = np.array(chosen["split"].to_pylist(), object) == "val"
     if not held_out.any():
-        held_out = hold_out(chosen, fraction=config.validation, seed=config.seed, duplicate_of=twins[first])
+        prints = unpack(used["fingerprint"].take(first).to_pylist())
+        held_out = hold_out(chosen, fraction=config.validation, seed=config.seed, prints=prints)
     return np.asarray(held_out[of_sample])
 
 

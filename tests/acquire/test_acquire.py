@@ -244,6 +244,16 @@ def test_a_manifest_is_a_source_and_its_names_do_not_collide(tmp_path: Path) -> 
     assert {row["patient_id"] for row in rows_of(manifest)} == {"7", "8", None}
 
 
+def test_a_manifest_names_the_sources_of_its_images_and_a_tree_is_named_after_its_folder(tmp_path: Path) -> None:
+    make_tree(tmp_path / "x", {"1.png": b"m1", "2.png": b"m2", "3.png": b"m3"})
+    (tmp_path / "list.csv").write_text("uri,label,source\nx/1.png,glioma,f44\nx/2.png,glioma,web\nx/3.png,glioma,\n")
+    manifest = run(tmp_path, tmp_path / "list.csv", make_tree(tmp_path / "hospital", SPLITS))
+    table = read_labelled(manifest)
+    assert Counter(table["source"].to_pylist()) == {"f44": 1, "web": 1, "list": 1, "hospital": len(SPLITS)}
+    again = read_labelled(run(tmp_path, manifest, out=str(tmp_path / "again")))
+    assert Counter(again["source"].to_pylist()) == Counter(table["source"].to_pylist())
+
+
 def test_a_manifest_of_one_class_is_a_source_beside_others(tmp_path: Path) -> None:
     make_tree(tmp_path / "x", {"1.png": b"m1"})
     (tmp_path / "list.csv").write_text("uri,label\nx/1.png,metastasis\n")

@@ -389,7 +389,15 @@ def labelled_files(folder: Path, names: Sequence[str], labels: Sequence[str]) ->
     for uri, body in zip(uris, bodies, strict=True):
         storage.write_bytes(uri, body)
     splits = ["train", "test", "test", "train"]
-    return pa.table({"uri": uris, "label": labels, "split": splits, "patient_id": ["a", "a", "b", None]})
+    return pa.table(
+        {
+            "uri": uris,
+            "label": labels,
+            "split": splits,
+            "patient_id": ["a", "a", "b", None],
+            "source": pa.nulls(4, pa.string()),
+        }
+    )
 
 
 def test_the_page_keeps_hostile_names_and_labels_text(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_
     assert all(is_member(uri) for uri in members["uri"].to_pylist())
 
     def said(table: pa.Table, paths: list[str]) -> dict[str, tuple[Any, ...]]:
-        columns = (table[name].to_pylist() for name in ("label", "split", "patient_id"))
+        columns = (table[name].to_pylist() for name in ("label", "split", "patient_id", "source"))
         return dict(zip(paths, zip(*columns, strict=True), strict=True))
 
     of_loose = [uri.removeprefix(f"{data}/") for uri in loose["uri"].to_pylist()]
@@ -143,7 +143,7 @@ def test_a_pack_is_labelled_and_split_as_what_was_packed(ray_session: None, tmp_
     assert storage.read_bytes(members["uri"][0].as_py()) == Path(data, of_members[0]).read_bytes()
 
     def held(table: pa.Table, paths: list[str]) -> set[str]:
-        out = hold_out(table, fraction=0.25, seed=1, duplicate_of=None)
+        out = hold_out(table, fraction=0.25, seed=1, prints=None)
         return {path for path, chosen in zip(paths, out, strict=True) if chosen}
 
     assert held(members, of_members) == held(loose, of_loose) != set()

@@ -95,6 +95,14 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     assert TrainConfig.from_command_line(["--config", written(tmp_path, config.to_yaml())]) == config
 
 
+def test_none_is_a_text_where_a_setting_cannot_be_unset() -> None:
+    arguments = ["--data", "none", "--out", "none", "--network.norm", "none", "--optimiser.class-balance", "none"]
+    config = TrainConfig.from_command_line(arguments)
+    assert config.data == config.out == os.path.abspath("none")
+    assert (config.network.norm, config.optimiser.class_balance) == ("none", "none")
+    assert TrainConfig.from_command_line([*NEEDED, "--init-from", "none"]).init_from is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from btray.data.config import PreprocessConfig
+from btray.data.preprocess import decode_side
 from btray.data.scans import ScanRejected, decode
 from btray.data.scans.gray import to_gray
 from btray.data.scans.jpeg import check_jpeg
@@ -24,34 +26,41 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin
 
 LEAST = 0.99
 JPEGS = {name: data for name, data in corpus.good_scans().items() if name.startswith("jpeg")}
+# Each format whole, and JPEG also at the scale at which slices are decoded for frames.
+DECODED: list[tuple[str, int | None]] = [
+    *((name, None) for name in PROMISED),
+    ("JPEG", decode_side(PreprocessConfig())),
+]
 CASES = Path(__file__).resolve().parents[2].parent / "shared" / "cases" / "images"
 
 
-@pytest.mark.parametrize("file_format", PROMISED)
-def test_damage_that_is_seen_is_rejected_and_whole_phantoms_are_not(file_format: str) -> None:
-    counted = tally(list(whole_phantoms(file_format, 8)), file_format, 16, random.Random(1))
+@pytest.mark.parametrize(("file_format", "min_side"), DECODED)
+def test_damage_that_is_seen_is_rejected_and_whole_phantoms_are_not(file_format: str, min_side: int | None) -> None:
+    counted = tally(list(whole_phantoms(file_format, 8)), file_format, 16, random.Random(1), min_side)
     assert counted.share_rejected(PROMISED[file_format], valid_count=False) >= LEAST, f"\n{counted}"
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("file_format", PROMISED)
-def test_damage_that_is_seen_is_rejected_and_whole_slices_are_not(file_format: str, real_data: Path) -> None:
-    counted = tally(list(whole_slices(file_format, real_data.parent, 8)), file_format, 16, random.Random(1))
+@pytest.mark.parametrize(("file_format", "min_side"), DECODED)
+def test_damage_that_is_seen_is_rejected_and_whole_slices_are_not(
+    file_format: str, min_side: int | None, real_data: Path
+) -> None:
+    counted = tally(list(whole_slices(file_format, real_data.parent, 8)), file_format, 16, random.Random(1), min_side)
     assert counted.share_rejected(PROMISED[file_format], valid_count=False) >= LEAST, f"\n{counted}"
 
 
 @pytest.mark.soak
 @pytest.mark.realdata
-@pytest.mark.parametrize("file_format", PROMISED)
+@pytest.mark.parametrize(("file_format", "min_side"), DECODED)
 @pytest.mark.parametrize("source", ["phantoms", "slices"])
 def test_of_2000_damaged_pictures_99_percent_are_rejected(
-    source: str, file_format: str, real_data: Path, capsys: pytest.CaptureFixture[str]
+    source: str, file_format: str, min_side: int | None, real_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count, each = 125, 16
     wholes = whole_phantoms(file_format, count)
     if source == "slices":
         wholes = whole_slices(file_format, real_data.parent, count)
-    counted = tally(list(wholes), file_format, each, random.Random(2))
+    counted = tally(list(wholes), file_format, each, random.Random(2), min_side)
     promised = PROMISED[file_format]
     shares = [counted.share_rejected(promised, valid_count=valid_count) for valid_count in (False, True)]
     with capsys.disabled():
@@ -143,6 +152,20 @@ def test_strips_of_a_tiff_are_checked_with_the_tables_that_it_keeps_apart() -> N
     check_jpeg(strip, tables)
     with pytest.raises(ValueError, match="Corrupt JPEG data"):
         check_jpeg(strip[: length // 2] + b"\xff\xd9", tables)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "group4"])
+def test_what_libtiff_finds_wrong_is_a_rejection_and_nothing_is_printed(
+    compression: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    image = Image.fromarray(phantom("glioma", 1, size=256))
+    whole = corpus.encode(image.convert("1") if compression == "group4" else image, "TIFF", compression=compression)
+    at = len(whole) // 3
+    with pytest.raises(ScanRejected) as caught:
+        decode(whole[:at] + b"\xff" * 500 + whole[at + 500 :])
+    assert caught.value.code == "decode_failed"
+    assert decode(whole).frames[0].shape == (256, 256), "one that is whole, after it"
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["jpeg_zero_hole.jpg", "jpeg_cut_with_eoi.jpg"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from btray.data.config import PreprocessConfig
 from btray.data.fingerprint import (
     LENGTH,
     SAME_FINGERPRINT,
@@ -18,9 +19,11 @@ from btray.data.fingerprint import (
     representative,
     thumbnails,
 )
+from btray.data.preprocess import decode_side
 from btray.data.scans import decode
 from btray.phantoms import CLASSES, phantom
 from tests.helpers.image_truth import COPIES, REFRAMED
+from tests.helpers.scan_corpus import encode
 
 
 def pictures(count: int) -> np.ndarray:
@@ -55,6 +58,17 @@ def test_a_copy_is_the_same_image(copy: str) -> None:
     value = correlations(seen, copies)
     assert np.median(value) >= 0.995
     assert value.min() >= 0.97, "judged by eye below 0.995, never another image"
+
+
+@pytest.mark.parametrize("size", [192, 224])
+def test_the_scale_at_which_a_jpeg_is_decoded_hardly_changes_its_fingerprint(size: int) -> None:
+    data = [encode(phantom(CLASSES[seed % 5], seed, size=720), "JPEG") for seed in range(12)]
+    side = decode_side(PreprocessConfig(size=size))
+    whole, scaled = (
+        np.stack([thumbnails(decode(scan, min_side=least).frames[0]) for scan in data]) for least in (None, side)
+    )
+    assert distances(fingerprints(whole), fingerprints(scaled)).max() < SAME_FINGERPRINT / 2
+    assert correlations(whole, scaled).min() > 0.998
 
 
 @pytest.mark.parametrize("copy", REFRAMED)

@@ -146,27 +146,28 @@ def write_csv(root: str, *lines: str, name: str = "manifest.csv") -> str:
 def test_a_manifest_of_either_kind_gives_the_same_rows_by_its_name_or_its_folder(place: str) -> None:
     uri = write_csv(
         place,
-        "uri,source,label,split,patient_id",
-        '"img/a, b.jpg",x,glioma_tumor,Training,007',
-        "img/%20.jpg,x,NA,,",
-        "/abs/c.jpg,x, no tumor ,valid,p2",
-        "s3://other/d#.jpg,x,glioma,,",
+        "uri,extra,label,split,patient_id, SOURCE ",
+        '"img/a, b.jpg",x,glioma_tumor,Training,007, f44',
+        "img/%20.jpg,x,NA,,,",
+        "/abs/c.jpg,x, no tumor ,valid,p2,web",
+        "s3://other/d#.jpg,x,glioma,,, ",
     )
     wanted = [
-        (f"{place}/img/a, b.jpg", "glioma", "train", "007"),
-        (f"{place}/img/%20.jpg", "NA", None, None),
-        ("/abs/c.jpg", "no_tumor", "val", "p2"),
-        ("s3://other/d#.jpg", "glioma", None, None),
+        (f"{place}/img/a, b.jpg", "glioma", "train", "007", "f44"),
+        (f"{place}/img/%20.jpg", "NA", None, None, None),
+        ("/abs/c.jpg", "no_tumor", "val", "p2", "web"),
+        ("s3://other/d#.jpg", "glioma", None, None, None),
     ]
     table = read_labelled(uri)
     assert table.schema == SCHEMA
-    assert [tuple(row.values())[:4] for row in table.to_pylist()] == wanted
+    assert [tuple(row.values())[:5] for row in table.to_pylist()] == wanted
     assert table["size"].null_count == table["etag"].null_count == 4
     assert read_labelled(place).equals(table)
 
     columns = {
         "patient_id": pa.array(["007", None, "p2", ""]),
         "label": pa.array(["glioma", "NA", "no_tumor", "glioma"]).dictionary_encode(),
+        "Source": ["f44 ", "", "web", None],
         "split": ["TRAIN", None, "val", ""],
         "uri": pa.array(["img/a, b.jpg", "img/%20.jpg", "/abs/c.jpg", "s3://other/d#.jpg"], pa.large_string()),
         "extra": [{"a": 1}] * 4,

@@ -32,7 +32,7 @@ from tests.helpers.tiny_bundle import PREPROCESS, random_bundle
 CONFIG = PreprocessConfig()
 # What decoding makes of a fixed JPEG, and preprocessing by default of its test patterns. It may change only together
 # with `manifest.FORMAT_VERSION`: every bundle that was trained before would be refused.
-GOLDEN_DIGEST = "1167692f4cdea153c4a2031266fbec2356a9e1f40a8fa6f1bc54aa35e52e3ad2"
+GOLDEN_DIGEST = "c28e23e5c66006c7b0aa498a78a8767dfaa53a266bf45cb5c155de58f09b739a"
 
 Scene = tuple[np.ndarray, tuple[float, float, float, float]]
 
@@ -100,14 +100,14 @@ DECORATIONS: dict[str, Callable[[Scene], Scene]] = {
 def cuts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float, float]]:
     """The boxes that are cut out from here on, in pixels of the picture."""
     boxes = []
-    real = preprocess._cut
+    real = preprocess._in_picture
 
-    def cut(gray: np.ndarray, box: Box, shape: tuple[int, ...], margin: float) -> np.ndarray:
-        down, across = gray.shape[0] / shape[0], gray.shape[1] / shape[1]
+    def in_picture(box: Box, shape: tuple[int, ...], picture: Image.Image, margin: float) -> Box:
+        down, across = picture.height / shape[0], picture.width / shape[1]
         boxes.append((box.top * down, box.left * across, box.bottom * down, box.right * across))
-        return real(gray, box, shape, margin)
+        return real(box, shape, picture, margin)
 
-    monkeypatch.setattr(preprocess, "_cut", cut)
+    monkeypatch.setattr(preprocess, "_in_picture", in_picture)
     return boxes
 
 
@@ -142,7 +142,7 @@ def test_a_white_ground_becomes_black_and_leaves_no_fringe() -> None:
     for seed in range(8):
         black, white = (make_frame(drawn_head(seed, ground)[0], CONFIG) for ground in (0, 255))
         assert np.corrcoef(black.ravel(), white.ravel())[0, 1] > 0.8, seed
-        assert (white > 250).mean() < 0.01, seed
+        assert (white > 250).mean() < (black > 250).mean() + 0.001, seed
 
 
 def test_where_no_head_is_nothing_is_cut_off(cuts: list[tuple[float, ...]]) -> None:
@@ -260,9 +260,12 @@ def test_the_size_of_the_export_hardly_ever_counts() -> None:
 
 
 def test_decoding_leaves_room_for_the_crop() -> None:
-    assert decode_side(CONFIG) >= 2 * CONFIG.size
+    for size in (32, 160, 192, 193, 224, 400, 1024):
+        assert decode_side(PreprocessConfig(size=size)) >= 4 / 3 * size
     assert decode_side(PreprocessConfig(size=400, crop=False)) == 400
-    assert decode_side(PreprocessConfig(size=32)) == decode_side(CONFIG), "fingerprints do not depend on it"
+    assert decode_side(PreprocessConfig(size=224)) == 299
+    sides = {decode_side(PreprocessConfig(size=size)) for size in (32, 160, 192)}
+    assert sides == {256}, "fingerprints do not depend on it, and 512 pixels are halved"
 
 
 @pytest.mark.parametrize("gray", [np.zeros((9, 9)), np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.int16)])

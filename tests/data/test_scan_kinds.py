@@ -167,8 +167,6 @@ COMPRESSIONS = {
     34934: "JPEG XR", 50001: "WebP", 50002: "JPEG XL", 65000: "65000",
 }  # fmt: skip
 UNREAD = {
-    "DICOM": bytes(128) + b"DICM\2\0\0\0UL\4\0",
-    "DICOM file": b"\x08\0\x05\0CS\x0a\0ISO_IR 100",
     "NIfTI header": b"\x5c\1\0\0" + bytes(340) + b"ni1\0",
     "one file of two": b"\x1c\2\0\0ni2\0\r\n\x1a\n",
     "Analyze": struct.pack("<i36xh", 348, 3) + bytes(306),

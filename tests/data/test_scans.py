@@ -23,7 +23,7 @@ from tests.helpers import scan_corpus as corpus
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
 GOOD, BAD = corpus.good_scans(), corpus.bad_scans()
-SMALL = ScanLimits(max_bytes=2**20, max_pixels=200_000, min_side=16)
+SMALL = ScanLimits(max_bytes=2**20, max_pixels=200_000, max_volume_pixels=200_000, min_side=16)
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -243,6 +243,7 @@ def test_a_hint_below_one_is_the_callers_mistake() -> None:
 
 def test_the_corpus_is_the_same_on_every_run() -> None:
     again = {**corpus._jpegs(), **corpus._pngs(), **corpus._tiffs(), **corpus._others(), **corpus._volumes()}
+    again |= corpus._dicom()
     assert again == GOOD
     assert sys.getsizeof(GOOD) < 2**20
 

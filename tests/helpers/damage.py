@@ -107,23 +107,23 @@ def _codes(data: bytes) -> tuple[int, int]:
     return at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"), data.index(b"\xff\xd9", at)
 
 
-def tally(wholes: list[bytes], file_format: str, each: int, rng: random.Random) -> Tally:
+def tally(wholes: list[bytes], file_format: str, each: int, rng: random.Random, min_side: int | None = None) -> Tally:
     """Damage each of `wholes` `each` times, and say what became of it. No whole one may be rejected."""
     counted = Tally()
     for whole in wholes:
-        picture = decode(whole).frames[0]
+        picture = decode(whole, min_side=min_side).frames[0]
         for number in range(each):
             kind = KINDS[number % len(KINDS)]
             damaged = damage(whole, file_format, kind, rng)
-            counted.outcomes[kind][_outcome(damaged, picture, file_format)] += 1
+            counted.outcomes[kind][_outcome(damaged, picture, file_format, min_side)] += 1
     return counted
 
 
-def _outcome(damaged: bytes, picture: np.ndarray, file_format: str) -> str:
+def _outcome(damaged: bytes, picture: np.ndarray, file_format: str, min_side: int | None) -> str:
     try:
-        found = decode(damaged).frames[0]
+        found = decode(damaged, min_side=min_side).frames[0]
     except ScanRejected:
-        lenient = _lenient(damaged)
+        lenient = _lenient(damaged, min_side)
         return "rejected" if lenient is None or _is_seen(lenient, picture) else "rejected, not seen"
     if not _is_seen(found, picture):
         return "accepted, not seen"
@@ -148,12 +148,12 @@ def _is_seen(found: np.ndarray, picture: np.ndarray) -> bool:
     return bool(differs.mean() > _SEEN_SHARE)
 
 
-def _lenient(damaged: bytes) -> np.ndarray | None:
+def _lenient(damaged: bytes, min_side: int | None) -> np.ndarray | None:
     """Return what a reader that forgives everything makes of a file; None if even that one gives up."""
     ImageFile.LOAD_TRUNCATED_IMAGES, before = True, ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         image = Image.open(io.BytesIO(damaged))
-        image.draft("L", None)
+        image.draft("L", (min_side, min_side) if min_side else None)
         return np.asarray(image if image.mode.startswith(("L", "I;16")) else image.convert("L"))
     except Exception:
         return None

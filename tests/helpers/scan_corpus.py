@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.helpers import dicom_files as dicom
 from tests.helpers.nifti_files import write_nifti
 
 HEIGHT, WIDTH = 72, 96
@@ -68,7 +69,7 @@ def expected(name: str) -> list[np.ndarray]:
 @functools.cache
 def good_scans() -> dict[str, bytes]:
     """Return every kind of image that must be readable, by name."""
-    return {**_jpegs(), **_pngs(), **_tiffs(), **_others(), **_volumes()}
+    return {**_jpegs(), **_pngs(), **_tiffs(), **_others(), **_volumes(), **_dicom()}
 
 
 @functools.cache
@@ -279,6 +280,32 @@ def _volumes() -> dict[str, bytes]:
     }
 
 
+def _dicom() -> dict[str, bytes]:
+    deep, rgb = picture16(), np.dstack([picture()] * 3)
+    pages = np.stack([picture(), picture()[::-1], picture()[:, ::-1]])
+    syntaxes = {
+        "": dicom.EXPLICIT, "_implicit": dicom.IMPLICIT, "_big_endian": dicom.BIG_ENDIAN, "_deflated": dicom.DEFLATED,
+        "_rle": dicom.RLE, "_jpeg_lossless": dicom.JPEG_LOSSLESS_1, "_jpeg_ls": dicom.JPEG_LS,
+        "_jpeg_2000": dicom.JPEG_2000, "_htj2k": dicom.HTJ2K,
+    }  # fmt: skip
+    mirrored = dicom.slice_file(deep[:, ::-1].T.copy(), ImageOrientationPatient=[0, 1, 0, -1, 0, 0])
+    inverted = {"PhotometricInterpretation": "MONOCHROME1"}
+    return {
+        **{f"dicom_16bit{name}": dicom.slice_file(deep, syntax=syntax) for name, syntax in syntaxes.items()},
+        "dicom_16bit_signed": dicom.slice_file((deep.astype(np.int32) - 32768).astype(np.int16)),
+        "dicom_16bit_white_is_zero": dicom.slice_file(65535 - deep, **inverted),
+        "dicom_16bit_turned": mirrored,
+        "dicom_16bit_gzip": gzip.compress(dicom.slice_file(deep), mtime=0),
+        "dicom_16bit_like_a_tiff": b"II*\0\x08\0\0\0" + dicom.slice_file(deep)[8:],
+        "dicom_16bit_no_preamble": dicom.write(dicom.mr_slice(deep), deep, meta=False),
+        "dicom_jpeg": dicom.slice_file(picture(), syntax=dicom.JPEG),
+        "dicom_rgb": dicom.slice_file(rgb),
+        "dicom_rgb_jpeg": dicom.slice_file(rgb, syntax=dicom.JPEG),
+        "dicom_pages": dicom.slice_file(pages),
+        "dicom_pages_rle": dicom.slice_file(pages, syntax=dicom.RLE),
+    }
+
+
 def _no_images() -> dict[str, tuple[bytes, str]]:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as members:
@@ -305,7 +332,9 @@ def _unsupported() -> dict[str, tuple[bytes, str]]:
     twelve_bit[twelve_bit.index(b"\xff\xc0") + 4] = 12
     planes = {
         "gif": encode(_gray(), "GIF"),
-        "dicom": bytes(128) + b"DICM\2\0\0\0UL\4\0" + bytes(200),
+        "dicom_report": dicom.slice_file(picture(), SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11"),
+        "dicom_segmentation": dicom.slice_file(picture(), SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"),
+        "dicom_video": dicom.write(dicom.mr_slice(picture()), syntax="1.2.840.10008.1.2.4.102", streams=[bytes(64)]),
         "nifti_of_times": times,
         "nifti_of_times_gzip": gzip.compress(times, mtime=0),
         "nifti_pair": struct.pack("<i", 348) + bytes(340) + b"ni1\0",
@@ -330,7 +359,14 @@ def _cut() -> dict[str, tuple[bytes, str]]:
             cut[f"{name}_cut_at_{share:.0%}"] = (data[: max(40, int(len(data) * share))], "truncated")
         if "pages" not in name:  # these end with meaningless bytes
             cut[f"{name}_last_byte_lost"] = (data[:-1], "truncated")
-    for name in ("nifti_16bit", "nifti_pages_gzip"):
+    for name in (
+        "nifti_16bit",
+        "nifti_pages_gzip",
+        "dicom_16bit",
+        "dicom_16bit_jpeg_ls",
+        "dicom_jpeg",
+        "dicom_pages_rle",
+    ):
         data = good_scans()[name]
         cut |= {f"{name}_cut_at_{share:.0%}": (data[: int(len(data) * share)], "truncated") for share in (0.3, 0.9)}
     directory = good_scans()["tiff_rgb_lzw"]
@@ -393,6 +429,9 @@ def _bombs() -> dict[str, tuple[bytes, str]]:
         "tiff_of_many_pages": b"II*\0\x08\0\0\0" + chain,
         "tiff_of_overlapping_pages": bytes(overlapping),
         "tiff_of_overlapping_values": overlapping_values,
+        "dicom_header_bomb": dicom.slice_file(picture(), Rows=60_000, Columns=60_000),
+        "dicom_of_many_frames": dicom.slice_file(picture(), NumberOfFrames=10_000_000),
+        "dicom_of_deep_sequences": dicom.with_element(dicom.slice_file(picture()), dicom.nested(65)),
     }
     return {name: (data, "bomb") for name, data in bombs.items()}
 
@@ -414,6 +453,8 @@ def _damaged() -> dict[str, tuple[bytes, str]]:
         "jpeg_with_a_hole": (jpeg[:middle] + bytes(100) + jpeg[middle + 100 :], "truncated"),
         "jpeg_cut_before_its_end_mark": (jpeg[:middle] + b"\xff\xd9", "truncated"),
         "tiff_of_nan": (nowhere, "decode_failed"),
+        "dicom_without_pixels": (dicom.write(dicom.mr_slice(picture())), "decode_failed"),
+        "dicom_of_another_size": (dicom.slice_file(picture(), syntax=dicom.JPEG, Rows=HEIGHT + 8), "decode_failed"),
     }
 
 
@@ -425,6 +466,7 @@ def _misfits() -> dict[str, tuple[bytes, str]]:
     return {
         **{f"one_pixel_{kind.lower()}": (data, "too_small") for kind, data in small.items()},
         "fifteen_rows": (thin, "too_small"),
+        "dicom_of_fifteen_rows": (dicom.slice_file(picture()[:15]), "too_small"),
         "animated_gif": (encode(frames[0], "GIF", **animation), "animated"),
         "animated_png": (encode(frames[0], "PNG", **animation), "animated"),
         "animated_webp": (encode(frames[0], "WEBP", **animation), "animated"),

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from btray import storage
 from btray.core.errors import UserError
-from btray.model.bundle import load_bundle, save_bundle
+from btray.data.fingerprint import LENGTH, VIEWS
+from btray.model.bundle import FINGERPRINTS, load_bundle, pack_fingerprints, read_fingerprints, save_bundle
 from btray.model.bundle_files import WEIGHTS, WRITING, require_free
 from btray.model.classifier import Classifier
 from btray.model.config import MANIFEST
@@ -111,6 +113,32 @@ def test_one_flipped_bit_anywhere_is_refused(folder: Path, name: str) -> None:
         assert name in refusal(folder), f"bit {place}"
 
 
+def test_fingerprints_are_not_read_by_who_classifies_and_are_verified_by_who_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prints = np.random.default_rng(0).random((20, VIEWS, LENGTH)).astype(np.float16)
+    uri = save_bundle(random_bundle(), str(tmp_path / "model"), FILES | {FINGERPRINTS: pack_fingerprints(prints)}).uri
+    read, read_bytes = set(), storage.read_bytes
+
+    def seen(uri: str, **options: Any) -> bytes:
+        read.add(storage.name(uri))
+        return read_bytes(uri, **options)
+
+    monkeypatch.setattr(storage, "read_bytes", seen)
+    Classifier.load(uri)
+    assert read == {WEIGHTS, *FILES}
+    bundle, path = load_bundle(uri), tmp_path / "model" / FINGERPRINTS
+    np.testing.assert_array_equal(read_fingerprints(bundle), prints)
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    Classifier.load(uri)
+    with pytest.raises(UserError, match=FINGERPRINTS):
+        read_fingerprints(bundle)
+    path.unlink()
+    assert FINGERPRINTS in refusal(uri)
+
+
 def test_the_case_of_an_exponent_is_a_flipped_bit_too(folder: Path) -> None:
     text = (folder / MANIFEST).read_text()
     assert "1e-05" in text
@@ -177,7 +205,8 @@ def test_weights_that_do_not_fit_the_network_are_refused(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content.update(format_version=2), "format_version 2"),
+        (lambda content: content.update(format_version=1), "format_version 1; this btray makes other frames"),
+        (lambda content: content.update(format_version=3), "format_version 3"),
         (lambda content: content.update(format_version=10**30, more="x"), "upgrade"),
         (lambda content: content.update(format_version="1"), "format_version"),
         (lambda content: content.pop("format_version"), "format_version"),
@@ -207,7 +236,7 @@ def test_a_changed_manifest_is_refused_with_and_without_its_digest(
     refusal(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "7", "null", "[" * 100_000, "{", '{"format_version": 1}', "\0", "{}"])
+@pytest.mark.parametrize("content", ["", "[]", "7", "null", "[" * 100_000, "{", '{"format_version": 2}', "\0", "{}"])
 def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, content: str) -> None:
     (folder / MANIFEST).write_text(content)
     assert MANIFEST in refusal(folder)
@@ -326,9 +355,10 @@ def test_a_bundle_with_a_stranger_beside_it_is_not_written_over(folder: Path) ->
 def test_a_file_or_an_unreadable_bundle_in_the_way_is_found_before_training(folder: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         require_free(str(folder / MANIFEST))
-    rewrite(folder, lambda content: content.update(format_version=2))
-    with pytest.raises(UserError, match="format_version 2"):
-        require_free(str(folder))
+    for version, remedy in ((1, "train the model again, into another folder"), (3, "upgrade btray")):
+        rewrite(folder, lambda content, version=version: content.update(format_version=version))  # type: ignore[misc]
+        with pytest.raises(UserError, match=f"format_version {version}; .*{remedy}"):
+            require_free(str(folder))
 
 
 def test_an_empty_folder_and_one_with_only_a_run_are_free(tmp_path: Path) -> None:

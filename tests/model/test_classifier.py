@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from PIL import Image
 
 import btray
 from btray.core.errors import UserError
+from btray.data.preprocess import to_tensor
 from btray.data.scans import REJECTION_CODES
 from btray.model import engines
 from btray.model.classifier import Classifier
-from btray.model.config import NetworkConfig
-from btray.model.engines import EngineName, make_engine
-from btray.model.network import Network, build_network
+from btray.model.config import EngineName, NetworkConfig
+from btray.model.engines import make_engine
+from btray.model.network import build_network
 from btray.model.prediction import Prediction
 from btray.phantoms import encoded_phantom, phantom
 from btray.storage.errors import KINDS
@@ -189,26 +191,40 @@ def test_every_engine_gives_the_answers_of_the_network(
     scans: list[bytes], engine: EngineName, network: NetworkConfig
 ) -> None:
     bundle = random_bundle(network=network)
-    fast = Classifier(bundle, device="cpu", batch_size=4, engine=engine)
-    assert fast._engine != fast.network.with_summary  # it was not set aside for being wrong
+    fast, plain = (Classifier(bundle, device="cpu", batch_size=4, engine=name) for name in (engine, "eager"))
+    assert fast.engine == f"{engine.replace('auto', 'frozen')} float32"  # it was not set aside for being wrong
     frames = np.stack([frame for scan in scans for frame in fast.source.from_bytes(scan)])
-    expected, found = Classifier(bundle, device="cpu").answer(frames), fast.answer(frames)
+    expected, found = plain.answer(frames), fast.answer(frames)
     np.testing.assert_allclose(fast.calibrated(found.logits, 1.0), fast.calibrated(expected.logits, 1.0), atol=1e-5)
     np.testing.assert_allclose(found.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
 def test_a_graph_with_other_answers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(network: Network, example: torch.Tensor) -> engines.Engine:
+    def wrong(module: torch.nn.Module, example: torch.Tensor) -> engines.Run:
         def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits, features = network.with_summary(images)
+            logits, features = module(images)
             return logits + 0.01, features
 
         return run
 
     monkeypatch.setattr(engines, "_frozen", wrong)
     bundle = random_bundle()
-    used = Classifier(bundle, device="cpu", engine="frozen")
-    assert used._engine == used.network.with_summary
+    assert Classifier(bundle, device="cpu", engine="frozen").engine == "eager float32"
+
+
+@pytest.mark.parametrize("engine", ["frozen", "eager"])
+def test_the_network_is_built_when_it_is_asked_for_and_answers_stay_the_same(
+    scans: list[bytes], engine: EngineName
+) -> None:
+    used = Classifier(random_bundle(), device="cpu", engine=engine)
+    before = values(used.predict(scans))
+    assert "network" not in vars(used)
+    assert used.network is used.network
+    frames = np.stack([used.source.from_bytes(scan)[0] for scan in scans])  # type: ignore[index]
+    np.testing.assert_allclose(
+        used.calibrated(used.network(to_tensor(torch.from_numpy(frames))).detach().numpy(), 1.5), before, atol=1e-5
+    )
+    np.testing.assert_array_equal(values(used.predict(scans)), before)
 
 
 def test_a_process_may_freeze_one_network_after_another_for_ever() -> None:
@@ -255,7 +271,7 @@ def test_full_gpu_memory_halves_the_batch_and_loses_no_answer(scans: list[bytes]
             raise torch.OutOfMemoryError("out of memory")
         return tight.network.with_summary(images)
 
-    tight._engine = limited
+    tight._engine = replace(tight._engine, run=limited)
     np.testing.assert_allclose(values(tight.predict(scans)), values(whole.predict(scans)), atol=1e-5)
     assert tight.batch_size <= 3
 

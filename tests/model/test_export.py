@@ -116,6 +116,8 @@ def test_the_example_lets_others_check_their_preprocessing_and_all_that_follows(
     assert description["thresholds"]["abstain_below"] == 0.4
     assert description["input"]["shape"] == ["n", 1, SIZE, SIZE]
     assert "not a diagnosis" in description["notice"]
+    assert len(description["preprocessing"]["steps"]) == 10
+    assert description["preprocessing"]["settings"] == PREPROCESS.model_dump()
 
 
 def test_a_model_without_a_distribution_has_no_score(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def as_json(value: Any) -> Any:
 def test_every_field_is_of_the_answer_or_says_what_it_is_an_answer_to() -> None:
     names = {field.name for field in fields(Prediction)}
     assert names - {*ANSWER, *SLICE} == {
-        "index", "uri", "frame", "status", "error_code", "error", "retryable", "model_id",
+        "index", "uri", "frame", "status", "error_code", "error", "retryable", "engine", "model_id",
     }  # fmt: skip
     assert names - set(COLUMNS) == {"index", "uri", "model_id"}, "these stand elsewhere in the table, or nowhere"
 
@@ -88,6 +88,7 @@ def test_the_results_table_has_the_columns_and_values(bundle: Bundle, prediction
     (read,) = pa.Table.from_pylist([row], schema=SCHEMA).to_pylist()
     assert dict(read["probabilities"]) == pytest.approx(prediction.probabilities)
     assert tuple(read["label_set"]) == prediction.label_set
+    assert read["engine"] == "frozen float32"
     for name in set(COLUMNS) - {"probabilities", "label_set"}:
         assert read[name] == pytest.approx(getattr(prediction, name)), name
 
@@ -149,7 +150,7 @@ def test_a_rejection_says_what_the_header_said() -> None:
 def test_a_rejection_has_no_answer_in_any_output() -> None:
     said = Prediction.of_rejection(Rejection("empty", "no bytes", False), index=0, uri=None, model_id="m")
     row = row_of(said, FileInfo("a.png", 0, "e", 0.0), run_id="r", classified_at=datetime.now(UTC))
-    assert all(not row[name] for name in ANSWER)
+    assert all(not row[name] for name in (*ANSWER, "engine"))
     assert (row["probabilities"], row["label_set"]) == (None, None)
     pa.Table.from_pylist([row], schema=SCHEMA)
 

@@ -26,6 +26,7 @@ from btray.model.classifier import Classifier
 from btray.phantoms import encoded_phantom
 from btray.serving.job import free_port
 from tests.helpers import scan_corpus
+from tests.helpers.forger import rewrite
 from tests.helpers.forked_jobs import ROOT
 from tests.helpers.tiny_bundle import random_bundle, saved_bundle
 
@@ -435,6 +436,41 @@ def test_what_cannot_be_is_refused_before_torch_and_ray_are_imported(tmp_path: P
     for (arguments, said), line in zip(cases, lines, strict=True):
         assert line.startswith("error: "), line
         assert said in line, arguments
+
+
+def test_a_bundle_of_another_format_is_refused_alike_wherever_a_model_is_given(tmp_path: Path) -> None:
+    saved_bundle(tmp_path / "old")
+    rewrite(tmp_path / "old", lambda content: content.update(format_version=1))
+    for path in ("data/glioma/x.png", "data/no_tumor/x.png"):
+        storage.write_bytes(str(tmp_path / path), b"x")
+    data, out, model = ["--data", "data"], ["--out", "out"], ["--model", "old"]
+    cases = [
+        ["predict", *model, "data/glioma/x.png"],
+        ["classify", *model, "--input", "data", "--output", "out"],
+        ["evaluate", *model, *data, *out],
+        ["serve", *model],
+        ["train", *data, *out, "--init-from", "old"],
+        ["train", *data, "--out", "old", "--overwrite"],
+    ]
+    code = (
+        "import sys, btray.cli\n"
+        f"for arguments in {cases!r}:\n"
+        "    sys.argv = ['btray', *arguments]\n"
+        "    try:\n"
+        "        btray.cli.main()\n"
+        "    except SystemExit as ended:\n"
+        "        print(ended.code, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    line = (
+        f"error: {tmp_path}/old has format_version 1; this btray makes other frames and reads 2: train the model "
+        "again, into another folder"
+    )
+    assert done.stdout.splitlines() == ["2"] * len(cases)
+    assert done.stderr.splitlines() == [line] * len(cases)
 
 
 def test_a_bundle_that_was_tampered_with_is_refused(btray: Callable[..., Ended], scan: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP, WebP and NIfTI. Every rejection has a code: `REJECTION_CODES`.
+"""Encoded bytes -> gray frames: JPEG, PNG, TIFF, BMP, WebP, DICOM and NIfTI. Rejections have codes: `REJECTION_CODES`.
 
 All callers decode with `decode`, so that training, bulk classification and serving see the same pixels. It keeps no
 state and is thread-safe. Other image formats are refused as `unsupported`, by name; nothing is read from disk here.
@@ -21,14 +21,15 @@ from PIL.ImageFile import ImageFile
 
 from btray.data.scans import gzipped
 from btray.data.scans.bmp import check_bmp
+from btray.data.scans.dicom import DicomImage, open_image
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import PACKED, Format, describe_foreign, recognise_format
-from btray.data.scans.gray import to_gray
+from btray.data.scans.gray import to_gray, to_luma
 from btray.data.scans.jpeg import JpegStream
 from btray.data.scans.nifti import Volume, read_header
 from btray.data.scans.png import PNG_END, check_png, check_rows
 from btray.data.scans.slice_info import SliceInfo
-from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers
+from btray.data.scans.tiff import check_strips, find_directories, open_pages, read_numbers, strict_libtiff
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -96,7 +97,8 @@ _HAS_NO_END: Final[dict[Format, Callable[[bytes], bool]]] = {
     "BMP": lambda data: int.from_bytes(data[2:6], "little") > len(data),
     "WebP": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
     "TIFF": lambda data: False,  # it has no mark of its end; `open_pages` and `check_strips` look at what it needs
-    "NIfTI": lambda data: False,  # as its reader has seen already
+    "DICOM": lambda data: False,  # as their readers have seen already
+    "NIfTI": lambda data: False,
 }
 # frame headers, of one to four components, of processes that libjpeg does not know
 _RARE_JPEG = re.compile(rb"\xff([\xc5-\xc7\xcb\xcd-\xcf\xf7])\0[\x0b\x0e\x11\x14]")
@@ -124,11 +126,14 @@ def decode(data: bytes, *, min_side: int | None = None, limits: ScanLimits = _DE
         if kind == "NIfTI":
             volume = _open_volume(data, limits)
             return Scan(volume.frames(data), volume.infos())
+        if kind == "DICOM":
+            most = {"max_pixels": limits.max_pixels, "max_volume_pixels": limits.max_volume_pixels}
+            return Scan(*_open_dicom(data, limits).slices(**most))
         return Scan(_read_frames(data, kind, min_side, limits))
 
 
 def _unpack(data: bytes, limits: ScanLimits) -> bytes:
-    """Return the bytes of a volume packed with gzip; all others as they are."""
+    """Return the bytes of a medical file packed with gzip; all others as they are."""
     packed = data.startswith(gzipped.MAGIC) and recognise_format(gzipped.peek(data)) in PACKED
     return gzipped.unpack(data, limits.max_bytes) if packed else data
 
@@ -137,6 +142,16 @@ def _open_volume(data: bytes, limits: ScanLimits) -> Volume:
     volume = read_header(data)
     volume.check(max_pixels=limits.max_pixels, max_volume_pixels=limits.max_volume_pixels, min_side=limits.min_side)
     return volume
+
+
+def _open_dicom(data: bytes, limits: ScanLimits) -> DicomImage:
+    return open_image(
+        data,
+        max_bytes=limits.max_bytes,
+        max_pixels=limits.max_pixels,
+        max_volume_pixels=limits.max_volume_pixels,
+        min_side=limits.min_side,
+    )
 
 
 @contextlib.contextmanager
@@ -158,6 +173,8 @@ def count_pages(data: bytes) -> int:
     try:
         if recognise_format(head := gzipped.peek(data)) == "NIfTI":
             return _open_volume(head, _DEFAULT_LIMITS).shape[2]
+        if recognise_format(head) == "DICOM":
+            return _open_dicom(_unpack(data, _DEFAULT_LIMITS), _DEFAULT_LIMITS).pixels.frames
         return len(find_directories(data)) if recognise_format(data) == "TIFF" else 1
     except ScanRejected:
         return 1
@@ -170,6 +187,10 @@ def examine(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> FileFacts:
         if kind == "NIfTI":
             width, height, _ = _open_volume(data, limits).shape
             return FileFacts(kind, "I;16", width, height, None)
+        if kind == "DICOM":
+            pixels = _open_dicom(data, limits).pixels
+            mode = "RGB" if pixels.samples > 1 else "L" if pixels.allocated == 8 else "I;16"
+            return FileFacts(kind, mode, pixels.columns, pixels.rows, None)
         image = next(open_pages(data)) if kind == "TIFF" else _READERS[kind](io.BytesIO(data))
         _check_size(image.size, limits)
         mode, (width, height) = image.mode, image.size
@@ -224,7 +245,8 @@ def _pages(data: bytes, limits: ScanLimits) -> Iterator[Array]:
         pixels = _check_size(image.size, limits, pixels)
         check_strips(data, image.tag_v2)
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero: Pillow inverts up to 8 bit only
-        frame = _frame(data, image)
+        with strict_libtiff():
+            frame = _frame(data, image)
         yield np.invert(frame) if inverted and frame.dtype == np.uint16 else frame
 
 
@@ -293,9 +315,7 @@ def _deep_colour(data: bytes, image: ImageFile) -> Array | None:
     twin.seek(image.tell())
     low = _load_as(twin, f"{match['bands']};16{_OPPOSITE_ORDER[match['order']]}")
     bands = np.asarray(image).astype(np.uint16) << 8 | low
-    # ITU-R 601 luma with Pillow's weights: equal bands stay the same
-    red, green, blue = (bands[..., band].astype(np.uint32) for band in range(3))
-    gray = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint16)
+    gray = to_luma(bands[..., :3])
     key = image.info.get("transparency")
     if key is not None:
         gray[(bands == key).all(axis=-1)] = 0

@@ -7,9 +7,17 @@ from typing import Final, Literal
 
 from btray.data.scans import gzipped
 
-Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP", "NIfTI"]
+Format = Literal["JPEG", "PNG", "TIFF", "BMP", "WebP", "DICOM", "NIfTI"]
 
+# In this order: the preamble of a DICOM file may be the header of another format.
 _FORMATS: Final[dict[Format, re.Pattern[bytes]]] = {
+    # Without a preamble it begins with group 2 or 8, and a VR or a short length, in either byte order.
+    "DICOM": re.compile(
+        rb".{128}DICM"
+        rb"|[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}[\0-\xff]\0|.\0\0\0)"
+        rb"|\0[\x02\x08]\0[\0-\x7f](?:[A-Z]{2}\0|\0\0\0)",
+        re.DOTALL,
+    ),
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n(?!.{4}CgBI)", re.DOTALL),
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
@@ -22,7 +30,6 @@ _GIF_FRAME = re.compile(rb"\x21\xf9\x04.{4}\x00\x2c", re.DOTALL)
 _FOREIGN: Final = tuple(
     (re.compile(beginning, re.DOTALL), name)
     for beginning, name in (
-        (rb".{128}DICM|[\x02\x08]\0.\0(?:CS|DA|LO|OB|UI|UL)", "a DICOM file"),
         (rb".{344}ni1\0|.{4}ni2\0", "a NIfTI header without its pixels, one file of two (.hdr and .img)"),
         # the size of its header, and a number of dimensions
         (rb"\x5c\x01\0\0.{36}[\x01-\x07]\0|\0\0\x01\x5c.{36}\0[\x01-\x07]", "an Analyze 7.5 header"),
@@ -85,7 +92,7 @@ _NO_IMAGE: Final[tuple[tuple[bytes, str], ...]] = (
 )
 
 
-PACKED: Final[frozenset[Format]] = frozenset({"NIfTI"})
+PACKED: Final[frozenset[Format]] = frozenset({"DICOM", "NIfTI"})
 """Formats that are read if they are packed with gzip, as is customary."""
 
 

@@ -31,6 +31,12 @@ def to_gray(image: Image.Image) -> Array:
     return np.array(image if image.mode == "L" else image.convert("L"))
 
 
+def to_luma(colours: Array) -> Array:
+    """Return ITU-R 601 luma, with Pillow's weights, of RGB [..., 3], uint8 or uint16: equal bands stay the same."""
+    red, green, blue = (colours[..., band].astype(np.uint32) for band in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(colours.dtype)
+
+
 def to_uint16(values: Array, span: tuple[float, float] | None = None) -> Array:
     """Keep or shift integers that span no more than 16 bit; scale others, and floats, from their range.
 

@@ -6,6 +6,7 @@ to the head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,11 +17,12 @@ from PIL import Image
 from btray.data.scans.slice_info import Plane
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Vector = tuple[float, float, float]
 
 _TOLERANCE: Final = 0.01  # of pixels that pass for square, and of directions for unit vectors at right angles
-_LEFT, _POSTERIOR, _FEET = np.eye(3) * (1, 1, -1)
+_LEFT, _POSTERIOR, _FEET = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, -1.0)
 # Where columns and rows run to, as people see the slice; in the order in which one is chosen if two are equally near.
-_VIEWS: Final[dict[Plane, tuple[Array, Array]]] = {
+_VIEWS: Final[dict[Plane, tuple[Vector, Vector]]] = {
     "axial": (_LEFT, _POSTERIOR),
     "coronal": (_LEFT, _FEET),
     "sagittal": (_POSTERIOR, _FEET),
@@ -32,7 +34,7 @@ class View:
     """How the stored pixels of a slice are turned and flipped. Nothing is interpolated."""
 
     plane: Plane
-    normal: tuple[float, float, float]
+    normal: Vector
     """Of the slice as it is shown, a unit vector."""
     transposed: bool
     """Rows become columns; before they are flipped."""
@@ -45,31 +47,46 @@ class View:
 
         Returns None unless these are unit vectors at right angles.
         """
-        stored = np.array([across, down], np.float64)
-        if stored.shape != (2, 3) or not (np.abs(stored) <= 1 + _TOLERANCE).all():
-            return None
-        if np.abs(stored @ stored.T - np.eye(2)).max() > _TOLERANCE:
-            return None
-        normal = np.cross(*stored)
-        plane = max(_VIEWS, key=lambda name: round(abs(float(normal @ np.cross(*_VIEWS[name]))), 6))
-        right, bottom = _VIEWS[plane]
-        along = stored @ np.stack([right, bottom], axis=1)  # [stored axis, shown axis]
-        transposed = bool(abs(along[0, 1]) + abs(along[1, 0]) > abs(np.trace(np.abs(along))) + _TOLERANCE)
-        if transposed:
-            along, stored = along[::-1], stored[::-1]
-        mirrored, upside_down = bool(along[0, 0] < 0), bool(along[1, 1] < 0)
-        shown = np.cross(-stored[0] if mirrored else stored[0], -stored[1] if upside_down else stored[1])
-        return cls(plane, tuple(shown.tolist()), transposed, upside_down, mirrored)
+        return _view(tuple(across), tuple(down))
 
     def show(self, pixels: Array) -> Array:
         """Return `pixels` [height, width] as they are shown, C-contiguous."""
         shown = pixels.T if self.transposed else pixels
-        shown = shown[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+        if self.upside_down or self.mirrored:
+            shown = shown[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
         return np.ascontiguousarray(shown)
 
     def locate(self, point: Sequence[float]) -> float:
         """Return where a point of the slice, in mm, lies along its normal."""
-        return float(np.dot(self.normal, point))
+        return _dot(self.normal, point)
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _cross(a: Sequence[float], b: Sequence[float]) -> Vector:
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+@functools.lru_cache(maxsize=1024)  # the slices of a series have one
+def _view(across: Sequence[float], down: Sequence[float]) -> View | None:
+    if len(across) != 3 or len(down) != 3 or not all(abs(part) <= 1 + _TOLERANCE for part in (*across, *down)):
+        return None
+    errors = (_dot(across, across) - 1, _dot(down, down) - 1, _dot(across, down))
+    if max(map(abs, errors)) > _TOLERANCE:
+        return None
+    normal = _cross(across, down)
+    plane = max(_VIEWS, key=lambda name: round(abs(_dot(normal, _cross(*_VIEWS[name]))), 6))
+    right, bottom = _VIEWS[plane]
+    straight = abs(_dot(across, right)) + abs(_dot(down, bottom))
+    transposed = abs(_dot(across, bottom)) + abs(_dot(down, right)) > straight + _TOLERANCE
+    if transposed:
+        across, down = down, across
+    mirrored, upside_down = _dot(across, right) < 0, _dot(down, bottom) < 0
+    x, y, z = _cross(across, down)
+    sign = -1 if mirrored != upside_down else 1
+    return View(plane, (sign * x, sign * y, sign * z), transposed, upside_down, mirrored)
 
 
 def square_size(shape: tuple[int, int], spacing: tuple[float, float]) -> tuple[int, int]:

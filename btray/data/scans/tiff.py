@@ -5,15 +5,19 @@ Pillow decodes the others. Tags are those of TIFF 6.0, unless a comment names th
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
 import math
 import re
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
+from PIL import _imaging
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 
 from btray.data.scans.errors import ScanRejected
@@ -43,6 +47,35 @@ _SAMPLE_FORMATS: Final = {1: "unsigned", 2: "signed", 3: "floating-point"}
 # the number of slices that ImageJ stores behind one directory; tifffile says only that there are more
 _IMAGEJ_SLICES = re.compile(r"ImageJ=.*?^images=(\d+)", re.DOTALL | re.MULTILINE)
 _TIFFFILE_SHAPE = re.compile(r'{"shape": \[([\d, ]+)\].*"truncated": true')
+
+
+class _Complaints(threading.local):
+    """How many errors libtiff has reported in this thread."""
+
+    count = 0
+
+
+_complaints = _Complaints()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+def _count_complaint(module: bytes, text: bytes, values: int) -> None:
+    _complaints.count += 1
+
+
+# Otherwise libtiff prints its errors, and goes on after some: a fax code that does not exist. Pillow's module finds the
+# libtiff that it was linked with, and has none if it was built without.
+with contextlib.suppress(AttributeError):
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(_count_complaint)
+
+
+@contextlib.contextmanager
+def strict_libtiff() -> Iterator[None]:
+    """Raise ValueError at the end of the block if libtiff found an error in what it decoded there."""
+    before = _complaints.count
+    yield
+    if _complaints.count > before:
+        raise ValueError("damaged strips")
 
 
 def find_directories(data: bytes) -> list[int]:

@@ -12,7 +12,7 @@ further from another one than the thumbnails lie apart: correlation r means a di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -135,7 +135,7 @@ def shortened(prints: Fingerprints | ShortFingerprints) -> ShortFingerprints:
     return np.rint(prints[..., _lowest()].astype(np.float32) * _STEPS).astype(np.uint8)
 
 
-def is_short(prints: Fingerprints | ShortFingerprints) -> bool:
+def is_short(prints: Fingerprints | ShortFingerprints) -> TypeGuard[ShortFingerprints]:
     """Return whether fingerprints are short ones."""
     return prints.dtype == np.uint8
 

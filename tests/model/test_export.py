@@ -48,7 +48,6 @@ def saved(folder: Path, network: NetworkConfig = NETWORK) -> str:
     torch.manual_seed(0)
     model = random_bundle(network=network).network().train()
     with torch.no_grad():
-        model.head.weight.mul_(0.1)  # not so certain that rounding decides
         for _ in range(3):
             model(to_tensor(torch.from_numpy(noise_frames(16, SIZE))))
     bundle = random_bundle(network=network, weights=model.state_dict())
@@ -87,7 +86,7 @@ def assert_same_answers(folder: Path, uri: str) -> None:
         assert {values.dtype for values in given.values()} == {np.dtype(np.float32)}
         np.testing.assert_allclose(given["probabilities"], expected, atol=1e-4)
         assert bundle.ood is not None
-        np.testing.assert_allclose(given["ood_score"][:, 0], bundle.ood.scores(own.features), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(given["ood_score"][:, 0], bundle.ood.scores(own.features), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -112,7 +111,7 @@ def test_the_example_lets_others_check_their_preprocessing_and_all_that_follows(
     assert np.array_equal(make_frame(np.asarray(Image.open(out / example["image"])), bundle.manifest.preprocess), frame)
     (own,) = Classifier(bundle, device="cpu").predict([out / example["image"]])
     assert example["probabilities"] == pytest.approx(list(own.probabilities.values()), abs=1e-4)
-    assert example["ood_score"] == pytest.approx([own.ood_score], rel=1e-4)
+    assert example["ood_score"] == pytest.approx([own.ood_score], rel=1e-3)
     assert description["classes"] == list(own.probabilities)
     assert description["thresholds"]["abstain_below"] == 0.4
     assert description["input"]["shape"] == ["n", 1, SIZE, SIZE]

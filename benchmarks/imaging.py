@@ -34,6 +34,8 @@ from btray.data.preprocess import decode_side, make_frame
 from btray.data.scans import decode
 from tests.helpers import dicom_files as dicom
 
+Writer = Callable[[np.ndarray[Any, Any]], bytes]
+
 SIDE, PRIVATE_ELEMENTS = 512, 120
 SYNTAXES = {
     "uncompressed": dicom.EXPLICIT, "implicit VR": dicom.IMPLICIT, "big endian": dicom.BIG_ENDIAN,
@@ -96,9 +98,7 @@ def _costs(slices: list[np.ndarray[Any, Any]], repeats: int) -> dict[str, dict[s
     def pydicoms(data: bytes) -> Any:
         return pydicom.dcmread(io.BytesIO(data)).pixel_array
 
-    readers: dict[str, tuple[Callable[[np.ndarray[Any, Any]], bytes], Callable[[bytes], Any]]] = {
-        "JPEG file": (_as_jpeg, ours)
-    }
+    readers: dict[str, tuple[Writer, Callable[[bytes], Any]]] = {"JPEG file": (_as_jpeg, ours)}
     for name, syntax in SYNTAXES.items():
         readers[f"DICOM, {name}"] = partial(_as_dicom, syntax=syntax), ours
     readers["pydicom, uncompressed"] = partial(_as_dicom, syntax=dicom.EXPLICIT), pydicoms
@@ -122,7 +122,7 @@ def _costs(slices: list[np.ndarray[Any, Any]], repeats: int) -> dict[str, dict[s
 
 def _rates(slices: list[np.ndarray[Any, Any]], model: str, objects: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {"DICOM, uncompressed": [], "JPEG file": []}
-    writers = (partial(_as_dicom, syntax=dicom.EXPLICIT), _as_jpeg)
+    writers: tuple[Writer, ...] = (partial(_as_dicom, syntax=dicom.EXPLICIT), _as_jpeg)
     with tempfile.TemporaryDirectory(prefix="btray-imaging-") as folder:
         for name, write in zip(rates, writers, strict=True):
             for number, pixels in enumerate(slices):

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from btray.serving.config import KeyConfig, ServeConfig
 
 if TYPE_CHECKING:
     from btray.model.prediction import Prediction
+    from btray.model.studies import Decision, Reader
 
 # Scans held in memory at a time: a folder of any size goes through.
 _AT_A_TIME = 32
+_KEY_FRAMES = 3  # that are named
 _ONE_FRAME = (".jpg", ".jpeg", ".png", ".bmp")
 
 
@@ -51,9 +54,13 @@ def serve(config: ServeConfig) -> str:
 
 
 def predict(config: PredictConfig) -> None:
-    """Print a line for each frame of each scan, as they are read. Raises UserError if none could be classified."""
+    """Print a line for each frame of each scan, as they are read, then one for each series and study (DICOM).
+
+    Raises UserError if no scan could be classified.
+    """
     from btray.model.classifier import Classifier
     from btray.model.prediction import as_record
+    from btray.model.studies import Reader, StudyCollector
 
     classifier = Classifier.load(
         config.model, model_id=config.model_id, abstain_below=config.abstain_below, precision=config.precision
@@ -63,6 +70,8 @@ def predict(config: PredictConfig) -> None:
     inputs = _scans(config.files, classifier.model_id)
     if not config.json_lines:  # names are listed twice, so that one width suits the first line and the last
         width = max((_width(scan) for scan in _scans(config.files, classifier.model_id)), default=0)
+    reader = Reader.of(classifier.manifest)
+    studies = StudyCollector(reader)
     total = classified = 0
     while chunk := list(islice(inputs, _AT_A_TIME)):
         predictions: list[Prediction] = []
@@ -74,8 +83,14 @@ def predict(config: PredictConfig) -> None:
         else:
             lines = _table(predictions, classifier.classes, width, header=total == 0)
         print("\n".join(lines), flush=True)
+        studies.add(predictions)
         total += len(predictions)
         classified += sum(prediction.status == "ok" for prediction in predictions)
+    for decision in studies.decisions():
+        if config.json_lines:
+            print(json.dumps(_study_record(decision, reader, classifier.model_id), allow_nan=False))
+        else:
+            print(_study_line(decision, reader))
     if total == 0:
         raise UserError(f"{config.files[0]} holds no file; name a scan, or a folder of scans")
     if classified == 0:
@@ -123,7 +138,7 @@ def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int
         titles = "  ".join(f"{label:>{wide}}" for label, wide in zip(classes, widths, strict=True))
         lines.append(f"{'file':<{width}}  {'label':<{label_width}}  {'confidence':>10}  {titles}")
     for prediction in predictions:
-        name = f"{_shown_name(prediction):<{width}}"
+        name = f"{_shown_name(prediction.uri, prediction.frame):<{width}}"
         if prediction.status == "ok":
             shares = (prediction.probabilities[label] for label in classes)
             values = "  ".join(f"{share:>{wide}.3f}" for share, wide in zip(shares, widths, strict=True))
@@ -137,6 +152,25 @@ def _table(predictions: Sequence[Prediction], classes: Sequence[str], width: int
     return lines
 
 
+def _study_record(decision: Decision, reader: Reader, model_id: str) -> dict[str, Any]:
+    """Return what is said of a series or study, with the columns of the table of studies."""
+    names = {"level": decision.level, "study_uid": decision.study_uid, "series_uid": decision.series_uid}
+    key_frames = [{"uri": uri, "frame": frame} for uri, frame in decision.key_frames]
+    return names | {"model_id": model_id, "rule": str(reader)} | asdict(decision.verdict) | {"key_frames": key_frames}
+
+
+def _study_line(decision: Decision, reader: Reader) -> str:
+    """Return the same for people."""
+    verdict = decision.verdict
+    frames = f"{verdict.frames} frames" + (f", {verdict.rejected} rejected" if verdict.rejected else "")
+    name = f"{decision.level} {decision.series_uid or decision.study_uid}: "
+    if verdict.label is None:
+        return f"{name}no answer ({frames})"
+    said = f"{verdict.label} {verdict.confidence:.3f}{' ABSTAINED' if verdict.abstained else ''}"
+    shown = ", ".join(_shown_name(uri, frame) for uri, frame in decision.key_frames[:_KEY_FRAMES])
+    return f"{name}{said} ({frames}, {verdict.agreement:.0%} agree; {reader}); most tumor: {shown}"
+
+
 def _marks(prediction: Prediction, classes: Sequence[str]) -> Iterator[str]:
     """Yield why not to rely on the label, the gravest reason first."""
     if prediction.out_of_distribution:
@@ -147,10 +181,10 @@ def _marks(prediction: Prediction, classes: Sequence[str]) -> Iterator[str]:
         yield "one of: " + ", ".join(prediction.label_set)
 
 
-def _shown_name(prediction: Prediction) -> str:
+def _shown_name(uri: str | None, frame: int) -> str:
     """Return the file, on one line, with the number of the frame from the second one on."""
-    name = " ".join(str(prediction.uri).splitlines())
-    return f"{name} frame {prediction.frame}" if prediction.frame else name
+    name = " ".join(str(uri).splitlines())
+    return f"{name} frame {frame}" if frame else name
 
 
 def _width(scan: str | Prediction) -> int:

@@ -48,8 +48,8 @@ class Selection:
     """Globs of which none may match."""
     since: datetime | None = None
     """Only objects modified at this time or later; what has no known time counts."""
-    outside: str = ""
-    """A folder whose objects are left out: the output, if it lies within the input."""
+    outside: Sequence[str] = ()
+    """Folders whose objects are left out: the output first, if it lies within the input."""
 
     def by_name(self, path_of: Callable[[str], str], objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
         """Yield those of `objects` that are chosen by their names; globs match the path that a URI has by `path_of`.
@@ -76,12 +76,12 @@ class Selection:
 
     def is_outside(self, uri: str) -> bool:
         """Return whether `uri` is the output or lies in it."""
-        return bool(self.outside) and f"{uri}/".startswith(self.outside.rstrip("/") + "/")
+        return f"{uri}/".startswith(tuple(folder.rstrip("/") + "/" for folder in self.outside))
 
     def refusal(self) -> UserError:
         """Return the error for an archive that is nothing but the output."""
         return UserError(
-            f"--output {self.outside} holds all of the input, and what lies in the output is no input; "
+            f"--output {self.outside[0]} holds all of the input, and what lies in the output is no input; "
             "name an output beside the input or below it."
         )
 

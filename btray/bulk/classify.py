@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from btray import storage
 from btray.bulk import table
 from btray.bulk.classify_worker import PartClassifier
+from btray.bulk.clinical.headers import HeaderReader
 from btray.bulk.clinical.pseudonyms import Pseudonyms, check_table, claim_table
+from btray.bulk.clinical.series import DERIVED, UNKNOWN
+from btray.bulk.clinical.studies import read_studies, update_studies
 from btray.bulk.completed import CompletedIndex
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.driver import ArchiveJob, run_archive
@@ -20,10 +25,12 @@ from btray.bulk.runs import Run
 from btray.bulk.worker import PartProcessor
 from btray.core.errors import UserError
 from btray.data.key_set import Keys
+from btray.data.scans import SliceInfo
 from btray.model.bundle import load_bundle
 from btray.model.classifier import Classifier
 from btray.model.manifest import require_agreement
 from btray.model.shipped import announce
+from btray.model.studies import Reader
 from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
 
@@ -44,7 +51,7 @@ class ClassifyJob(ArchiveJob):
 
     name = "classify"
     schema = table.SCHEMA
-    choices = frozenset({"reclassify", "retry_rejected", "explain_labels"})
+    choices = frozenset({"reclassify", "retry_rejected", "explain_labels", "series", "series_preset"})
 
     def __init__(self, config: ClassifyConfig) -> None:
         """Load the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
@@ -61,6 +68,12 @@ class ClassifyJob(ArchiveJob):
         check_table(self.output, self.pseudonyms)
         self.gpu_share = config.gpu_share if config.use_gpu else 0.0
         self.completed = CompletedIndex(self.output, self.group)
+        self.outputs = (self.output, config.studies_uri)
+        choice = config.series_filter
+        self.reason = choice.reason if choice else ""
+        reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
+        self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms) if choice else None
+        self._series: Counter[tuple[str | None, str, str]] = Counter()
 
     def begin(self) -> None:
         """Keep what tells later runs whether they have the same key."""
@@ -69,6 +82,20 @@ class ClassifyJob(ArchiveJob):
     def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
         """Return the listed objects, under their pseudonyms with --pseudonymize."""
         return map(self.pseudonyms.conceal, listed) if self.pseudonyms else listed
+
+    def preview(self, objects: Sequence[FileInfo]) -> None:
+        """Count the objects of each series that --series would choose or leave out."""
+        for header in self._headers.read(objects) if self._headers else ():
+            info = header if isinstance(header, SliceInfo) else None
+            outcome = "unreadable" if info is None and header is not None else "left out"
+            if outcome == "left out" and self._headers and self._headers.choice.matches(info):
+                outcome = "chosen"
+            shown = ", ".join(f"{key}={getattr(info, key, None) or UNKNOWN}" for key in DERIVED)
+            self._series[info.series_uid if info else None, outcome, shown] += 1
+
+    def previewed(self) -> list[str]:
+        """Return a line for each series: what was derived of it, and no name."""
+        return sorted(f"{outcome}: {count} objects, {shown}" for (_, outcome, shown), count in self._series.items())
 
     def folder(self, run_date: str) -> str:
         """Return the folder of this model's rows of a day."""
@@ -96,6 +123,10 @@ class ClassifyJob(ArchiveJob):
             self.completed.write(run)
         for uri in self.completed.damaged:
             set_aside(uri)  # now that what it held is classified anew
+        reader = Reader.of(self.bundle.manifest)
+        studies = self.config.studies_uri
+        counts = update_studies(self.output, self.group, studies, reader, any_new=report.in_series > 0)
+        report = report.model_copy(update={"studies": counts})
         try:
             from btray.bulk import summary  # matplotlib: nothing needs it before the run has ended
 
@@ -103,7 +134,12 @@ class ClassifyJob(ArchiveJob):
             report = report.model_copy(update={"drift": drift})
             if report.objects:
                 classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
-                _log.info("summary: %s", summary.write_summary(run, report, profiles, classifier, self.pseudonyms))
+                uids = {str(frame.study_uid) for frame in report.most_tumor}
+                rows = read_studies(studies, self.group, uids)
+                page = summary.write_summary(
+                    run, report, profiles, classifier, studies=rows, pseudonyms=self.pseudonyms
+                )
+                _log.info("summary: %s", page)
                 self._explain_least_certain(run, report, classifier)
         except Exception as error:  # the rows are there, and so is what the run counted
             reason = type(error).__name__ + ("" if self.pseudonyms else f": {error}")  # which may name an object

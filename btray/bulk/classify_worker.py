@@ -8,17 +8,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from btray import storage
+from btray.bulk.clinical.headers import HeaderReader
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.explanations import FOLDER, write_explanations
-from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain
+from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain, most_tumor
 from btray.bulk.runs import Run
 from btray.bulk.table import SCHEMA, row_of
 from btray.bulk.worker import Prefetcher, Row, Seconds
@@ -26,9 +27,11 @@ from btray.core import logs
 from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.key_set import keys_of
 from btray.data.preprocess import Frame
-from btray.data.scans import Scan
+from btray.data.scans import Scan, ScanRejected
 from btray.model.classifier import Classifier
 from btray.model.drift import Profile
+from btray.model.prediction import Prediction
+from btray.model.studies import Reader
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult
 
@@ -79,6 +82,10 @@ class PartClassifier:
         self.run = run
         self._config = config
         self._pseudonyms = pseudonyms
+        choice = config.series_filter
+        reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
+        self._headers = HeaderReader(choice, **reading, pseudonyms=pseudonyms) if choice else None
+        self._reader = Reader.of(self.classifier.manifest)
         # One decoder is this thread itself: nothing else is done meanwhile.
         self._decoders = ThreadPoolExecutor(cpus) if cpus > 1 else None
         self._decoded_ahead = 2 * cpus
@@ -91,6 +98,24 @@ class PartClassifier:
             least=batch,
             pseudonyms=pseudonyms,
         )
+
+    def choose(self, objects: Sequence[FileInfo], seconds: Seconds) -> tuple[Sequence[FileInfo], list[Row]]:
+        """Return the objects whose series are chosen, and the rows of the others, of which only headers are read."""
+        if self._headers is None:
+            return objects, []
+        started = time.perf_counter()
+        headers = self._headers.read(objects)
+        seconds["headers"] += time.perf_counter() - started
+        chosen: list[FileInfo] = []
+        rows: list[Row] = []
+        for info, header in zip(objects, headers, strict=True):
+            if isinstance(header, ScanRejected | StorageError) or self._headers.choice.matches(header):
+                chosen.append(info)  # or only its bytes tell what is wrong
+                continue
+            reason = Rejection("not_selected", self._headers.choice.reason, False, header)
+            left_out = Prediction.of_rejection(reason, index=0, uri=info.uri, model_id=self.classifier.model_id)
+            rows.append(self._row(left_out, info, datetime.now(UTC)))
+        return chosen, rows
 
     def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return one row per frame, or one for an object that gives none; each frame with the digest of its pixels."""
@@ -107,15 +132,24 @@ class PartClassifier:
         """Return the counts of a part, its profile and its least certain frames."""
         classified = [row for row in rows if row["status"] == "ok"]
         places = {info.uri: info.place or info.uri for info in objects}
-        frames = (_frame_of(row, places[row["uri"]]) for row in classified if not row["burned_in"])
+        shown = [row for row in classified if not row["burned_in"]]
         return ClassifyTally.of(
             rows,
             objects,
             seconds,
             labels=Counter(row["label"] for row in classified),
             profile=Profile.of(classified),
-            least_certain=least_certain(frames, self._config.least_certain),
+            least_certain=least_certain(
+                (_frame_of(row, places[row["uri"]]) for row in shown), self._config.least_certain
+            ),
+            in_series=sum(1 for row in rows if row["study_uid"] or row["series_uid"]),
+            most_tumor=most_tumor(self._of_study(row, places[row["uri"]]) for row in shown if row["study_uid"]),
         )
+
+    def _of_study(self, row: Row, place: str) -> ClassifiedFrame:
+        shares = np.array([[dict(row["probabilities"])[label] for label in self.classifier.classes]])
+        tumor = float(self._reader.tumor(shares)[0])
+        return replace(_frame_of(row, place), study_uid=row["study_uid"], tumor=tumor)
 
     def _classify(self, objects: Sequence[FileInfo], pieces: Sequence[Piece], seconds: Seconds) -> list[Row]:
         started = time.perf_counter()
@@ -127,9 +161,7 @@ class PartClassifier:
         pixels: list[Frame] = []
         for prediction in predictions:
             piece = pieces[prediction.index]
-            row = row_of(prediction, objects[piece.index], run_id=self.run.run_id, classified_at=now)
-            if self._pseudonyms:
-                row = self._pseudonyms.conceal_row(row)
+            row = self._row(prediction, objects[piece.index], now)
             row["frame"] = piece.first + prediction.frame
             rows.append(row)
             if not isinstance(piece.frames, Rejection):
@@ -148,6 +180,10 @@ class PartClassifier:
         if self._config.explain_labels:
             seconds["explain"] += time.perf_counter() - predicted
         return rows
+
+    def _row(self, prediction: Prediction, info: FileInfo, now: datetime) -> Row:
+        row = row_of(prediction, info, run_id=self.run.run_id, classified_at=now)
+        return self._pseudonyms.conceal_row(row) if self._pseudonyms else row
 
     def decode(self, results: Sequence[ReadResult]) -> Iterator[Decoded]:
         """Yield what the bytes become, in their order, a few ahead of those that are asked for."""

@@ -43,7 +43,7 @@ _INDEX = "keys.json"
 _KEYS = "keys"
 _FILE_RECORDS = 1 << 20
 
-_COLUMNS = ["uri", "etag", "status", "retryable", "classified_at"]
+_COLUMNS = ["uri", "etag", "status", "error_code", "error", "retryable", "classified_at"]
 _READERS = 16  # files at a time
 _SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 
@@ -70,7 +70,7 @@ class CompletedIndex:
         """
         with tempfile.TemporaryDirectory() as scratch:
             latest = LatestOutcomes(Path(scratch))
-            for run_id, files in groupby(_files(self._table), key=lambda info: run_of(info.uri)):
+            for run_id, files in groupby(table_files(self._table), key=lambda info: run_of(info.uri)):
                 for records in self._read(files) if run_id is None else self._of_run(run_id, files, write_missing):
                     latest.add(records)
             yield from latest.keys(CLASSIFIED if retry_rejected else REJECTED)
@@ -201,7 +201,7 @@ def _key_file(folder: str, number: int) -> str:
 # ---- the table
 
 
-def _files(folder: str) -> Iterator[FileInfo]:
+def table_files(folder: str) -> Iterator[FileInfo]:
     """Yield the files of the table below `folder`; below `_` is what is no data."""
     with storage.suppress_missing():
         for info in storage.list_files(folder):
@@ -210,7 +210,7 @@ def _files(folder: str) -> Iterator[FileInfo]:
 
 
 def _files_of(folder: str, run_id: str) -> Iterator[FileInfo]:
-    return (info for info in _files(folder) if run_of(info.uri) == run_id)
+    return (info for info in table_files(folder) if run_of(info.uri) == run_id)
 
 
 def _read_file(info: FileInfo) -> list[Records] | None:
@@ -224,9 +224,17 @@ def _read_file(info: FileInfo) -> list[Records] | None:
     return read_undamaged(info.uri, read, whole)
 
 
+def etag_of_unselected(etag: str, reason: str) -> str:
+    """Return the etag by which an object is completed that was left out: for the same reason alone."""
+    return f"{etag}\0{reason}"
+
+
 def _records_of(rows: pa.RecordBatch) -> Records:
     records = np.empty(len(rows), RECORD)
-    records["key"] = keys_of(list(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True)))
+    etags = rows["etag"].to_pylist()
+    for number in np.flatnonzero(pc.equal(rows["error_code"], "not_selected").fill_null(False).to_numpy(False)):
+        etags[number] = etag_of_unselected(etags[number], rows["error"][int(number)].as_py())
+    records["key"] = keys_of(list(zip(rows["uri"].to_pylist(), etags, strict=True)))
     records["at"] = rows["classified_at"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
     retryable = rows["retryable"].to_numpy(zero_copy_only=False)
     ok = pc.equal(rows["status"], "ok").to_numpy(zero_copy_only=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from btray.bulk.clinical.series import SeriesFilter
 from btray.core.config import JobConfig, Positive, Probability
 from btray.core.uris import Uri, resolved
 from btray.model.config import EngineName, Precision, require_bundle
@@ -87,6 +89,13 @@ class ClassifyConfig(ArchiveConfig):
     """Write pictures of what spoke for the label (Grad-CAM) of this many of the least certain scans."""
     explain_labels: tuple[str, ...] = ()
     """Write such pictures of every scan that gets one of these labels."""
+    studies: Uri | None = None
+    """Where the table of series and studies is written, if the archive has any (DICOM); default: OUTPUT-studies."""
+    series: tuple[str, ...] = ()
+    """KEY=VALUE[|VALUE], repeatable: only series of which all of these hold. Keys are modality, plane, image_kind, \
+    sequence, contrast, ..., body_part, description and protocol; values are globs, `unknown` if the header has none."""
+    series_preset: Literal["t1-post-axial"] | None = None
+    """A choice of series by its name: MR, axial, T1, after contrast agent or unknown, no localizer or the like."""
     pseudonymize: Uri | None = None
     """File with a key of at least 32 bytes, mode 600: UIDs and names of objects are written as HMACs with it."""
 
@@ -100,9 +109,33 @@ class ClassifyConfig(ArchiveConfig):
             Pseudonyms.from_file(self.pseudonymize)
 
     @property
+    def studies_uri(self) -> str:
+        """Root of the table of series and studies."""
+        return self.studies or f"{self.output}-studies"
+
+    @property
+    def series_filter(self) -> SeriesFilter | None:
+        """The choice of series; None: all."""
+        return SeriesFilter.parse(self.series, self.series_preset)
+
+    @property
     def least_certain(self) -> int:
         """Number of the least certain frames that run.json names."""
         return max(SHOWN, self.explain)
+
+    @field_validator("series")
+    @classmethod
+    def _terms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        SeriesFilter.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _studies_beside_the_output(self) -> Self:
+        if self.studies is None and re.fullmatch("s3://[^/]+", self.output):
+            raise ValueError(f"{self.output} is a whole bucket, beside which no studies can be written; give --studies")
+        if f"{self.studies_uri}/".startswith(f"{self.output}/"):
+            raise ValueError(f"{self.studies} lies in the results table; give --studies another folder")
+        return self
 
     @model_validator(mode="after")
     def _onnx_on_a_cpu(self) -> Self:

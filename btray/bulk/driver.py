@@ -11,7 +11,7 @@ import logging
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -40,6 +40,8 @@ from btray.storage import FileInfo, lease
 
 _log = logging.getLogger(__name__)
 
+_PREVIEWED = 512  # objects at a time
+
 
 class ArchiveJob(ABC):
     """What a job does with an archive; `run_archive` does the rest."""
@@ -58,10 +60,20 @@ class ArchiveJob(ABC):
         config.check()
         self.config = config
         self.output = config.output
+        self.outputs: Sequence[str] = (config.output,)
         self.group = group
+        self.reason = ""
+        """Why objects were left out that are completed for that reason alone."""
 
     def begin(self) -> None:  # noqa: B027 - most jobs have nothing to do
         """Do what must be done before anything else is written to the output; called with its lease."""
+
+    def preview(self, objects: Sequence[FileInfo]) -> None:  # noqa: B027 - most jobs have nothing to say
+        """Look at some of the new objects, of which none is read (`dry_run`)."""
+
+    def previewed(self) -> Sequence[str]:
+        """Return lines for a terminal on all objects of `preview`."""
+        return ()
 
     def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
         """Return the listed objects by the names that they have in all that is written."""
@@ -96,7 +108,7 @@ def run_archive(job: ArchiveJob) -> str:
     """
     config = job.config
     with _readable_errors():
-        selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.output)
+        selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
         listed = job.named(list_archive(config.input, selection, patience=config.patience))
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)
@@ -109,7 +121,8 @@ def run_archive(job: ArchiveJob) -> str:
     if not report.unchanged:
         require_found(report.rejected_by_code, report.objects, config.input)
     if config.max_rejected is not None:
-        enforce_max_rejected(report.rejected_by_code, report.objects, config.max_rejected)
+        rejected = {code: count for code, count in report.rejected_by_code.items() if code != "not_selected"}
+        enforce_max_rejected(rejected, report.objects, config.max_rejected)
     return job.output
 
 
@@ -127,16 +140,18 @@ def _readable_errors() -> Iterator[None]:
 def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:
     """Print how much there is to do; write nothing."""
     with tempfile.TemporaryDirectory() as scratch:
-        new = NewObjects(job.completed_keys(), scratch)
+        new = NewObjects(job.completed_keys(), scratch, job.reason)
+        found = islice(new.among(listed), job.config.limit)
         objects = size = 0
-        for info in new.among(listed):
-            if objects == job.config.limit:
-                break
-            objects, size = objects + 1, size + info.size
+        for some in iter(lambda: list(islice(found, _PREVIEWED)), []):
+            objects, size = objects + len(some), size + sum(info.size for info in some)
+            job.preview(some)
     last = next(runs.reports(job.output, job.group), None)
     time_needed = "unknown time: no earlier run was long enough to tell"
     if last and last.has_rate and (rate := last.images_per_second):
         time_needed = f"about {duration(objects / rate)} at the last run's {rate:.0f} images/s"
+    for line in job.previewed():
+        print(line)
     print(
         f"{objects} new objects, {size / 1e6:.1f} MB, {time_needed}; {new.unchanged} unchanged. Nothing was written.",
         flush=True,
@@ -155,7 +170,9 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
         logs.bind(run_id=run.run_id)
         if resumed:
             _log.info("resuming run %s, which was interrupted", run.run_id)
-        listing = Listing(run.worklist, config, listed, lambda: NewObjects(job.completed_keys(), scratch), check)
+        listing = Listing(
+            run.worklist, config, listed, lambda: NewObjects(job.completed_keys(), scratch, job.reason), check
+        )
         listing.start()
         try:
             listing.begun.wait()

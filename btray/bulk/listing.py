@@ -11,6 +11,7 @@ from pathlib import Path
 
 from btray import storage
 from btray.bulk import worklist
+from btray.bulk.completed import etag_of_unselected
 from btray.bulk.config import ArchiveConfig
 from btray.bulk.worklist import WorklistWriter
 from btray.data.key_set import Keys, KeySet, keys_of
@@ -24,8 +25,12 @@ _AGAIN = 5.0  # seconds
 class NewObjects:
     """Filters listed objects for those that are not completed and come for the first time, and counts the others."""
 
-    def __init__(self, completed: Iterable[Keys], scratch: str) -> None:
-        """Keep the keys of `completed` objects, and of each new one, so that it comes once, in the folder `scratch`."""
+    def __init__(self, completed: Iterable[Keys], scratch: str, reason: str = "") -> None:
+        """Keep the keys of `completed` objects, and of each new one, so that it comes once, in the folder `scratch`.
+
+        What was left out for this `reason` is completed, too; see `completed.etag_of_unselected`.
+        """
+        self._reason = reason
         self.known = KeySet(Path(scratch))
         for keys in completed:
             self.known.add(keys)
@@ -39,6 +44,9 @@ class NewObjects:
             once = list({(info.uri, info.etag): info for info in chunk}.values())
             keys = keys_of([(info.uri, info.etag) for info in once])
             known = self.known.contains(keys)
+            if self._reason:
+                unselected = [(info.uri, etag_of_unselected(info.etag, self._reason)) for info in once]
+                known |= self.known.contains(keys_of(unselected))
             self.known.add(keys[~known])
             new = [info for info, skip in zip(once, known, strict=True) if not skip]
             self.unchanged += len(chunk) - len(new)

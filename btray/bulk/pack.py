@@ -100,6 +100,10 @@ class PartPacker:
         self.reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
         self._below = root.rstrip("/") + "/"
 
+    def choose(self, objects: Sequence[FileInfo], seconds: Seconds) -> tuple[Sequence[FileInfo], list[Row]]:
+        """Return all objects."""
+        return objects, []
+
     def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return one row per object."""
         rows: list[Row] = []

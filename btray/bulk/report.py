@@ -18,6 +18,8 @@ from btray.model.drift import Drift, Profile
 from btray.storage import FileInfo
 
 FORMAT_VERSION = 1
+SHOWN_STUDIES, SHOWN_FRAMES = 12, 3
+"""What summary.html shows: studies of a run with the most tumor, and frames of each."""
 _optional: Any = Field(None, exclude_if=lambda value: value is None)
 """What only some runs have: run.json leaves it out of the others."""
 
@@ -36,6 +38,9 @@ class ClassifiedFrame:
     """Digest of the frame's pixels; empty in tallies that have none."""
     alike: int = 1
     """How many frames have these pixels, this one included."""
+    study_uid: str | None = None
+    tumor: float | None = None
+    """Probability of any tumor."""
 
 
 def least_certain(frames: Iterable[ClassifiedFrame], count: int) -> list[ClassifiedFrame]:
@@ -47,6 +52,18 @@ def least_certain(frames: Iterable[ClassifiedFrame], count: int) -> list[Classif
         if first is not frame:
             pictures[picture] = dataclasses.replace(first, alike=first.alike + frame.alike)
     return heapq.nsmallest(count, pictures.values(), key=lambda frame: frame.confidence)
+
+
+def most_tumor(frames: Iterable[ClassifiedFrame]) -> list[ClassifiedFrame]:
+    """Return the frames with the most tumor of the studies with the most, most first; those of no study are left out.
+
+    At most SHOWN_FRAMES of each of SHOWN_STUDIES.
+    """
+    ranked = sorted((frame for frame in frames if frame.study_uid), key=lambda frame: -(frame.tumor or 0.0))
+    studies: dict[str | None, list[ClassifiedFrame]] = {}
+    for frame in ranked:
+        studies.setdefault(frame.study_uid, []).append(frame)
+    return [frame for study in [*studies.values()][:SHOWN_STUDIES] for frame in study[:SHOWN_FRAMES]]
 
 
 class PartTally(BaseModel, frozen=True):
@@ -86,10 +103,21 @@ class ClassifyTally(PartTally, frozen=True):
     labels: dict[str, int] = Field(default_factory=dict)
     profile: Profile = Field(default_factory=Profile)
     least_certain: list[ClassifiedFrame] = Field(default_factory=list)
+    in_series: int = 0
+    """Rows that belong to a series or study."""
+    most_tumor: list[ClassifiedFrame] = Field(default_factory=list)
 
 
 RATE_SECONDS = 5.0
 """Seconds from which on a rate is told to people: over less, one part more or less is most of it."""
+
+
+class StudyCounts(BaseModel, frozen=True):
+    """How many series and studies the table of studies has, and how they were decided."""
+
+    series: int
+    studies: int
+    rule: str
 
 
 class RunReport(BaseModel, frozen=True):
@@ -108,6 +136,9 @@ class RunReport(BaseModel, frozen=True):
     rejected_by_code: dict[str, int]
     profile: Profile = Field(default_factory=Profile)
     least_certain: list[ClassifiedFrame] = Field(default_factory=list)
+    in_series: int = 0
+    most_tumor: list[ClassifiedFrame] = Field(default_factory=list)
+    studies: StudyCounts | None = _optional
     seconds: float
     seconds_to_first_part: float | None
     seconds_of_parts: float = 0.0
@@ -225,6 +256,8 @@ class ClassifyTotals(Totals[ClassifyTally]):
         self.labels: Counter[str] = Counter()
         self.profile = Profile()
         self.least_certain: list[ClassifiedFrame] = []
+        self.in_series = 0
+        self.most_tumor: list[ClassifiedFrame] = []
 
     def add(self, part: str, tally: str) -> ClassifyTally | None:
         """Count one part; see `Totals.add`."""
@@ -233,10 +266,17 @@ class ClassifyTotals(Totals[ClassifyTally]):
             self.labels.update(counts.labels)
             self.profile += counts.profile
             self.least_certain = least_certain([*self.least_certain, *counts.least_certain], self._count)
+            self.in_series += counts.in_series
+            self.most_tumor = most_tumor([*self.most_tumor, *counts.most_tumor])
         return counts
 
     def report(self, **facts: Any) -> RunReport:
         """Return the report; see `Totals.report`."""
         return super().report(
-            labels=dict(self.labels.most_common()), profile=self.profile, least_certain=self.least_certain, **facts
+            labels=dict(self.labels.most_common()),
+            profile=self.profile,
+            least_certain=self.least_certain,
+            in_series=self.in_series,
+            most_tumor=self.most_tumor,
+            **facts,
         )

@@ -19,7 +19,7 @@ from btray.bulk import runs
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import SHOWN
 from btray.bulk.explanations import explain_frames, read_frames
-from btray.bulk.report import RunReport
+from btray.bulk.report import ClassifiedFrame, RunReport
 from btray.bulk.runs import Run
 from btray.model.bundle import Bundle, read_file
 from btray.model.classifier import Classifier
@@ -56,13 +56,16 @@ def write_summary(
     report: RunReport,
     profiles: Mapping[str, Profile],
     classifier: Classifier,
+    *,
+    studies: Mapping[str, Mapping[str, Any]] | None = None,
     pseudonyms: Pseudonyms | None = None,
 ) -> str:
-    """Write summary.html beside run.json; return its URI."""
+    """Write summary.html beside run.json; return its URI. `studies` are rows of the table of studies by their UIDs."""
     profile, drifts = report.profile, report.drift or {}
     count = max(1, profile.frames)
     frames, pixels = read_frames(classifier, report.least_certain[:SHOWN], pseudonyms)
     pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
+    shown_studies = _pictured(report.most_tumor, studies or {}, classifier, pseudonyms)
     page = render_page(
         "btray.bulk",
         "summary.html",
@@ -88,6 +91,7 @@ def write_summary(
         ],
         figures=_figures(profiles) if profile.frames else [],
         sheet=[(frame, data_uri(picture)) for frame, picture in zip(frames, pictures, strict=True)],
+        studies=shown_studies,
         report=report,
         headings=["", *(f"{name} ({against.frames:,} frames)" for name, against in drifts.items())],
         measures=_MEASURES,
@@ -106,6 +110,23 @@ def write_summary(
     uri = storage.join(run.folder, SUMMARY)
     storage.write_text(uri, page)
     return uri
+
+
+def _pictured(
+    frames: Sequence[ClassifiedFrame],
+    studies: Mapping[str, Mapping[str, Any]],
+    classifier: Classifier,
+    pseudonyms: Pseudonyms | None,
+) -> list[tuple[Mapping[str, Any], list[tuple[ClassifiedFrame, str]]]]:
+    """Return studies, those with the most tumor first, each with those of `frames` that are its key frames."""
+    keys = {uid: {(key["uri"], key["frame"]) for key in row["key_frames"]} for uid, row in studies.items()}
+    chosen = [frame for frame in frames if (frame.uri, frame.frame) in keys.get(str(frame.study_uid), ())]
+    readable, pixels = read_frames(classifier, chosen, pseudonyms)
+    drawn = explain_frames(classifier, pixels, [frame.label for frame in readable])
+    pictures: dict[str, list[tuple[ClassifiedFrame, str]]] = {str(frame.study_uid): [] for frame in chosen}
+    for frame, picture in zip(readable, drawn, strict=True):
+        pictures[str(frame.study_uid)].append((frame, data_uri(picture)))
+    return [(studies[uid], of_study) for uid, of_study in pictures.items()]
 
 
 # ---- figures: shares of the frames, so that runs of any size can be compared

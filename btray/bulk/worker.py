@@ -104,6 +104,9 @@ class PartProcessor(Protocol):
     def tally_type(self) -> type[PartTally]:
         """Return the class of what `tally` returns."""
 
+    def choose(self, objects: Sequence[FileInfo], seconds: Seconds) -> tuple[Sequence[FileInfo], list[Row]]:
+        """Return which objects are to be read, and the rows of the others."""
+
     def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
         """Return the rows that some objects become; `seconds` grows by those of the job's own stages."""
 
@@ -143,8 +146,8 @@ class PartActor:
         written = read_tally(uri, processor.tally_type)
         if written is None:
             seconds: Seconds = defaultdict(float)
-            rows: list[Row] = []
-            for some, results in processor.reader.batches(objects, seconds):
+            chosen, rows = processor.choose(objects, seconds)
+            for some, results in processor.reader.batches(chosen, seconds):
                 rows += processor.rows(some, results, seconds)
             tally = processor.tally(rows, objects, seconds)
             started = time.perf_counter()

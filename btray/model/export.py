@@ -115,7 +115,7 @@ def largest_differences(bundle: Bundle, run: Run) -> dict[str, float]:
             expected["ood_score"] = bundle.ood.scores(own.features)[:, None]
         for name, values in expected.items():
             difference = float((np.abs(answers[name] - values) / np.abs(values).clip(1)).max())
-            worst[name] = max(worst[name], difference)
+            worst[name] = float(np.maximum(worst[name], difference))  # which keeps what is not a number
     return worst
 
 

@@ -6,7 +6,7 @@ study gets the mean of its series.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -108,6 +108,61 @@ class Verdict:
     """The confidence is below the model's threshold for frames, or there is none."""
     key_frames: tuple[int, ...] = ()
     """Positions among the classified frames of those with the most tumor, most first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a series says (`level` "series"), or a study."""
+
+    level: str
+    study_uid: str | None
+    series_uid: str | None
+    """None for a study."""
+    verdict: Verdict
+    key_frames: Sequence[tuple[str | None, int]]
+    """The inputs and frames that `verdict.key_frames` are."""
+
+
+class StudyCollector:
+    """Collects predictions of a few studies, in any order, to decide them together."""
+
+    def __init__(self, reader: Reader) -> None:
+        """Collect nothing yet."""
+        self._reader = reader
+        self._studies: dict[str | None, dict[str | None, list[tuple[FrameAnswers, list[tuple[str | None, int]]]]]] = {}
+
+    def add(self, predictions: Sequence[Prediction]) -> None:
+        """Add predictions; those that belong to no series or study are passed over."""
+        of_series: dict[tuple[str | None, str | None], list[Prediction]] = {}
+        for prediction in predictions:
+            if prediction.study_uid or prediction.series_uid:
+                of_series.setdefault((prediction.study_uid, prediction.series_uid), []).append(prediction)
+        for (study, series), some in of_series.items():
+            names = [(prediction.uri, prediction.frame) for prediction in some if prediction.status == "ok"]
+            pieces = self._studies.setdefault(study, {}).setdefault(series, [])
+            pieces.append((FrameAnswers.of(some, self._reader.classes), names))
+
+    def decisions(self) -> Iterator[Decision]:
+        """Yield each series of a study, then the study."""
+        for study, of_study in self._studies.items():
+            everything: list[tuple[str | None, int]] = []
+            answers = []
+            for series, pieces in of_study.items():
+                names = [name for _, some in pieces for name in some]
+                answers.append(FrameAnswers.together([some for some, _ in pieces]))
+                everything += names
+                if series is not None:
+                    verdict = judge_series(answers[-1], self._reader)
+                    yield _decision("series", study, series, verdict, names)
+            if study is not None:
+                yield _decision("study", study, None, judge_study(answers, self._reader), everything)
+
+
+def _decision(
+    level: str, study: str | None, series: str | None, verdict: Verdict, names: Sequence[tuple[str | None, int]]
+) -> Decision:
+    shown = [names[number] for number in verdict.key_frames]
+    return Decision(level=level, study_uid=study, series_uid=series, verdict=verdict, key_frames=shown)
 
 
 def judge_series(answers: FrameAnswers, reader: Reader) -> Verdict:

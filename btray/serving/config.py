@@ -41,7 +41,7 @@ class LimitsConfig(ComponentConfig):
     max_frames: Positive = 256
     """Most frames of one request: the pages of all its images, counted before anything is decoded."""
     max_megapixels: Annotated[float, Field(gt=0)] = 64.0
-    """Most pixels of one image, all its pages together, in millions; counted before anything is decoded."""
+    """Most pixels of one image, all its pages or slices together, in millions; counted before anything is decoded."""
     max_requests: Positive = 32
     """Requests in work at a time, from when they are read; the next ones are answered 503 with Retry-After."""
     max_reading: Positive = 64

@@ -306,7 +306,8 @@ class ServedModels:
     def _served(self, uri: str, model_id: str | None, config: ServiceConfig) -> ServedModel:
         """Return the model of a bundle; one that is served already is kept, with the new limits."""
         settings = (uri, model_id, config.abstain_below, config.max_batch, config.engine, config.precision)
-        limits = ScanLimits(max_bytes=config.limits.max_body, max_pixels=int(config.limits.max_megapixels * 1e6))
+        most = int(config.limits.max_megapixels * 1e6)
+        limits = ScanLimits(max_bytes=config.limits.max_body, max_pixels=most, max_volume_pixels=most)
         for model in self.split.models if self.split else ():
             if model.settings == settings:
                 return replace(model, source=replace(model.source, limits=limits))

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from btray.data.frames import Rejection
 from btray.data.scans import count_pages
 from btray.model.prediction import Prediction
 from btray.serving.access import Access
@@ -71,9 +72,15 @@ class Service:
             return sum(map(count_pages, images))
 
         pages = count() if sum(map(len, images)) < _SMALL else await self.decoding(count)
+        too_many = Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
         if pages > most:
-            raise Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
-        decoded = prepare(await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images)))
+            raise too_many
+        frames = await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
+        if (
+            sum(len(image) for image in frames if not isinstance(image, Rejection)) > most
+        ):  # packed ones are not counted
+            raise too_many
+        decoded = prepare(frames)
         return decoded, await self.predict(model, decoded)
 
     async def predict(self, model: ServedModel, images: Sequence[DecodedImage]) -> list[Prediction]:

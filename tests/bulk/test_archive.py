@@ -62,7 +62,7 @@ def test_globs_match_the_path_below_the_input(place: str) -> None:
 
 def test_an_output_within_the_input_is_no_input(place: str) -> None:
     storage.write_bytes(storage.join(place, "deep", "results", "part.parquet"), b"rows")
-    found = listed(place, outside=storage.join(place, "deep", "results"))
+    found = listed(place, outside=[storage.join(place, "deep", "results")])
     assert sorted(found) == sorted(uris(place, *NAMES))
 
 
@@ -71,10 +71,10 @@ def test_an_output_that_holds_all_of_the_input_is_refused(place: str, tmp_path: 
     storage.write_text(manifest, "\n".join(uris(place, *NAMES)))
     for source, output in ((f"{place}/deep", place), (f"{place}/deep", f"{place}/deep"), (manifest, place)):
         with pytest.raises(UserError, match="name an output beside") as caught:
-            listed(source, outside=output)
+            listed(source, outside=[output])
         assert f"--output {output} " in str(caught.value)
-    assert listed(manifest, outside=f"{place}/deep") == uris(place, "_raw/_DSC0001", "a.jpg", "noext")
-    assert len(listed(f"{place}/deep", outside=f"{place}/de")) == 2
+    assert listed(manifest, outside=[f"{place}/deep"]) == uris(place, "_raw/_DSC0001", "a.jpg", "noext")
+    assert len(listed(f"{place}/deep", outside=["/elsewhere", f"{place}/de"])) == 2
 
 
 def test_only_what_was_modified_since(place: str) -> None:

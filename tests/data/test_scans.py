@@ -78,7 +78,7 @@ def test_every_bad_input_has_its_code_and_one_line_about_it(name: str) -> None:
 
 
 def test_the_corpus_of_bad_scans_covers_every_code_of_decoding() -> None:
-    assert {code for _, code in BAD.values()} | {"too_large"} == set(REJECTION_CODES)
+    assert {code for _, code in BAD.values()} | {"too_large", "not_selected"} == set(REJECTION_CODES)
     assert all(text and "\n" not in text for text in REJECTION_CODES.values())
 
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import multiprocessing
 import os
+from collections.abc import Callable
 from datetime import datetime
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,10 +19,14 @@ import pytest
 import ray
 
 from btray import phantoms, storage
+from btray.bulk import worklist
 from btray.bulk.classify_worker import PartClassifier
 from btray.bulk.config import ClassifyConfig
+from btray.bulk.driver import ArchiveJob
+from btray.bulk.listing import Listing
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import RUN, Run
+from btray.bulk.worker import PartActor, objects_of
 from btray.model.bundle import load_bundle
 from btray.storage import lease
 from tests.helpers.scan_corpus import bad_scans, good_scans
@@ -130,6 +135,23 @@ def part_classifier(patch: pytest.MonkeyPatch, model: str, *, cpus: int = 1, **c
     run = Run(run_id="run", group="model", parts="parts", output="out", request={})
     config = job(model, "in", "out", **{"engine": "eager", "threads": 4, "patience": 1.0, **changes})
     return PartClassifier(config, load_bundle(model).manifest.model_id, None, run, cpus)
+
+
+def without_ray(patch: pytest.MonkeyPatch) -> None:
+    """Let jobs work on their parts in this process, one after the other: all of a run but what Ray does."""
+
+    def process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
+        listing.join()
+        make = job.processor()
+        actor = PartActor.__new__(PartActor)
+        actor.run, actor.processor = run, make(run, 1)
+        for batch in worklist.read_parts(run.worklist):
+            (part,) = batch.to_pylist()
+            tally = actor._part(run.part_uri(part["part"]), objects_of(part))
+            totals.add(part["part"], tally.model_dump_json())
+
+    patch.setattr("btray.bulk.driver._process", process)
+    patch.setattr("btray.bulk.classify_worker.logs.begin_in_worker", lambda *_, **__: None)
 
 
 # ---- killing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from btray.model.classifier import Classifier
 from btray.phantoms import encoded_phantom
 from btray.serving.job import free_port
 from tests.helpers import scan_corpus
+from tests.helpers.dicom_files import IDENTIFIERS, STUDY, slice_file
 from tests.helpers.forger import rewrite
 from tests.helpers.forked_jobs import ROOT
 from tests.helpers.tiny_bundle import random_bundle, saved_bundle
@@ -44,6 +46,18 @@ KEYS = [
     "label_set",
     "out_of_distribution",
     "ood_score",
+    "study_uid",
+    "series_uid",
+    "instance_uid",
+    "modality",
+    "plane",
+    "position_mm",
+    "spacing_mm",
+    "image_kind",
+    "sequence",
+    "contrast",
+    "burned_in",
+    "engine",
     "model_id",
 ]
 
@@ -193,6 +207,41 @@ def test_folders_give_every_file_below_them_in_order(
     assert [record["uri"] for record in records(ended)] == [*below, str(scan), *below[3:]]
     assert ended.code == 0
     assert len(btray("predict", "--model", model, tmp_path / "in").out) == 1 + len(names), "one header"
+
+
+def test_a_folder_of_a_study_ends_with_a_line_for_each_series_and_for_the_study(
+    btray: Callable[..., Ended], model: str, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_AT_A_TIME", 2)
+    folder = tmp_path / "study"
+    generator = np.random.default_rng(7)
+    for series, number in itertools.product((1, 2), range(3)):
+        pixels = generator.integers(0, 900, (64, 64)).astype(np.uint16)
+        data = slice_file(pixels, SeriesInstanceUID=f"{STUDY}.{series}", SOPInstanceUID=f"{STUDY}.{series}.{number}")
+        storage.write_bytes(str(folder / f"{number}-{series}.dcm"), data if number or series == 2 else data[:-99])
+    ended = btray("predict", "--model", model, "--json", folder, scan)
+    lines = records(ended)
+    frames = [record for record in lines if "level" not in record]
+    assert len(frames) == 7
+    decided = {(record["level"], record["series_uid"]): record for record in lines[7:]}
+    assert list(decided) == [("series", f"{STUDY}.1"), ("series", f"{STUDY}.2"), ("study", None)]
+    assert [(r["frames"], r["rejected"], r["study_uid"]) for r in decided.values()] == [
+        (2, 1, STUDY), (3, 0, STUDY), (5, 1, STUDY),
+    ]  # fmt: skip
+    study = decided["study", None]
+    for label, share in study["probabilities"].items():
+        of_series = [decided["series", f"{STUDY}.{n}"]["probabilities"][label] for n in (1, 2)]
+        assert share == pytest.approx(sum(of_series) / 2, abs=1e-6)
+    assert study["rule"] == "mean of the top 3 (default: the bundle has no rule)"
+    key_frames = [(key["uri"], key["frame"]) for key in study["key_frames"]]
+    tumor = {
+        (r["uri"], r["frame"]): 1 - r["probabilities"]["no_tumor"] for r in frames if r["series_uid"] and r["label"]
+    }
+    assert key_frames == sorted(tumor, key=lambda key: -tumor[key])
+    last = btray("predict", "--model", model, folder).out[-3:]
+    assert [line.partition(":")[0] for line in last] == [f"series {STUDY}.1", f"series {STUDY}.2", f"study {STUDY}"]
+    assert "5 frames, 1 rejected" in last[2]
+    assert not [name for name in IDENTIFIERS if name in ended.err + "".join(ended.out)]
 
 
 def test_every_frame_of_a_scan_is_a_row(btray: Callable[..., Ended], model: str, tmp_path: Path) -> None:

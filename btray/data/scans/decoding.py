@@ -11,7 +11,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL.ImageFile import ImageFile
 
 from btray.data.scans import gzipped
 from btray.data.scans.bmp import check_bmp
-from btray.data.scans.dicom import DicomImage, open_image
+from btray.data.scans.dicom import DicomImage, open_image, read_slice_info
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.formats import PACKED, Format, describe_foreign, recognise_format
 from btray.data.scans.gray import to_gray, to_luma
@@ -73,6 +73,7 @@ class FileFacts:
 
 
 _DEFAULT_LIMITS = ScanLimits()
+_UNPACKED_TO_COUNT = 1 << 24  # bytes, which take some 30 ms
 _COLOUR_SIDE = 64  # of the small copy in colour, in pixels, if the file has as many
 _COLOURLESS = ("1", "L", "LA", "I", "F")
 
@@ -168,13 +169,29 @@ def _decoding(data: bytes) -> Iterator[Format]:
         raise _rejection(error, data, kind) from error
 
 
+def read_info(data: bytes, *, limits: ScanLimits = _DEFAULT_LIMITS) -> SliceInfo | None:
+    """Return what a medical file says of its first frame, of which `data` may be the beginning; None for a picture.
+
+    Raises ScanRejected: `truncated` if the header goes on, or what else is wrong; no pixel is looked at.
+    """
+    data = gzipped.peek(data, limits.max_bytes)
+    with _decoding(data) as kind:
+        if kind == "NIfTI":
+            return _open_volume(data, limits).infos()[0]
+        return read_slice_info(data, limits.max_bytes) if kind == "DICOM" else None
+
+
 def count_pages(data: bytes) -> int:
-    """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it."""
+    """Count the pages of one encoded scan by its headers, thumbnails and masks too; 1 if `decode` will refuse it.
+
+    Also 1 if the header lies in the compressed part of a DICOM object that is large once it is unpacked.
+    """
     try:
         if recognise_format(head := gzipped.peek(data)) == "NIfTI":
             return _open_volume(head, _DEFAULT_LIMITS).shape[2]
         if recognise_format(head) == "DICOM":
-            return _open_dicom(_unpack(data, _DEFAULT_LIMITS), _DEFAULT_LIMITS).pixels.frames
+            limits = replace(_DEFAULT_LIMITS, max_bytes=_UNPACKED_TO_COUNT)
+            return _open_dicom(gzipped.peek(data, _UNPACKED_TO_COUNT), limits).pixels.frames
         return len(find_directories(data)) if recognise_format(data) == "TIFF" else 1
     except ScanRejected:
         return 1

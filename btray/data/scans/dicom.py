@@ -109,6 +109,18 @@ def open_image(data: bytes, *, max_bytes: int, max_pixels: int, max_volume_pixel
     return DicomImage(elements, pixels, meta.transfer_syntax)
 
 
+def read_slice_info(data: bytes, max_bytes: int) -> SliceInfo:
+    """Return what the header of an object says of its first frame; `data` may end anywhere after the header.
+
+    Raises ScanRejected: `truncated` if it ends before, and whatever else is wrong.
+    """
+    with _silently():
+        elements = read_elements(data, read_meta(data), max_bytes)
+        if PIXEL_DATA not in elements:
+            raise ScanRejected("truncated", "a DICOM object that ends before its pixels")
+        return next(frame_headers(elements, 1)).info
+
+
 @contextlib.contextmanager
 def _silently() -> Iterator[None]:
     """Raise ScanRejected for whatever fails, without the text of other exceptions, which may quote values."""

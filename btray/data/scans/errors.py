@@ -16,6 +16,7 @@ REJECTION_CODES: Final[dict[str, str]] = {
     "too_small": "The image is smaller than min_side: an icon or a placeholder; leave it out.",
     "animated": "The image is an animation: export its frames as single images.",
     "unsupported": "The file is of a kind that is not read here: convert it to PNG, TIFF or JPEG.",
+    "not_selected": "The series is not one of those that were asked for.",
     "decode_failed": "The image is damaged: copy it again from its source.",
 }
 

@@ -12,12 +12,12 @@ _HEAD = 1024
 _CHUNK = 1 << 20
 
 
-def peek(data: bytes) -> bytes:
-    """Return the first bytes that `data` unpacks to; `data` itself if it is not gzip."""
+def peek(data: bytes, length: int = _HEAD) -> bytes:
+    """Return the first `length` bytes that `data` unpacks to, or as many as it has; `data` itself if it is not gzip."""
     if not data.startswith(MAGIC):
         return data
     try:
-        return zlib.decompressobj(wbits=31).decompress(data[:65536], _HEAD)
+        return zlib.decompressobj(wbits=31).decompress(data[: max(65536, length)], length)
     except zlib.error:
         return b""
 

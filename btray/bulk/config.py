@@ -103,6 +103,11 @@ class ClassifyConfig(ArchiveConfig):
         """As for all archives; and refuse a bundle that is not there, or a key that cannot be used."""
         require_bundle(self.model)
         super().check()
+        if self.studies is not None and not self.dry_run:
+            from btray import storage
+
+            if not storage.is_remote(self.studies):
+                storage.require_writable(self.studies, "--studies")
         if self.pseudonymize is not None:
             from btray.bulk.clinical.pseudonyms import Pseudonyms
 

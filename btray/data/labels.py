@@ -6,6 +6,9 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from btray.core.errors import UserError
 
@@ -36,6 +39,10 @@ def canonical_label(folder_name: str) -> str:
     return _CANONICAL_BY_ALIAS.get(re.sub(r"tumou?rs?$", "", key), name or folder_name)
 
 
+Label = Annotated[str, AfterValidator(canonical_label)]
+"""A setting that names a label, by any name that means it."""
+
+
 def label_twins(labels: Iterable[str]) -> list[str]:
     """Name labels that a reader would take for the same: they differ in case, spaces or width only."""
     alike: dict[str, list[str]] = {}
@@ -58,12 +65,10 @@ def require_classes(classes: Sequence[str], labels: Collection[str], source: str
         raise UserError(f"--classes {missing[0]}: {source} has this class; there are {', '.join(class_order(labels))}")
 
 
-def outlier_label(name: str | None, labels: Collection[str], source: str) -> str | None:
-    """Return the label that --outliers names, None if it names none. Raises UserError if `source` has no such label."""
-    label = None if name is None else canonical_label(name)
+def require_label(label: str | None, labels: Collection[str], source: str) -> None:
+    """Raise UserError if `label`, which --outliers names if it is not None, is none of the `labels` of `source`."""
     if label is not None and label not in labels:
-        raise UserError(f"--outliers {name}: {source} has no such label; there are {', '.join(class_order(labels))}")
-    return label
+        raise UserError(f"--outliers {label}: {source} has no such label; there are {', '.join(class_order(labels))}")
 
 
 def require_known_labels(labels: Iterable[str], classes: Sequence[str], source: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,9 @@ from btray.data.duplicates import have_twin
 from btray.data.fingerprint import Fingerprints, ShortFingerprints
 from btray.data.frames import FrameSource, Rejection
 from btray.data.rejections import REJECTED
+from btray.data.splits import subjects
 from btray.evaluation import plots
+from btray.evaluation.grouped import measure_outliers, measure_part
 from btray.evaluation.metrics import (
     Abstention,
     Evaluation,
@@ -28,6 +30,7 @@ from btray.evaluation.metrics import (
     wilson_interval,
     worst_errors,
 )
+from btray.evaluation.parts import Outliers, Part
 from btray.evaluation.report import render_report
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import label_sets
@@ -36,9 +39,10 @@ from btray.model.classifier import Classifier
 from btray.model.manifest import Manifest
 
 _SHOWN_ERRORS = 12  # three rows of the grid
+_NO_SOURCE = "(no source)"
 
 Labels = npt.NDArray[np.int64]
-Probabilities = npt.NDArray[np.float32]
+Probabilities = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -49,50 +53,103 @@ class Assessment:
     files: dict[str, bytes]
 
 
+@dataclass(frozen=True)
+class _Answered:
+    """A model's answers to n frames, as the figures need them; those to outliers may be among them."""
+
+    labels: Labels
+    """Class indices, int [n]; -1: an outlier."""
+    probabilities: Probabilities
+    """Calibrated, [n, classes]."""
+    groups: Labels
+    """Numbers, int [n], equal for frames of one patient, and for pictures that look alike."""
+    scores: Scores
+
+    @classmethod
+    def of(cls, manifest: Manifest, table: pa.Table, scores: Scores) -> Self:
+        """Read the labels of scored rows of `table`, and calibrate the answers by `manifest`."""
+        rows = table.take(scores.row)
+        labels = pc.index_in(rows["label"], pa.array(manifest.classes)).fill_null(-1).to_numpy().astype(np.int64)
+        temperature = manifest.calibration.temperature
+        probabilities = Classifier.calibrated(scores.answers.logits, temperature) if len(labels) else np.zeros((0, 0))
+        return cls(labels, probabilities, subjects(rows, scores.fingerprints), scores)
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> _Answered:
+        return _Answered(
+            self.labels[chosen], self.probabilities[chosen], self.groups[chosen], self.scores.where(chosen)
+        )
+
+    def part(self, manifest: Manifest) -> Part:
+        known = self.where(self.labels >= 0)
+        outliers = self.outliers(manifest)
+        return measure_part(known.labels, known.probabilities, manifest.classes, known.groups, outliers)
+
+    def outliers(self, manifest: Manifest) -> Outliers | None:
+        is_outlier = self.labels < 0
+        if not is_outlier.any():
+            return None
+        confidence, thresholds, ood_scores = self.probabilities.max(1), manifest.thresholds, self.scores.ood_scores
+        flagged = None
+        if ood_scores is not None and thresholds.ood_score is not None:
+            flagged = ood_scores[is_outlier] > thresholds.ood_score
+        return measure_outliers(
+            confidence[is_outlier],
+            confidence[~is_outlier],
+            self.groups[is_outlier],
+            abstain_below=thresholds.abstain_below,
+            flagged=flagged,
+        )
+
+
 def assess(
     bundle: Bundle,
     table: pa.Table,
     scores: Scores,
     *,
     measured_on: str,
-    history: Sequence[Mapping[str, Any]] = (),
+    curves: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     learnt_from: Fingerprints | ShortFingerprints | None = None,
+    validation: Mapping[str, Scores] | None = None,
 ) -> Assessment:
     """Compute the metrics and draw the plots and the report.
 
     Args:
         bundle: the model.
-        table: labelled images, columns uri and label.
-        scores: the model's answers to rows of `table`.
+        table: labelled images, with `labelled.SCHEMA`; a label that is none of the model's classes marks an outlier.
+        scores: answers to rows of `table`, the model's unless they have out-of-distribution scores already.
         measured_on: the images, for a reader, such as "the test split of s3://bucket/data".
-        history: epochs of the training, if learning curves are to be shown; see `plots.learning_curves`.
+        curves: arguments of `plots.learning_curves`, if these are to be shown.
         notes: lines that the reader of the report must see first.
         learnt_from: fingerprints of what the model was trained and validated with, if known.
+        validation: answers of networks that had not learnt from these images, by what was held out.
 
     Raises:
-        UserError: not one image could be read.
+        UserError: not one image of the model's classes could be read.
     """
     manifest, rejected = bundle.manifest, len(scores.rejected)
-    if len(scores.row) == 0:
-        raise UserError(f"{measured_on}: not one image could be read; see {REJECTED}")
-    labels = pc.index_in(table["label"].take(scores.row), pa.array(manifest.classes)).to_numpy().astype(np.int64)
-    probabilities = Classifier.calibrated(scores.answers.logits, manifest.calibration.temperature)
-    metrics = measure(bundle, scores, labels, probabilities, measured_on=measured_on, learnt_from=learnt_from)
+    if scores.ood_scores is None:
+        scores = scores.compared_with(bundle.ood)
+    answered = _Answered.of(manifest, table, scores)
+    known = answered.where(answered.labels >= 0)
+    if len(known.labels) == 0:
+        raise UserError(f"{measured_on}: not one image of the model's classes could be read; see {REJECTED}")
+    labels, probabilities = known.labels, known.probabilities
+    metrics = measure(manifest, answered, table, measured_on=measured_on, learnt_from=learnt_from)
+    if validation:
+        parts = {name: _Answered.of(manifest, table, part) for name, part in validation.items()}
+        if len(parts) > 1:
+            parts["all"] = _Answered.of(manifest, table, Scores.concatenate([*validation.values()]))
+        metrics = replace(metrics, validation={name: part.part(manifest) for name, part in parts.items()})
     figures = {
         "confusion_matrix": plots.confusion_matrix(metrics.confusion_matrix),
         "roc_curves": plots.roc_curves(labels, probabilities, manifest.classes),
         "reliability": plots.reliability_diagram(labels, probabilities),
         "risk_coverage": plots.risk_coverage_curve(labels, probabilities, manifest.thresholds.abstain_below),
     }
-    if history:
-        counts = manifest.data.counts
-        figures["learning_curves"] = plots.learning_curves(
-            history,
-            train_images=sum(counts["train"].values()),
-            val_images=sum(counts["validation"].values()),
-        )
-    figures["worst_errors"] = _draw_worst_errors(manifest, table["uri"].take(scores.row), labels, probabilities)
+    if curves:
+        figures["learning_curves"] = plots.learning_curves(**curves)
+    figures["worst_errors"] = _draw_worst_errors(manifest, table["uri"].take(known.scores.row), labels, probabilities)
     unread = [f"{rejected} of {len(table)} images could not be read and are in no figure."] if rejected else []
     page = render_report(metrics, manifest, figures=figures, notes=[*unread, *notes])
     files = {f"{name}.png": png for name, png in figures.items()}
@@ -100,10 +157,9 @@ def assess(
 
 
 def measure(
-    bundle: Bundle,
-    scores: Scores,
-    labels: Labels,
-    probabilities: Probabilities,
+    manifest: Manifest,
+    answered: _Answered,
+    table: pa.Table,
     *,
     measured_on: str,
     learnt_from: Fingerprints | ShortFingerprints | None,
@@ -111,22 +167,23 @@ def measure(
     """Compute the content of `metrics.json`; what the model has no threshold for is None.
 
     Args:
-        bundle: the model.
-        scores: its answers to n frames.
-        labels: class indices, int [n].
-        probabilities: calibrated, [n, classes].
+        manifest: of the model.
+        answered: its answers to n frames of known classes, and to outliers.
+        table: as for `assess`.
         measured_on: as for `assess`.
         learnt_from: as for `assess`.
     """
-    classes, thresholds = bundle.manifest.classes, bundle.manifest.thresholds
+    known = answered.where(answered.labels >= 0)
+    labels, probabilities, scores = known.labels, known.probabilities, known.scores
+    classes, thresholds = manifest.classes, manifest.thresholds
     twins = clean = abstention = conformal = out_of_distribution = None
     if learnt_from is not None:
         kept = ~have_twin(scores.fingerprints, learnt_from)
         twins = int((~kept).sum())
         clean = compute_metrics(labels[kept], probabilities[kept], classes) if kept.any() else None
     if thresholds.abstain_below is not None:
-        answered = probabilities.max(1) >= thresholds.abstain_below
-        count, correct = int(answered.sum()), int((probabilities.argmax(1) == labels)[answered].sum())
+        answers = probabilities.max(1) >= thresholds.abstain_below
+        count, correct = int(answers.sum()), int((probabilities.argmax(1) == labels)[answers].sum())
         abstention = Abstention(
             threshold=thresholds.abstain_below,
             answered=count,
@@ -142,11 +199,13 @@ def measure(
             coverage=float(sets[np.arange(len(labels)), labels].mean()),
             mean_set_size=float(sets.sum(1).mean()),
         )
-    if bundle.ood is not None and thresholds.ood_score is not None:
-        flagged = int((bundle.ood.scores(scores.answers.features) > thresholds.ood_score).sum())
+    if scores.ood_scores is not None and thresholds.ood_score is not None:
+        flagged = int((scores.ood_scores > thresholds.ood_score).sum())
         out_of_distribution = OutOfDistribution(
             threshold=thresholds.ood_score, flagged=flagged, share=flagged / len(labels)
         )
+    sources = np.array(table["source"].take(answered.scores.row).fill_null(_NO_SOURCE).to_pylist(), object)
+    names = sorted(set(sources.tolist()))
     return Evaluation(
         **vars(compute_metrics(labels, probabilities, classes)),
         clean=clean,
@@ -155,9 +214,15 @@ def measure(
         abstention=abstention,
         conformal=conformal,
         out_of_distribution=out_of_distribution,
+        by_patients=measure_part(labels, probabilities, classes, known.groups),
+        outliers=answered.outliers(manifest),
+        sources=None
+        if names == [_NO_SOURCE]
+        else {name: answered.where(sources == name).part(manifest) for name in names},
+        validation=None,
         measured_on=measured_on,
         rejected=len(scores.rejected),
-        model_id=bundle.manifest.model_id,
+        model_id=manifest.model_id,
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from btray.core.config import JobConfig, Positive, Probability
 from btray.core.errors import UserError
 from btray.core.uris import Uri
+from btray.data.labels import Label
 from btray.model.config import MANIFEST, require_bundle
 from btray.model.shipped import SHIPPED, Model
 
@@ -22,6 +23,8 @@ class EvaluateConfig(JobConfig):
     """Labelled data, as for training; its test split if it has one, else all of it. One class is enough."""
     classes: tuple[str, ...] = ()
     """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
+    outliers: Label | None = None
+    """Label of images that show none of the classes: they are in no figure but the share that is rejected."""
     out: Uri
     """Folder for the report; local or s3://."""
     overwrite: bool = Field(default=False, exclude=True)

@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 from btray import storage
 from btray.core.cluster import connected, require_gpus
 from btray.core.console import ProgressLine
+from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
-from btray.data.labels import require_known_labels
+from btray.data.labels import require_known_labels, require_label
 from btray.data.rejections import (
     REJECTED,
     as_csv,
@@ -45,11 +46,16 @@ def evaluate(config: EvaluateConfig) -> str:
     out = config.out
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
     announce(config.model, bundle.manifest.model_id)
-    table = read_labelled(config.data, classes=config.classes, least_classes=1)
+    chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
+    table = read_labelled(config.data, classes=chosen, least_classes=1)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))
-    require_known_labels(table["label"].to_pylist(), bundle.manifest.classes, config.data)
+    labels, classes = set(table["label"].to_pylist()), bundle.manifest.classes
+    require_label(config.outliers, labels, config.data)
+    if config.outliers in classes:
+        raise UserError(f"--outliers {config.outliers}: the model knows this class; leave --outliers out to measure it")
+    require_known_labels(labels - {config.outliers}, classes, config.data)
     with connected(), ProgressLine(f"classifying {len(table)} images", keep=False):
         if config.use_gpu:
             require_gpus()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Self
@@ -11,10 +12,10 @@ import numpy as np
 from pydantic import TypeAdapter
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from btray.core.errors import UserError
+from btray.evaluation.parts import Interval, Outliers, Part
 
 FORMAT_VERSION = 1
 """Of `metrics.json`; rises when a key changes its meaning or goes."""
@@ -22,8 +23,7 @@ ECE_BINS = 15  # as in Guo et al. 2017: figures of other papers can be compared
 TEMPERATURE_RANGE = (0.05, 20.0)
 BOOTSTRAP_SAMPLES = 2000  # the quantiles then vary by less than the third decimal that is shown
 
-Interval = tuple[float, float]
-"""Lower and upper end."""
+_Z95 = 1.959963984540054  # 95 % of a normal distribution lie within so many deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,15 @@ class Evaluation(Metrics):
     """None if the model gives no label sets."""
     out_of_distribution: OutOfDistribution | None
     """None if the model keeps no distribution of its training images."""
+    by_patients: Part | None = None
+    """The same images with intervals over patients; None if not measured."""
+    outliers: Outliers | None = None
+    """Of images that `--outliers` names, which are in no other figure; None if there is none."""
+    sources: dict[str, Part] | None = None
+    """By source; None if the data name none."""
+    validation: dict[str, Part] | None = None
+    """What networks that had not learnt from them said of the training images, by what was held out, and `all`; None if
+    the model was not trained just now."""
     measured_on: str
     """The images, for a reader."""
     rejected: int
@@ -245,10 +254,15 @@ def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, classes: Sequ
     )
 
 
-def wilson_interval(successes: int, trials: int) -> Interval:
-    """Return the 95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953); `trials` >= 1."""
-    interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+def wilson_interval(successes: float, trials: float) -> Interval:
+    """Return the 95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953); `trials` >= 1.
+
+    Neither need be whole: of images that depend on each other, only as many count as are independent.
+    """
+    share, z = successes / trials, _Z95
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def bootstrap_intervals(confusion: np.ndarray, samples: int = BOOTSTRAP_SAMPLES) -> BootstrapIntervals:
@@ -264,16 +278,27 @@ def bootstrap_intervals(confusion: np.ndarray, samples: int = BOOTSTRAP_SAMPLES)
     # Drawing n images with replacement is drawing their cells from a multinomial distribution. The fixed seed makes
     # equal counts give equal intervals.
     drawn = np.random.default_rng(0).multinomial(n, confusion.ravel() / n, samples).reshape(-1, size, size)
-    correct = np.diagonal(drawn, axis1=1, axis2=2)
-    true, predicted = drawn.sum(2), drawn.sum(1)
-    f1 = 2 * correct / np.maximum(true + predicted, 1)
-    macro_f1 = (f1 * (true > 0)).sum(1) / (true > 0).sum(1)
+    accuracy, macro_f1 = accuracy_and_macro_f1(drawn)
+    return BootstrapIntervals(accuracy=percentile_interval(accuracy), macro_f1=percentile_interval(macro_f1))
 
-    def interval(values: np.ndarray) -> Interval:
-        low, high = np.quantile(values, (0.025, 0.975)).tolist()
-        return low, high
 
-    return BootstrapIntervals(accuracy=interval(correct.sum(1) / n), macro_f1=interval(macro_f1))
+def percentile_interval(values: np.ndarray) -> Interval:
+    """Return the ends between which 95 % of the values lie."""
+    low, high = np.quantile(values, (0.025, 0.975)).tolist()
+    return low, high
+
+
+def accuracy_and_macro_f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return accuracy and macro-F1, over the classes that occur, of confusion matrices, [..., classes, classes]."""
+    true = confusion.sum(-1)
+    macro_f1 = (f1_scores(confusion) * (true > 0)).sum(-1) / (true > 0).sum(-1)
+    return np.diagonal(confusion, axis1=-2, axis2=-1).sum(-1) / true.sum(-1), macro_f1
+
+
+def f1_scores(confusion: np.ndarray) -> np.ndarray:
+    """Return F1 by class, [..., classes], of confusion matrices; 0 if a class neither occurs nor is predicted."""
+    correct = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return np.asarray(2 * correct / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1))
 
 
 def auroc(labels: np.ndarray, probabilities: np.ndarray, index: int) -> float | None:

@@ -9,12 +9,22 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
-from btray.evaluation.metrics import ECE_BINS, Evaluation, Interval, Metrics, wilson_interval
+from btray.evaluation.metrics import ECE_BINS, Evaluation, Metrics, wilson_interval
+from btray.evaluation.parts import FEW, Interval, Outliers, Part
 from btray.model.manifest import Manifest
-from btray.reports.page import NO_DIAGNOSIS, data_uri, encodable, environment, number, percent, render_page
+from btray.reports.page import NO_DIAGNOSIS, data_uri, encodable, environment, images, number, percent, render_page
 
 _PACKAGE = "btray.evaluation"
 _COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")
+_PART_COLUMNS = (
+    "",
+    "images",
+    "patients",
+    "macro-F1, or recall of one class",
+    "ECE",
+    "recall by class",
+    "outliers rejected",
+)
 _NOT_ON_CARD = frozenset({"data", "out", "storage", "mlflow"})  # places of one machine; the card names the data itself
 
 
@@ -41,6 +51,10 @@ def render_report(
         metrics=metrics,
         columns=_COLUMNS,
         rows=_class_rows(metrics),
+        part_columns=_PART_COLUMNS,
+        parts=_part_tables(metrics),
+        few=_few(metrics),
+        least=FEW,
         figures={name: data_uri(png) for name, png in figures.items()},
         ece_bins=ECE_BINS,
     )
@@ -74,6 +88,10 @@ def model_card(manifest: Manifest, metrics: Evaluation, *, terms: str = "", note
         rows=_class_rows(metrics),
         terms=Markup(terms.strip()),  # noqa: S704 - the publisher's own text
         notes=notes,
+        part_columns=_PART_COLUMNS,
+        parts=_part_tables(metrics),
+        few=_few(metrics),
+        least=FEW,
     )  # fmt: skip
     return encodable(card)
 
@@ -89,11 +107,15 @@ def summary(metrics: Evaluation) -> str:
             f"clean, with no twin among the images it was trained or validated with: {metrics.n - metrics.twins} images"
         )
         lines.append(line + (f": {_with_intervals(metrics.clean)}" if metrics.clean else ""))
+    if metrics.outliers:
+        lines.append(f"outliers rejected: {_rejected(metrics.outliers)}")
     lines.append("in brackets 95 % intervals: Wilson's of the accuracy, bootstrap of macro-F1")
     lines.append(f"{'class':<16}{'precision':>10}{'recall':>8}{'F1':>8}{'AUROC':>8}{'images':>8}")
     for label, row in metrics.per_class.items():
         precision, recall, f1, auroc = (number(value, "-") for value in (row.precision, row.recall, row.f1, row.auroc))
         lines.append(f"{label:<16}{precision:>10}{recall:>8}{f1:>8}{auroc:>8}{row.support:>8}")
+    for kind, rows in _part_tables(metrics).items():
+        lines += [f"{kind}: {name}: {n} images, {headline}" for name, n, _, headline, *_ in rows]
     return "\n".join(lines)
 
 
@@ -157,6 +179,48 @@ def _class_rows(metrics: Evaluation) -> list[list[str]]:
         ]
         for index, (name, scores) in enumerate(metrics.per_class.items())
     ]
+
+
+def _part_tables(metrics: Evaluation) -> dict[str, list[list[str]]]:
+    """Return the cells of `_PART_COLUMNS` of each part, by the kind of the parts."""
+    kinds = {"source": metrics.sources, "validation": metrics.validation}
+    return {kind: [_part_row(name, part) for name, part in parts.items()] for kind, parts in kinds.items() if parts}
+
+
+def _part_row(name: str, part: Part) -> list[str]:
+    headline = "–"
+    if part.macro_f1 is not None and part.macro_f1_ci95:
+        headline = f"{number(part.macro_f1)} ({_between(part.macro_f1_ci95)})"
+    elif part.recall is not None and part.recall_ci95:
+        headline = f"recall {number(part.recall)} ({_between(part.recall_ci95)})"
+    by_class = [f"{label} {number(own.recall)} of {own.support}" for label, own in part.per_class.items()]
+    few = f" (fewer than {FEW}: too few to say)" * (part.groups < FEW)
+    return [
+        name,
+        str(part.n),
+        f"{part.groups}{few}",
+        headline,
+        number(part.ece),
+        ", ".join(by_class) or "–",
+        _rejected(part.outliers) if part.outliers else "–",
+    ]
+
+
+def _rejected(outliers: Outliers) -> str:
+    return f"{outliers.rejected} of {outliers.n}, {percent(outliers.share)} ({_interval(outliers.share_ci95)})"
+
+
+def _few(metrics: Evaluation) -> list[str]:
+    """Name the classes with too few patients to say something."""
+    return [
+        f"{name} ({images(own.support)} of {own.groups} {'patient' if own.groups == 1 else 'patients'})"
+        for name, own in (metrics.by_patients.per_class if metrics.by_patients else {}).items()
+        if own.groups < FEW
+    ]
+
+
+def _between(interval: Interval) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _interval(interval: Interval) -> str:

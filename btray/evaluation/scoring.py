@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from btray.data.fingerprint import Fingerprints, fingerprint_of, unpack
 from btray.data.frames import Rejection
 from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier, NetworkOutput
+from btray.model.ood import Distribution
 
 _BLOCK_ROWS = 128  # some seconds' work for an actor: few enough that all actors end at about the same time
 _FLOATS = pa.list_(pa.float32())
@@ -45,13 +47,45 @@ class Scores:
     """Of the scan that each frame belongs to, [n, VIEWS, LENGTH]."""
     rejected: pa.Table
     """Columns row, code, message."""
+    ood_scores: npt.NDArray[np.float32] | None = None
+    """How unlike the images that the network learnt from each frame is, [n]; None if that is not known."""
+
+    def compared_with(self, distribution: Distribution | None) -> Scores:
+        """Return the same with the out-of-distribution scores that `distribution` gives."""
+        if distribution is None or len(self.row) == 0:
+            return replace(self, ood_scores=None)
+        return replace(self, ood_scores=distribution.scores(self.answers.features))
 
     def of_rows(self, rows: npt.NDArray[np.int64]) -> Scores:
         """Return the part that belongs to `rows` of the table; their numbers stay as they are."""
         rejected = self.rejected.filter(np.isin(self.rejected["row"].to_numpy(), rows))
-        chosen = np.isin(self.row, rows)
-        answers = NetworkOutput(self.answers.logits[chosen], self.answers.features[chosen])
-        return Scores(self.row[chosen], answers, self.fingerprints[chosen], rejected)
+        return replace(self.where(np.isin(self.row, rows)), rejected=rejected)
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Scores:
+        """Return some of the frames, bool [n], and all rejected inputs."""
+        return Scores(
+            row=self.row[chosen],
+            answers=NetworkOutput(self.answers.logits[chosen], self.answers.features[chosen]),
+            fingerprints=self.fingerprints[chosen],
+            rejected=self.rejected,
+            ood_scores=None if self.ood_scores is None else self.ood_scores[chosen],
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Scores]) -> Scores:
+        """Join one or more, of different rows. Features of different networks cannot be compared with one another."""
+        answered = [part for part in parts if len(part.row)] or parts[:1]
+        ood_scores = [part.ood_scores for part in answered if part.ood_scores is not None]
+        return cls(
+            row=np.concatenate([part.row for part in answered]),
+            answers=NetworkOutput(
+                np.concatenate([part.answers.logits for part in answered]),
+                np.concatenate([part.answers.features for part in answered]),
+            ),
+            fingerprints=np.concatenate([part.fingerprints for part in answered]),
+            rejected=pa.concat_tables([part.rejected for part in parts]),
+            ood_scores=np.concatenate(ood_scores) if len(ood_scores) == len(answered) else None,
+        )
 
 
 def score(

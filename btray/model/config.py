@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
@@ -23,13 +23,15 @@ EngineName = Literal["auto", "eager", "frozen", "onnx"]
 Precision = Literal["float32", "bf16"]
 """In what the feature maps are computed."""
 BACKBONES = ("resnet18", "resnet50", "vgg16", "efficientnet_b0", "densenet121", "convnext_tiny")
+ARCHITECTURES = ("mobile_cnn", "cnn", *BACKBONES)
 
 
 class NetworkConfig(ComponentConfig):
     """A custom 2D CNN, described wholly, or a torchvision backbone by name."""
 
-    architecture: Literal["cnn", *BACKBONES] = "cnn"  # type: ignore[valid-type]
-    """`cnn`: the family below; else a torchvision backbone, which uses only `dropout`."""
+    architecture: Literal[ARCHITECTURES] = "mobile_cnn"  # type: ignore[valid-type]
+    """`mobile_cnn`: 15 inverted residual blocks, whose weights start from ImageNet; `cnn`: the family below, \
+    meant whenever one of its settings is given; else a torchvision backbone. All use `dropout`."""
     stem_width: Positive = 24
     """Channels after the first convolution."""
     stem_stride: Literal[1, 2, 4] = 2
@@ -54,6 +56,13 @@ class NetworkConfig(ComponentConfig):
     """How the last feature map becomes one vector."""
     dropout: Share = 0.3
     """Dropout before the last layer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_the_family_mean_it(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "architecture" not in values and values.keys() - {"dropout"}:
+            return values | {"architecture": "cnn"}
+        return values
 
     @model_validator(mode="after")
     def _one_depth_per_width(self) -> Self:

@@ -12,7 +12,7 @@ from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, threshold_for_accuracy
 from btray.model.classifier import Classifier
 from btray.model.manifest import Thresholds
-from btray.model.ood import FLAGGED, Distribution, Features
+from btray.model.ood import FLAGGED, Distribution
 from btray.training.config import TrainConfig
 from btray.training.plan import Indices
 
@@ -29,8 +29,10 @@ class Limits:
     """Of the features of training images."""
 
 
-def calibrate(config: TrainConfig, validation: Scores, labels: Indices, reference: Features) -> Limits:
+def calibrate(config: TrainConfig, validation: Scores, labels: Indices) -> Limits:
     """Fit temperature (Guo et al. 2017, arXiv:1706.04599) and thresholds on scored validation frames.
+
+    They may be answers of several networks, to different frames each, since only logits and scores are looked at.
 
     Without a readable validation frame nothing is fitted, and --abstain-below holds as it is given.
 
@@ -38,11 +40,9 @@ def calibrate(config: TrainConfig, validation: Scores, labels: Indices, referenc
         config: which thresholds to fit, and for what accuracy and error rate.
         validation: scores of n frames that the network has not learnt from.
         labels: their labels, [n].
-        reference: features of training images, [m, features].
     """
-    ood = Distribution.fit(reference) if len(reference) else None
     if len(labels) == 0:
-        return Limits(thresholds=Thresholds(abstain_below=config.abstain_below), ood=ood)
+        return Limits(thresholds=Thresholds(abstain_below=config.abstain_below))
     # First the temperature: thresholds are compared with calibrated probabilities.
     temperature = fit_temperature(validation.answers.logits, labels)
     probabilities = Classifier.calibrated(validation.answers.logits, temperature)
@@ -57,11 +57,12 @@ def calibrate(config: TrainConfig, validation: Scores, labels: Indices, referenc
             )
     error = config.conformal_error
     # The score that a share FLAGGED of these frames exceeds: so many ordinary images will be marked.
-    ood_score = None if ood is None else float(np.quantile(ood.scores(validation.answers.features), 1 - FLAGGED))
+    ood_scores = validation.ood_scores
+    ood_score = None if ood_scores is None else float(np.quantile(ood_scores, 1 - FLAGGED))
     thresholds = Thresholds(
         abstain_below=abstain_below,
         ood_score=ood_score,
         conformal=None if error is None else conformal_threshold(labels, probabilities, error),
         conformal_error=error,
     )
-    return Limits(temperature, thresholds, ood)
+    return Limits(temperature, thresholds)

@@ -10,12 +10,15 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_serializer, fi
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.core.errors import UserError
-from btray.core.uris import Uri, resolve
+from btray.core.uris import Uri, resolve, resolved
 from btray.data.config import PreprocessConfig
-from btray.model.config import BACKBONES, MANIFEST, NetworkConfig
+from btray.data.labels import Label
+from btray.model.config import ARCHITECTURES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
 """Settings of a search that are drawn evenly on a logarithmic scale."""
+IMAGENET, RANDOM = "imagenet", "random"
+"""Values of --init-from that are no URI."""
 BOUNDED = ("dropout", "label_smoothing", *LOGARITHMIC)
 """Settings of a search of which the bounds are given; of the others, the choices."""
 
@@ -62,7 +65,7 @@ class AugmentConfig(ComponentConfig):
 class OptimiserConfig(ComponentConfig):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with warm-up and a cosine schedule (arXiv:1608.03983)."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     """Peak learning rate."""
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Learning rate at the end, as a share of the peak."""
@@ -77,15 +80,21 @@ class OptimiserConfig(ComponentConfig):
     label_smoothing: Share = 0.1
     """Share of each target that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     class_balance: Literal["weights", "sampling", "none"] = "weights"
-    """Whether rare classes weigh more in the loss, are drawn more often, or neither."""
+    """Whether images of rare classes and sources weigh more in the loss, are drawn more often, or neither."""
+    class_power: Probability = 0.5
+    """How far rare classes are lifted: 0, every image counts the same; 1, every class does."""
+    source_power: Probability = 0.5
+    """How far small sources are lifted within a class, likewise."""
     mixup: Annotated[float, Field(ge=0, le=4)] = 0.0
     """Parameter of mixup's beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0: none."""
     ema: Share = 0.995
     """Decay per step of the moving average of the weights, which is evaluated instead of the weights; 0: none."""
-    freeze_epochs: Annotated[int, Field(ge=0)] = 3
-    """With --init-from: epochs in which only the last layer learns, whose random start would spoil the others."""
+    freeze_epochs: Annotated[int, Field(ge=0)] = 1
+    """With pretrained weights: epochs in which only the last layer learns: its random start would spoil the others."""
+    frozen_stages: Annotated[int, Field(ge=0)] = 3
+    """With ImageNet's weights: stages from the input that never learn; their edges and textures serve as they are."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """With --init-from: factor on the learning rate from each stage to the one before it."""
+    """With pretrained weights: factor on the learning rate from each stage to the one before it."""
 
 
 def _tracking_uri(value: str) -> str:
@@ -106,9 +115,12 @@ class TrainConfig(JobConfig):
     })  # fmt: skip
     """Settings that may differ between two commands for one run: none changes an epoch that is already trained."""
     data: Uri
-    """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id]); local or s3://."""
+    """Class-per-folder tree or manifest (Parquet or CSV with uri,label[,split][,patient_id][,source]); local or s3://."""
     classes: tuple[str, ...] = ()
     """Class folders, or labels of a manifest, that are meant; all others are left out. Default: all."""
+    outliers: Label | None = None
+    """Label of images that show none of the classes: training learns to be unsure of them, and they are in no figure \
+    but the share that is rejected."""
     out: Uri
     """Where the model bundle is written; local or s3://."""
     overwrite: bool = Field(default=False, exclude=True)
@@ -117,21 +129,30 @@ class TrainConfig(JobConfig):
     """Name of the run; the same name resumes a run that was interrupted."""
     storage: Uri | None = None
     """Where runs keep checkpoints, history and TensorBoard events; default: OUT/_run."""
-    epochs: Positive = 30
+    epochs: Positive = 10
     """Passes over the training data."""
     batch_size: Positive = 64
     """Images per step, over all workers together."""
     num_workers: str | None = None
     """Data-parallel workers, N or MIN:MAX (elastic); default: one per GPU with --use-gpu, else per CPU, at most 4."""
     use_gpu: bool = False
-    """One worker per GPU, NCCL, bf16 autocast."""
+    """One worker per GPU, NCCL."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """In what feature maps are computed; auto: bf16, bfloat16 by autocast, on GPUs and on CPUs with AVX512_BF16 or \
+    AMX, else float32."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random source."""
+    validate_by: Literal["patients", "sources", "folds"] = "patients"
+    """Hold out a share of the patients (or of what stands for them) once; or train one network without each source or \
+    fold, choose epochs and thresholds by their answers to what they have not seen, and then train on all images."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.15
-    """Share of the training images held out, by group, for early stopping; unused if the data have a val split."""
-    refit_epochs: Annotated[int, Field(ge=0)] = 10
-    """Epochs in which the best network then learns from all images, including those held out; 0: none. Unused if the \
+    """With --validate-by patients: share of the training images held out, by group, for early stopping; unused if the \
     data have a val split."""
+    folds: Annotated[int, Field(ge=2, le=20)] = 3
+    """With --validate-by folds: number of folds, which no patient is cut by."""
+    refit_epochs: Annotated[int, Field(ge=0)] = 10
+    """Epochs in which the network then learns from all images, unaltered, including those held out; 0: none. Unused \
+    if the data have a val split."""
     patience: Annotated[int, Field(ge=0)] = 15
     """Epochs without a better validation macro-F1 before training stops; 0: never."""
     on_leak: Literal["warn", "drop", "fail"] = "warn"
@@ -149,8 +170,9 @@ class TrainConfig(JobConfig):
     """Decoded frames up to this size, in GB, stay in memory; larger data are streamed again every epoch."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures that the run survives; -1: any number."""
-    init_from: Uri | None = None
-    """Bundle or weights file (.safetensors, or a torch state dict) to start from."""
+    init_from: Annotated[str, resolved(unless=f"({IMAGENET}|{RANDOM})$")] | None = None
+    """Bundle or weights file (.safetensors, or a torch state dict) to start from, or `imagenet` or `random`; default: \
+    imagenet for --network.architecture mobile_cnn, random for all others."""
     mlflow: Annotated[str, AfterValidator(_tracking_uri)] | None = None
     """MLflow tracking URI to log to (extra `mlflow`); it is recorded without user and password."""
     preprocess: PreprocessConfig = PreprocessConfig()
@@ -191,8 +213,8 @@ class TrainConfig(JobConfig):
         from btray.model.bundle_files import require_free
 
         storage.require_input(self.data, "--data")
-        if self.init_from:
-            storage.require_input(self.init_from, "--init-from")
+        if self.start not in (None, IMAGENET):
+            storage.require_input(self.start, "--init-from")
         if self.mlflow and find_spec("mlflow") is None:
             raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'")
         if not self.overwrite:
@@ -202,6 +224,13 @@ class TrainConfig(JobConfig):
         storage.require_writable(self.out, "--out")
         if self.storage:
             storage.require_writable(self.storage, "--storage")
+
+    @property
+    def start(self) -> str | None:
+        """Return what the weights start from: a URI, IMAGENET, or None for random ones."""
+        if self.init_from is None:
+            return IMAGENET if self.network.architecture == "mobile_cnn" else None
+        return None if self.init_from == RANDOM else self.init_from
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
@@ -220,8 +249,8 @@ class TrainConfig(JobConfig):
 class SpaceConfig(ComponentConfig):
     """What differs between trials. A setting with one choice, or with equal bounds, is fixed."""
 
-    architecture: tuple[Literal["cnn", *BACKBONES], ...] = ("cnn",)  # type: ignore[valid-type]
-    """Choices of --network.architecture; a backbone ignores the five settings of the family below."""
+    architecture: tuple[Literal[ARCHITECTURES], ...] = ("cnn",)  # type: ignore[valid-type]
+    """Choices of --network.architecture; all but cnn ignore the five settings of its family below."""
     width: tuple[Annotated[float, Field(gt=0, le=8)], ...] = (0.5, 0.75, 1.0, 1.5)
     """Choices of a factor on --network.stem-width and --network.widths; the result is rounded to eights."""
     depth: tuple[Annotated[int, Field(ge=0, le=8)], ...] = (0, 1)
@@ -267,10 +296,14 @@ class TuneConfig(TrainConfig):
     """
 
     record: ClassVar[str] = "tune.yaml"
+    validate_by: Literal["patients"] = "patients"
+    """Trials are compared on the same held-out patients."""
     # Unlike in a single run, epochs, workers and patience are fixed: trials that differ in them cannot be compared.
     may_change: ClassVar[frozenset[str]] = TrainConfig.may_change - {"epochs", "num_workers", "patience"} | {
         "concurrent"
     }
+    network: NetworkConfig = NetworkConfig(architecture="cnn")
+    """Network; what --space varies is varied from here."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tune"
     """Name of the search; the same name resumes a search that was interrupted."""
     epochs: Positive = 12
@@ -298,11 +331,18 @@ class TuneConfig(TrainConfig):
             raise UserError("--search optuna needs the extra: pip install 'btray[tune]'; or give --search random")
         super().check()
 
+    @property
+    def start(self) -> str | None:
+        """As in training, but ImageNet's weights only if all trials are of the architecture that they fit."""
+        if self.init_from is None:
+            return IMAGENET if self.space.architecture == ("mobile_cnn",) else None
+        return super().start
+
     @model_validator(mode="after")
     def _weights_fit_one_network(self) -> Self:
         shape = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling")
         varied = [name for name in shape if len(getattr(self.space, name)) > 1]
-        if self.init_from and varied:
+        if self.start and varied:
             raise ValueError(
                 f"--init-from fits one network, and --space.{varied[0].replace('_', '-')} varies it: give one value"
             )

@@ -1,4 +1,4 @@
-"""The training job: prepare -> fit -> calibrate -> refit -> assess -> save."""
+"""The training job: prepare -> fit, once or in rounds -> calibrate -> refit -> assess -> save."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow as pa
 from btray import storage
 from btray.core import logs
 from btray.core.cluster import connected
+from btray.core.errors import UserError
 from btray.data.fingerprint import unpack
 from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv, report_rejections
 from btray.evaluation.assessment import Assessment, assess
@@ -53,11 +55,11 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
     with connected(dashboard=True):
         data = prepare(source)
         claim_run(data)
-        trained = TrainedModel(data, fit(data))
-        calibrated, validation = _calibrate(trained)
-        final, test = _score_test(calibrated, _refit(calibrated))
-        assessment = _assess(calibrated, final, validation, test)
-    saved = save_bundle(_with_agreement(calibrated, final), config.out, {**assessment.files, **(files or {})})
+        trained, rounds = _fit_in_rounds(data) if data.rounds else _fit_once(data)
+        limits = _calibrate(data, rounds)
+        final, test = _score_test(_refit(replace(trained, limits=limits)))
+        assessment = _assess(final, rounds, test)
+    saved = save_bundle(_with_agreement(final, rounds), config.out, {**assessment.files, **(files or {})})
     print(summary(assessment.metrics), flush=True)
     report = storage.join(config.out, "report.html")
     print(f"model {saved.manifest.model_id}; report {report}; run {data.plan.run_uri}", flush=True)
@@ -109,18 +111,78 @@ class TrainedModel:
         return [scores.of_rows(group) for group in groups]
 
     def reference_rows(self) -> Indices:
-        """Choose the training images from which the distribution of features is taken."""
+        """Choose the training images, without outliers, from which the distribution of features is taken."""
         plan = self.data.plan
-        return np.random.default_rng(plan.config.seed).permutation(plan.rows(plan.train))[:REFERENCE_IMAGES]
+        rows = plan.rows(plan.train[plan.labels[plan.train] >= 0])
+        return np.random.default_rng(plan.config.seed).permutation(rows)[:REFERENCE_IMAGES]
+
+    def with_distribution(self, reference: Scores) -> TrainedModel:
+        """Return the same with the distribution of features that its answers to `reference_rows` give."""
+        ood = Distribution.fit(reference.answers.features) if len(reference.row) else None
+        return replace(self, limits=replace(self.limits, ood=ood))
 
 
-def _calibrate(model: TrainedModel) -> tuple[TrainedModel, Scores]:
-    """Calibrate on the validation images, which the network has not learnt from; returns their scores too."""
-    plan = model.data.plan
-    reference, validation = model.score(model.reference_rows(), plan.rows(plan.validation))
-    labels = plan.labels_of_rows(validation.row)
-    limits = calibrate(plan.config, validation, labels, reference.answers.features)
-    return replace(model, limits=limits), validation
+@dataclass(frozen=True)
+class Round:
+    """A network, and what it says of the images that were held out of its training, outliers among them."""
+
+    model: TrainedModel
+    held_out: Scores
+
+    @classmethod
+    def of(cls, model: TrainedModel) -> Round:
+        """Score what the plan of the model's data holds out."""
+        plan = model.data.plan
+        held = plan.rows(np.concatenate([plan.validation, plan.held_outliers]))
+        reference, held_out = model.score(model.reference_rows(), held)
+        model = model.with_distribution(reference)
+        return cls(model, held_out.compared_with(model.limits.ood))
+
+    @property
+    def known(self) -> Scores:
+        """Those of the held-out images that are no outliers."""
+        return self.held_out.where(self.model.data.plan.labels_of_rows(self.held_out.row) >= 0)
+
+
+def _fit_once(data: TrainingData) -> tuple[TrainedModel, dict[str, Round]]:
+    """Train without the images that are held out, and score these."""
+    validated = Round.of(TrainedModel(data, fit(data)))
+    return validated.model, {"held out": validated}
+
+
+def _fit_in_rounds(data: TrainingData) -> tuple[TrainedModel, dict[str, Round]]:
+    """Train once without each part, and score it; then on all images, for the mean of the rounds' best epochs."""
+    rounds: dict[str, Round] = {}
+    for number, (name, held) in enumerate(data.rounds.items(), start=1):
+        plan = data.plan.hold_out(held, number)
+        if len(plan.validation) == 0 or np.count_nonzero(plan.class_counts()) < 2:
+            _log.warning("%s is not held out: without it, there is nothing to learn that it could be tested with", name)
+            continue
+        if unknown := int(held.sum()) - len(plan.validation) - len(plan.held_outliers):
+            _log.warning("%d images of %s are not tested: nothing else shows their class", unknown, name)
+        _log.info("round %d of %d: without %s, %d images", number, len(data.rounds), name, len(plan.validation))
+        part = replace(data, plan=plan)
+        rounds[name] = Round.of(TrainedModel(part, fit(part)))
+    if not rounds:
+        raise UserError(
+            f"not one of {len(data.rounds)} {data.plan.config.validate_by} can be held out: the others have too few "
+            "classes; give --validate-by patients"
+        )
+    best = [best_record(validated.model.result.history).epoch for validated in rounds.values()]
+    epochs = max(1, round(float(np.mean(best))))
+    _log.info("training on all images for %d epochs, the mean of the best ones, %s", epochs, ", ".join(map(str, best)))
+    return TrainedModel(data, fit(replace(data, plan=data.plan.on_everything(epochs)))), rounds
+
+
+def _calibrate(data: TrainingData, rounds: Mapping[str, Round]) -> Limits:
+    """Calibrate on images that the networks have not learnt from. The distribution of features is that of one round.
+
+    With several rounds it is left out: the features of different networks cannot be compared.
+    """
+    known = Scores.concatenate([validated.known for validated in rounds.values()])
+    limits = calibrate(data.plan.config, known, data.plan.labels_of_rows(known.row))
+    (*_, last) = rounds.values()
+    return replace(limits, ood=None if data.rounds else last.model.limits.ood)
 
 
 def _refit(calibrated: TrainedModel) -> TrainedModel:
@@ -135,31 +197,32 @@ def _refit(calibrated: TrainedModel) -> TrainedModel:
         return calibrated
     _log.info("refit: %d more epochs on all %d images, including those held out", epochs, len(plan.samples))
     refitted = fit(replace(data, plan=plan.refit(result.weights, len(result.history))))
-    return replace(calibrated, result=TrainResult(refitted.weights, result.history, len(refitted.history)))
+    changed = TrainResult(refitted.weights, result.history, len(refitted.history))
+    return replace(calibrated, result=changed, limits=replace(calibrated.limits, ood=None))  # a refit moves features
 
 
-def _score_test(calibrated: TrainedModel, final: TrainedModel) -> tuple[TrainedModel, Scores]:
-    """Score the test split, once. A refit moves features: the distribution of the training images' is fitted again."""
-    test_rows = np.flatnonzero(in_splits(final.data.source.table, "test"))
-    if final is calibrated:
-        (test,) = final.score(test_rows)
-        return final, test
-    reference, test = final.score(final.reference_rows(), test_rows)
-    limits = replace(final.limits, ood=Distribution.fit(reference.answers.features))
-    return replace(final, limits=limits), test
+def _score_test(model: TrainedModel) -> tuple[TrainedModel, Scores]:
+    """Score the test split, once; and give the model the distribution of its features if it has none."""
+    test_rows = np.flatnonzero(in_splits(model.data.source.table, "test"))
+    if model.limits.ood is not None:
+        (test,) = model.score(test_rows)
+        return model, test
+    reference, test = model.score(model.reference_rows(), test_rows)
+    return model.with_distribution(reference), test
 
 
-def _with_agreement(calibrated: TrainedModel, final: TrainedModel) -> Bundle:
+def _with_agreement(final: TrainedModel, rounds: Mapping[str, Round]) -> Bundle:
     """Return the final model with how far it agrees with itself in bfloat16, on the validation images."""
-    plan, bundle = calibrated.data.plan, final.bundle()
-    uris = calibrated.data.source.table["uri"].take(plan.rows(plan.validation)).to_pylist()
+    bundle, rows = final.bundle(), np.concatenate([validated.known.row for validated in rounds.values()])
+    uris = final.data.source.table["uri"].take(np.unique(rows)).to_pylist()
     return replace(bundle, manifest=bundle.manifest.model_copy(update={"bf16": measure_agreement(bundle, uris)}))
 
 
-def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, test: Scores) -> Assessment:
+def _assess(final: TrainedModel, rounds: Mapping[str, Round], test: Scores) -> Assessment:
     """Measure on the test split and write plots and texts; on the validation images if no test image is readable.
 
-    The validation images were scored by the network before the refit, and are measured by its own limits.
+    The validation images were scored by networks that had not learnt from them, and are measured by these networks'
+    own distributions.
     """
     data, plan, table = final.data, final.data.plan, final.data.source.table
     bundle, prints = final.bundle(), unpack(data.used["fingerprint"].to_pylist())
@@ -167,12 +230,22 @@ def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, t
     if len(test.rejected):
         rejected = pa.concat_tables([data.rejected, test.rejected])
         storage.write_bytes(storage.join(plan.run_uri, REJECTED), rejections_csv(rejected, table))
-    history = [asdict(record) for record in final.result.history]
+    validation = {name: validated.held_out for name, validated in rounds.items()}
+    # The final network of several rounds validates nothing: the curves are those of the round that validates most.
+    shown = max((validated.model for validated in rounds.values()), key=lambda model: len(model.data.plan.validation))
+    curves = {
+        "history": [asdict(record) for record in shown.result.history],
+        "train_images": len(shown.data.plan.train),
+        "val_images": len(shown.data.plan.validation),
+    }
     if len(test.row):
         measured_on = f"the test split of {plan.config.data}"
-        assessment = assess(bundle, table, test, measured_on=measured_on, history=history, learnt_from=prints)
+        assessment = assess(
+            bundle, table, test, measured_on=measured_on, learnt_from=prints, validation=validation, curves=curves
+        )
     else:
-        report_rejections(validation.rejected, table)
+        scores = Scores.concatenate([*validation.values()])
+        report_rejections(scores.rejected, table)
         missing = "not one readable image in their" if len(test.rejected) else "no"
         note = (
             f"The data have {missing} test split: these figures are of the validation images, by which the best epoch "
@@ -180,16 +253,18 @@ def _assess(calibrated: TrainedModel, final: TrainedModel, validation: Scores, t
             "learnt from these images too."
         )
         measured_on = f"the validation images of {plan.config.data}"
-        measured = replace(bundle, ood=calibrated.limits.ood)
-        assessment = assess(measured, table, validation, measured_on=measured_on, history=history, notes=[note])
-    reference = calibrated.bundle()
-    answers = map(vars, interpret(validation.answers, reference.manifest, reference.ood))
+        assessment = assess(
+            bundle, table, scores, measured_on=measured_on, notes=[note], validation=validation, curves=curves
+        )
+    answers = chain.from_iterable(
+        interpret(validated.known.answers, bundle.manifest, validated.model.limits.ood) for validated in rounds.values()
+    )
     files = assessment.files | {
         "MODEL_CARD.md": model_card(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": plan.config.to_yaml().encode(),
         HISTORY: as_lines(final.result.history).encode(),
         FINGERPRINTS: pack_fingerprints(prints),
         # Later answers are compared with those to images that the network had not learnt from.
-        REFERENCE: Profile.of(answers).model_dump_json().encode(),
+        REFERENCE: Profile.of(map(vars, answers)).model_dump_json().encode(),
     }
     return Assessment(assessment.metrics, files)

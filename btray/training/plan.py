@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,7 @@ from torch import Tensor
 from btray import storage
 from btray.data.frames import FRAMES_PER_SCAN
 from btray.training.config import TrainConfig
+from btray.training.optimizer import sample_weights
 
 Indices = npt.NDArray[np.int64]
 
@@ -37,13 +40,17 @@ class Plan:
     samples: Indices
     """Numbers of all samples that are used, ascending."""
     labels: Indices
-    """Their classes, as positions in `classes`."""
+    """Their classes, as positions in `classes`; -1 for outliers, which are none."""
+    sources: Indices
+    """Numbers of the data sets they come from; all 0 if the source names none."""
     train: Indices
     """Positions in `samples` that are trained on."""
     validation: Indices
-    """Positions in `samples` that are held out; none in a refit."""
+    """Positions in `samples` that are held out, without outliers; none in a refit."""
     streaming: bool
     """Whether the frames exceed memory and are decoded again every epoch."""
+    held_outliers: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Positions in `samples` of outliers that are held out."""
     initial_weights: dict[str, Tensor] | None = None
     """Tensors to start from, by name."""
 
@@ -58,8 +65,13 @@ class Plan:
         return len(self.train) // self.batch_size
 
     def class_counts(self) -> list[int]:
-        """Count the training samples of each class."""
-        return np.bincount(self.labels[self.train], minlength=len(self.classes)).tolist()
+        """Count the training samples of each class; outliers count nowhere."""
+        return np.bincount(self.labels[self.train] + 1, minlength=len(self.classes) + 1)[1:].tolist()
+
+    def label_names(self, positions: Indices) -> list[str]:
+        """Return the labels of samples, as the source names them."""
+        names = (*self.classes, self.config.outliers or "")
+        return [names[label] for label in self.labels[positions]]
 
     def rows(self, positions: Indices) -> Indices:
         """Return the rows of the source that samples belong to, ascending, each once."""
@@ -70,16 +82,47 @@ class Plan:
         # All frames of a scan are used, or none: the first sample from a used row's number on is the row's own.
         return self.labels[np.searchsorted(self.samples, rows * FRAMES_PER_SCAN)]
 
+    def weights(self) -> npt.NDArray[np.float32]:
+        """Return the weight of every sample in training, [samples]; 0 for those that are not trained on."""
+        weights = np.zeros(len(self.samples), np.float32)
+        weights[self.train] = sample_weights(self.labels[self.train], self.sources[self.train], self.config.optimiser)
+        return weights
+
+    def loss_weights(self) -> npt.NDArray[np.float32]:
+        """Return the weight of every sample in the loss, [samples]: 1 if `class_balance` is not "weights"."""
+        weighted = self.config.optimiser.class_balance == "weights"
+        return self.weights() if weighted else np.ones(len(self.samples), np.float32)
+
     def epoch_order(self, epoch: int) -> Indices:
         """Shuffle the training positions by seed and epoch alone, so that every worker and restart agrees.
 
-        With `class_balance` "sampling" they are drawn with replacement, all classes equally often.
+        With `class_balance` "sampling" they are drawn with replacement, as often as they weigh.
         """
         generator = np.random.default_rng([self.config.seed, epoch])
         if self.config.optimiser.class_balance != "sampling":
             return generator.permutation(self.train)
-        chance = 1.0 / np.array(self.class_counts())[self.labels[self.train]]
+        chance = self.weights()[self.train].astype(np.float64)
         return generator.choice(self.train, len(self.train), p=chance / chance.sum())
+
+    def hold_out(self, held: npt.NDArray[np.bool_], number: int) -> Plan:
+        """Plan the round that trains without the samples `held`, bool [samples]; the run has its `number` in its name.
+
+        Of classes that the rest does not have nothing can be learnt: their samples are not validated with.
+        """
+        name = f"{self.config.name}.round-{number}"
+        known = np.isin(self.labels, self.labels[~held & (self.labels >= 0)])
+        return self._renamed(
+            {"name": name},
+            train=np.flatnonzero(~held),
+            validation=np.flatnonzero(held & known),
+            held_outliers=np.flatnonzero(held & (self.labels < 0)),
+        )
+
+    def on_everything(self, epochs: int) -> Plan:
+        """Plan a run of so many epochs on all samples, from the start."""
+        # Named after its length: with another one, the learning rate would have had another course.
+        changes = {"name": f"{self.config.name}.final-{epochs}", "epochs": epochs, "patience": 0}
+        return self._renamed(changes)
 
     def refit(self, weights: dict[str, Tensor], epochs_before: int) -> Plan:
         """Plan the last epochs: from `weights`, on all samples, at a lower rate and without augmentation but flips.
@@ -93,12 +136,11 @@ class Plan:
         rate = config.optimiser.learning_rate * _REFIT_RATE
         optimiser = config.optimiser.model_copy(update={"learning_rate": rate, "freeze_epochs": 0, "layer_decay": 1.0})
         changes = {"name": name, "epochs": config.refit_epochs, "patience": 0, "optimiser": optimiser}
-        changed = config.model_copy(update=changes | {"augment": config.augment.only_flips()})
-        return replace(
-            self,
-            config=changed,
-            run_uri=run_folder(changed),
-            train=np.arange(len(self.samples)),
-            validation=np.zeros(0, np.int64),
-            initial_weights=weights,
-        )
+        return self._renamed(changes | {"augment": config.augment.only_flips()}, initial_weights=weights)
+
+    def _renamed(self, changes: Mapping[str, Any], **fields: Any) -> Plan:
+        """Return the plan of another run: on all samples, but for what `fields` say."""
+        changed = self.config.model_copy(update=dict(changes))
+        nothing = np.zeros(0, np.int64)
+        everything = {"train": np.arange(len(self.samples)), "validation": nothing, "held_outliers": nothing}
+        return replace(self, config=changed, run_uri=run_folder(changed), **{**everything, **fields})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import ne
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from btray.data.duplicates import group_by_fingerprint
 from btray.data.fingerprint import unpack
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.data.labelled import read_labelled
-from btray.data.labels import class_order, require_known_labels
+from btray.data.labels import class_order, require_known_labels, require_label
 from btray.data.rejections import (
     REJECTED,
     enforce_max_rejected,
@@ -33,7 +34,7 @@ from btray.data.rejections import (
     report_rejections,
     require_found,
 )
-from btray.data.splits import Leak, find_leak, hold_out, report_leak
+from btray.data.splits import Flags, Leak, find_leak, hold_out, k_folds, leave_out_sources, report_leak
 from btray.model.network import build_network
 from btray.training.config import TrainConfig
 from btray.training.feeds import decode_rows, survey
@@ -62,8 +63,11 @@ class Source:
         return hashlib.sha256(repr(self.table.to_pydict()).encode()).hexdigest()
 
     def decode(self, rows: Indices, **options: Any) -> ray.data.Dataset:
-        """Decode the given rows, by their position and with their labels' numbers, as `feeds.decode_rows` says."""
-        labels = pc.index_in(self.table["label"].take(rows), pa.array(self.classes)).cast(pa.int64())
+        """Decode the given rows, by their position and with their labels' numbers, as `feeds.decode_rows` says.
+
+        The number of an outlier is -1.
+        """
+        labels = pc.index_in(self.table["label"].take(rows), pa.array(self.classes)).cast(pa.int64()).fill_null(-1)
         numbered = pa.table({"row": rows, "uri": self.table["uri"].take(rows), "label": labels})
         return decode_rows(numbered, FrameSource(self.config.preprocess), **options)
 
@@ -99,24 +103,33 @@ class TrainingData:
     leak: Leak
     """Which images the test and val splits have in common with those that are learnt from."""
     plan: Plan
+    rounds: Mapping[str, Flags]
+    """With --validate-by sources or folds: what the plan's samples are held out of, bool [samples], by its name. The
+    plan is then to train on all of them."""
 
     def digest(self) -> str:
         """Compute the SHA-256 over digest, label and use of every image, whatever the files are called."""
         plan, digests = self.plan, self.used["digest"].to_pylist()
-        use = np.where(np.isin(np.arange(len(digests)), plan.validation), "validation", "train")
-        images = zip(digests, plan.labels, use, strict=True)
-        lines = sorted(f"{digest} {plan.classes[label]} {use}" for digest, label, use in images)
+        use = np.where(np.isin(np.arange(len(digests)), [*plan.validation, *plan.held_outliers]), "validation", "train")
+        use = np.select([*self.rounds.values()], [*self.rounds], use) if self.rounds else use
+        images = zip(digests, plan.label_names(np.arange(len(digests))), use, strict=True)
+        lines = sorted(f"{digest} {label} {use}" for digest, label, use in images)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Count the images of each class in each part."""
         plan, test = self.plan, self.source.table.filter(in_splits(self.source.table, "test"))
         labels = {
-            "train": [plan.classes[label] for label in sorted(plan.labels[plan.train])],
-            "validation": [plan.classes[label] for label in sorted(plan.labels[plan.validation])],
+            "train": plan.label_names(plan.train),
+            "validation": plan.label_names(np.concatenate([plan.validation, plan.held_outliers])),
             "test": test["label"].to_pylist(),
         }
-        return {part: dict(Counter(values)) for part, values in labels.items() if values or part != "test"}
+        order = (*plan.classes, plan.config.outliers or "")
+        return {
+            part: {label: values.count(label) for label in order if label in values}
+            for part, values in labels.items()
+            if values or part != "test"
+        }
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
         """Return the data sets of the workers: all decoded frames, or rows in random order, decoded on demand."""
@@ -143,15 +156,18 @@ def read_source(config: TrainConfig) -> Source:
         UserError: fewer than two classes outside val and test, a label there that no training image has, or nothing
             that can be read.
     """
-    table = read_labelled(config.data, classes=config.classes)
-    classes = class_order(table.filter(~in_splits(table, "val", "test"))["label"].to_pylist())
+    chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
+    table = read_labelled(config.data, classes=chosen)
+    require_label(config.outliers, table["label"].unique().to_pylist(), config.data)
+    learnt = table.filter(~in_splits(table, "val", "test"))["label"].to_pylist()
+    classes = class_order(label for label in learnt if label != config.outliers)
     if len(classes) < 2:
         names = ", ".join(classes) or "none"
         raise UserError(
             f"{config.data}: training needs images of at least two classes outside val and test; found {names}"
         )
-    require_known_labels(table["label"].to_pylist(), classes, config.data)
-    weights = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
+    require_known_labels(filter(partial(ne, config.outliers), table["label"].to_pylist()), classes, config.data)
+    weights = read_initial_weights(config.start, config.network, len(classes)) if config.start else None
     return Source(config, table, classes, weights)
 
 
@@ -179,20 +195,23 @@ def prepare(source: Source) -> TrainingData:
     enforce_max_rejected(rejected["code"].to_pylist(), len(rows), config.max_rejected)
     source = source.with_patients(surveyed)
     leak, used = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))
-    validation = _choose_validation(source, used)
+    labels = used["label"].to_numpy()
+    held, rounds = _divide(source, used)
     plan = Plan(
         config=config,
         classes=source.classes,
         run_uri=run_uri,
         samples=used["sample"].to_numpy(),
-        labels=used["label"].to_numpy(),
-        train=np.flatnonzero(~validation),
-        validation=np.flatnonzero(validation),
+        labels=labels,
+        sources=_numbers(source.table["source"].take(used["sample"].to_numpy() // FRAMES_PER_SCAN)),
+        train=np.flatnonzero(~held),
+        validation=np.flatnonzero(held & (labels >= 0)),
+        held_outliers=np.flatnonzero(held & (labels < 0)),
         streaming=frames is None,
         initial_weights=source.initial_weights,
     )
-    _check_plan(plan)
-    return TrainingData(source, frames, rejected, used, leak, plan)
+    _check_plan(plan, rounds)
+    return TrainingData(source, frames, rejected, used, leak, plan, rounds)
 
 
 def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table]:
@@ -210,16 +229,34 @@ def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table]:
     return leak, readable.take(used)
 
 
-def _choose_validation(source: Source, used: pa.Table) -> npt.NDArray[np.bool_]:
-    """Choose which samples are held out: the val split if there is one, else whole groups of the training images."""
+def _divide(source: Source, used: pa.Table) -> tuple[Flags, dict[str, Flags]]:
+    """Choose the samples that are held out once, and those of each round.
+
+    The val split is held out if there is one, else whole groups of the training images.
+    """
     row_of_sample = used["sample"].to_numpy() // FRAMES_PER_SCAN
     rows, first, of_sample = np.unique(row_of_sample, return_index=True, return_inverse=True)
     chosen, config = source.table.take(rows), source.config
-    held_out = np.array(chosen["split"].to_pylist(), object) == "val"
-    if not held_out.any():
-        prints = unpack(used["fingerprint"].take(first).to_pylist())
-        held_out = hold_out(chosen, fraction=config.validation, seed=config.seed, prints=prints)
-    return np.asarray(held_out[of_sample])
+    prints = unpack(used["fingerprint"].take(first).to_pylist())
+    held, rounds = in_splits(chosen, "val"), dict[str, Flags]()
+    if held.any() and config.validate_by != "patients":
+        raise UserError(
+            f"{config.data} has a val split, which --validate-by {config.validate_by} would learn from; leave "
+            "--validate-by out, or the split"
+        )
+    if config.validate_by == "sources":
+        rounds = leave_out_sources(chosen)
+    elif config.validate_by == "folds":
+        folds = k_folds(chosen, k=config.folds, seed=config.seed, prints=prints)
+        rounds = {f"fold {number + 1}": folds == number for number in range(config.folds)}
+    elif not held.any():
+        held = hold_out(chosen, fraction=config.validation, seed=config.seed, prints=prints)
+    return held[of_sample], {name: part[of_sample] for name, part in rounds.items()}
+
+
+def _numbers(names: pa.ChunkedArray) -> Indices:
+    """Return numbers from 0 that tell distinct values apart; null is one of them."""
+    return np.unique(np.array([name or "" for name in names.to_pylist()]), return_inverse=True)[1].astype(np.int64)
 
 
 def _check_streaming(config: TrainConfig, streaming: bool) -> None:
@@ -236,12 +273,12 @@ def _check_workers(config: TrainConfig, batch_size: int) -> None:
         raise UserError(f"--batch-size {batch_size} cannot feed --num-workers {workers}; use fewer workers")
 
 
-def _check_plan(plan: Plan) -> None:
+def _check_plan(plan: Plan, rounds: Mapping[str, Flags]) -> None:
     counts = plan.class_counts()
     if 0 in counts:
         label = plan.classes[counts.index(0)]
         raise UserError(f"class {label!r} has no readable image to train on; add images or remove the class")
-    if len(plan.validation) == 0:
+    if len(plan.validation) == 0 and not rounds:
         raise UserError(
             "no image can be held out for validation without cutting a group; add images or give a val split"
         )

@@ -71,7 +71,9 @@ def claim_run(data: TrainingData) -> None:
         _log.info("run %r was made with another %s: it is deleted", config.name, different.removeprefix("config."))
         filesystem, path = storage.arrow_filesystem(config.storage_uri)
         for name in storage.list_names(config.storage_uri):
-            if name == config.name or name.startswith(f"{config.name}.refit-"):
+            if name == config.name or name.startswith(
+                tuple(f"{config.name}.{kind}-" for kind in ("round", "final", "refit"))
+            ):
                 filesystem.delete_dir(f"{path}/{name}")
         if len(data.rejected):  # the list was in that folder
             storage.write_bytes(storage.join(plan.run_uri, REJECTED), rejections_csv(data.rejected, data.source.table))

@@ -348,7 +348,7 @@ def test_metrics_json_has_the_documented_fields_in_this_order_and_a_version() ->
     assert list(record) == [
         "n", "accuracy", "accuracy_ci95", "macro_f1", "bootstrap_ci95", "auroc_macro", "ece", "per_class",
         "confusion_matrix", "clean", "ece_uncalibrated", "abstention", "conformal", "out_of_distribution",
-        "measured_on", "rejected", "model_id", "format_version",
+        "by_patients", "outliers", "sources", "validation", "measured_on", "rejected", "model_id", "format_version",
     ]  # fmt: skip
     assert record["format_version"] == 1
     documented = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")

@@ -97,5 +97,5 @@ def test_a_threshold_of_the_users_stands_also_where_no_validation_image_is_reada
     nothing = np.zeros((0, 0), np.float32)
     rejected = pa.table({"row": [0], "code": ["empty"], "message": [""]})
     scores = Scores(np.zeros(0, np.int64), NetworkOutput(nothing, nothing), unpack([]), rejected)
-    limits = calibrate(config, scores, np.zeros(0, np.int64), nothing)
+    limits = calibrate(config, scores, np.zeros(0, np.int64))
     assert limits.thresholds == Thresholds(abstain_below=0.7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -84,15 +83,13 @@ class Ranges:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reads: list[int] = []
-        real = storage.open_ranges
+        real = headers.read_range
 
-        def opened(uri: str) -> Any:
-            file = io.BytesIO(real(uri).read())
-            read = file.read
-            file.read = lambda size: self.reads.append(size) or read(size)  # type: ignore[assignment,misc,func-returns-value]
-            return file
+        def counted(uri: str, start: int, end: int) -> bytes:
+            self.reads.append(end - start)
+            return real(uri, start, end)
 
-        patch.setattr(headers.storage, "open_ranges", opened)
+        patch.setattr(headers, "read_range", counted)
 
 
 def test_headers_are_read_by_ranges_that_double_and_no_pixel_is(

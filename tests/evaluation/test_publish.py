@@ -16,6 +16,7 @@ from btray import phantoms, storage
 from btray.core.errors import UserError
 from btray.data.duplicates import have_twin
 from btray.data.fingerprint import SHORT, VIEWS, fingerprint_of, unpack
+from btray.data.labelled import SCHEMA
 from btray.data.scans import decode
 from btray.evaluation.assessment import assess
 from btray.evaluation.config import PublishConfig
@@ -61,20 +62,21 @@ def train_in(folder: Path, data: Path, **changes: Any) -> str:
             "epochs": 3,
             "teachers": [f"{SECRET}/first", {"second": "~/secret-hospital/second"}],
         },
-        data=TRAINED_ON.model_copy(
-            update={"uri": f"{SECRET}/scans", "counts": {"train": {"glioma": 3}, "validation": {"glioma": 1}}}
-        ),
+        data=TRAINED_ON.model_copy(update={"uri": f"{SECRET}/scans"}),
         **changes,
     )
     prints = [fingerprint_of(decode(path.read_bytes()).frames) for path in files]
-    table = pa.table({"uri": [str(path) for path in files], "label": [path.parent.name for path in files]})
+    table = pa.Table.from_pylist([{"uri": str(path), "label": path.parent.name} for path in files], schema=SCHEMA)
     rejected = pa.table({"row": pa.array([], pa.int64()), "code": pa.array([], pa.string())})
+    epoch = {"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": 0.5, "learning_rate": 0.1, "score": 0.5}
     assessment = assess(
-        bundle, table, Scores(np.arange(len(files)), answers, unpack(prints), rejected),
-        measured_on=f"the test split of {SECRET}/scans", learnt_from=unpack(prints[:9]),
-        history=[{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": 0.5, "learning_rate": 0.1,
-                  "score": 0.5}],
-    )  # fmt: skip
+        bundle,
+        table,
+        Scores(np.arange(len(files)), answers, unpack(prints), rejected),
+        measured_on=f"the test split of {SECRET}/scans",
+        learnt_from=unpack(prints[:9]),
+        curves={"history": [epoch], "train_images": 3, "val_images": 1},
+    )
     others = {
         "MODEL_CARD.md": model_card(bundle.manifest, assessment.metrics).encode(),
         "config.yaml": f"data: {SECRET}/scans".encode(),

@@ -24,13 +24,13 @@ from btray.data.config import PreprocessConfig
 from btray.data.fingerprint import Fingerprints, ShortFingerprints
 from btray.data.preprocess import preprocess_digest
 from btray.model.bundle_files import (
+    FINGERPRINTS,
     WEIGHTS,
     WRITING,
     own_names,
-    read_manifest,
+    read_files,
     read_verified,
     require_free,
-    visible_names,
 )
 from btray.model.config import MANIFEST, NetworkConfig
 from btray.model.manifest import (
@@ -49,8 +49,6 @@ from btray.model.shipped import locate
 
 OOD = "ood.safetensors"
 """The distribution of the training images' features; see `btray.model.ood`."""
-FINGERPRINTS = "fingerprints.safetensors"
-"""Fingerprints of all images that were trained on or validated with; see `btray.data.fingerprint`."""
 
 LARGE = 10_000
 """Numbers from which on a kernel is rounded in half precision."""
@@ -167,27 +165,13 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     Raises UserError for whatever is missing, changed, unlisted, newer than this btray or not the pinned model.
     """
     uri = locate(uri)
-    manifest = read_manifest(uri)
-    if model_id is not None and model_id != manifest.model_id:
-        raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
-    weights_file = read_verified(uri, WEIGHTS, manifest.weights_sha256)
-    # Fingerprints are a kilobyte for each training image, which nobody who classifies needs: `read_fingerprints`.
-    files = {name: read_verified(uri, name, digest) for name, digest in manifest.files.items() if name != FINGERPRINTS}
-    names = visible_names(uri)
-    if FINGERPRINTS in manifest.files.keys() - names:
-        raise UserError(f"{uri} is incomplete: {FINGERPRINTS} is missing; copy the bundle again")
-    if unlisted := names - {MANIFEST, WEIGHTS, *manifest.files}:
-        raise UserError(
-            f"{uri} holds {min(unlisted)}, which {MANIFEST} does not list; remove it or copy the bundle again"
-        )
-    if manifest.model_id != manifest.identity_digest():
-        raise UserError(f"{uri}: {MANIFEST} was changed: its model_id is not that of its content; train or copy again")
+    manifest, files = read_files(uri, model_id=model_id)
     if preprocess_digest(manifest.preprocess) != manifest.preprocess_digest:
         raise UserError(
             f"{uri}: preprocessing gives other bits here than where the model was trained; "
             f"install the versions it was trained with: {manifest.differing_versions()}"
         )
-    weights = _tensors(uri, WEIGHTS, weights_file)
+    weights = _tensors(uri, WEIGHTS, files[WEIGHTS])
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(f"{uri}: {name} has weights that are not finite: its training diverged; train it again")

@@ -12,7 +12,7 @@ from btray.core.config import ComponentConfig
 class PreprocessConfig(ComponentConfig):
     """The deterministic transform that training, bulk classification and serving share; it travels in the bundle."""
 
-    size: Annotated[int, Field(ge=32, le=1024)] = 160
+    size: Annotated[int, Field(ge=32, le=1024)] = 192
     """Edge of the square frame that the network sees, in pixels."""
     crop: bool = True
     """Crop to the head before resizing."""

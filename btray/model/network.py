@@ -1,4 +1,4 @@
-"""The networks: a family of custom 2D CNNs described wholly by a config, and torchvision backbones by name.
+"""The networks: the default, a family of 2D CNNs described wholly by a config, and torchvision backbones by name.
 
 Every network maps float32 [n, 1, size, size] to logits [n, classes] and has the same three steps: `feature_map`
 (what Grad-CAM looks at), `embed` (the vector before the last layer) and `head`.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from btray.model.config import NetworkConfig
+from btray.model.mobile import WIDTH, build_parts
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -24,7 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 class Network(nn.Module):
     """`parts` run one after the other, then pooling, dropout and a linear layer.
 
-    `aliases` map prefixes of torchvision's tensor names to ours, for a backbone.
+    `aliases` map prefixes of the tensor names of pretrained weights to ours.
     """
 
     def __init__(
@@ -129,6 +130,11 @@ def build_network(config: NetworkConfig, classes: int) -> Network:
 
     A torchvision backbone takes one gray channel and keeps its own feature extractor; only its head is ours.
     """
+    if config.architecture == "mobile_cnn":
+        mobile, aliases = build_parts()
+        network = Network(mobile, WIDTH, classes, pooling="average", dropout=config.dropout, aliases=aliases)
+        network.apply(_initialise)
+        return network
     if config.architecture != "cnn":
         return _build_backbone(config, classes)
     stem = _convolution(1, config.stem_width, config.stem_stride, config)
@@ -164,8 +170,8 @@ def count_flops(network: nn.Module, size: int) -> int:
 def load_matching(network: Network, weights: Mapping[str, Tensor]) -> list[str]:
     """Copy every tensor of `weights` whose name and shape fit into `network`; return the names that were copied.
 
-    A first convolution over three colours is summed to one channel, since gray is the same in all three. A backbone
-    accepts torchvision's names as well as ours.
+    A first convolution over three colours is summed to one channel, since gray is the same in all three. The names
+    of the pretrained weights are accepted as well as ours.
     """
     own = network.state_dict()
     fitting = {}

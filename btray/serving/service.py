@@ -75,12 +75,11 @@ class Service:
         too_many = Problem(413, "too_many_frames", f"the images of the request have more than {most} pages")
         if pages > most:
             raise too_many
-        frames = await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
-        if (
-            sum(len(image) for image in frames if not isinstance(image, Rejection)) > most
-        ):  # packed ones are not counted
+        read = await asyncio.gather(*(self.decoding(model.source.from_bytes, data) for data in images))
+        # packed ones are not counted by their headers
+        if sum(len(image) for image in read if not isinstance(image, Rejection)) > most:
             raise too_many
-        decoded = prepare(frames)
+        decoded = prepare(read)
         return decoded, await self.predict(model, decoded)
 
     async def predict(self, model: ServedModel, images: Sequence[DecodedImage]) -> list[Prediction]:

@@ -299,7 +299,7 @@ def _is_surely_folder(uri: str) -> bool:
         return False  # at most the more telling code is lost
 
 
-def _lean_store(bucket: str, key: str) -> S3Store | None:
+def lean_store(bucket: str, key: str) -> S3Store | None:
     """Return obstore's client, if an object can be read or written by it."""
     if _REWRITTEN.search(key) or _first_user() != os.getpid():
         return None
@@ -314,7 +314,7 @@ def _lean_store(bucket: str, key: str) -> S3Store | None:
 
 def fetch_body(bucket: str, key: str, check: Check) -> bytes | None:
     """Return the object's bytes by way of obstore; None if they could not be had this way."""
-    if store := _lean_store(bucket, key):
+    if store := lean_store(bucket, key):
         with contextlib.suppress(BaseError, OSError, ValueError):
             response = obstore.get(store, key)
             check(response.meta["size"], _unquoted(response.meta["e_tag"]))
@@ -364,7 +364,7 @@ def create(uri: str, data: bytes) -> bool:
     used: Ceph's gateway (16.2) refuses `If-Match` with the tag of the object that is there.
     """
     bucket, key = split(uri)
-    if store := _lean_store(bucket, key):
+    if store := lean_store(bucket, key):
         with contextlib.suppress(BaseError, OSError, ValueError):
             obstore.put(store, key, data, mode="create", use_multipart=False)
             return True

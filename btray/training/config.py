@@ -10,13 +10,15 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_serializer, fi
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.core.errors import UserError
-from btray.core.uris import Uri, resolve
+from btray.core.uris import Uri, resolve, resolved
 from btray.data.config import PreprocessConfig
 from btray.data.labels import Label
-from btray.model.config import BACKBONES, MANIFEST, NetworkConfig
+from btray.model.config import ARCHITECTURES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
 """Settings of a search that are drawn evenly on a logarithmic scale."""
+IMAGENET, RANDOM = "imagenet", "random"
+"""Values of --init-from that are no URI."""
 BOUNDED = ("dropout", "label_smoothing", *LOGARITHMIC)
 """Settings of a search of which the bounds are given; of the others, the choices."""
 
@@ -63,7 +65,7 @@ class AugmentConfig(ComponentConfig):
 class OptimiserConfig(ComponentConfig):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with warm-up and a cosine schedule (arXiv:1608.03983)."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     """Peak learning rate."""
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Learning rate at the end, as a share of the peak."""
@@ -78,15 +80,21 @@ class OptimiserConfig(ComponentConfig):
     label_smoothing: Share = 0.1
     """Share of each target that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     class_balance: Literal["weights", "sampling", "none"] = "weights"
-    """Whether rare classes weigh more in the loss, are drawn more often, or neither."""
+    """Whether images of rare classes and sources weigh more in the loss, are drawn more often, or neither."""
+    class_power: Probability = 0.5
+    """How far rare classes are lifted: 0, every image counts the same; 1, every class does."""
+    source_power: Probability = 0.5
+    """How far small sources are lifted within a class, likewise."""
     mixup: Annotated[float, Field(ge=0, le=4)] = 0.0
     """Parameter of mixup's beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0: none."""
     ema: Share = 0.995
     """Decay per step of the moving average of the weights, which is evaluated instead of the weights; 0: none."""
-    freeze_epochs: Annotated[int, Field(ge=0)] = 3
-    """With --init-from: epochs in which only the last layer learns, whose random start would spoil the others."""
+    freeze_epochs: Annotated[int, Field(ge=0)] = 1
+    """With pretrained weights: epochs in which only the last layer learns: its random start would spoil the others."""
+    frozen_stages: Annotated[int, Field(ge=0)] = 3
+    """With ImageNet's weights: stages from the input that never learn; their edges and textures serve as they are."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """With --init-from: factor on the learning rate from each stage to the one before it."""
+    """With pretrained weights: factor on the learning rate from each stage to the one before it."""
 
 
 def _tracking_uri(value: str) -> str:
@@ -123,14 +131,17 @@ class TrainConfig(JobConfig):
     """Name of the run; the same name resumes a run that was interrupted."""
     storage: Uri | None = None
     """Where runs keep checkpoints, history and TensorBoard events; default: OUT/_run."""
-    epochs: Positive = 30
+    epochs: Positive = 10
     """Passes over the training data."""
     batch_size: Positive = 64
     """Images per step, over all workers together."""
     num_workers: str | None = None
     """Data-parallel workers, N or MIN:MAX (elastic); default: one per GPU with --use-gpu, else per CPU, at most 4."""
     use_gpu: bool = False
-    """One worker per GPU, NCCL, bf16 autocast."""
+    """One worker per GPU, NCCL."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """In what feature maps are computed; auto: bf16, bfloat16 by autocast, on GPUs and on CPUs with AVX512_BF16 or \
+    AMX, else float32."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random source."""
     validate_by: Literal["patients", "sources", "folds"] = "patients"
@@ -161,8 +172,9 @@ class TrainConfig(JobConfig):
     """Decoded frames up to this size, in GB, stay in memory; larger data are streamed again every epoch."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures that the run survives; -1: any number."""
-    init_from: Uri | None = None
-    """Bundle or weights file (.safetensors, or a torch state dict) to start from."""
+    init_from: Annotated[str, resolved(unless=f"({IMAGENET}|{RANDOM})$")] | None = None
+    """Bundle or weights file (.safetensors, or a torch state dict) to start from, or `imagenet` or `random`; default: \
+    imagenet for --network.architecture mobile_cnn, random for all others."""
     mlflow: Annotated[str, AfterValidator(_tracking_uri)] | None = None
     """MLflow tracking URI to log to (extra `mlflow`); it is recorded without user and password."""
     preprocess: PreprocessConfig = PreprocessConfig()
@@ -203,8 +215,8 @@ class TrainConfig(JobConfig):
         from btray.model.bundle_files import require_free
 
         storage.require_input(self.data, "--data")
-        if self.init_from:
-            storage.require_input(self.init_from, "--init-from")
+        if self.start not in (None, IMAGENET):
+            storage.require_input(self.start, "--init-from")
         if self.mlflow and find_spec("mlflow") is None:
             raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'")
         if not self.overwrite:
@@ -214,6 +226,13 @@ class TrainConfig(JobConfig):
         storage.require_writable(self.out, "--out")
         if self.storage:
             storage.require_writable(self.storage, "--storage")
+
+    @property
+    def start(self) -> str | None:
+        """Return what the weights start from: a URI, IMAGENET, or None for random ones."""
+        if self.init_from is None:
+            return IMAGENET if self.network.architecture == "mobile_cnn" else None
+        return None if self.init_from == RANDOM else self.init_from
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
@@ -232,8 +251,8 @@ class TrainConfig(JobConfig):
 class SpaceConfig(ComponentConfig):
     """What differs between trials. A setting with one choice, or with equal bounds, is fixed."""
 
-    architecture: tuple[Literal["cnn", *BACKBONES], ...] = ("cnn",)  # type: ignore[valid-type]
-    """Choices of --network.architecture; a backbone ignores the five settings of the family below."""
+    architecture: tuple[Literal[ARCHITECTURES], ...] = ("cnn",)  # type: ignore[valid-type]
+    """Choices of --network.architecture; all but cnn ignore the five settings of its family below."""
     width: tuple[Annotated[float, Field(gt=0, le=8)], ...] = (0.5, 0.75, 1.0, 1.5)
     """Choices of a factor on --network.stem-width and --network.widths; the result is rounded to eights."""
     depth: tuple[Annotated[int, Field(ge=0, le=8)], ...] = (0, 1)
@@ -285,6 +304,8 @@ class TuneConfig(TrainConfig):
     may_change: ClassVar[frozenset[str]] = TrainConfig.may_change - {"epochs", "num_workers", "patience"} | {
         "concurrent"
     }
+    network: NetworkConfig = NetworkConfig(architecture="cnn")
+    """Network; what --space varies is varied from here."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tune"
     """Name of the search; the same name resumes a search that was interrupted."""
     epochs: Positive = 12
@@ -312,11 +333,18 @@ class TuneConfig(TrainConfig):
             raise UserError("--search optuna needs the extra: pip install 'btray[tune]'; or give --search random")
         super().check()
 
+    @property
+    def start(self) -> str | None:
+        """As in training, but ImageNet's weights only if all trials are of the architecture that they fit."""
+        if self.init_from is None:
+            return IMAGENET if self.space.architecture == ("mobile_cnn",) else None
+        return super().start
+
     @model_validator(mode="after")
     def _weights_fit_one_network(self) -> Self:
         shape = ("architecture", "width", "depth", "kernel", "squeeze_excite", "pooling")
         varied = [name for name in shape if len(getattr(self.space, name)) > 1]
-        if self.init_from and varied:
+        if self.start and varied:
             raise ValueError(
                 f"--init-from fits one network, and --space.{varied[0].replace('_', '-')} varies it: give one value"
             )

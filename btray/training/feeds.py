@@ -27,7 +27,7 @@ from btray.training.plan import Plan
 
 _log = logging.getLogger(__name__)
 
-# Rows per block of the decoding pipeline: some 6 MB of frames of 160 x 160, a second's work for one core.
+# Rows per block of the decoding pipeline: some 9 MB of frames of 192 x 192, a second's work for one core.
 _BLOCK_ROWS = 256
 # CPUs of a task that decodes frames to be kept. When a node dies, its frames are decoded anew while the workers hold
 # the rest of every CPU: if a task took more than that leaves, it and the workers would wait for each other for ever.
@@ -52,8 +52,10 @@ class Batch:
     """int64 [n]"""
     samples: Tensor
     """int64 [n]: their numbers, by which augmentation is keyed."""
-    whole_labels: Tensor | None = None
-    """int64 [batch]: labels of the step over all workers, if this one knows them."""
+    weights: Tensor
+    """float32 [n]: their weights in the loss."""
+    whole_weight: float | None = None
+    """Sum of the weights of the step over all workers, if this one knows it."""
 
 
 def decode_rows(
@@ -169,12 +171,13 @@ class MemoryFeed:
         self.frames = torch.from_numpy(frames)
         self.labels = torch.from_numpy(plan.labels.copy())  # Ray's arrays are read-only, which torch warns of
         self.samples = torch.from_numpy(plan.samples.copy())
+        self.weights = torch.from_numpy(plan.loss_weights())
 
     def train(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's batches of one epoch, shuffled by seed and epoch alone."""
         used = self.plan.steps_per_epoch * self.plan.batch_size
         for whole in torch.from_numpy(self.plan.epoch_order(epoch))[:used].split(self.plan.batch_size):
-            yield self._batch(whole[self.rank :: self.workers], self.labels[whole])
+            yield self._batch(whole[self.rank :: self.workers], float(self.weights[whole].sum()))
 
     def validation(self) -> Iterator[Batch]:
         """Yield this worker's share of the held-out samples."""
@@ -182,15 +185,16 @@ class MemoryFeed:
         for start in range(0, len(share), self.plan.config.batch_size):
             yield self._batch(share[start : start + self.plan.config.batch_size])
 
-    def _batch(self, chosen: Tensor, whole_labels: Tensor | None = None) -> Batch:
-        return Batch(self.frames[chosen], self.labels[chosen], self.samples[chosen], whole_labels)
+    def _batch(self, chosen: Tensor, whole_weight: float | None = None) -> Batch:
+        frames, labels, samples, weights = self.frames, self.labels, self.samples, self.weights
+        return Batch(frames[chosen], labels[chosen], samples[chosen], weights[chosen], whole_weight)
 
 
 class StreamFeed:
     """Frames decoded anew every epoch, each worker reading its own share; for data larger than memory."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.weights = plan, plan.loss_weights()
         self.share = max(1, plan.batch_size // ray.train.get_context().get_world_size())
         self.rejected = 0  # scans that were readable when the run began
 
@@ -215,5 +219,8 @@ class StreamFeed:
                 self.rejected += 1
                 _log.warning("rejected, though readable when the run began (%s): %s", code, message)
             if readable.any():
-                tensors = (torch.from_numpy(arrays[key][readable]) for key in ("frame", "label", "sample"))
-                yield Batch(*tensors)
+                kept = {key: torch.from_numpy(arrays[key][readable]) for key in ("frame", "label", "sample")}
+                # A scan that was exchanged since may have more frames than it had.
+                places = np.searchsorted(self.plan.samples, kept["sample"]).clip(max=len(self.weights) - 1)
+                weights = torch.from_numpy(self.weights[places])
+                yield Batch(kept["frame"], kept["label"], kept["sample"], weights)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from btray.model.network import Network
 from btray.training.config import OptimiserConfig
+
+Indices = npt.NDArray[np.int64]
 
 # The layers from input to output count as this many steps of `layer_decay`, into however many parts a network is cut:
 # the setting means the same for a CNN of four stages and a DenseNet of twelve.
@@ -62,23 +65,27 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["share"]
 
 
-def freeze_body(network: Network, frozen: bool) -> None:
-    """Let only the head learn, or everything; batch statistics of a frozen body stay as they are."""
-    for parameter in network.parts.parameters():
-        parameter.requires_grad_(not frozen)
-    network.parts.train(not frozen)
+def freeze(network: Network, parts: int) -> None:
+    """Let all but the first `parts` parts learn; batch statistics of frozen parts stay as they are."""
+    for index, part in enumerate(network.parts):
+        part.requires_grad_(index >= parts)
+        part.train(index >= parts)
 
 
-def class_weights(counts: Sequence[int], config: OptimiserConfig) -> Tensor:
-    """Weigh each class in the loss, float32 [classes]: n / (classes * count) with `class_balance` "weights", else 1.
+def sample_weights(labels: Indices, sources: Indices, config: OptimiserConfig) -> npt.NDArray[np.float32]:
+    """Weigh n training samples by how rare their class is, and their source within it, float32 [n].
 
-    So every class contributes the same and the mean weight of a sample is 1 (King & Zeng 2001, Logistic Regression in
-    Rare Events Data, doi:10.1093/oxfordjournals.pan.a004868).
+    The total weights of classes are in proportion to count ** (1 - class_power): with 1, all contribute the same (King
+    & Zeng 2001, Logistic Regression in Rare Events Data, doi:10.1093/oxfordjournals.pan.a004868). So are those of the
+    sources of a class. The mean over all samples with a class is 1; outliers, labelled -1, weigh OUTLIER_WEIGHT.
     """
-    numbers = torch.tensor(counts, dtype=torch.float32)
-    if config.class_balance != "weights":
-        return torch.ones_like(numbers)
-    return numbers.sum() / (len(numbers) * numbers.clamp(min=1.0))
+    weights, known = np.full(len(labels), OUTLIER_WEIGHT, np.float32), labels >= 0
+    labels, strata = labels[known], labels[known] * (sources.max(initial=0) + 1) + sources[known]
+    in_class = np.bincount(strata)[strata] ** -config.source_power
+    in_class /= np.bincount(labels, in_class)[labels]
+    balanced = in_class * np.bincount(labels)[labels] ** (1.0 - config.class_power)
+    weights[known] = balanced / balanced.mean()
+    return weights
 
 
 def soft_targets(labels: Tensor, classes: int, config: OptimiserConfig) -> Tensor:

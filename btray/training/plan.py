@@ -13,6 +13,7 @@ from torch import Tensor
 from btray import storage
 from btray.data.frames import FRAMES_PER_SCAN
 from btray.training.config import TrainConfig
+from btray.training.optimizer import sample_weights
 
 Indices = npt.NDArray[np.int64]
 
@@ -40,6 +41,8 @@ class Plan:
     """Numbers of all samples that are used, ascending."""
     labels: Indices
     """Their classes, as positions in `classes`; -1 for outliers, which are none."""
+    sources: Indices
+    """Numbers of the data sets they come from; all 0 if the source names none."""
     train: Indices
     """Positions in `samples` that are trained on."""
     validation: Indices
@@ -63,11 +66,7 @@ class Plan:
 
     def class_counts(self) -> list[int]:
         """Count the training samples of each class; outliers count nowhere."""
-        return self._counts()[1:].tolist()
-
-    def _counts(self) -> Indices:
-        """Count the training samples of each label, outliers first, int64 [classes + 1]."""
-        return np.bincount(self.labels[self.train] + 1, minlength=len(self.classes) + 1)
+        return np.bincount(self.labels[self.train] + 1, minlength=len(self.classes) + 1)[1:].tolist()
 
     def label_names(self, positions: Indices) -> list[str]:
         """Return the labels of samples, as the source names them."""
@@ -83,15 +82,26 @@ class Plan:
         # All frames of a scan are used, or none: the first sample from a used row's number on is the row's own.
         return self.labels[np.searchsorted(self.samples, rows * FRAMES_PER_SCAN)]
 
+    def weights(self) -> npt.NDArray[np.float32]:
+        """Return the weight of every sample in training, [samples]; 0 for those that are not trained on."""
+        weights = np.zeros(len(self.samples), np.float32)
+        weights[self.train] = sample_weights(self.labels[self.train], self.sources[self.train], self.config.optimiser)
+        return weights
+
+    def loss_weights(self) -> npt.NDArray[np.float32]:
+        """Return the weight of every sample in the loss, [samples]: 1 if `class_balance` is not "weights"."""
+        weighted = self.config.optimiser.class_balance == "weights"
+        return self.weights() if weighted else np.ones(len(self.samples), np.float32)
+
     def epoch_order(self, epoch: int) -> Indices:
         """Shuffle the training positions by seed and epoch alone, so that every worker and restart agrees.
 
-        With `class_balance` "sampling" they are drawn with replacement, all classes, and outliers, equally often.
+        With `class_balance` "sampling" they are drawn with replacement, as often as they weigh.
         """
         generator = np.random.default_rng([self.config.seed, epoch])
         if self.config.optimiser.class_balance != "sampling":
             return generator.permutation(self.train)
-        chance = 1.0 / self._counts()[self.labels[self.train] + 1]
+        chance = self.weights()[self.train].astype(np.float64)
         return generator.choice(self.train, len(self.train), p=chance / chance.sum())
 
     def hold_out(self, held: npt.NDArray[np.bool_], number: int) -> Plan:

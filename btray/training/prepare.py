@@ -168,7 +168,7 @@ def read_source(config: TrainConfig) -> Source:
             f"{config.data}: training needs images of at least two classes outside val and test; found {names}"
         )
     require_known_labels(filter(partial(ne, config.outliers), table["label"].to_pylist()), classes, config.data)
-    weights = read_initial_weights(config.init_from, config.network, len(classes)) if config.init_from else None
+    weights = read_initial_weights(config.start, config.network, len(classes)) if config.start else None
     return Source(config, table, classes, weights)
 
 
@@ -210,6 +210,7 @@ def prepare(source: Source) -> TrainingData:
         run_uri=run_uri,
         samples=used["sample"].to_numpy(),
         labels=labels,
+        sources=_numbers(source.table["source"].take(used["sample"].to_numpy() // FRAMES_PER_SCAN)),
         train=np.flatnonzero(~held),
         validation=np.flatnonzero(held & (labels >= 0)),
         held_outliers=np.flatnonzero(held & (labels < 0)),
@@ -258,6 +259,11 @@ def _divide(source: Source, used: pa.Table) -> tuple[Flags, dict[str, Flags]]:
     elif not held.any():
         held = hold_out(chosen, fraction=config.validation, seed=config.seed, prints=prints)
     return held[of_sample], {name: part[of_sample] for name, part in rounds.items()}
+
+
+def _numbers(names: pa.ChunkedArray) -> Indices:
+    """Return numbers from 0 that tell distinct values apart; null is one of them."""
+    return np.unique(np.array([name or "" for name in names.to_pylist()]), return_inverse=True)[1].astype(np.int64)
 
 
 def _check_streaming(config: TrainConfig, streaming: bool) -> None:

@@ -1,7 +1,8 @@
-"""Weights to start from: a bundle, a safetensors file, or a torch state dict. Nothing is unpickled but tensors."""
+"""Weights to start from: ImageNet's, a bundle, safetensors, or a torch state dict, of which only tensors are read."""
 
 from __future__ import annotations
 
+import importlib.resources
 import io
 import logging
 
@@ -13,13 +14,17 @@ from btray import storage
 from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
 from btray.model.config import MANIFEST, NetworkConfig
+from btray.model.mobile import PACKAGE
 from btray.model.network import build_network, load_matching
+from btray.training.config import IMAGENET
 
 _log = logging.getLogger(__name__)
 
 
 def read_initial_weights(uri: str, network: NetworkConfig, classes: int) -> dict[str, Tensor]:
-    """Read tensors by name from a bundle or weights file (local or s3://), of which at least one must fit the network.
+    """Read tensors by name, of which at least one must fit the network.
+
+    `uri` is a bundle or weights file (local or s3://), or IMAGENET for the weights of `btray.model.mobile.PACKAGE`.
 
     Raises UserError if there is nothing to read, if the file would have to be unpickled, or if nothing fits.
     """
@@ -36,9 +41,13 @@ def read_initial_weights(uri: str, network: NetworkConfig, classes: int) -> dict
 
 
 def _read(uri: str) -> dict[str, Tensor]:
-    if storage.exists(storage.join(uri, MANIFEST)):
+    if uri == IMAGENET:
+        (path,) = (importlib.resources.files(PACKAGE) / "models").glob("*.pth")  # type: ignore[attr-defined]
+        data = path.read_bytes()
+    elif storage.exists(storage.join(uri, MANIFEST)):
         return load_bundle(uri).weights
-    data = storage.read_bytes(uri)
+    else:
+        data = storage.read_bytes(uri)
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(data)

@@ -22,11 +22,13 @@ from torch.optim.swa_utils import update_bn
 from btray.core import logs
 from btray.core.metrics import lasting
 from btray.data.preprocess import to_tensor
+from btray.model.engines import supports_bf16
 from btray.model.network import Network, build_network, load_matching
 from btray.training import optimizer
 from btray.training.augment import Augmenter
 from btray.training.checkpoints import Checkpoint
 from btray.training.collectives import Collectives
+from btray.training.config import IMAGENET
 from btray.training.feeds import Batch, MemoryFeed, StreamFeed
 from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
 from btray.training.plan import Plan
@@ -58,10 +60,10 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, settings = plan, plan.config, plan.config.optimiser
         self.device = ray.train.torch.get_device()
+        precision = plan.config.precision
+        self.bf16 = precision == "bf16" or (precision == "auto" and supports_bf16(self.device))
         self.collectives = Collectives(self.device)
         self.augmenter = Augmenter(self.config.augment, self.config.seed)
-        weights = optimizer.class_weights(plan.class_counts(), settings).to(self.device)
-        self.class_weights = F.pad(weights, (0, 1), value=optimizer.OUTLIER_WEIGHT)  # the last one is that of label -1
         torch.manual_seed(self.config.seed)  # every worker begins with the same weights
         network = build_network(self.config.network, len(plan.classes))
         if plan.initial_weights:
@@ -76,7 +78,7 @@ class Trainer:
         self.totals = torch.zeros(3, dtype=torch.float64)  # of those steps: loss, weight, images
         self.waited = 0.0  # seconds for batches of this epoch
         self.stopping = False
-        self.frozen: bool | None = None
+        self.frozen: int | None = None  # parts of the network that do not learn
         self._resume()
         self.feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
         self.watch = InterruptionWatch(plan.run_uri, self.collectives)
@@ -114,8 +116,8 @@ class Trainer:
         self.network.train()
         # After train(), which puts all batch norms into training mode, and before the first step: a head of random
         # weights would push large gradients through pretrained layers.
-        frozen = self.fine_tune and epoch < self.config.optimiser.freeze_epochs
-        optimizer.freeze_body(self.network, frozen)
+        frozen = self._frozen_parts(epoch)
+        optimizer.freeze(self.network, frozen)
         if frozen != self.frozen:  # DDP fixes early which gradients it reduces: wrap again
             self.frozen = frozen
             self.parallel = ray.train.torch.prepare_model(self.network, move_to_device=False)
@@ -145,6 +147,15 @@ class Trainer:
             "images_per_second": images / seconds,
             "feed_ratio": 1 - self.waited / seconds,
         }
+
+    def _frozen_parts(self, epoch: int) -> int:
+        """Return how many parts of the network, from the input, do not learn in `epoch`."""
+        settings = self.config.optimiser
+        if not self.fine_tune:
+            return 0
+        if epoch < settings.freeze_epochs:
+            return len(self.network.parts)
+        return settings.frozen_stages if self.config.start == IMAGENET else 0
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches and add the time that this worker waits for them to `waited`."""
@@ -179,15 +190,13 @@ class Trainer:
         frames, labels = self._to_device(batch.frames), self._to_device(batch.labels)
         images = self.augmenter(frames, batch.samples, epoch) if self.config.augment.enabled else to_tensor(frames)
         targets = optimizer.soft_targets(labels, len(self.plan.classes), config)
-        weights = self.class_weights[labels]
+        weights = self._to_device(batch.weights)
         if config.mixup:
             seed = (self.config.seed, epoch, index, self.collectives.rank)
             images, targets, weights = optimizer.mix_up(images, targets, weights, config.mixup, seed)
         loss = optimizer.weighted_losses(self._logits(self.parallel, images), targets, weights)
-        if batch.whole_labels is None:
-            whole_weight = self.collectives.sum(weights.sum())
-        else:  # known here: asking would make every worker wait for the slowest twice per step. Mixup keeps the sum.
-            whole_weight = self.class_weights[self._to_device(batch.whole_labels)].sum()
+        # If it is known, asking would make every worker wait for the slowest twice per step. Mixup keeps the sum.
+        whole_weight = batch.whole_weight or self.collectives.sum(weights.sum())
         self.optimiser.zero_grad()
         # DDP averages gradients over workers; each must count by the weight of its samples in the whole batch.
         (loss * (self.collectives.workers / whole_weight)).backward()
@@ -233,8 +242,8 @@ class Trainer:
         return self.network if self.average is None else self.average.module
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Apply `network` to images [n, 1, size, size]; on a GPU in bf16, whose range needs no loss scaling."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """Apply `network` to images [n, 1, size, size]; the range of bf16 needs no loss scaling."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = network(images.contiguous(memory_format=torch.channels_last))
         return logits
 

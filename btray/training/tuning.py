@@ -27,6 +27,7 @@ from btray.storage import StorageError
 from btray.training.config import (
     BOUNDED,
     LOGARITHMIC,
+    RANDOM,
     OptimiserConfig,
     SpaceConfig,
     TrainConfig,
@@ -136,6 +137,7 @@ def trial_config(config: TuneConfig, point: Settings, trial: str) -> TrainConfig
         **{name: getattr(config, name) for name in TrainConfig.model_fields}
         | {
             "name": trial,
+            "init_from": config.start or RANDOM,
             "overwrite": True,  # --out is free, or holds the model of an earlier trial of this search
             "storage": storage.join(run_folder(config), _TRIALS),
             "network": base.model_copy(update=network),

@@ -29,7 +29,7 @@ JPEGS = {name: data for name, data in corpus.good_scans().items() if name.starts
 # Each format whole, and JPEG also at the scale at which slices are decoded for frames.
 DECODED: list[tuple[str, int | None]] = [
     *((name, None) for name in PROMISED),
-    ("JPEG", decode_side(PreprocessConfig())),
+    ("JPEG", decode_side(PreprocessConfig(size=160))),
 ]
 CASES = Path(__file__).resolve().parents[2].parent / "shared" / "cases" / "images"
 

@@ -29,7 +29,7 @@ from tests.helpers import scan_corpus
 from tests.helpers.digest_scorer import DigestScorer, digests
 from tests.helpers.tiny_bundle import PREPROCESS, random_bundle
 
-CONFIG = PreprocessConfig()
+CONFIG = PreprocessConfig(size=160)
 # What decoding makes of a fixed JPEG, and preprocessing by default of its test patterns. It may change only together
 # with `manifest.FORMAT_VERSION`: every bundle that was trained before would be refused.
 GOLDEN_DIGEST = "c28e23e5c66006c7b0aa498a78a8767dfaa53a266bf45cb5c155de58f09b739a"

@@ -34,7 +34,8 @@ NETWORK = NetworkConfig(
 )  # fmt: skip
 OPTIMISER = OptimiserConfig(
     learning_rate=0.02, final_learning_rate=0.01, warmup=0.1, schedule="cosine", weight_decay=0.05, clip_norm=1.0,
-    label_smoothing=0.1, class_balance="weights", mixup=0.0, ema=0.9, freeze_epochs=3, layer_decay=0.7,
+    label_smoothing=0.1, class_balance="weights", class_power=1.0, source_power=0.0, mixup=0.0, ema=0.9,
+    freeze_epochs=3, frozen_stages=0, layer_decay=0.7,
 )  # fmt: skip
 AUGMENT = AugmentConfig(
     flip_horizontal=0.5, flip_vertical=0.0, rotation=15.0, scale=0.15, shear=6.0, translation=0.06, contrast=0.25,
@@ -82,6 +83,7 @@ def tiny(data: str, out: str | Path, **changes: Any) -> TrainConfig:
         "batch_size": 16,
         "num_workers": "1",
         "patience": 0,
+        "precision": "float32",
         "refit_epochs": 0,
         "validation": 0.15,
         "preprocess": PREPROCESS,

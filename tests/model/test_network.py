@@ -19,8 +19,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from btray.core.errors import UserError
+from btray.data.config import PreprocessConfig
 from btray.model.config import BACKBONES, NetworkConfig
 from btray.model.network import Network, build_network, count_flops, count_parameters, load_matching
+from btray.training.config import IMAGENET
 from btray.training.pretrained import read_initial_weights
 from tests.helpers.tiny_bundle import NETWORK, random_bundle, saved_bundle
 
@@ -47,11 +49,42 @@ def images(count: int, size: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_default_is_about_a_million_parameters_and_a_fifth_of_a_gigaflop() -> None:
+def test_the_default_has_less_than_three_million_parameters_and_half_a_gigaflop() -> None:
     network = build_network(NetworkConfig(), 5)
-    assert 0.8e6 < count_parameters(network) < 1.3e6
-    assert 0.15e9 < count_flops(network, 160) < 0.25e9
+    assert 2e6 < count_parameters(network) < 3e6
+    assert 0.3e9 < count_flops(network, PreprocessConfig().size) < 0.5e9
     assert network.training, "counting changed the mode"
+
+
+def test_a_setting_of_the_family_means_the_family_and_dropout_is_for_all() -> None:
+    assert NetworkConfig(dropout=0.1).architecture == "mobile_cnn"
+    assert NetworkConfig(norm="group").architecture == "cnn"
+    assert NetworkConfig(architecture="resnet18", norm="group").architecture == "resnet18"
+
+
+def test_the_weights_of_imagenet_fill_the_default_but_for_its_head_and_see_edges() -> None:
+    network = build_network(NetworkConfig(), 4)
+    weights = read_initial_weights(IMAGENET, NetworkConfig(), 4)
+    assert set(network.state_dict()) - set(load_matching(network, weights)) == {"head.weight", "head.bias"}
+    flat, edge = torch.zeros(1, 1, 96, 96), torch.zeros(1, 1, 96, 96)
+    edge[..., 48:] = 2.0
+    stem = network.eval().parts[0]
+    with torch.no_grad():
+        along = [float(stem(picture)[..., 20:28, 20:28].std(-1).mean()) for picture in (flat, edge)]
+    assert along[0] < 1e-6
+    assert along[1] > 0.1
+
+
+def test_a_mobile_network_in_autocast_gives_nearly_what_it_gives_in_float32() -> None:
+    torch.manual_seed(0)
+    network = build_network(NetworkConfig(dropout=0.0), 4).train()
+    batch = images(4, 64)
+    exact = network(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(batch)
+    rounded.float().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.1)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

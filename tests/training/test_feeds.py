@@ -31,7 +31,9 @@ from tests.helpers.training_helpers import PREPROCESS, history_of, prepared, tin
 
 def plan_of(labels: list[int], train: list[int], **settings: Any) -> Plan:
     balance = settings.pop("class_balance", "weights")
-    config = TrainConfig(data="d", out="o", optimiser=OptimiserConfig(class_balance=balance), **settings)
+    config = TrainConfig(
+        data="d", out="o", optimiser=OptimiserConfig(class_balance=balance, class_power=1.0), **settings
+    )
     everything = np.arange(len(labels))
     return Plan(
         config=config,
@@ -39,6 +41,7 @@ def plan_of(labels: list[int], train: list[int], **settings: Any) -> Plan:
         run_uri="",
         samples=everything * FRAMES_PER_SCAN,
         labels=np.array(labels),
+        sources=np.zeros(len(labels), np.int64),
         train=np.array(train),
         validation=np.setdiff1d(everything, train),
         streaming=False,
@@ -64,7 +67,7 @@ class InWorker:
 
     def iter_batches(self, **_: Any) -> Iterator[dict[str, np.ndarray]]:
         positions = np.arange(len(self.plan.samples), dtype=np.uint8)
-        frames = np.broadcast_to(positions[:, None, None], (len(positions), 160, 160))
+        frames = np.broadcast_to(positions[:, None, None], (len(positions), *[self.plan.config.preprocess.size] * 2))
         # As decoding gives them: in any order, rejected scans among them.
         yield {"code": np.array(["truncated"]), "sample": np.array([-1]), "frame": frames[:1]}
         yield {"code": np.full(len(frames), ""), "sample": self.plan.samples[::-1], "frame": frames[::-1]}

@@ -17,12 +17,13 @@ from btray.model.config import NetworkConfig
 from btray.model.network import build_network
 from btray.training.config import OptimiserConfig
 from btray.training.optimizer import (
-    class_weights,
-    freeze_body,
+    OUTLIER_WEIGHT,
+    freeze,
     learning_rate,
     make_average,
     make_optimiser,
     mix_up,
+    sample_weights,
     set_learning_rate,
     soft_targets,
     weighted_losses,
@@ -60,16 +61,39 @@ def test_constant_schedule_keeps_its_peak_after_warm_up() -> None:
     assert set(rates(40, learning_rate=0.1, warmup=0.25, schedule="constant")[9:]) == {0.1}
 
 
-@given(counts=st.lists(st.integers(1, 10_000), min_size=2, max_size=9))
-def test_class_weights_are_one_on_average_over_samples_and_equal_over_classes(counts: list[int]) -> None:
-    weights = class_weights(counts, OptimiserConfig(class_balance="weights")).double().numpy()
-    assert (weights * counts).sum() / sum(counts) == pytest.approx(1.0, rel=1e-5)
-    assert weights * counts == pytest.approx(np.full(len(counts), sum(counts) / len(counts)), rel=1e-5)
+@given(counts=st.lists(st.integers(1, 300), min_size=2, max_size=6))
+def test_weights_are_one_on_average_and_with_power_one_equal_over_classes(counts: list[int]) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    config = OptimiserConfig(class_power=1.0, source_power=0.0)
+    weights = sample_weights(labels, np.zeros(len(labels), np.int64), config).astype(np.float64)
+    assert weights.mean() == pytest.approx(1.0, rel=1e-5)
+    assert np.bincount(labels, weights) == pytest.approx(np.full(len(counts), len(labels) / len(counts)), rel=1e-5)
 
 
-@pytest.mark.parametrize("balance", ["sampling", "none"])
-def test_other_ways_of_balancing_leave_the_loss_alone(balance: Any) -> None:
-    assert class_weights([1, 99], OptimiserConfig(class_balance=balance)).tolist() == [1.0, 1.0]
+@given(
+    strata=st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 3)), max_size=200).map(lambda some: [(0, 0), *some]),
+    class_power=st.sampled_from((0.0, 0.5, 1.0)),
+    source_power=st.sampled_from((0.0, 0.5, 1.0)),
+)
+def test_weights_lift_what_is_rare_in_its_class_and_outliers_weigh_the_same(
+    strata: list[tuple[int, int]], class_power: float, source_power: float
+) -> None:
+    labels, sources = np.array(strata, np.int64).T
+    config = OptimiserConfig(class_power=class_power, source_power=source_power)
+    weights = sample_weights(labels, sources, config).astype(np.float64)
+    assert (weights > 0).all()
+    assert len(weights) == len(strata)
+    assert set(weights[labels < 0]) <= {OUTLIER_WEIGHT}
+    for label in set(labels[labels >= 0]):
+        inside = labels == label
+        share = inside.sum() ** (1 - class_power)
+        total = sum((labels == other).sum() ** (1 - class_power) for other in set(labels[labels >= 0]))
+        assert weights[inside].sum() == pytest.approx(share / total * (labels >= 0).sum(), rel=1e-4)
+        counts = {source: (inside & (sources == source)).sum() for source in set(sources[inside])}
+        for source, count in counts.items():
+            part = count ** (1 - source_power) / sum(number ** (1 - source_power) for number in counts.values())
+            found = weights[inside & (sources == source)].sum() / weights[inside].sum()
+            assert found == pytest.approx(part, rel=1e-4)
 
 
 def test_weighted_losses_are_torchs_cross_entropy_with_weights_and_smoothing_by_sample() -> None:
@@ -159,7 +183,7 @@ def test_every_parameter_is_optimised_once_and_norms_and_biases_do_not_decay() -
     assert {group["share"] for group in groups} == {1.0}
 
 
-@pytest.mark.parametrize("architecture", ["cnn", "resnet18", "densenet121"])
+@pytest.mark.parametrize("architecture", ["mobile_cnn", "cnn", "resnet18", "densenet121"])
 def test_fine_tuning_learns_slower_the_nearer_a_layer_is_to_the_input(architecture: str) -> None:
     network = build_network(SMALL.model_copy(update={"architecture": architecture}), 3)
     optimiser = make_optimiser(network, OptimiserConfig(layer_decay=0.5), fine_tune=True)
@@ -184,7 +208,9 @@ def test_a_frozen_body_keeps_weights_and_batch_statistics_and_thaws_whole() -> N
         optimiser.step()
         return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
 
-    freeze_body(network, True)
+    freeze(network, len(network.parts))
     assert step() == {"head.weight", "head.bias"}
-    freeze_body(network, False)
+    freeze(network, 1)
+    assert step() == {name for name in before if not name.startswith("parts.0.")}
+    freeze(network, 0)
     assert step() == set(before)

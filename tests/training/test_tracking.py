@@ -126,7 +126,7 @@ def test_mlflow_gets_the_config_and_every_number(mlflow_uri: str, tmp_path: Path
         tracker.epoch_ended(HISTORY_OF_THREE[:count])
     tracker.close()
     client, (run,) = mlflow_runs(mlflow_uri)
-    assert run.data.params["network.architecture"] == "cnn"
+    assert run.data.params["network.architecture"] == "mobile_cnn"
     assert [point.value for point in client.get_metric_history(run.info.run_id, "val_macro_f1")] == [0.5, 0.9]
     assert run.info.status == "FINISHED"
 

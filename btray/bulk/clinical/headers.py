@@ -12,7 +12,8 @@ from btray import storage
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.clinical.series import SeriesFilter
 from btray.data.scans import ScanRejected, SliceInfo, read_info
-from btray.storage import FileInfo, StorageError, packed, storage_errors_for
+from btray.storage import FileInfo, StorageError, packed
+from btray.storage.ranges import read_range
 from btray.storage.read_many import read_patiently, until_dead
 
 _FIRST: Final = 64 << 10  # bytes; most headers are shorter
@@ -51,13 +52,12 @@ def read_header(uri: str) -> Header:
     if packed.is_member(uri):
         return _info(storage.read_bytes(uri))
     data, wanted = b"", _FIRST
-    with storage.open_ranges(uri) as file, storage_errors_for(uri):
-        while True:
-            data += file.read(wanted - len(data))
-            header = _info(data)
-            if len(data) < wanted or not (isinstance(header, ScanRejected) and header.code == "truncated"):
-                return header
-            wanted *= 2
+    while True:
+        data += read_range(uri, len(data), wanted)
+        header = _info(data)
+        if len(data) < wanted or not (isinstance(header, ScanRejected) and header.code == "truncated"):
+            return header
+        wanted *= 2
 
 
 def _info(data: bytes) -> SliceInfo | ScanRejected | None:

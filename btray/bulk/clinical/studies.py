@@ -225,14 +225,16 @@ class _Pile:
         self.uids = {name: self.frames[name].to_pylist() for name in ("study_uid", "series_uid")}
         self.study, self.series = _codes(self.frames["study_uid"]), _codes(self.frames["series_uid"])
         self._ok = pc.equal(self.frames["status"], "ok").to_numpy()
-        self._probabilities = np.zeros((len(self.frames), len(reader.classes)), np.float32)
-        for number, shares in enumerate(self.frames["probabilities"].to_pylist()):
-            if shares is not None:
-                self._probabilities[number] = [dict(shares)[label] for label in reader.classes]
+        shares = self.frames["probabilities"].combine_chunks()
+        of_classes = [pc.map_lookup(shares, pa.scalar(label), "first").fill_null(0) for label in reader.classes]
+        self._probabilities = np.stack([column.to_numpy() for column in of_classes], axis=1)
         self._tumor = reader.tumor(self._probabilities)
         self._abstained = self.frames["abstained"].to_numpy()
         self._ood = self.frames["out_of_distribution"].to_numpy()
         self._rule = str(reader)
+        by_time = pc.sort_indices(self.frames, [("classified_at", "ascending"), ("run_id", "ascending")])
+        self._rank = np.empty(len(self.frames), np.int64)
+        self._rank[by_time.to_numpy()] = np.arange(len(self.frames))
 
     def answers(self, positions: Codes) -> FrameAnswers:
         """Return what the model says of some frames."""
@@ -248,7 +250,7 @@ class _Pile:
         """Return the row of a series or study that consists of the frames at `positions`."""
         key_frames = positions[self._ok[positions]][list(verdict.key_frames)]
         shown = self.frames.select(list(_SHOWN)).take(pa.array(key_frames, pa.int64())).to_pylist()
-        runs = self.frames.select(["classified_at", "run_id"]).slice(positions[0], len(positions)).to_pylist()
+        latest = int(positions[self._rank[positions].argmax()])
         return {
             "level": level,
             **{name: uids[positions[0]] for name, uids in self.uids.items()},
@@ -256,7 +258,7 @@ class _Pile:
             "rule": self._rule,
             "probabilities": None if verdict.probabilities is None else list(verdict.probabilities.items()),
             "key_frames": [row | {"tumor": float(self._tumor[at])} for row, at in zip(shown, key_frames, strict=True)],
-            **max(runs, key=lambda run: (run["classified_at"], run["run_id"])),
+            **{name: self.frames[name][latest].as_py() for name in ("run_id", "classified_at")},
         }
 
 

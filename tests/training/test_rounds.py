@@ -251,4 +251,4 @@ def test_what_cannot_be_held_out_is_one_line(
 
 def test_a_search_compares_trials_on_one_split() -> None:
     with pytest.raises(ValueError, match="patients"):
-        TuneConfig(data="d", out="o", validate_by="folds")
+        TuneConfig(data="d", out="o", validate_by="folds")  # type: ignore[arg-type]  # as a YAML file may say

@@ -25,6 +25,7 @@ from btray.data.key_set import Keys
 from btray.data.scans import SliceInfo
 from btray.model.bundle_files import read_files
 from btray.model.manifest import require_agreement
+from btray.model.shipped import announce, locate
 from btray.model.studies import Reader
 from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
@@ -56,8 +57,9 @@ class ClassifyJob(ArchiveJob):
 
     def __init__(self, config: ClassifyConfig) -> None:
         """Verify the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
-        self.model = storage.resolve(config.model)
+        self.model = locate(config.model)
         self.manifest, _ = read_files(self.model, model_id=config.model_id)
+        announce(config.model, self.manifest.model_id)
         require_agreement(self.manifest, self.model, config.precision)
         classes = self.manifest.classes
         for label in config.explain_labels:
@@ -122,10 +124,8 @@ class ClassifyJob(ArchiveJob):
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes the classifier of an actor. Raises UserError for bf16 if only this machine is there."""
         self._require_bf16()
-        # Resolved: an actor runs in another folder than the job if it joined a running cluster.
-        config = self.config.model_copy(update={"model": self.model})
         # The key itself, since its file may not be on the node of the actor.
-        return partial(_part_classifier, config, self.group, self.pseudonyms)
+        return partial(_part_classifier, self.config, self.group, self.pseudonyms)
 
     def _require_bf16(self) -> None:
         if self.config.precision == "bf16" and not self.config.use_gpu:

@@ -23,6 +23,7 @@ from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
 from btray.model.engines import require_bf16
 from btray.model.manifest import require_agreement
+from btray.model.shipped import announce
 from btray.serving.access import KeyRing
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig
 from btray.serving.deployment import DEPLOYMENT
@@ -124,8 +125,8 @@ def _reload(started: ServeConfig, reload: Callable[[], ServeConfig]) -> None:
 def _verified(config: ServeConfig) -> ServiceConfig:
     """Return the config of the replicas, after reading and verifying what it names: a mistake is one line here.
 
-    Replicas run in another folder, so URIs are resolved; they are pinned to the model_id that was read, so that all
-    load the same model even if the bundle is replaced meanwhile, and a replaced bundle is a new config at a reload.
+    Replicas are pinned to the model_id that was read, so that all load the same model even if the bundle is replaced
+    meanwhile, and a replaced bundle is a new config at a reload.
     """
     if config.precision == "bf16" and not config.replicas.use_gpu:
         require_bf16(config.engine, torch.device("cpu"))
@@ -133,7 +134,8 @@ def _verified(config: ServeConfig) -> ServiceConfig:
     for entry in filter(None, (service, service["canary"])):
         bundle = load_bundle(entry["model"], model_id=entry["model_id"])
         require_agreement(bundle.manifest, bundle.uri, config.precision)
-        entry |= {"model": bundle.uri, "model_id": bundle.manifest.model_id}
+        entry["model_id"] = bundle.manifest.model_id
+        announce(entry["model"], entry["model_id"])
     if config.keys is not None:
         service["keys"] = KeyRing.of(config.keys).uri
     return ServiceConfig(**service)

@@ -83,7 +83,8 @@ class Bundle:
             for name, tensor in self.weights.items()
         }
         manifest = self.manifest.model_copy(update={"weights_sha256": sha256(safetensors.torch.save(weights))})
-        return Bundle("", manifest.with_own_id(), weights, self.ood)
+        ood = self.ood and replace(self.ood, directions=self.ood.directions.astype(np.float16))
+        return Bundle("", manifest.with_own_id(), weights, ood)
 
     def contents(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """Return all files of the bundle by name, with `files`, its plots, metrics and texts; bundle.json is last."""

@@ -38,8 +38,8 @@ class Distribution:
     """[features]"""
     deviation: Features
     """[features], by which features are divided first."""
-    directions: Features
-    """[features, directions], orthonormal."""
+    directions: npt.NDArray[np.floating]
+    """[features, directions], orthonormal; float16 in half precision."""
     variances: Features
     """[directions + 1]: variance along each direction, and of the rest."""
 

@@ -15,7 +15,7 @@ import torch
 from btray import phantoms, storage
 from btray.core.errors import UserError
 from btray.data.duplicates import have_twin
-from btray.data.fingerprint import SHORT, VIEWS, fingerprint_of, unpack
+from btray.data.fingerprint import SHORT, fingerprint_of, unpack
 from btray.data.labelled import SCHEMA
 from btray.data.scans import decode
 from btray.evaluation.assessment import assess
@@ -156,7 +156,7 @@ def test_short_fingerprints_tell_the_same_twins(trained: str, published: str, da
     short = read_fingerprints(load_bundle(published))
     assert whole is not None
     assert short is not None
-    assert (short.shape, short.dtype) == ((len(whole), VIEWS, SHORT), np.uint8)
+    assert (short.shape, short.dtype) == ((len(whole), SHORT), np.uint8)
     pictures = [decode(path.read_bytes()).frames[0] for path in sorted(data.glob("*/*/0*.jpg"))]
     copies = [np.rot90(picture[::-1, ::2][::2]) for picture in pictures]  # half as large, mirrored and turned
     prints = unpack([fingerprint_of([picture]) for picture in [*pictures, *copies]])

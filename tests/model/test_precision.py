@@ -46,18 +46,18 @@ def frames_of(classifier: Classifier) -> np.ndarray:
     return np.stack([frame for scan in classifier.frames(SCANS) for frame in scan])  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("engine", ["frozen", "eager"])
 @pytest.mark.parametrize(
-    "network",
+    ("engine", "network"),
     [
-        NETWORK,
-        NETWORK.model_copy(update={"norm": "group", "activation": "gelu"}),
-        NetworkConfig(architecture="mobile_cnn"),
-        NetworkConfig(architecture="resnet18"),
-        NetworkConfig(architecture="densenet121"),
-        NetworkConfig(architecture="convnext_tiny"),
+        ("frozen", NETWORK),
+        ("eager", NETWORK),
+        ("frozen", NETWORK.model_copy(update={"norm": "group", "activation": "gelu"})),
+        ("frozen", NetworkConfig(architecture="mobile_cnn")),
+        ("frozen", NetworkConfig(architecture="resnet18")),
+        ("eager", NetworkConfig(architecture="densenet121")),
+        ("eager", NetworkConfig(architecture="convnext_tiny")),
     ],
-    ids=["cnn", "group norm", "mobile_cnn", "resnet18", "densenet121", "convnext_tiny"],
+    ids=["cnn", "cnn, eager", "group norm", "mobile_cnn", "resnet18", "densenet121", "convnext_tiny"],
 )
 def test_answers_and_features_differ_by_rounding_alone(engine: EngineName, network: NetworkConfig) -> None:
     bundle = random_bundle(network=network)

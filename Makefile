@@ -1,12 +1,13 @@
 # Debian 12 with python3.11, python3-venv and make is enough; everything else goes into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint format
+.PHONY: help setup demo model test soak lint format
 
 PYTHON = $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 DATA ?=
+SCANS ?=
 SOAK_SECONDS ?= 10800
 
 help: ## list the targets
@@ -25,8 +26,14 @@ $(READY): pyproject.toml constraints.txt
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train, evaluate and classify phantoms over S3; DATA=<folder or s3://...>: your data
-	@$(BIN)/python -m tools.demo $(if $(DATA),--data '$(DATA)')
+demo: $(READY) ## train, evaluate and classify phantoms over S3; DATA=<folder or s3://...>: your data; SCANS=<folder>
+	@$(BIN)/python -m tools.demo $(if $(DATA),--data '$(DATA)') $(if $(SCANS),--scans '$(SCANS)')
+
+model: $(READY) ## train the shipped model on DATA=<manifest> and put it into btray/pretrained (docs/model.md)
+	@test -n "$(DATA)" || { echo "make model needs DATA=<manifest of labelled slices>" >&2; exit 2; }
+	@$(BIN)/python jobs/train.py --data '$(DATA)' --out models/brain-mri
+	@$(BIN)/python jobs/publish.py --model models/brain-mri --data '$(DATA)' --license btray/pretrained/LICENSE \
+		--out btray/pretrained/brain-mri --overwrite
 
 test: $(READY) ## lint, types and all tests except soak; a failing step does not stop the others
 	@failed=; \

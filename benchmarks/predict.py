@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,8 +39,8 @@ BATCH = 64
 
 Work = Callable[[Sequence[str]], int]
 """Classifies files and returns how many have an answer."""
-_work: dict[str, Work] = {}
-_barrier: Any = None
+_work: Work
+_barrier: Any
 
 
 def main() -> None:
@@ -57,17 +58,22 @@ def main() -> None:
     names = ["plain", "predict", *(["model"] if arguments.model else [])]
     context = get_context("spawn")
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory(prefix="btray-predict-") as folder:
+    with tempfile.TemporaryDirectory(prefix="btray-predict-") as folder, ExitStack() as stack:
         write_bundle(folder)
-        models = {"predict": folder, "model": arguments.model}
-        barrier = context.Barrier(PROCESSES)
-        with ProcessPoolExecutor(PROCESSES, context, _begin, (models, barrier)) as pool:
-            for _ in range(arguments.repeats):
-                for name in names:
-                    shares = [paths[number::PROCESSES] for number in range(PROCESSES)]
-                    done = list(pool.map(_run, [name] * PROCESSES, shares))
-                    wall = max(end for _, end, _ in done) - min(start for start, _, _ in done)
-                    results[name].append((len(paths) / wall, sum(cpu for *_, cpu in done) / len(paths)))
+        models = {"plain": None, "predict": folder, "model": arguments.model}
+        # Processes of their own for each, since what one sets in a process holds for the others too.
+        pools = {
+            name: stack.enter_context(
+                ProcessPoolExecutor(PROCESSES, context, _begin, (models[name], context.Barrier(PROCESSES)))
+            )
+            for name in names
+        }
+        for _ in range(arguments.repeats):
+            for name in names:
+                shares = [paths[number::PROCESSES] for number in range(PROCESSES)]
+                done = list(pools[name].map(_run, shares))
+                wall = max(end for _, end, _ in done) - min(start for start, _, _ in done)
+                results[name].append((len(paths) / wall, sum(cpu for *_, cpu in done) / len(paths)))
     medians = {name: np.median(measured, axis=0).tolist() for name, measured in results.items()}
     shown = {
         name: {"images_per_s": round(rate, 1), "cpu_ms_per_image": round(1000 * cpu, 3)}
@@ -117,25 +123,24 @@ def write_bundle(uri: str) -> None:
 # ---- in the processes
 
 
-def _begin(models: dict[str, str | None], barrier: Any) -> None:
-    """Prepare the pipelines of a process, which has one core to itself."""
-    global _barrier  # noqa: PLW0603 - handed over when a process begins; no argument may hold it
+def _begin(model: str | None, barrier: Any) -> None:
+    """Prepare a pipeline in a process, which has one core to itself; without a model it is the plain one."""
+    global _work, _barrier  # noqa: PLW0603 - handed over when a process begins; no argument may hold a barrier
     import torch
 
     torch.set_num_threads(1)
     _barrier = barrier
-    _work.update({name: _predict(model) for name, model in models.items() if model})
-    _work["plain"] = _plain()
+    _work = _predict(model) if model else _plain()
 
 
-def _run(name: str, paths: Sequence[str]) -> tuple[float, float, float]:
+def _run(paths: Sequence[str]) -> tuple[float, float, float]:
     """Return when the work on `paths` began and ended, and its CPU seconds, after a batch that is not counted."""
-    _work[name](paths[:BATCH])
+    _work(paths[:BATCH])
     _barrier.wait()
     busy, started = time.process_time(), time.time()
-    answered = sum(_work[name](paths[start : start + BATCH]) for start in range(0, len(paths), BATCH))
+    answered = sum(_work(paths[start : start + BATCH]) for start in range(0, len(paths), BATCH))
     if answered != len(paths):
-        raise RuntimeError(f"{name} answered {answered} of {len(paths)} images")
+        raise RuntimeError(f"{answered} of {len(paths)} images have an answer")
     return started, time.time(), time.process_time() - busy
 
 

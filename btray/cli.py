@@ -1,7 +1,7 @@
 """The console script `btray`: every job as a command, and two of its own, `predict` and `key`, that need no Ray.
 
 btray train --data ../data/brain-tumor-mri --out runs/first   # as python jobs/train.py, with no checkout
-btray predict --model runs/first scan.jpg folder/ s3://bucket/scan.png
+btray predict scan.jpg folder/ s3://bucket/scan.png           # by the shipped model; --model takes your own
 btray key --file keys.txt --name radiology
 """
 
@@ -19,6 +19,7 @@ from btray.core.errors import UserError
 from btray.core.notice import NOTICE
 from btray.launch import read_config, run_command
 from btray.model.config import PredictConfig
+from btray.model.shipped import announce
 from btray.serving.config import KeyConfig, ServeConfig
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def predict(config: PredictConfig) -> None:
     classifier = Classifier.load(
         config.model, model_id=config.model_id, abstain_below=config.abstain_below, precision=config.precision
     )
+    announce(config.model, classifier.model_id)
     print(NOTICE, file=sys.stderr, flush=True)
     inputs = _scans(config.files, classifier.model_id)
     if not config.json_lines:  # names are listed twice, so that one width suits the first line and the last

@@ -18,8 +18,8 @@ from btray.bulk.config import ClassifyConfig, PackConfig
 from btray.core import logs
 from btray.core.config import JobConfig, OneLineParser, is_submitted
 from btray.core.errors import Failed, Stopped, ThresholdExceeded, UserError
-from btray.evaluation.config import EvaluateConfig
-from btray.model.config import PredictConfig
+from btray.evaluation.config import EvaluateConfig, PublishConfig
+from btray.model.config import ExportConfig, PredictConfig
 from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
 
@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[type[JobConfig], str]] = {
     "train": (TrainConfig, "btray.training.job:train"),
     "tune": (TuneConfig, "btray.training.tuning:tune"),
     "evaluate": (EvaluateConfig, "btray.evaluation.job:evaluate"),
+    "publish": (PublishConfig, "btray.evaluation.publish:publish"),
+    "export": (ExportConfig, "btray.model.export:export"),
     "predict": (PredictConfig, "btray.cli:predict"),
     "classify": (ClassifyConfig, "btray.bulk.classify:classify"),
     "pack": (PackConfig, "btray.bulk.pack:pack"),

@@ -1,6 +1,6 @@
 """Classify an archive into a Parquet table, reading only what is new.
 
-python jobs/classify.py --model runs/first --input ../data/brain-tumor-mri/Testing --output runs/results
+python jobs/classify.py --input ../data/brain-tumor-mri/Testing --output runs/results   # by the model that ships
 python jobs/classify.py --model runs/first --input scans --output runs/results --dry-run   # how much, how long
 ray job submit --working-dir . -- python jobs/classify.py --model s3://bucket/model --input s3://bucket/scans \
     --output s3://bucket/results

@@ -3,11 +3,13 @@
     make demo                                  # or: python -m tools.demo
     make demo DATA=../shared/data/brain-tumor-mri
     make demo DATA=s3://bucket/scans
+    make demo SCANS=folder                     # what the model that ships with btray says of your scans
 
 Without data it starts a real S3 server on loopback, fills a bucket with phantoms (`btray.phantoms`), trains over
 `s3://` with two workers, downloads report and bundle to `runs/demo/<time>/model`, classifies the bucket into
 `runs/demo/<time>/results` and stops the server. It takes a few minutes on two cores. With data it trains on them with
-the job's defaults. It returns the exit code of a job that fails.
+the job's defaults. Last, the model that ships with btray, if it is there, classifies your scans, or a phantom of each
+class, which it has never seen the like of. It returns the exit code of a job that fails.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from btray import phantoms, storage
+from btray.model.shipped import FOLDER, SHIPPED
 from tools.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +49,7 @@ def main() -> int:
     """Run the demo of the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="labelled data, as for jobs/train.py; default: generated phantoms")
+    parser.add_argument("--scans", default="", help="a scan, or a folder of them, for the model that ships with btray")
     parser.add_argument("--out", type=Path, help="local folder for the result; default: runs/demo/<time>")
     arguments, job_flags = parser.parse_known_args()
     out: Path = arguments.out or ROOT / "runs" / "demo" / f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -53,6 +57,7 @@ def main() -> int:
     code = _train_on(arguments.data, out, job_flags) if arguments.data else _train_on_phantoms(out, job_flags)
     if code == 0:
         _show_result(out / "model", phantom=not arguments.data)
+        code = _ask_shipped_model(arguments.scans, out)
         console.print(f"{time.monotonic() - started:.0f} s in all")
     return code
 
@@ -103,6 +108,20 @@ def _run_job(script: str, flags: list[str], environment: Mapping[str, str]) -> i
     if code:
         console.print(f"[red]jobs/{script} failed with exit code {code}[/red]")
     return 128 - code if code < 0 else code
+
+
+def _ask_shipped_model(scans: str, out: Path) -> int:
+    """Print what the shipped model says of `scans`, or of phantoms; return the exit code."""
+    if not scans and not (FOLDER / SHIPPED).is_dir():
+        return 0
+    if not scans:
+        scans = str(out / "phantoms")
+        for label in phantoms.CLASSES:
+            storage.write_bytes(f"{scans}/{label}.jpg", phantoms.encoded_phantom(label, SEED))
+        console.print("The model that ships with btray, on phantoms: it knows real slices, and should say so.")
+    console.print(f"[bold]btray predict {scans}[/bold]", soft_wrap=True)
+    command = [sys.executable, "-c", "from btray.cli import main; main()", "predict", "--", scans]
+    return subprocess.run(command, check=False).returncode
 
 
 def _download(source: str, target: Path) -> None:

@@ -17,12 +17,15 @@ import pyarrow as pa
 from PIL import Image
 
 from btray.data import fingerprint
-from btray.data.preprocess import Gray
+from btray.data.config import PreprocessConfig
+from btray.data.modality import looks_like_ct
+from btray.data.preprocess import Gray, make_frame
 from btray.data.scans import FileFacts, Scan, ScanLimits, ScanRejected, decode, examine
 from btray.storage import StorageError
 from btray.storage.read_many import ReadResult, read_many
 
-# Chosen on the 3264 slices of the public data set, of which 0.5 % are suspected, and on photographs, pages and noise.
+# Chosen on the 3264 slices of the public data set, of which 0.5 % are suspected, and on photographs, pages and noise;
+# the rule for CT has its own, in `btray.data.modality`.
 _COLOURED = 30  # gray levels between the channels of a pixel that has colour
 _MOST_COLOURED = 0.05  # of the pixels: an arrow or a caption in colour is less
 _LEAST_SPAN = 16  # gray levels between black and white
@@ -38,6 +41,8 @@ NOT_MRI = {
     "page": f"More than {_MOST_WHITE:.0%} of the pixels are nearly white: a page, a drawing, an inverted picture.",
     "no_dark_background": f"Less than {_LEAST_DARK_RIM:.0%} of the pixels near the edges are dark, or none is black: "
     "there is no air around a head.",
+    "looks_like_ct": "A bright ring, closed and as thick all around, encloses what is even: the skull in CT. Training "
+    "leaves such slices out with --leave-out ct.",
 }
 """Reasons why an image is probably not an MRI slice, each with its rule."""
 
@@ -157,7 +162,8 @@ def gray_levels(gray: Gray) -> dict[str, float]:
 def why_not_mri(small: npt.NDArray[np.uint8], facts: FileFacts) -> str:
     """Return the first reason of NOT_MRI that holds of an image, as `fingerprint.reduced` gives it; "" if none does.
 
-    Nothing here knows anatomy: the rules find what has strayed into a data set, not a slice of another organ.
+    But for the skull in CT nothing here knows anatomy: the rules find what has strayed into a data set, not a slice of
+    another organ.
     """
     cumulative = np.cumsum(Image.fromarray(small).histogram())
     black, white = np.searchsorted(cumulative, (0.01 * small.size, 0.99 * small.size)).tolist()
@@ -177,7 +183,7 @@ def why_not_mri(small: npt.NDArray[np.uint8], facts: FileFacts) -> str:
     rim[wide:-wide, wide:-wide] = False
     if black > _DARKEST_LEVEL or (small[rim] <= black + span // 4).mean() < _LEAST_DARK_RIM:
         return "no_dark_background"
-    return ""
+    return "looks_like_ct" if looks_like_ct(make_frame(small, PreprocessConfig())) else ""
 
 
 def _read(names: Sequence[int], uris: Sequence[str]) -> Iterator[tuple[int, ReadResult]]:

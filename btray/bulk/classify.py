@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 from btray import storage
 from btray.bulk import table
-from btray.bulk.classify_worker import PartClassifier
 from btray.bulk.clinical.headers import HeaderReader
 from btray.bulk.clinical.pseudonyms import Pseudonyms, check_table, claim_table
 from btray.bulk.clinical.series import DERIVED, UNKNOWN
@@ -18,20 +17,24 @@ from btray.bulk.clinical.studies import read_studies, update_studies
 from btray.bulk.completed import CompletedIndex
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.driver import ArchiveJob, run_archive
-from btray.bulk.explanations import FOLDER, read_frames, write_explanations
 from btray.bulk.progress import summarize
 from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
-from btray.bulk.worker import PartProcessor
 from btray.core.errors import UserError
 from btray.data.key_set import Keys
 from btray.data.scans import SliceInfo
-from btray.model.bundle import load_bundle
-from btray.model.classifier import Classifier
+from btray.model.bundle_files import read_files
 from btray.model.manifest import require_agreement
+from btray.model.shipped import announce, locate
 from btray.model.studies import Reader
 from btray.storage import FileInfo
 from btray.storage.parquet import set_aside
+
+# torch takes seconds to import, which a night with nothing new does without.
+if TYPE_CHECKING:
+    from btray.bulk.worker import PartProcessor
+    from btray.model.bundle import Bundle
+    from btray.model.classifier import Classifier
 
 _log = logging.getLogger(__name__)
 
@@ -53,14 +56,16 @@ class ClassifyJob(ArchiveJob):
     choices = frozenset({"reclassify", "retry_rejected", "explain_labels", "series", "series_preset"})
 
     def __init__(self, config: ClassifyConfig) -> None:
-        """Load the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
-        self.bundle = load_bundle(config.model, model_id=config.model_id)
-        require_agreement(self.bundle.manifest, self.bundle.uri, config.precision)
-        classes = self.bundle.manifest.classes
+        """Verify the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
+        self.model = locate(config.model)
+        self.manifest, _ = read_files(self.model, model_id=config.model_id)
+        announce(config.model, self.manifest.model_id)
+        require_agreement(self.manifest, self.model, config.precision)
+        classes = self.manifest.classes
         for label in config.explain_labels:
             if label not in classes:
                 raise UserError(f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}")
-        super().__init__(config, group=self.bundle.manifest.model_id)
+        super().__init__(config, group=self.manifest.model_id)
         self.config: ClassifyConfig = config
         self.pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
         check_table(self.output, self.pseudonyms)
@@ -105,12 +110,32 @@ class ClassifyJob(ArchiveJob):
             retry_rejected, write_missing = self.config.retry_rejected, not self.config.dry_run
             yield from self.completed.keys(retry_rejected=retry_rejected, write_missing=write_missing)
 
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The bundle, loaded when it is first asked for."""
+        from btray.model.bundle import load_bundle
+
+        return load_bundle(self.model, model_id=self.group)
+
+    def prepare(self) -> None:
+        """Load the bundle."""
+        _ = self.bundle
+
     def processor(self) -> Callable[[Run, int], PartProcessor]:
-        """Return what makes the classifier of an actor."""
-        # Resolved: an actor runs in another folder than the job if it joined a running cluster.
-        config = self.config.model_copy(update={"model": self.bundle.uri})
+        """Return what makes the classifier of an actor. Raises UserError for bf16 if only this machine is there."""
+        self._require_bf16()
         # The key itself, since its file may not be on the node of the actor.
-        return partial(PartClassifier, config, self.group, self.pseudonyms)
+        return partial(_part_classifier, self.config, self.group, self.pseudonyms)
+
+    def _require_bf16(self) -> None:
+        if self.config.precision == "bf16" and not self.config.use_gpu:
+            import torch
+
+            from btray.core.cluster import started_ray_here
+            from btray.model.engines import require_bf16
+
+            if started_ray_here():  # else the actors, which are elsewhere, will say so
+                require_bf16(self.config.engine, torch.device("cpu"))
 
     def totals(self) -> ClassifyTotals:
         """Return counts with labels, profile and least certain frames."""
@@ -123,24 +148,13 @@ class ClassifyJob(ArchiveJob):
             self.completed.write(run)
         for uri in self.completed.damaged:
             set_aside(uri)  # now that what it held is classified anew
-        reader = Reader.of(self.bundle.manifest)
+        reader = Reader.of(self.manifest)
         studies = self.config.studies_uri
         counts = update_studies(self.output, self.group, studies, reader, any_new=report.in_series > 0)
         report = report.model_copy(update={"studies": counts})
         try:
-            from btray.bulk import summary  # matplotlib: nothing needs it before the run has ended
-
-            profiles, drift = summary.compare(run, report, self.bundle)
-            report = report.model_copy(update={"drift": drift})
             if report.objects:
-                classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
-                uids = {str(frame.study_uid) for frame in report.most_tumor}
-                rows = read_studies(studies, self.group, uids)
-                page = summary.write_summary(
-                    run, report, profiles, classifier, studies=rows, pseudonyms=self.pseudonyms
-                )
-                _log.info("summary: %s", page)
-                self._explain_least_certain(run, report, classifier)
+                report = self._summarized(run, report, studies)
         except Exception as error:  # the rows are there, and so is what the run counted
             reason = type(error).__name__ + ("" if self.pseudonyms else f": {error}")  # which may name an object
             _log.warning("there is no summary of this run: %s", reason, exc_info=not self.pseudonyms)
@@ -148,10 +162,36 @@ class ClassifyJob(ArchiveJob):
         print(summarize(report), flush=True)
         return report
 
+    def _summarized(self, run: Run, report: RunReport, studies: str) -> RunReport:
+        """Write the page, and pictures of the least certain frames; return the report with its drift."""
+        from btray.bulk import summary  # matplotlib: nothing needs it before the run has ended
+        from btray.model.classifier import Classifier
+
+        profiles, drift = summary.compare(run, report, self.bundle)
+        report = report.model_copy(update={"drift": drift})
+        classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
+        uids = {str(frame.study_uid) for frame in report.most_tumor}
+        rows = read_studies(studies, self.group, uids)
+        page = summary.write_summary(run, report, profiles, classifier, studies=rows, pseudonyms=self.pseudonyms)
+        _log.info("summary: %s", page)
+        self._explain_least_certain(run, report, classifier)
+        return report
+
     def _explain_least_certain(self, run: Run, report: RunReport, classifier: Classifier) -> None:
+        from btray.bulk.explanations import FOLDER, read_frames, write_explanations
+
         folder = storage.join(run.output, FOLDER, run.run_id)
         explained = report.least_certain[: self.config.explain]
         for start in range(0, len(explained), classifier.batch_size):
             some = explained[start : start + classifier.batch_size]
             frames, pixels = read_frames(classifier, some, self.pseudonyms)
             write_explanations(folder, f"least_certain-{start:05d}", frames, pixels, classifier)
+
+
+def _part_classifier(
+    config: ClassifyConfig, model_id: str, pseudonyms: Pseudonyms | None, run: Run, cpus: int
+) -> PartProcessor:
+    """Make the classifier of an actor, in its process."""
+    from btray.bulk.classify_worker import PartClassifier
+
+    return PartClassifier(config, model_id, pseudonyms, run, cpus)

@@ -12,6 +12,7 @@ from btray.bulk.clinical.series import SeriesFilter
 from btray.core.config import JobConfig, Positive, Probability
 from btray.core.uris import Uri, resolved
 from btray.model.config import EngineName, Precision, require_bundle
+from btray.model.shipped import SHIPPED, Model
 
 SHOWN = 24
 """Number of the least certain frames that summary.html shows."""
@@ -65,8 +66,8 @@ class ArchiveConfig(JobConfig):
 class ClassifyConfig(ArchiveConfig):
     """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
 
-    model: Uri
-    """Model bundle."""
+    model: Model = SHIPPED
+    """Model bundle: a folder, local or s3://, or the name of the shipped one."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
     reclassify: bool = False

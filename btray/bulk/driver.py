@@ -12,31 +12,32 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import UTC, datetime
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import ray.exceptions
 
 from btray import storage
 from btray.bulk import progress, runs
 from btray.bulk.archive import Selection, list_archive
 from btray.bulk.config import ArchiveConfig
 from btray.bulk.listing import Listing, NewObjects
-from btray.bulk.pipeline import process_parts
 from btray.bulk.progress import duration
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import Run
-from btray.bulk.worker import PartProcessor
 from btray.core import logs, metrics
-from btray.core.cluster import connected
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
 from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected, require_found
 from btray.storage import FileInfo, lease
+
+if TYPE_CHECKING:
+    from btray.bulk.worker import PartProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +88,9 @@ class ArchiveJob(ABC):
     def completed_keys(self) -> Iterator[Keys]:
         """Yield the keys of the objects that earlier runs have completed."""
 
+    def prepare(self) -> None:  # noqa: B027 - as above
+        """Load what the run will need; called, if there is anything to do, in a thread while Ray starts."""
+
     @abstractmethod
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes an actor's processor from the run and the CPUs that it may keep busy. It is pickled."""
@@ -132,9 +136,10 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, Failed) as error:
-        if isinstance(error, ray.exceptions.RayTaskError):
-            raise error.cause from error
-        raise
+        cause = getattr(error, "cause", None)  # Ray's error of a task is of the class of its cause as well
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:
@@ -206,10 +211,27 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
     return report
 
 
+@contextmanager
+def _started(task: Callable[[], None]) -> Iterator[Future[None]]:
+    """Run `task` in a thread beside the block."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(copy_context().run, task)
+
+
 def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
+    # Ray takes seconds to import, which a night with nothing new does without.
+    from btray.bulk.pipeline import process_parts
+    from btray.core.cluster import connected
+
     config = job.config
-    with connected(), metrics.lasting(), ProgressLine("starting the actors", keep=False) as line:
+    with (
+        _started(job.prepare) as prepared,
+        connected(),
+        metrics.lasting(),
+        ProgressLine("starting the actors", keep=False) as line,
+    ):
+        prepared.result()
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(

@@ -17,9 +17,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
-import ray
-from ray.util import metrics
-
 from btray.core.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -68,6 +65,8 @@ _gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
 
 @cache
 def _metric(name: str) -> Any:
+    from ray.util import metrics
+
     kind, meaning, labels = METRICS[name]
     return (metrics.Counter if kind == "counter" else metrics.Gauge)(name, meaning, labels)
 
@@ -77,6 +76,8 @@ def record(values: Mapping[str, float | None], **labels: str) -> None:
 
     Does nothing without a connection to Ray.
     """
+    import ray  # takes a second, which a night with nothing new does without
+
     if not ray.is_initialized():
         return
     for name, value in values.items():

@@ -15,7 +15,19 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from btray.data.fingerprint import LENGTH, SAME_FINGERPRINT, SAME_IMAGE, VIEWS, Fingerprints, distances, frequencies
+from btray.data.fingerprint import (
+    LENGTH,
+    SAME_FINGERPRINT,
+    SAME_IMAGE,
+    VIEWS,
+    Fingerprints,
+    ShortFingerprints,
+    distances,
+    frequencies,
+    is_short,
+    lengthened,
+    shortened,
+)
 
 Numbers = npt.NDArray[np.int64]
 Pairs = Numbers
@@ -67,11 +79,13 @@ def group_by_fingerprint(prints: Fingerprints, *, within: float = SAME_FINGERPRI
     return components(len(prints), pairs)
 
 
-def have_twin(prints: Fingerprints, among: Fingerprints) -> npt.NDArray[np.bool_]:
-    """Return, bool [n], which fingerprints [n, VIEWS, LENGTH] have one of the same image in `among` [m, VIEWS, LENGTH].
+def have_twin(prints: Fingerprints, among: Fingerprints | ShortFingerprints) -> npt.NDArray[np.bool_]:
+    """Return, bool [n], which fingerprints [n, VIEWS, LENGTH] have one of the same image in `among`, m whole or short.
 
     Also through others of `prints`: what is the same as a twin is one.
     """
+    if is_short(among):
+        prints, among = lengthened(shortened(prints)), lengthened(among)
     group = group_by_fingerprint(np.concatenate([prints, among]))
     return np.isin(group[: len(prints)], group[len(prints) :])
 

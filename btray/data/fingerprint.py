@@ -12,7 +12,7 @@ further from another one than the thumbnails lie apart: correlation r means a di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +40,16 @@ VIEWS = 3
 LENGTH = 143
 """Numbers in the fingerprint of one thumbnail."""
 
+SHORT = 32
+"""Numbers in a short fingerprint, of the last view alone.
+
+Of 2247 real slices, compared with 2870 others, they find the 265 twins that whole ones find, and no other; of 16
+numbers of each view they would find 66 more."""
+
 NO_FINGERPRINT = bytes(2 * VIEWS * LENGTH)
 """The packed fingerprint of what shows nothing; it is like no other."""
+
+_STEPS = 255  # of 1, the largest number, in a short fingerprint
 
 _SIDE = 48
 _FREQUENCIES = 12
@@ -59,6 +67,7 @@ _BLANK = 1.0
 
 Thumbnails = npt.NDArray[np.uint8]
 Fingerprints = npt.NDArray[np.float16]
+ShortFingerprints = npt.NDArray[np.uint8]
 
 
 def thumbnails(gray: Gray) -> Thumbnails:
@@ -115,6 +124,29 @@ def frequencies() -> npt.NDArray[np.float64]:
     return np.concatenate([off_diagonal, off_diagonal, np.hypot(*[np.arange(1, _FREQUENCIES)] * 2)])
 
 
+def shortened(prints: Fingerprints | ShortFingerprints) -> ShortFingerprints:
+    """Return uint8 [n, SHORT] of fingerprints [n, VIEWS, LENGTH]: the last view's lowest frequencies, in steps.
+
+    But for rounding they lie no further apart than the whole ones: the same image stays the same, and a few that merely
+    look alike become it. What is short already stays as it is.
+    """
+    if is_short(prints):
+        return prints
+    return np.rint(prints[:, -1, _lowest()].astype(np.float32) * _STEPS).astype(np.uint8)
+
+
+def is_short(prints: Fingerprints | ShortFingerprints) -> TypeGuard[ShortFingerprints]:
+    """Return whether fingerprints are short ones."""
+    return prints.dtype == np.uint8
+
+
+def lengthened(prints: ShortFingerprints) -> Fingerprints:
+    """Return short fingerprints as float16 [n, VIEWS, LENGTH], to be compared with one another; the rest is 0."""
+    whole = np.zeros((len(prints), VIEWS, LENGTH), np.float16)
+    whole[:, -1, _lowest()] = prints.astype(np.float32) / _STEPS
+    return whole
+
+
 def distances(first: Fingerprints, second: Fingerprints) -> npt.NDArray[np.float32]:
     """Return the distance [n] of fingerprints [n, VIEWS, LENGTH] to each other: the smallest one of their views.
 
@@ -130,6 +162,10 @@ def correlations(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float3
     here, there = _normalised(first), _normalised(second)
     turned = (np.rot90(side, quarter, (-2, -1)) for side in (there, there[..., ::-1]) for quarter in range(4))
     return np.max([np.einsum("nkij,nkij->nk", here, other) for other in turned], axis=(0, 2))
+
+
+def _lowest() -> npt.NDArray[np.int64]:
+    return np.argsort(frequencies(), kind="stable")[:SHORT]
 
 
 def _normalised(pictures: Thumbnails) -> npt.NDArray[np.float32]:

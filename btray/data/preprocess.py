@@ -117,14 +117,14 @@ def preprocess_digest(config: PreprocessConfig) -> str:
     digest = hashlib.sha256()
     for min_side in (40, 20, 10, 5):  # whole, 1/2, 1/4 and 1/8
         digest.update(decode(_TEST_JPEG, min_side=min_side).frames[0].tobytes())
-    for pattern in (_test_pattern(np.dtype(np.uint8)), _test_pattern(np.dtype(np.uint16))):
+    for pattern in (head_pattern(np.dtype(np.uint8)), head_pattern(np.dtype(np.uint16))):
         frame = make_frame(pattern, config)
         digest.update(frame.tobytes())
         digest.update(to_tensor(torch.from_numpy(frame)[None]).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _test_pattern(dtype: np.dtype[np.unsignedinteger]) -> Gray:
+def head_pattern(dtype: np.dtype[np.unsignedinteger]) -> Gray:
     """Draw a head-like ellipse with texture on a dark ground, from integer arithmetic alone."""
     # large enough that a frame of the default size averages whole pixels before it interpolates
     rows, columns = np.mgrid[0:422, 0:346].astype(np.int64)

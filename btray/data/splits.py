@@ -128,7 +128,8 @@ def hold_out(table: pa.Table, *, fraction: float, seed: int, prints: Fingerprint
     counts = np.zeros((group.max(initial=-1) + 1, len(classes)), np.int64)
     np.add.at(counts, (group, label), 1)
     held = np.zeros(len(counts), bool)
-    share = Fraction(fraction).limit_denominator(max(1, min(_MOST_FOLDS, len(counts), counts.sum(0).max(initial=0))))
+    most = min(_MOST_FOLDS, len(counts), int(counts.sum(axis=0).max(initial=0)))
+    share = Fraction(fraction).limit_denominator(max(1, most))
     if 0 < share < 1:
         # Groups of different size are dealt out by size, not by chance: the seed also says which folds they are.
         folds = (_folds(label, group, share.denominator, seed) + seed) % share.denominator

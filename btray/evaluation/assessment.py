@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.duplicates import have_twin
-from btray.data.fingerprint import Fingerprints
+from btray.data.fingerprint import Fingerprints, ShortFingerprints
 from btray.data.frames import FrameSource, Rejection
 from btray.data.rejections import REJECTED
 from btray.data.splits import subjects
@@ -109,7 +109,7 @@ def assess(
     measured_on: str,
     curves: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
-    learnt_from: Fingerprints | None = None,
+    learnt_from: Fingerprints | ShortFingerprints | None = None,
     validation: Mapping[str, Scores] | None = None,
 ) -> Assessment:
     """Compute the metrics and draw the plots and the report.
@@ -162,7 +162,7 @@ def measure(
     table: pa.Table,
     *,
     measured_on: str,
-    learnt_from: Fingerprints | None,
+    learnt_from: Fingerprints | ShortFingerprints | None,
 ) -> Evaluation:
     """Compute the content of `metrics.json`; what the model has no threshold for is None.
 

@@ -27,6 +27,7 @@ from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import Bundle, load_bundle, read_fingerprints
 from btray.model.classifier import interpret
 from btray.model.prediction import csv_cells, csv_header
+from btray.model.shipped import announce
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -44,6 +45,7 @@ def evaluate(config: EvaluateConfig) -> str:
     config.check()
     out = config.out
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
+    announce(config.model, bundle.manifest.model_id)
     chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
     table = read_labelled(config.data, classes=chosen, least_classes=1)
     split = "test" if "test" in table["split"].to_pylist() else None

@@ -6,8 +6,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Self
 
 import numpy as np
+from pydantic import TypeAdapter
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
@@ -166,6 +168,18 @@ class Evaluation(Metrics):
         if record.pop("twins") is not None and self.clean is None:
             record["clean"] = {field.name: None for field in fields(Metrics)} | {"n": 0}
         return json.dumps(record, indent=2, allow_nan=False).encode()
+
+    @classmethod
+    def from_json(cls, body: bytes) -> Self:
+        """Read what `to_json` wrote. Raises UserError if it is something else."""
+        try:
+            record = json.loads(body)
+            images, clean = record["n"], record["clean"]
+            record["twins"] = clean and images - clean["n"]
+            record["clean"] = clean and (clean if clean["n"] else None)
+            return TypeAdapter(cls).validate_python(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"metrics.json is not of this version of btray: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

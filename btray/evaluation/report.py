@@ -60,8 +60,15 @@ def render_report(
     )
 
 
-def model_card(manifest: Manifest, metrics: Evaluation) -> str:
-    """Return MODEL_CARD.md of a model that was just trained, after Mitchell et al. 2019 (arXiv:1810.03993)."""
+def model_card(manifest: Manifest, metrics: Evaluation, *, terms: str = "", notes: Sequence[str] = ()) -> str:
+    """Return MODEL_CARD.md, after Mitchell et al. 2019 (arXiv:1810.03993).
+
+    Args:
+        manifest: of the model.
+        metrics: what was measured.
+        terms: Markdown on the terms of the model and its data, if it is published.
+        notes: lines about the figures.
+    """
     counts = manifest.data.counts
     classes = dict.fromkeys([*manifest.classes, *(name for split in counts.values() for name in split)])
     settings = {key: value for key, value in manifest.training.items() if key not in _NOT_ON_CARD}
@@ -79,6 +86,8 @@ def model_card(manifest: Manifest, metrics: Evaluation) -> str:
         cards=_headline(metrics),
         columns=_COLUMNS,
         rows=_class_rows(metrics),
+        terms=Markup(terms.strip()),  # noqa: S704 - the publisher's own text
+        notes=notes,
         part_columns=_PART_COLUMNS,
         parts=_part_tables(metrics),
         few=_few(metrics),

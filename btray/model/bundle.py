@@ -21,16 +21,16 @@ from torch import Tensor
 from btray import storage
 from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
-from btray.data.fingerprint import Fingerprints
+from btray.data.fingerprint import Fingerprints, ShortFingerprints
 from btray.data.preprocess import preprocess_digest
 from btray.model.bundle_files import (
+    FINGERPRINTS,
     WEIGHTS,
     WRITING,
     own_names,
-    read_manifest,
+    read_files,
     read_verified,
     require_free,
-    visible_names,
 )
 from btray.model.config import MANIFEST, NetworkConfig
 from btray.model.manifest import (
@@ -45,11 +45,13 @@ from btray.model.manifest import (
 )
 from btray.model.network import Network, build_network
 from btray.model.ood import Distribution
+from btray.model.shipped import locate
 
 OOD = "ood.safetensors"
 """The distribution of the training images' features; see `btray.model.ood`."""
-FINGERPRINTS = "fingerprints.safetensors"
-"""Fingerprints of all images that were trained on or validated with; see `btray.data.fingerprint`."""
+
+LARGE = 10_000
+"""Numbers from which on a kernel is rounded in half precision."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,27 @@ class Bundle:
             return self
         thresholds = self.manifest.thresholds.model_copy(update={"abstain_below": confidence})
         return replace(self, manifest=self.manifest.model_copy(update={"thresholds": thresholds}))
+
+    def in_half_precision(self) -> Bundle:
+        """Return the model with its large kernels as float16, in about half the size; it has another model_id.
+
+        What is smaller stays as it is: it takes 5 % of the space, and rounding it would change answers five times as
+        much. `network`, and training from the bundle, compute in float32 as before.
+        """
+        weights = {
+            name: tensor.half() if tensor.is_floating_point() and tensor.numel() >= LARGE else tensor
+            for name, tensor in self.weights.items()
+        }
+        manifest = self.manifest.model_copy(update={"weights_sha256": sha256(safetensors.torch.save(weights))})
+        ood = self.ood and replace(self.ood, directions=self.ood.directions.astype(np.float16))
+        return Bundle("", manifest.with_own_id(), weights, ood)
+
+    def contents(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return all files of the bundle by name, with `files`, its plots, metrics and texts; bundle.json is last."""
+        if self.ood is not None:
+            files = {**files, OOD: safetensors.torch.save(self.ood.tensors())}
+        manifest = self.manifest.model_copy(update={"files": {name: sha256(files[name]) for name in sorted(files)}})
+        return {WEIGHTS: safetensors.torch.save(self.weights), **files, MANIFEST: manifest.to_text().encode()}
 
     def network(self) -> Network:
         """Return the network with its weights, in evaluation mode. Raises UserError if the weights do not fit it."""
@@ -115,7 +138,7 @@ def make_bundle(
         weights_sha256=sha256(safetensors.torch.save(on_cpu)),
         files={},
     )
-    return Bundle("", manifest.model_copy(update={"model_id": manifest.identity_digest()}), on_cpu, ood)
+    return Bundle("", manifest.with_own_id(), on_cpu, ood)
 
 
 def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
@@ -125,48 +148,31 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
     """
     uri = storage.resolve(uri)
     require_free(uri)
-    if bundle.ood is not None:
-        files = {**files, OOD: safetensors.torch.save(bundle.ood.tensors())}
-    manifest = bundle.manifest.model_copy(update={"files": {name: sha256(files[name]) for name in sorted(files)}})
-    left_over = own_names(uri) - {WEIGHTS, *files}
-    storage.write_json(storage.join(uri, WRITING), sorted(left_over | {WEIGHTS, *files}))
+    contents = bundle.contents(files)
+    names = own_names(uri) | contents.keys()
+    storage.write_json(storage.join(uri, WRITING), sorted(names))
     # The manifest goes first: without it there is no bundle, and a reader never sees half of one.
-    for name in (MANIFEST, *sorted(left_over)):
+    for name in (MANIFEST, *sorted(names - contents.keys())):
         storage.delete(storage.join(uri, name))
-    for name, body in {WEIGHTS: safetensors.torch.save(bundle.weights), **files}.items():
+    for name, body in contents.items():  # the manifest is last
         storage.write_bytes(storage.join(uri, name), body)
-    storage.write_text(storage.join(uri, MANIFEST), manifest.to_text())
     storage.delete(storage.join(uri, WRITING))
-    return Bundle(uri, manifest, bundle.weights, bundle.ood)
+    return Bundle(uri, Manifest.from_text(contents[MANIFEST].decode(), uri), bundle.weights, bundle.ood)
 
 
 def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
-    """Read and verify a bundle; `model_id` pins which model is meant.
+    """Read and verify a bundle, given by URI or by the name of the shipped one; `model_id` pins which model is meant.
 
     Raises UserError for whatever is missing, changed, unlisted, newer than this btray or not the pinned model.
     """
-    uri = storage.resolve(uri)
-    manifest = read_manifest(uri)
-    if model_id is not None and model_id != manifest.model_id:
-        raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
-    weights_file = read_verified(uri, WEIGHTS, manifest.weights_sha256)
-    # Fingerprints are a kilobyte for each training image, which nobody who classifies needs: `read_fingerprints`.
-    files = {name: read_verified(uri, name, digest) for name, digest in manifest.files.items() if name != FINGERPRINTS}
-    names = visible_names(uri)
-    if FINGERPRINTS in manifest.files.keys() - names:
-        raise UserError(f"{uri} is incomplete: {FINGERPRINTS} is missing; copy the bundle again")
-    if unlisted := names - {MANIFEST, WEIGHTS, *manifest.files}:
-        raise UserError(
-            f"{uri} holds {min(unlisted)}, which {MANIFEST} does not list; remove it or copy the bundle again"
-        )
-    if manifest.model_id != manifest.identity_digest():
-        raise UserError(f"{uri}: {MANIFEST} was changed: its model_id is not that of its content; train or copy again")
+    uri = locate(uri)
+    manifest, files = read_files(uri, model_id=model_id)
     if preprocess_digest(manifest.preprocess) != manifest.preprocess_digest:
         raise UserError(
             f"{uri}: preprocessing gives other bits here than where the model was trained; "
             f"install the versions it was trained with: {manifest.differing_versions()}"
         )
-    weights = _tensors(uri, WEIGHTS, weights_file)
+    weights = _tensors(uri, WEIGHTS, files[WEIGHTS])
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(f"{uri}: {name} has weights that are not finite: its training diverged; train it again")
@@ -179,14 +185,14 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     return Bundle(uri, manifest, weights, distribution)
 
 
-def pack_fingerprints(prints: Fingerprints) -> bytes:
-    """Return the file FINGERPRINTS of fingerprints [n, VIEWS, LENGTH]."""
+def pack_fingerprints(prints: Fingerprints | ShortFingerprints) -> bytes:
+    """Return the file FINGERPRINTS of fingerprints [n, VIEWS, LENGTH], or of short ones."""
     # safetensors writes the memory as it lies, so a view must be copied first
     return safetensors.numpy.save({"fingerprints": np.ascontiguousarray(prints)})
 
 
-def read_fingerprints(bundle: Bundle) -> Fingerprints | None:
-    """Return fingerprints [n, VIEWS, LENGTH] of the images that made a saved bundle; None if it keeps none."""
+def read_fingerprints(bundle: Bundle) -> Fingerprints | ShortFingerprints | None:
+    """Return fingerprints, whole or short, of the images that made a saved bundle; None if it keeps none."""
     body = read_file(bundle, FINGERPRINTS)
     return None if body is None else _tensors(bundle.uri, FINGERPRINTS, body)["fingerprints"].numpy()
 

@@ -12,6 +12,8 @@ from btray.model.manifest import Manifest, is_plain_name, sha256
 from btray.storage import StorageError
 
 WEIGHTS = "model.safetensors"
+FINGERPRINTS = "fingerprints.safetensors"
+"""Fingerprints of all images that were trained on or validated with; see `btray.data.fingerprint`."""
 # Lists the files of a bundle that is being written: what a killed writer left is recognised by it and may be replaced.
 WRITING = "_writing.json"
 
@@ -58,6 +60,29 @@ def read_manifest(uri: str) -> Manifest:
     with _missing_means(NO_BUNDLE.format(uri)):
         text = storage.read_text(storage.join(uri, MANIFEST))
     return Manifest.from_text(text, uri)
+
+
+def read_files(uri: str, *, model_id: str | None = None) -> tuple[Manifest, dict[str, bytes]]:
+    """Read and verify the manifest and files of a bundle, by name; `model_id` pins which model is meant.
+
+    Fingerprints are left out: a kilobyte for each training image, which nobody who classifies needs. Raises UserError
+    for whatever is missing, changed, unlisted, newer than this btray or not the pinned model.
+    """
+    manifest = read_manifest(uri)
+    if model_id is not None and model_id != manifest.model_id:
+        raise UserError(f"{uri} holds model {manifest.model_id}, not the pinned --model-id {model_id}")
+    digests = {WEIGHTS: manifest.weights_sha256, **manifest.files}
+    files = {name: read_verified(uri, name, digest) for name, digest in digests.items() if name != FINGERPRINTS}
+    names = visible_names(uri)
+    if FINGERPRINTS in digests.keys() - names:
+        raise UserError(f"{uri} is incomplete: {FINGERPRINTS} is missing; copy the bundle again")
+    if unlisted := names - {MANIFEST, *digests}:
+        raise UserError(
+            f"{uri} holds {min(unlisted)}, which {MANIFEST} does not list; remove it or copy the bundle again"
+        )
+    if manifest.model_id != manifest.identity_digest():
+        raise UserError(f"{uri}: {MANIFEST} was changed: its model_id is not that of its content; train or copy again")
+    return manifest, files
 
 
 def read_verified(uri: str, name: str, digest: str) -> bytes:

@@ -29,6 +29,7 @@ from btray.model.manifest import Manifest, require_agreement
 from btray.model.network import Network
 from btray.model.ood import Distribution
 from btray.model.prediction import Answer, Prediction, facts_of
+from btray.model.shipped import SHIPPED
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Classifier:
     @classmethod
     def load(
         cls,
-        uri: str | PathLike[str],
+        uri: str | PathLike[str] = SHIPPED,
         *,
         model_id: str | None = None,
         device: str | None = None,
@@ -109,7 +110,7 @@ class Classifier:
         """Load and verify a bundle. Raises UserError.
 
         Args:
-            uri: the bundle, local or s3://.
+            uri: the bundle, local or s3://; by default the one that ships with btray.
             model_id: refuse any other model.
             device: `cpu` or `cuda`; by default a GPU if there is one.
             batch_size: images per forward pass; by default as many as suit the device.

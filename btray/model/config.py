@@ -1,7 +1,8 @@
-"""The settings of the network and of `btray predict`. No heavy import: `--help` must be quick."""
+"""The settings of the network, of `btray predict` and of the export job. No heavy import: `--help` must be quick."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,9 +11,12 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.core.errors import UserError
 from btray.core.uris import Uri
+from btray.model.shipped import SHIPPED, Model, locate
 
 MANIFEST = "bundle.json"
 """The file of a bundle that describes it."""
+EXPORT = "export.json"
+"""The file of an export that describes it."""
 NO_BUNDLE = f"{{}} is not a model bundle: it has no {MANIFEST}; give the --out of a training"
 EngineName = Literal["auto", "eager", "frozen", "onnx"]
 """How a network is run: see `btray.model.engines`."""
@@ -69,12 +73,12 @@ class NetworkConfig(ComponentConfig):
         return self
 
 
-def require_bundle(uri: str) -> None:
-    """Raise UserError if no bundle is at `uri`; it is not read. A store that cannot tell now is left to the job."""
+def require_bundle(model: str) -> None:
+    """Raise UserError if there is no bundle `model`; it is not read. A store that cannot tell is left to the job."""
     from btray import storage
 
-    if not storage.may_exist(storage.join(uri, MANIFEST)):
-        raise UserError(NO_BUNDLE.format(uri))
+    if not storage.may_exist(storage.join(locate(model), MANIFEST)):
+        raise UserError(NO_BUNDLE.format(locate(model)))
 
 
 class PredictConfig(JobConfig):
@@ -88,8 +92,8 @@ class PredictConfig(JobConfig):
     # As they are given, not resolved: no other process reads them, and each line of the output names its scan so.
     files: CliPositionalArg[Annotated[tuple[str, ...], Field(min_length=1)]]
     """Scans, or folders of them, local or s3://."""
-    model: Uri
-    """Model bundle."""
+    model: Model = SHIPPED
+    """Model bundle: a folder, local or s3://, or the name of the shipped one."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
     abstain_below: Probability | None = None
@@ -102,3 +106,29 @@ class PredictConfig(JobConfig):
     def check(self) -> None:
         """Refuse a bundle that is not there."""
         require_bundle(self.model)
+
+
+class ExportConfig(JobConfig):
+    """Write a model as ONNX or torch.export, with a description, for runtimes without btray; no cluster is needed."""
+
+    model: Model = SHIPPED
+    """Model bundle: a folder, local or s3://, or the name of the shipped one."""
+    out: Uri
+    """Folder for the exported file, its description (export.json) and an example; local or s3://."""
+    format: Literal["onnx", "torch"] = "onnx"
+    """onnx: model.onnx, for ONNX Runtime, Triton, OpenVINO (extra onnx); torch: model.pt2, a torch.export program."""
+    model_id: str | None = None
+    """Refuse the bundle unless this is its model_id."""
+    overwrite: bool = Field(default=False, exclude=True)
+    """Replace the export at --out."""
+
+    def check(self) -> None:
+        """Refuse a bundle that is not there, a missing package, and an --out that is taken or cannot be written to."""
+        from btray import storage
+
+        require_bundle(self.model)
+        if self.format == "onnx" and not (find_spec("onnx") and find_spec("onnxruntime")):
+            raise UserError("--format onnx needs the extra: pip install 'btray[onnx]'")
+        if not self.overwrite and storage.exists(storage.join(self.out, EXPORT)):
+            raise UserError(f"--out {self.out} holds an export; give another --out, or --overwrite to replace it")
+        storage.require_writable(self.out, "--out")

@@ -33,7 +33,8 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Standardised images [n, 1, size, size] -> logits [n, classes] and features [n, channels]: `Network.with_summary`."""
 
 TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "bf16": 0.1}
-"""Largest difference from the network's own logits, in float32 or bfloat16, that a graph may show on noise."""
+"""Largest difference from the network itself, run in the same precision, that a graph may show on noise: of a logit or
+feature, as a share of the largest one if that is above 1."""
 CPU_FLAGS = Path("/proc/cpuinfo")
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 
@@ -72,7 +73,7 @@ def make_engine(
     run = _frozen(module, example) if name == "frozen" else _onnx(module, example)
     with torch.inference_mode():
         outputs = zip(run(example), module(example), strict=True)
-        worst = max(float((got - own).abs().max()) for got, own in outputs)
+        worst = max(float((got - own).abs().max() / own.abs().max().clamp(min=1)) for got, own in outputs)
     if not worst <= TOLERANCE[precision]:
         _log.warning("engine %s differs by %.1e from the network on this machine; eager is used instead", name, worst)
         return eager

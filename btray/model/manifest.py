@@ -181,6 +181,10 @@ class Manifest(ComponentConfig):
         """Return the `model_id` that this content has."""
         return sha256(json.dumps(self.model_dump(mode="json", include=_IDENTITY), sort_keys=True).encode())[:32]
 
+    def with_own_id(self) -> Self:
+        """Return the same content with the `model_id` that it has."""
+        return self.model_copy(update={"model_id": self.identity_digest()})
+
     def differing_versions(self) -> str:
         """Return the libraries whose versions differ here from those of the training, as text."""
         now = library_versions()

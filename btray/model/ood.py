@@ -38,8 +38,8 @@ class Distribution:
     """[features]"""
     deviation: Features
     """[features], by which features are divided first."""
-    directions: Features
-    """[features, directions], orthonormal."""
+    directions: npt.NDArray[np.floating]
+    """[features, directions], orthonormal; float16 in half precision."""
     variances: Features
     """[directions + 1]: variance along each direction, and of the rest."""
 
@@ -68,6 +68,13 @@ class Distribution:
         rest = float(self.variances[-1])
         squares = (standard**2).sum(1) / rest + (along**2) @ (1 / self.variances[:-1] - 1 / rest)
         return np.sqrt(squares.clip(0) / features.shape[1]).astype(np.float32)
+
+    def whitening(self) -> npt.NDArray[np.float64]:
+        """Return [features, features]: the root mean square of `(features - mean) @ whitening` is the score."""
+        directions, variances = self.directions.astype(np.float64), self.variances.astype(np.float64)
+        rest = variances[-1] ** -0.5
+        along = directions * (variances[:-1] ** -0.5 - rest) @ directions.T
+        return (along + rest * np.eye(len(self.mean))) / self.deviation[:, None]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a bundle keeps, by name."""

@@ -13,6 +13,7 @@ from btray.core.config import ComponentConfig, JobConfig, Positive, Probability
 from btray.core.errors import UserError
 from btray.core.uris import Uri
 from btray.model.config import EngineName, Precision, require_bundle
+from btray.model.shipped import SHIPPED, Model
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 
@@ -20,7 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 class CanaryConfig(ComponentConfig):
     """A second bundle that answers a share of the requests."""
 
-    model: Uri
+    model: Model
     """Model bundle."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
@@ -67,8 +68,8 @@ class LimitsConfig(ComponentConfig):
 class ServiceConfig(ComponentConfig):
     """What a running service applies without a restart: Serve's `user_config`."""
 
-    model: Uri
-    """Model bundle."""
+    model: Model = SHIPPED
+    """Model bundle: a folder, local or s3://, or the name of the shipped one."""
     model_id: str | None = None
     """Refuse the bundle unless this is its model_id."""
     canary: CanaryConfig | None = None
@@ -122,8 +123,8 @@ class ReplicasConfig(ComponentConfig):
 class ApplicationConfig(ReplicasConfig):
     """The arguments of the application in a deployment."""
 
-    model: Uri | None = None
-    """Model bundle, if nothing else is to be set; None: it is in the deployment's user_config."""
+    model: Model = SHIPPED
+    """Model bundle, if nothing else is to be set; the deployment's user_config replaces it."""
 
 
 class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds of model_config, which pydantic merges

@@ -116,7 +116,7 @@ def application(arguments: dict[str, Any]) -> Application:
             upscale_delay_s=config.upscale_delay,
             downscale_delay_s=config.downscale_delay,
         ),
-        user_config={"model": config.model} if config.model else None,
+        user_config={"model": config.model},
     )
     return deployment(serve.ingress()(Replica)).bind()
 

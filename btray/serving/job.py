@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+import torch
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
@@ -20,7 +21,9 @@ from btray.core.cluster import connected
 from btray.core.config import set_environment
 from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
+from btray.model.engines import require_bf16
 from btray.model.manifest import require_agreement
+from btray.model.shipped import announce
 from btray.serving.access import KeyRing
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig
 from btray.serving.deployment import DEPLOYMENT
@@ -122,14 +125,17 @@ def _reload(started: ServeConfig, reload: Callable[[], ServeConfig]) -> None:
 def _verified(config: ServeConfig) -> ServiceConfig:
     """Return the config of the replicas, after reading and verifying what it names: a mistake is one line here.
 
-    Replicas run in another folder, so URIs are resolved; they are pinned to the model_id that was read, so that all
-    load the same model even if the bundle is replaced meanwhile, and a replaced bundle is a new config at a reload.
+    Replicas are pinned to the model_id that was read, so that all load the same model even if the bundle is replaced
+    meanwhile, and a replaced bundle is a new config at a reload.
     """
+    if config.precision == "bf16" and not config.replicas.use_gpu:
+        require_bf16(config.engine, torch.device("cpu"))
     service = config.service.model_dump()
     for entry in filter(None, (service, service["canary"])):
         bundle = load_bundle(entry["model"], model_id=entry["model_id"])
         require_agreement(bundle.manifest, bundle.uri, config.precision)
-        entry |= {"model": bundle.uri, "model_id": bundle.manifest.model_id}
+        entry["model_id"] = bundle.manifest.model_id
+        announce(entry["model"], entry["model_id"])
     if config.keys is not None:
         service["keys"] = KeyRing.of(config.keys).uri
     return ServiceConfig(**service)

@@ -121,6 +121,8 @@ class TrainConfig(JobConfig):
     outliers: Label | None = None
     """Label of images that show none of the classes: training learns to be unsure of them, and they are in no figure \
     but the share that is rejected."""
+    leave_out: tuple[Literal["ct"], ...] = ()
+    """Training and validation images to leave out: ct (what the audit calls looks_like_ct)."""
     out: Uri
     """Where the model bundle is written; local or s3://."""
     overwrite: bool = Field(default=False, exclude=True)

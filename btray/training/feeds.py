@@ -19,8 +19,9 @@ import torch
 from ray.data import DataIterator, Dataset
 from torch import Tensor
 
-from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of
+from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of, representative
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection
+from btray.data.modality import looks_like_ct
 from btray.data.scans import Scan
 from btray.training.plan import Plan
 
@@ -36,7 +37,7 @@ TRAINING_CPUS = 1.0 - _KEPT_CPUS
 # Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.
 _SHUFFLED_BATCHES = 32
 # The columns that the driver looks at: all but the frames.
-_SURVEYED = ["sample", "label", "digest", "fingerprint", "patient", "code", "message"]
+_SURVEYED = ["sample", "label", "digest", "fingerprint", "patient", "is_ct", "code", "message"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -57,19 +58,21 @@ class Batch:
     """Sum of the weights of the step over all workers, if this one knows it."""
 
 
-def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, kept: bool = False) -> Dataset:
+def decode_rows(
+    table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, kept: bool = False, find_ct: bool = False
+) -> Dataset:
     """Decode the scans of `table` (columns row, uri, label as a number) to one row per frame.
 
     Columns: sample, label, frame (uint8 [size, size]), digest (of the frame), fingerprint (of the scan, packed),
-    patient (a digest, empty if the file names none), code and message (of a rejection, whose frame is black). Nothing
-    runs before the data set is used; each task then takes `num_cpus`, or, for frames that are `kept` while workers
-    train, the little that these leave, with as many tasks at a time as there are CPUs. A cluster without a CPU grows by
-    whole CPUs, so there `num_cpus` holds.
+    patient (a digest, empty if the file names none), is_ct (of the scan, false unless `find_ct`), code and message (of
+    a rejection, whose frame is black). Nothing runs before the data set is used; each task then takes `num_cpus`, or,
+    for frames that are `kept` while workers train, the little that these leave, with as many tasks at a time as there
+    are CPUs. A cluster without a CPU grows by whole CPUs, so there `num_cpus` holds.
     """
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, len(table), _BLOCK_ROWS)]
     tasks = min(len(blocks), int(ray.cluster_resources().get("CPU", 0.0))) if kept else 0
     return ray.data.from_arrow(blocks).map_batches(
-        partial(decode_block, source=source),
+        partial(decode_block, source=source, find_ct=find_ct),
         batch_size=None,
         batch_format="numpy",
         num_cpus=_KEPT_CPUS if tasks else num_cpus,
@@ -78,7 +81,7 @@ def decode_rows(table: pa.Table, source: FrameSource, *, num_cpus: float = 1.0, 
 
 
 def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]:
-    """Collect decoded rows without their frames: sample, label, digest, fingerprint, patient, code, message; by sample.
+    """Collect all columns of decoded rows but their frames, by sample.
 
     Up to `keep` rows stay in Ray's object store with their frames, as the data set that is returned first. Frames are
     counted, not scans, of which some have hundreds: if there are more than `keep`, all are released and it is None.
@@ -96,17 +99,20 @@ def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]
     return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(surveyed).sort_by("sample")
 
 
-def decode_block(batch: Arrays, source: FrameSource) -> Iterator[Arrays]:
+def decode_block(batch: Arrays, source: FrameSource, *, find_ct: bool = False) -> Iterator[Arrays]:
     """Yield blocks of up to _BLOCK_ROWS frames as they are decoded: scans of many frames do not fill the memory."""
     scans = source.scans(batch["uri"].tolist())
-    frames = chain.from_iterable(map(partial(_frames, source), batch["row"].tolist(), batch["label"].tolist(), scans))
+    made = partial(_frames, source, find_ct)
+    frames = chain.from_iterable(map(made, batch["row"].tolist(), batch["label"].tolist(), scans))
     while rows := list(islice(frames, _BLOCK_ROWS)):
         columns = dict(zip([*_SURVEYED, "frame"], zip(*rows, strict=True), strict=True))
         # Fingerprints as objects: numpy's own bytes lose the zeros at their end.
         yield {name: np.array(values, object if name == "fingerprint" else None) for name, values in columns.items()}
 
 
-def _frames(source: FrameSource, row: int, label: int, scan: Scan | Rejection) -> Iterator[tuple[Any, ...]]:
+def _frames(
+    source: FrameSource, find_ct: bool, row: int, label: int, scan: Scan | Rejection
+) -> Iterator[tuple[Any, ...]]:
     """Yield the values of _SURVEYED and the frame itself, for each frame of a scan."""
     if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
         # The sample numbers of its last frames would be those of the next scan.
@@ -118,9 +124,10 @@ def _frames(source: FrameSource, row: int, label: int, scan: Scan | Rejection) -
     else:
         patient = next((info.patient_key for info in scan.slices or () if info.patient_key), "")
         frames, fingerprint, code, message = source.frames_of(scan), fingerprint_of(scan.frames), "", ""
+    is_ct = find_ct and looks_like_ct(representative(frames))
     for number, frame in enumerate(frames):
         digest = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
-        yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, patient, code, message, frame
+        yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, patient, is_ct, code, message, frame
 
 
 class StreamSplit(ray.train.DataConfig):

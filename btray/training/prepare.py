@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -185,7 +186,8 @@ def prepare(source: Source) -> TrainingData:
     too_many = len(rows) > most
     _check_streaming(config, too_many)
     _log.info("reading %d images of %d classes from %s", len(rows), len(source.classes), config.data)
-    frames, surveyed = survey(source.decode(rows, kept=not too_many), keep=0 if too_many else most)
+    decoded = source.decode(rows, kept=not too_many, find_ct="ct" in config.leave_out)
+    frames, surveyed = survey(decoded, keep=0 if too_many else most)
     _check_streaming(config, frames is None)  # again: a scan may have many frames
     rejected = rejections_in(surveyed)
     report_rejections(rejected, table)
@@ -194,7 +196,12 @@ def prepare(source: Source) -> TrainingData:
     require_found(rejected["code"].to_pylist(), len(rows), config.data)
     enforce_max_rejected(rejected["code"].to_pylist(), len(rows), config.max_rejected)
     source = source.with_patients(surveyed)
-    leak, used = _resolve_leak(source, surveyed.filter(pc.equal(surveyed["code"], "")))
+    readable = surveyed.filter(pc.and_(pc.equal(surveyed["code"], ""), pc.invert(surveyed["is_ct"])))
+    if left_out := pc.sum(surveyed["is_ct"]).as_py():
+        labels = Counter(surveyed.filter(surveyed["is_ct"])["label"].to_pylist())
+        names = ", ".join(f"{(*source.classes, config.outliers)[label]} {count}" for label, count in labels.items())
+        _log.info("%d frames look like CT and are left out (%s)", left_out, names)
+    leak, used = _resolve_leak(source, readable)
     labels = used["label"].to_numpy()
     held, rounds = _divide(source, used)
     plan = Plan(

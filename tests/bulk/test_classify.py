@@ -159,7 +159,7 @@ def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
 
     (scans / "gone.jpg").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("btray.bulk.driver.connected", None)  # nothing is new, so there is no need for Ray
+        patch.setattr("btray.core.cluster.connected", None)  # nothing is new, so there is no need for Ray
         classify(config)
     assert report_of(output)["unchanged"] == len(objects)
     assert len(plain_rows(output)) == count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,10 +16,11 @@ from ray.exceptions import RayTaskError
 
 from btray import storage
 from btray.bulk import classify as classify_module
-from btray.bulk import driver, runs, summary, table, worklist
+from btray.bulk import driver, pipeline, runs, summary, table, worklist
 from btray.bulk.report import ClassifyTally
 from btray.bulk.runs import Run, write_part
 from btray.bulk.worker import objects_of
+from btray.core import cluster
 from btray.core.errors import Failed, UserError
 from btray.model.drift import Profile
 from btray.model.prediction import Prediction
@@ -30,9 +33,9 @@ from tests.helpers.tiny_bundle import saved_bundle
 @pytest.fixture
 def nightly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The classify job on one new scan per call, with the parts processed here and not by Ray's actors."""
-    monkeypatch.setattr(driver, "connected", lambda **options: nullcontext())
+    monkeypatch.setattr(cluster, "connected", lambda **options: nullcontext())
     monkeypatch.setattr(
-        driver, "process_parts", lambda make, run, **how: SimpleNamespace(iter_batches=lambda **how: parts_of(run))
+        pipeline, "process_parts", lambda make, run, **how: SimpleNamespace(iter_batches=lambda **how: parts_of(run))
     )
     saved_bundle(str(tmp_path / "model"))
     output = str(tmp_path / "out")
@@ -116,3 +119,18 @@ def test_an_error_of_a_worker_for_the_user_is_shown_without_its_traceback() -> N
         with pytest.raises(type(error)) as caught, driver._readable_errors():
             raise RayTaskError("read", "a traceback\nof many lines", error).as_instanceof_cause()
         assert str(caught.value) == str(error)
+
+
+def test_a_night_with_nothing_new_loads_neither_torch_nor_ray(nightly: Any, tmp_path: Path) -> None:
+    output = nightly()
+    code = (
+        "import sys\n"
+        "from btray.bulk.classify import classify\n"
+        "from btray.bulk.config import ClassifyConfig\n"
+        f"folder = {str(tmp_path)!r}\n"
+        f"classify(ClassifyConfig(model=folder + '/model', input=folder + '/scans', output={output!r}))\n"
+        "print(sorted({'torch', 'ray', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "1 unchanged" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

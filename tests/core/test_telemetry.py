@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -173,7 +174,7 @@ def gauge(monkeypatch: pytest.MonkeyPatch) -> Gauge:
     """What every metric is, of a Ray that seems to be there."""
     made = Gauge()
     monkeypatch.setattr(metrics, "_metric", lambda name: made)
-    monkeypatch.setattr(metrics.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(metrics, "EVERY", 0.01)
     return made
 

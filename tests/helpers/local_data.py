@@ -13,6 +13,7 @@ import pytest
 import ray
 import ray.data
 
+from btray.evaluation import job as evaluate_job
 from btray.evaluation import scoring
 from btray.training import job, prepare
 
@@ -39,14 +40,15 @@ class LocalData:
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the training job read, decode and classify in this process; training itself is not replaced."""
+    """Let train and evaluate read, decode and classify in this process; training itself is not replaced."""
     monkeypatch.setattr(ray.data, "from_arrow", LocalData)
     monkeypatch.setattr(ray.data, "from_arrow_refs", LocalData)
     monkeypatch.setattr(ray, "put", lambda block: block)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(prepare, "cpus", lambda: 2.0)
     monkeypatch.setattr(scoring, "cpus", lambda: 2.0)
-    monkeypatch.setattr(job, "connected", lambda **_: nullcontext())
+    for module in (job, evaluate_job):
+        monkeypatch.setattr(module, "connected", lambda **_: nullcontext())
 
 
 def _columns(block: pa.Table) -> dict[str, Any]:

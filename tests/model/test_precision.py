@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from btray.bulk.classify import ClassifyJob
 from btray.bulk.config import ClassifyConfig
+from btray.core import cluster
 from btray.core.errors import UserError
 from btray.model import engines
 from btray.model.bundle import Bundle, load_bundle, save_bundle
@@ -17,6 +19,8 @@ from btray.model.config import EngineName, NetworkConfig
 from btray.model.manifest import LARGEST_DIFFERENCE, LEAST_EQUAL_LABELS, Agreement
 from btray.model.precision import measure_agreement
 from btray.phantoms import encoded_phantom
+from btray.serving.config import ServeConfig
+from btray.serving.job import _verified
 from tests.helpers.tiny_bundle import FILES, NETWORK, random_bundle
 
 SCANS = [encoded_phantom(label, seed) for seed in range(4) for label in ("glioma", "no_tumor", "pituitary")]
@@ -42,17 +46,18 @@ def frames_of(classifier: Classifier) -> np.ndarray:
     return np.stack([frame for scan in classifier.frames(SCANS) for frame in scan])  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("engine", ["frozen", "eager"])
 @pytest.mark.parametrize(
-    "network",
+    ("engine", "network"),
     [
-        NETWORK,
-        NETWORK.model_copy(update={"norm": "group", "activation": "gelu"}),
-        NetworkConfig(architecture="resnet18"),
-        NetworkConfig(architecture="densenet121"),
-        NetworkConfig(architecture="convnext_tiny"),
+        ("frozen", NETWORK),
+        ("eager", NETWORK),
+        ("frozen", NETWORK.model_copy(update={"norm": "group", "activation": "gelu"})),
+        ("frozen", NetworkConfig(architecture="mobile_cnn")),
+        ("frozen", NetworkConfig(architecture="resnet18")),
+        ("eager", NetworkConfig(architecture="densenet121")),
+        ("eager", NetworkConfig(architecture="convnext_tiny")),
     ],
-    ids=["cnn", "group norm", "resnet18", "densenet121", "convnext_tiny"],
+    ids=["cnn", "cnn, eager", "group norm", "mobile_cnn", "resnet18", "densenet121", "convnext_tiny"],
 )
 def test_answers_and_features_differ_by_rounding_alone(engine: EngineName, network: NetworkConfig) -> None:
     bundle = random_bundle(network=network)
@@ -131,6 +136,24 @@ def test_agreement_is_measured_on_what_can_be_read(tmp_path: Path, flags: Path) 
     assert measure_agreement(bundle, uris[-2:]) is measure_agreement(bundle, []) is None
     flags.write_text("flags\t\t: fpu\n")
     assert measure_agreement(bundle, uris) is None
+
+
+def test_jobs_refuse_it_before_they_start_an_actor(
+    tmp_path: Path, flags: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags.write_text("flags\t\t: fpu avx2\n")
+    uri = stored(tmp_path / "model", GOOD)
+    (tmp_path / "in").mkdir()
+    places = {"model": uri, "input": str(tmp_path / "in"), "output": str(tmp_path / "out")}
+    job = ClassifyJob(ClassifyConfig(**places, precision="bf16"))
+    job.processor()  # of a cluster, whose nodes may have it
+    monkeypatch.setattr(cluster, "started_ray_here", lambda: True)
+    with pytest.raises(UserError, match="neither AVX512_BF16 nor AMX"):
+        job.processor()
+    ClassifyJob(ClassifyConfig(**places)).processor()
+    with pytest.raises(UserError, match="neither AVX512_BF16 nor AMX"):
+        _verified(ServeConfig(model=uri, precision="bf16"))
+    _verified(ServeConfig(model=uri))
 
 
 def test_onnx_in_bfloat16_is_refused(tmp_path: Path) -> None:

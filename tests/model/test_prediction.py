@@ -32,6 +32,7 @@ from btray.model.ood import Distribution
 from btray.model.prediction import ANSWER, COLUMNS, SLICE, Prediction, as_record, csv_cells
 from btray.phantoms import encoded_phantom
 from btray.storage import FileInfo
+from tests.helpers.dicom_files import slice_file
 from tests.helpers.nifti_files import write_nifti
 from tests.helpers.serving_helpers import Running, running
 from tests.helpers.tiny_bundle import FILES, random_bundle
@@ -136,6 +137,14 @@ def test_what_the_file_says_of_a_slice_stands_in_each_output(
     ]
     described = service.get("/openapi.json").json()["components"]["schemas"]["ImageAnswer"]["properties"]
     assert set(SLICE) <= described.keys()
+
+
+def test_no_picture_shows_a_frame_with_text_burned_in(service: Running) -> None:
+    pixels = np.random.default_rng(5).integers(0, 4000, (60, 50)).astype(np.uint16)
+    for burned, shown in (("NO", True), ("YES", False)):
+        data = slice_file(pixels, BurnedInAnnotation=burned)
+        (result,) = service.post("/v1/classify?explain=true", data, "application/dicom").json()["results"]
+        assert (result["burned_in"], "explanation" in result) == (not shown, shown)
 
 
 def test_a_rejection_says_what_the_header_said() -> None:

@@ -286,7 +286,6 @@ def test_a_name_that_is_no_utf8_is_classified_and_printed_with_escapes(model: st
         (["predict"], "FILES"),
         (["predict", "--model"], "--model"),
         (["predict", "--model", "m"], "FILES"),
-        (["predict", "x.png"], "--model"),
         (["predict", "--model", "/nowhere/at/all", "x.png"], "bundle.json"),
         (["predict", "--modle", "m", "x.png"], "--modle"),
         (["predict", "--model", "gs://bucket/model", "x.png"], "gs://"),
@@ -349,8 +348,8 @@ def test_every_job_is_a_command_with_the_same_flags_and_the_same_code(name: str)
 # Every setting of a command that it writes to.
 OUTPUTS = {
     "acquire": ("out", "cache"), "audit": ("out",), "train": ("out", "storage", "mlflow"),
-    "tune": ("out", "storage", "mlflow"), "evaluate": ("out",), "predict": (), "classify": ("output", "metrics-to"),
-    "pack": ("output", "metrics-to"), "serve": (), "key": ("file",),
+    "tune": ("out", "storage", "mlflow"), "evaluate": ("out",), "publish": ("out",), "export": ("out",), "predict": (),
+    "classify": ("output", "metrics-to"), "pack": ("output", "metrics-to"), "serve": (), "key": ("file",),
 }  # fmt: skip
 
 
@@ -360,7 +359,7 @@ def test_a_submitted_job_writes_nowhere_where_nobody_looks_and_says_why_data_are
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config, _ = COMMANDS[name]
-    required = [field for field, of in config.model_fields.items() if of.is_required()]
+    required = [field for field, of in config.model_fields.items() if of.is_required() or field == "model"]
     given = {field.replace("_", "-"): "x" if field == "name" else str(tmp_path / "x") for field in required}
     given.pop("files", None)
     for flag in OUTPUTS[name]:
@@ -460,6 +459,11 @@ def test_what_cannot_be_is_refused_before_torch_and_ray_are_imported(tmp_path: P
             (["serve", *model, "--keys", "absent"], "--keys"),
             (["serve", *model, "--port", port], f"127.0.0.1:{port}"),
             (["predict", "--model", "absent", "data/glioma/x.png"], "not a model bundle"),
+            (["publish", "--model", "absent", *out, "--license", "file"], "not a model bundle"),
+            (["publish", *model, *out, "--license", "absent"], "--license"),
+            (["publish", *model, "--out", "model", "--license", "file"], "is the trained bundle"),
+            (["export", "--model", "absent", *out], "not a model bundle"),
+            (["export", *model, "--out", "file"], "--out"),
         ]
         code = (
             "import sys, btray.cli\n"

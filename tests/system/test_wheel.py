@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from btray import phantoms
+from btray.model.shipped import SHIPPED
 from tests.helpers.forked_jobs import ROOT
 from tests.helpers.tiny_bundle import saved_bundle
 from tools.loopback_cluster import free_ports
@@ -31,6 +32,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (name.startswith("btray/") or "/" not in name) and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
+    shipped = source / "btray" / "pretrained" / SHIPPED
+    if not shipped.is_dir():
+        saved_bundle(shipped)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
                     "--disable-pip-version-check", "--wheel-dir", out, source], check=True)  # fmt: skip
     (built,) = out.glob("btray-*.whl")
@@ -94,6 +98,8 @@ def test_the_installed_btray_is_the_wheels_and_predicts(elsewhere: Elsewhere) ->
     header, row = elsewhere.run("-c", run, "predict", "--model", "model", "scan.jpg")
     assert header.split()[:2] == ["file", "label"]
     assert row.startswith("scan.jpg")
+    header, row = elsewhere.run("-c", run, "predict", "scan.jpg")
+    assert row.startswith("scan.jpg"), "by the model that ships, which is in the wheel"
 
 
 @pytest.mark.cluster
@@ -111,9 +117,8 @@ def test_the_installed_btray_trains(elsewhere: Elsewhere) -> None:
 
 @pytest.mark.cluster
 def test_the_installed_btray_serves_its_page_and_ends_when_told(elsewhere: Elsewhere) -> None:
-    saved_bundle(elsewhere.folder / "model")
     (port,) = free_ports(1)
-    service = elsewhere.start("jobs/serve.py", "--model=model", f"--port={port}", "--replicas.max-replicas=1")
+    service = elsewhere.start("jobs/serve.py", f"--port={port}", "--replicas.max-replicas=1")
 
     def get(path: str) -> bytes | None:
         assert service.poll() is None, service.communicate()
@@ -134,3 +139,4 @@ def test_the_installed_btray_serves_its_page_and_ends_when_told(elsewhere: Elsew
         service.kill()
     assert service.returncode == 0, err[-3000:]
     assert out.splitlines()[-1] == f"http://127.0.0.1:{port}"
+    assert f"using the shipped model {SHIPPED} (" in err

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from btray import storage
 from btray.core.errors import UserError
@@ -26,9 +27,10 @@ from btray.training.plan import Plan
 from btray.training.prepare import TrainingData
 from btray.training.run import TrainResult
 from tests.helpers.local_data import run_here
-from tests.helpers.training_helpers import easy_picture, prepared, tiny
+from tests.helpers.training_helpers import PREPROCESS, easy_picture, prepared, tiny
 
 BOTH = [("glioma", "1", "a", ""), ("no_tumor", "2", "b", "")]
+PATIENTS = [(label, number) for label in ("glioma", "no_tumor") for number in range(6)]
 KINDS = {"glioma": 0, "no_tumor": 1, "other": 2, "abscess": 3}
 
 
@@ -213,6 +215,21 @@ def test_outliers_are_of_no_class_and_some_patients_of_theirs_are_held_out(two_s
     assert set(plan.labels[balanced.epoch_order(0)].tolist()) == {-1, 0, 1, 2}
 
 
+def test_ct_among_the_training_images_is_left_out_only_when_asked(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "data", [(label, f"{label}{one}", "", "") for label, one in PATIENTS])
+    y, x = (np.mgrid[0:256, 0:256] - 127.5) / 115
+    radius = np.hypot(x / 0.8, y)
+    skull = np.select([radius >= 1, radius > 0.9], [0, 255], 90).astype(np.uint8)
+    Image.fromarray(skull).save(tmp_path / "data" / "3.png")
+    preprocess = PREPROCESS.model_copy(update={"size": 96})
+    used = {}
+    for leave_out in ((), ("ct",)):
+        data = prepared(tiny(manifest, tmp_path / "model", leave_out=leave_out, preprocess=preprocess))
+        used[leave_out] = set(data.plan.samples // FRAMES_PER_SCAN)
+    assert used[()] - used[("ct",)] == {3}
+    assert len(used[("ct",)]) == len(PATIENTS) - 1
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
@@ -234,4 +251,4 @@ def test_what_cannot_be_held_out_is_one_line(
 
 def test_a_search_compares_trials_on_one_split() -> None:
     with pytest.raises(ValueError, match="patients"):
-        TuneConfig(data="d", out="o", validate_by="folds")
+        TuneConfig(data="d", out="o", validate_by="folds")  # type: ignore[arg-type]  # as a YAML file may say

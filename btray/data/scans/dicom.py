@@ -15,6 +15,7 @@ import numpy as np
 from btray.data.scans.dicom_codecs import DECODERS, decode_frame, find_frames, join
 from btray.data.scans.dicom_header import (
     FLOAT_PIXELS,
+    MAX_ELEMENTS,
     PIXEL_DATA,
     UNDEFINED,
     Dataset,
@@ -104,6 +105,8 @@ def open_image(data: bytes, *, max_bytes: int, max_pixels: int, max_volume_pixel
     if frame * pixels.frames > max_volume_pixels:
         text = f"{pixels.frames} frames of {size} pixels, above max_volume_pixels {max_volume_pixels}"
         raise ScanRejected("bomb", text)
+    if pixels.frames > MAX_ELEMENTS:
+        raise ScanRejected("bomb", f"a DICOM object of {pixels.frames} frames, above {MAX_ELEMENTS}")
     if min(pixels.shape) < min_side:
         raise ScanRejected("too_small", f"{size} pixels, below min_side {min_side}")
     return DicomImage(elements, pixels, meta.transfer_syntax)

@@ -33,7 +33,8 @@ _SOS, _ADOBE, _JFIF = 0xDA, 0xEE, 0xE0
 _ADOBE_RGB: Final = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 _RGB_IDS: Final = b"RGB"
 _OTHER_END: Final = b"\x5a\xc3" * 32 + _EOI
-_SOC, _SIZ, _SOT = b"\xff\x4f", b"\xff\x51", b"\xff\x90"
+_SOC, _SIZ, _SOT, _SOD, _COD, _COC = b"\xff\x4f", b"\xff\x51", b"\xff\x90", b"\xff\x93", b"\xff\x52", b"\xff\x53"
+_MOST_BLOCKS: Final = 2**18  # encoders make some thousands; each costs about a kilobyte
 _STREAM_STARTS: Final = (b"\xff\xd8\xff", _SOC + _SIZ, b"\0\0\0\x0cjP")
 _ENDS_EARLY: Final = re.compile("structural problem|too small|premature|INPUT_CORRUPT", re.IGNORECASE)
 
@@ -182,19 +183,38 @@ def _check_tiles(stream: bytes) -> None:
     """Raise ScanRejected, `truncated`, unless parts of all tiles follow one another to the end (T.800, A.4.2, B.3)."""
     right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", stream, 8)
     tiles = -(-(right - left) // max(width, 1)) * -(-(bottom - top) // max(height, 1))
-    at = 2
+    at, start = 2, 0
     found: set[int] = set()
     for _ in range(_MOST_SEGMENTS):
         if at + 12 > len(stream):
             break
-        if stream[at : at + 2] == _SOT:
+        marker = stream[at : at + 2]
+        if marker == _SOT:
             tile, length = struct.unpack_from(">HI", stream, at + 4)
             found.add(tile)
-            at = at + max(length, 12) if length else len(stream) - 2  # the last one may not say how long it is
-        else:
-            at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+            # the last one may not say how long it is
+            start, end = at, at + max(length, 14) if length else len(stream) - 2
+        elif marker == _SOD and start:
+            at = end
+            continue
+        elif marker in (_COD, _COC):
+            _check_blocks(stream[at : at + 64], (bottom - top) * (right - left))
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
     if at != len(stream) - 2 or len(found) < tiles:
         raise ScanRejected("truncated", "a DICOM object whose JPEG 2000 frame ends early")
+
+
+def _check_blocks(segment: bytes, area: int) -> None:
+    """Raise ScanRejected, `bomb`, if a coding style has so many blocks that they need gigabytes (T.800, A.6.1)."""
+    at, flags = (9, 4) if segment.startswith(_COD) else (6, 5)
+    levels = segment[at]
+    # logarithms of the areas of blocks, and of the precincts of each resolution as they are at the full one
+    sizes = [(segment[at + 1] & 15) + (segment[at + 2] & 15) + 4]
+    if segment[flags] & 1:
+        precincts = segment[at + 5 : at + 6 + levels]
+        sizes += [(side & 15) + (side >> 4) + 2 * (levels - number) for number, side in enumerate(precincts)]
+    if area >> min(sizes) > _MOST_BLOCKS:
+        raise ScanRejected("bomb", "a DICOM object whose JPEG 2000 frame is cut into too many blocks")
 
 
 def _check_size(size: tuple[int, int], components: int, pixels: PixelFormat) -> None:

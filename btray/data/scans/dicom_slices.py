@@ -61,25 +61,28 @@ _NAMED: Final[tuple[tuple[re.Pattern[str], Weighting], ...]] = (
     (_words("adc", "dti", r"b ?=? ?\d{3,4}", anywhere=r"dwi|diff|tensor|trace|ep_b\d"), "dwi"),
     (
         _words(
-            "asl", "bold", "cbf", "cbv", "csi", "dce", "dsc", "fmri", "gre", "hemo", "mra", "mrs", "mrv", "mtt", "pd",
+            "asl", "bold", "cbf", "cbv", "csi", "dce", "dsc", "fmri", "hemo", "mra", "mrs", "mrv", "mtt", "pd",
             "pwi", "rcbf", "rcbv", "stir", "swi", "tof", "ttp",
             anywhere=r"swan|t2[ _]?(?:\*|star)|perf|spectro|proton|angio|field.?map|venous",
         ),
         "other",
     ),
-    (re.compile(r"t1\W{0,3}(?:w |weighted )?flair|flair\W{0,3}t1", re.IGNORECASE), "t1"),
+    (re.compile(r"t1[\W_]{0,3}(?:w |weighted )?flair|flair[\W_]{0,3}t1", re.IGNORECASE), "t1"),
     (re.compile(r"flair|dark.?fluid|tirm|tir2d", re.IGNORECASE), "flair"),
     (_words("bravo", "f?spgr", "lava", "thrive", "vibe", anywhere=r"t1(?!\d)|mp.?rage|tfl|tfe"), "t1"),
     (_words("ciss", "drive", "fiesta", anywhere=r"t2(?!\d)"), "t2"),
+    (_words("gre"), "other"),
 )  # fmt: skip
 _AFTER: Final = _words(
-    "ce", "cm", "contrast", "enhanced", "gad[a-z]*", "gd", "km", "kontrast[a-z]*", "mdc", "pc", "post",
-    anywhere=r"\+ ?(?:c|gd|km)(?![a-z])|(?<![a-z])c ?\+|t1c(?![a-z])|t1gd",
+    "ce", "contrast", "enhanced", "gad[a-z]*", "gd", "km", "kontrast[a-z]*", "mdc", "post",
+    anywhere=r"\+ ?(?:c|gd|km)(?![a-z])|(?<![a-z])c ?\+|t1ce?(?![a-z])|t1gd",
 )  # fmt: skip
 _BEFORE: Final = _words(
     "native?", "no contrast", "non.?contrast", "ohne", "plain", "pre", "sans", "senza", "unenhanced", "w/?o", "without",
-    r"- ?c",
+    anywhere=r"(?<=[\s_])- ?c(?![a-z+\d])|(?<![a-z])c ?-(?!\w)",
 )  # fmt: skip
+_BOTH: Final = re.compile(r"\bw(?:ith)?\W{0,3}(?:and|und|&|/)?\W{0,3}w(?:ith)?/?o(?:ut)?\b", re.IGNORECASE)
+_LOCALIZER: Final = _words("scout", "survey", anywhere=r"locali[sz]er|three.?plane|3.?plane|\bloc\b")
 _NO_AGENT: Final = re.compile(r"(?:no|none|non|n|0|nein|without|ohne|w/?o)\b.*|-*\Z", re.IGNORECASE)
 
 
@@ -177,7 +180,7 @@ def _frame_header(groups: _Groups, facts: _Facts) -> FrameHeader:
         plane=view.plane if view else None,
         position_mm=view.locate(position) if view and position else None,
         spacing_mm=min(spacing) if spacing else None,
-        image_kind=_image_kind(kinds, facts.sop_class),
+        image_kind=_image_kind(kinds, facts),
         sequence=_sequence(groups, facts.names, kinds) if facts.modality == "MR" else None,
         contrast=_contrast(groups, facts),
         burned_in=facts.burned_in,
@@ -199,12 +202,12 @@ def _pair(numbers: list[float]) -> tuple[float, float] | None:
     return (numbers[0], numbers[1]) if plausible else None
 
 
-def _image_kind(kinds: tuple[str, ...], sop_class: str) -> ImageKind | None:
+def _image_kind(kinds: tuple[str, ...], facts: _Facts) -> ImageKind | None:
     if "MOSAIC" in kinds:
         return "mosaic"
-    if "LOCALIZER" in kinds:
+    if "LOCALIZER" in kinds or any(_LOCALIZER.search(name) for name in facts.names):
         return "localizer"
-    if sop_class == _SECONDARY_CAPTURE or sop_class.startswith(f"{_SECONDARY_CAPTURE}."):
+    if f"{facts.sop_class}.".startswith(f"{_SECONDARY_CAPTURE}."):
         return "secondary"
     first = kinds[0] if kinds else ""
     return "derived" if first == "DERIVED" else "original" if first in ("ORIGINAL", "MIXED") else None
@@ -269,4 +272,4 @@ def _contrast_of_names(names: tuple[str, ...]) -> tuple[bool, bool]:
     """Return whether names say that agent was not given, and that it was."""
     text = " ".join(names)
     before = bool(_BEFORE.search(text))
-    return before, not before and bool(_AFTER.search(text))
+    return (False, False) if _BOTH.search(text) else (before, not before and bool(_AFTER.search(text)))

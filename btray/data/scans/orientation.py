@@ -7,6 +7,7 @@ to the head.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,7 +20,8 @@ from btray.data.scans.slice_info import Plane
 Array = np.ndarray[Any, np.dtype[Any]]
 Vector = tuple[float, float, float]
 
-_TOLERANCE: Final = 0.01  # of pixels that pass for square, and of directions for unit vectors at right angles
+_TOLERANCE: Final = 0.01  # of pixels that pass for square
+_SKEW: Final = 0.05  # of directions that pass for unit vectors at right angles: some writers round to two digits
 _LEFT, _POSTERIOR, _FEET = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, -1.0)
 # Where columns and rows run to, as people see the slice; in the order in which one is chosen if two are equally near.
 _VIEWS: Final[dict[Plane, tuple[Vector, Vector]]] = {
@@ -71,10 +73,10 @@ def _cross(a: Sequence[float], b: Sequence[float]) -> Vector:
 
 @functools.lru_cache(maxsize=1024)  # the slices of a series have one
 def _view(across: Sequence[float], down: Sequence[float]) -> View | None:
-    if len(across) != 3 or len(down) != 3 or not all(abs(part) <= 1 + _TOLERANCE for part in (*across, *down)):
+    if len(across) != 3 or len(down) != 3 or not all(abs(part) <= 1 + _SKEW for part in (*across, *down)):
         return None
     errors = (_dot(across, across) - 1, _dot(down, down) - 1, _dot(across, down))
-    if max(map(abs, errors)) > _TOLERANCE:
+    if max(map(abs, errors)) > _SKEW:
         return None
     normal = _cross(across, down)
     plane = max(_VIEWS, key=lambda name: round(abs(_dot(normal, _cross(*_VIEWS[name]))), 6))
@@ -85,8 +87,8 @@ def _view(across: Sequence[float], down: Sequence[float]) -> View | None:
         across, down = down, across
     mirrored, upside_down = _dot(across, right) < 0, _dot(down, bottom) < 0
     x, y, z = _cross(across, down)
-    sign = -1 if mirrored != upside_down else 1
-    return View(plane, (sign * x, sign * y, sign * z), transposed, upside_down, mirrored)
+    scale = (-1 if mirrored != upside_down else 1) / math.hypot(x, y, z)
+    return View(plane, (scale * x, scale * y, scale * z), transposed, upside_down, mirrored)
 
 
 def square_size(shape: tuple[int, int], spacing: tuple[float, float]) -> tuple[int, int]:

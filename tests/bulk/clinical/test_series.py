@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from btray import storage
-from btray.bulk.classify import ClassifyJob
+from btray.bulk.classify import ClassifyJob, classify
 from btray.bulk.classify_worker import PartClassifier
 from btray.bulk.clinical import headers
 from btray.bulk.clinical.headers import HeaderReader, read_header
@@ -24,8 +24,8 @@ from btray.bulk.table import SCHEMA, folder
 from btray.core.errors import UserError
 from btray.data.scans import ScanRejected, SliceInfo
 from btray.storage import FileInfo
-from tests.helpers.classify_helpers import job, part_classifier
-from tests.helpers.dicom_files import IDENTIFIERS, element, mr_slice, slice_file, with_element, write
+from tests.helpers.classify_helpers import job, part_classifier, plain_rows, report_of, without_ray
+from tests.helpers.dicom_files import IDENTIFIERS, SERIES, element, mr_slice, slice_file, with_element, write
 from tests.helpers.nifti_files import write_nifti
 from tests.helpers.scan_corpus import good_scans
 from tests.helpers.tiny_bundle import saved_bundle
@@ -197,8 +197,6 @@ def test_what_was_left_out_is_settled_for_the_same_choice_alone(
 def test_a_dry_run_lists_series_by_what_is_derived_and_names_nobody(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from btray.bulk.classify import classify
-
     archive(tmp_path / "in")
     classify(
         job(
@@ -221,3 +219,26 @@ def test_headers_are_read_under_pseudonyms_too(tmp_path: Path) -> None:
     assert choice
     read = HeaderReader(choice, threads=2, patience=1, pseudonyms=names).read(objects)
     assert [header.plane for header in read if isinstance(header, SliceInfo)] == ["axial", "sagittal"]
+
+
+def test_what_is_left_out_counts_for_no_limit_and_stands_in_no_study(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    archive(tmp_path / "in")
+    output = str(tmp_path / "out")
+    settings: dict[str, Any] = {"max_rejected": 0.3}  # one of four is damaged
+    classify(job(model, str(tmp_path / "in"), output, series=("plane=axial",), **settings))
+    assert report_of(output)["rejected_by_code"] == {"not_selected": 2, "truncated": 1}
+    rows = plain_rows(f"{output}-studies").to_pylist()
+    assert {(row["level"], row["series_uid"], row["frames"]) for row in rows} == {
+        ("series", SERIES, 1),
+        ("study", None, 1),
+    }
+    classify(job(model, str(tmp_path / "in"), output, series=("plane=axial",), **settings))
+    assert (report_of(output)["objects"], report_of(output)["unchanged"]) == (0, 4)
+    classify(job(model, str(tmp_path / "in"), output, **settings))
+    assert report_of(output)["objects"] == 2
+    rows = plain_rows(f"{output}-studies").to_pylist()
+    assert {row["series_uid"] for row in rows if row["level"] == "series"} == {SERIES, "1.2.9"}
+    assert {row["frames"] for row in rows if row["level"] == "study"} == {2}

@@ -295,6 +295,9 @@ def odd_streams() -> dict[str, tuple[bytes, str]]:
         "JPEG 2000 of tiles of one pixel": (
             deep(dicom.JPEG_2000, changed_jpeg(j2k, 0x51, 22, b"\0\0\0\1" * 2)), "truncated",
         ),
+        "JPEG 2000 of millions of precincts": (many_blocks(j2k, precincts=True), "bomb"),
+        "JPEG 2000 of millions of blocks": (many_blocks(j2k, precincts=False), "bomb"),
+        "60,000 frames": (dicom.slice_file(np.zeros((60_000, 1, 1), np.uint8)), "bomb"),
         "JPEG 2000 in its boxes": (
             deep(dicom.JPEG_2000, imagecodecs.jpeg2k_encode(DEEP, codecformat="jp2", reversible=True, level=0)), "ok",
         ),
@@ -306,6 +309,23 @@ def odd_streams() -> dict[str, tuple[bytes, str]]:
         "RLE of segments beyond its end": (deep(dicom.RLE, rle_header(2, 64, 2**31)), "truncated"),
         "RLE of segments that overlap": (deep(dicom.RLE, rle_header(2, 64, 64)), "truncated"),
     }  # fmt: skip
+
+
+def many_blocks(j2k: bytes, *, precincts: bool) -> bytes:
+    """Return a frame of 4000x4000 pixels in some hundred bytes, with blocks, or precincts, of 4x4 pixels."""
+    side = struct.pack(">I", 4000)
+    stream = bytearray(j2k)
+    for at in (8, 12, 24, 28):
+        stream[at : at + 4] = side
+    at = stream.index(b"\xff\x52")
+    length, levels = int.from_bytes(stream[at + 2 : at + 4], "big"), stream[at + 9]
+    if precincts:
+        stream[at + 4] |= 1
+        stream[at + 2 + length : at + 2 + length] = b"\x22" * (levels + 1)
+        stream[at + 2 : at + 4] = (length + levels + 1).to_bytes(2, "big")
+    else:
+        stream[at + 10 : at + 12] = bytes(2)
+    return encapsulated(dicom.JPEG_2000, bytes(stream), pixels=DEEP, Rows=4000, Columns=4000)
 
 
 def offsets_to_nowhere(small: bytes) -> bytes:

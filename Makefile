@@ -31,7 +31,7 @@ demo: $(READY) ## train, evaluate and classify phantoms over S3; DATA=<folder or
 
 model: $(READY) ## train the shipped model on DATA=<manifest> and put it into btray/pretrained (docs/model.md)
 	@test -n "$(DATA)" || { echo "make model needs DATA=<manifest of labelled slices>" >&2; exit 2; }
-	@$(BIN)/python jobs/train.py --data '$(DATA)' --out models/brain-mri
+	@$(BIN)/python jobs/train.py --data '$(DATA)' --out models/brain-mri --validate-by folds --refit-epochs 0
 	@$(BIN)/python jobs/publish.py --model models/brain-mri --data '$(DATA)' --license btray/pretrained/LICENSE \
 		--out btray/pretrained/brain-mri --overwrite
 

@@ -35,6 +35,7 @@ def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Clas
         batch_size=32,
         num_workers="1",
         patience=0,
+        precision="float32",  # the same on every CPU
         preprocess=PreprocessConfig(size=80),
         network=NetworkConfig(stem_width=16, widths=(24, 48, 96), depths=(1, 1, 1)),
         optimiser=OptimiserConfig(learning_rate=4e-3),

@@ -146,6 +146,7 @@ def test_jobs_refuse_it_before_they_start_an_actor(
     (tmp_path / "in").mkdir()
     places = {"model": uri, "input": str(tmp_path / "in"), "output": str(tmp_path / "out")}
     job = ClassifyJob(ClassifyConfig(**places, precision="bf16"))
+    monkeypatch.setattr(cluster, "started_ray_here", lambda: False)
     job.processor()  # of a cluster, whose nodes may have it
     monkeypatch.setattr(cluster, "started_ray_here", lambda: True)
     with pytest.raises(UserError, match="neither AVX512_BF16 nor AMX"):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btray.data.frames import FrameSource, Rejection
+from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
 from btray.model.classifier import Classifier
@@ -205,7 +205,7 @@ def test_many_frames_go_in_parts_and_others_come_between() -> None:
             run, ThreadPoolExecutor(1), largest=2, weight=len, watch=lambda *_: None
         )
         served = ServedModel(cast(Classifier, None), cast(FrameSource, None), batcher, cast(ModelFacts, None))
-        frames = [np.full((2, 2), number, np.uint8) for number in range(6)]
+        frames = Frames(np.full((2, 2), number, np.uint8) for number in range(6))
         order: list[str] = []
 
         async def ask(name: str, found: Sequence[DecodedImage]) -> list[Prediction]:
@@ -213,8 +213,8 @@ def test_many_frames_go_in_parts_and_others_come_between() -> None:
             order.append(name)
             return predictions
 
-        long = asyncio.create_task(ask("long", [frames[:4], Rejection("empty", "", False), frames[4:]]))
-        short = asyncio.create_task(ask("short", [frames[:1]]))
+        long = asyncio.create_task(ask("long", [frames.part(0, 4), Rejection("empty", "", False), frames.part(4, 6)]))
+        short = asyncio.create_task(ask("short", [frames.part(0, 1)]))
         await asyncio.sleep(0)
         go_on.set()
         await short

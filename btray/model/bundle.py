@@ -50,7 +50,7 @@ from btray.model.shipped import locate
 OOD = "ood.safetensors"
 """The distribution of the training images' features; see `btray.model.ood`."""
 
-LARGE = 10_000
+LARGE = 20_000
 """Numbers from which on a kernel is rounded in half precision."""
 
 

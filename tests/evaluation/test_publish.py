@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_in(folder: Path, data: Path, **changes: Any) -> str:
     """A bundle with all that a training leaves, pictures of scans too."""
-    changes["network"] = NetworkConfig(stem_width=8, widths=(32, 64), depths=(1, 1))
+    changes["network"] = NetworkConfig(stem_width=8, widths=(48, 64), depths=(1, 1))
     files = sorted(data.glob("*/*/0*.jpg"))
     frames = np.stack([scan[0] for scan in Classifier(random_bundle(**changes)).frames(files)])
     answers = Classifier(random_bundle(**changes)).answer(frames)

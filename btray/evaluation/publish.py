@@ -109,7 +109,7 @@ def _smaller(bundle: Bundle, frames: npt.NDArray[np.uint8], images: int) -> tupl
 
 
 def _in_few_colours(png: bytes) -> bytes:
-    """Return a plot in 8 colours, in a sixth of the size."""
+    """Return a plot in 8 colours, which takes less room."""
     file = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").quantize(8).save(file, "png", optimize=True)
     return file.getvalue()

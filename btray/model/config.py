@@ -25,7 +25,7 @@ Precision = Literal["float32", "bf16"]
 # Images per forward pass by default. On a CPU the activations of more images than that no longer fit into what the C
 # library keeps of freed memory, and every layer pays page faults for its output: 10 to 20 % of the time.
 _CPU_BATCH, _GPU_BATCH = 16, 64
-BACKBONES = ("resnet18", "resnet50", "vgg16", "efficientnet_b0", "densenet121", "convnext_tiny")
+BACKBONES = ("resnet18", "resnet50", "vgg16", "squeezenet1_0", "efficientnet_b0", "densenet121", "convnext_tiny")
 ARCHITECTURES = ("mobile_cnn", "cnn", *BACKBONES)
 
 

@@ -51,27 +51,14 @@ BEFORE = (
 # With the last layer alone learning, from its random start.
 FROZEN = ("--optimiser.freeze-epochs={epochs}", "--optimiser.learning-rate=1e-2")
 SQUEEZENET = ("--network.architecture=squeezenet1_0", "--init-from={squeezenet}")
-RECIPES: dict[str, tuple[str, ...]] = {
+NETWORKS: dict[str, tuple[str, ...]] = {
     "default": (),
     "before": BEFORE,
-    # the default less one part
-    "random start": ("--init-from=random",),
-    "all stages learn": ("--optimiser.frozen-stages=0",),
-    "160 pixels": ("--preprocess.size=160",),
-    "no crop": ("--no-preprocess.crop",),
-    "every image alike": ("--optimiser.class-balance=none",),
-    "sources alike": ("--optimiser.source-power=0",),
-    "sampling": ("--optimiser.class-balance=sampling",),
-    "no gray curves": ("--augment.tone=0",),
-    "no augmentation": ("--no-augment.enabled",),
-    "no moving average": ("--optimiser.ema=0",),
-    "no label smoothing": ("--optimiser.label-smoothing=0",),
-    "mixup": ("--optimiser.mixup=0.2",),
-    # weights of ImageNet: the last layer alone learns, or all do
+    # from weights of ImageNet; frozen: only the last layer learns
     "mobile_cnn, frozen": FROZEN,
     "squeezenet1_0, frozen": (*SQUEEZENET, *FROZEN),
     "squeezenet1_0": SQUEEZENET,
-    # other networks, from random weights
+    # from random weights
     "cnn": ("--network.architecture=cnn", "--optimiser.learning-rate=2e-3"),
     "cnn, wide": (
         "--network.widths=48,96,160,224", "--network.depths=1,2,2,2", "--optimiser.learning-rate=2e-3",
@@ -84,6 +71,21 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "resnet18": ("--network.architecture=resnet18",),
     "efficientnet_b0": ("--network.architecture=efficientnet_b0",),
 }  # fmt: skip
+ABLATION: dict[str, tuple[str, ...]] = {
+    "random start": ("--init-from=random",),
+    "all stages learn": ("--optimiser.frozen-stages=0",),
+    "160 pixels": ("--preprocess.size=160",),
+    "no crop": ("--no-preprocess.crop",),
+    "every image alike": ("--optimiser.class-balance=none",),
+    "sources alike": ("--optimiser.source-power=0",),
+    "sampling": ("--optimiser.class-balance=sampling",),
+    "no gray curves": ("--augment.tone=0",),
+    "no augmentation": ("--no-augment.enabled",),
+    "no moving average": ("--optimiser.ema=0",),
+    "no label smoothing": ("--optimiser.label-smoothing=0",),
+    "mixup": ("--optimiser.mixup=0.2",),
+}
+"""The default less one part, or with another."""
 QUARTERS = {f"{25 * quarters} % of patients": quarters for quarters in (1, 2, 4)}
 """Rows of the learning curve: of how many quarters of the patients that are not held out they learn."""
 
@@ -104,7 +106,7 @@ def main() -> None:
     table = read_labelled(arguments.data)
     table = table.filter(pc.not_equal(table["split"].fill_null("train"), "test"))
     sources = [name for name in table["source"].unique().to_pylist() if name]
-    rows = RECIPES | {f"without {source}": () for source in sources}
+    rows = NETWORKS | ABLATION | {f"without {source}": () for source in sources}
     rows |= {f"before, without {source}": BEFORE for source in sources}
     rows |= dict.fromkeys([*QUARTERS, "1 source", *(f"{count} sources" for count in range(2, len(sources)))], ())
     if unknown := [name for name in arguments.only or () if name not in rows]:

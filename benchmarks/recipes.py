@@ -154,20 +154,14 @@ def _divide(
 def _add_row(row: dict[str, Any], flags: tuple[str, ...], images: pa.Table, arguments: argparse.Namespace) -> None:
     """Train a row and add it to the table, unless it is there."""
     sizes = [flag.partition("=")[2] for flag in flags if flag.startswith("--preprocess.size=")]
-    row |= {"size": int((sizes or [arguments.size])[0])}
+    row |= {"size": int(sizes[0]) if sizes else arguments.size}
     if _is_in(arguments.table, row):
         return
     name = row["row"].replace(" ", "-").replace(",", "").replace("%", "percent")
     out = arguments.out / f"{name}-{row['epochs']}x{row['size']}-{row['seed']}"
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(images, out / "data.parquet")
-    command = [
-        sys.executable, str(JOB), "--data", str(out / "data.parquet"), "--out", str(out / "model"), "--outliers",
-        arguments.outliers, "--epochs", str(row["epochs"]), "--refit-epochs=0", "--seed", str(row["seed"]),
-    ]  # fmt: skip
-    flags = flags if sizes else (*flags, f"--preprocess.size={arguments.size}")
-    given = [flag.format(epochs=row["epochs"], squeezenet=arguments.squeezenet) for flag in flags]
-    subprocess.run([*command, *given], check=True)
+    subprocess.run([sys.executable, str(JOB), *_command(row, flags, out, arguments)], check=True)
     row |= _figures(out / "model")
     new = not arguments.table.exists()
     with arguments.table.open("a", newline="") as file:
@@ -176,6 +170,16 @@ def _add_row(row: dict[str, Any], flags: tuple[str, ...], images: pa.Table, argu
             writer.writeheader()
         writer.writerow(row)
     print(row, flush=True)
+
+
+def _command(row: dict[str, Any], flags: tuple[str, ...], out: Path, arguments: argparse.Namespace) -> list[str]:
+    """Return the arguments of the training of a row; those of the recipe come last."""
+    given = [flag.format(epochs=row["epochs"], squeezenet=arguments.squeezenet) for flag in flags]
+    if not any(flag.startswith("--preprocess.size=") for flag in flags):
+        given.append(f"--preprocess.size={row['size']}")
+    places = ["--data", str(out / "data.parquet"), "--out", str(out / "model")]
+    schedule = ["--epochs", str(row["epochs"]), "--refit-epochs=0", "--seed", str(row["seed"])]
+    return [*places, "--outliers", arguments.outliers, *schedule, *given]
 
 
 def _is_in(table: Path, key: dict[str, Any]) -> bool:

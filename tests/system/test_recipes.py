@@ -19,6 +19,7 @@ from btray.data.fingerprint import LENGTH, VIEWS
 from btray.data.labelled import SCHEMA
 from btray.data.preprocess import make_frame
 from btray.phantoms import CLASSES, phantom
+from btray.training.config import TrainConfig
 from tests.conftest import ROOT
 
 SOURCES = {"large": 240, "middle": 120, "small": 40}
@@ -74,6 +75,17 @@ def test_a_source_that_is_left_out_is_measured_whole(table: pa.Table) -> None:
     assert held == {f"/middle/{number}.jpg" for number in range(SOURCES["middle"])}
     assert not learnt & held
     assert epochs == ARGUMENTS.epochs
+
+
+@pytest.mark.parametrize("name", [*recipes.NETWORKS, *recipes.ABLATION])
+def test_every_recipe_is_a_valid_command(name: str) -> None:
+    flags = (recipes.NETWORKS | recipes.ABLATION)[name]
+    arguments = Namespace(outliers="other", squeezenet=Path("/weights.safetensors"))
+    row = {"epochs": 7, "size": 160, "seed": 3}
+    config = TrainConfig.from_command_line(recipes._command(row, flags, Path("/out"), arguments), "train")
+    assert (config.epochs, config.preprocess.size, config.seed, config.refit_epochs) == (7, 160, 3, 0)
+    assert (config.optimiser.freeze_epochs == config.epochs) == ("frozen" in name)
+    assert (config.init_from == "/weights.safetensors") == ("squeezenet" in name)
 
 
 def test_a_row_of_another_schedule_is_another_row(tmp_path: Path) -> None:

@@ -101,10 +101,10 @@ def _sample(table: pa.Table, most: int) -> pa.Table:
 
 def _read(table: pa.Table, classifier: Classifier) -> tuple[pa.Table, Frames, Any]:
     """Return the rows that can be read, their first frames [n, size, size], and the fingerprints of their scans."""
-    scans = list(classifier.source.scans(table["uri"].to_pylist()))
-    good = [number for number, scan in enumerate(scans) if not isinstance(scan, Rejection)]
-    frames = np.stack([classifier.source.frames_of(scans[number])[0] for number in good])
-    return table.take(good), frames, unpack([fingerprint_of(scans[number].frames) for number in good])
+    scans = enumerate(classifier.source.scans(table["uri"].to_pylist()))
+    good = {number: scan for number, scan in scans if not isinstance(scan, Rejection)}
+    frames = np.stack([classifier.source.frames_of(scan)[0] for scan in good.values()])
+    return table.take([*good]), frames, unpack([fingerprint_of(scan.frames) for scan in good.values()])
 
 
 # ---- Grad-CAM and occlusion

@@ -135,7 +135,7 @@ def _divide(
     left_out = name.partition("without ")[2]
     held = sources == left_out if left_out else hold_out(table, fraction=HELD_OUT, seed=seed, prints=prints)
     learnt = np.flatnonzero(~held)
-    split = pa.array(np.where(held, "val", None), pa.string())
+    split = pa.array(["val" if measured else None for measured in held.tolist()], pa.string())
     table = table.set_column(table.column_names.index("split"), "split", split)
     largest = [source for source, _ in Counter(sources[learnt]).most_common()]
     if name in QUARTERS:

@@ -33,7 +33,7 @@ def main() -> None:
         figure = _draw(classifier, arguments.seed)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=100)
-    Image.open(file).convert("RGB").quantize(96).save(arguments.out, "png", optimize=True)
+    Image.open(file).convert("RGB").quantize(256).save(arguments.out, "png", optimize=True)
 
 
 def _draw(classifier: Classifier, seed: int) -> Figure:

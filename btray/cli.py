@@ -60,8 +60,10 @@ def predict(config: PredictConfig) -> None:
     """
     from btray.model.classifier import Classifier
     from btray.model.prediction import as_record
+    from btray.model.promotion import pinned
     from btray.model.studies import Reader, StudyCollector
 
+    config = pinned(config)
     classifier = Classifier.load(
         config.model, model_id=config.model_id, abstain_below=config.abstain_below, precision=config.precision
     )

@@ -1,4 +1,4 @@
-"""The console script `btray`: every job as a command, and two of its own, `predict` and `key`, that need no Ray.
+"""The console script `btray`: every job as a command, and `predict`, `key` and `models`, which are commands alone.
 
 btray train --data ../data/brain-tumor-mri --out runs/first   # as python jobs/train.py, with no checkout
 btray predict scan.jpg folder/ s3://bucket/scan.png           # by the shipped model; --model takes your own

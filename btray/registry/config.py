@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import re
-import socket
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,13 +10,9 @@ from pydantic_settings import CliPositionalArg
 
 from btray.core.config import JobConfig
 from btray.core.errors import UserError
-from btray.core.uris import Uri
+from btray.core.uris import TrackingUri, Uri
 
 Action = Literal["list", "show", "compare", "promote", "roll-back"]
-
-
-def _this_user() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 class ModelsConfig(JobConfig):
@@ -32,14 +26,14 @@ class ModelsConfig(JobConfig):
     registry: Uri
     """Folder of the models of one name, such as s3://bucket/models/brain-mri; `promote` makes it."""
     model: str | None = None
-    """The model: its model_id or the beginning of it, or a bundle, local or s3://, which `promote` adds."""
+    """The model: its model_id or the beginning of it, or the folder of a bundle, which `promote` adds."""
     against: str | None = None
     """What it is compared with: another model of the registry; default: the promoted one."""
     stage: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")] = "production"
     """Stage that is meant: NAME@STAGE names its model."""
     why: str | None = None
     """Why it is promoted or rolled back; the history keeps it."""
-    by: str = Field(default_factory=_this_user)
+    by: str | None = None
     """Who promotes it; default: this user and machine."""
     require: Uri | None = None
     """Labelled data on which the model must not be worse than the promoted one; their test split if they have one."""
@@ -47,7 +41,7 @@ class ModelsConfig(JobConfig):
     """Least difference of the accuracies on --require: the model's less the promoted one's."""
     force: bool = False
     """Promote it although --require says that it is worse; --why must say why."""
-    mlflow: str | None = None
+    mlflow: TrackingUri | None = None
     """Tracking URI of an MLflow server whose registry gets a copy of the entry (extra mlflow)."""
 
     @model_validator(mode="after")

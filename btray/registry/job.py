@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
+import socket
 from datetime import UTC, datetime
 
 from btray import storage
@@ -12,7 +14,6 @@ from btray.model.bundle_files import own_names, read_files
 from btray.model.config import MANIFEST
 from btray.model.promotion import Promotion
 from btray.registry.config import ModelsConfig
-from btray.registry.description import describe, line_of
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ def manage(config: ModelsConfig) -> str | None:
 
 
 def _list(config: ModelsConfig) -> None:
+    from btray.registry.description import line_of  # takes seconds to import, which a promotion does without
+
     promoted = {stage: promotion.current(config.registry, stage) for stage in promotion.stages(config.registry)}
     for model_id in _model_ids(config.registry):
         marks = [stage for stage, entry in promoted.items() if entry and entry.model_id == model_id]
@@ -42,10 +45,14 @@ def _list(config: ModelsConfig) -> None:
 
 
 def _show(config: ModelsConfig) -> None:
+    from btray.registry.description import describe
+
     print("\n".join(describe(_find(config, str(config.model)))))
 
 
 def _compare(config: ModelsConfig) -> None:
+    from btray.registry.description import describe
+
     uri, other = _find(config, str(config.model)), _against(config)
     for one in (uri, other):
         print("\n".join(describe(one)), end="\n\n")
@@ -108,7 +115,7 @@ def _record(
         number=before.number + 1 if before else 1,
         model_id=model_id,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=config.by,
+        by=config.by or f"{getpass.getuser()}@{socket.gethostname()}",
         why=str(config.why),
         previous=previous if config.action == "roll-back" else before and before.model_id,
         evidence=evidence or {},

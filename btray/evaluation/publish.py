@@ -33,6 +33,7 @@ from btray.model.bundle import (
 from btray.model.classifier import Classifier
 from btray.model.comparison import noise_frames
 from btray.model.drift import REFERENCE
+from btray.model.promotion import pinned
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def publish(config: PublishConfig) -> str:
 
     Raises UserError if that is larger than `max_mb`, or if the bundle does not tell how good it is.
     """
+    config = pinned(config)
     config.check()
     trained = load_bundle(config.model, model_id=config.model_id)
     metrics = _metrics(trained)

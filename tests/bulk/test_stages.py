@@ -184,8 +184,9 @@ def test_a_part_that_is_written_is_neither_read_nor_decoded_again(
     assert report_of(output)["taken_from_earlier_attempt"] == 80 - len(read)
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_each_object_is_there_once_whichever_stage_or_driver_is_killed(
     ray_session: None, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

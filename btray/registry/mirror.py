@@ -20,8 +20,8 @@ def mirror(tracking_uri: str, name: str, stage: str, uri: str, entry: Promotion)
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'") from error
-    client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     try:
+        client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         versions = [one for one in client.search_model_versions(f"name = '{name}'") if one.source == uri]

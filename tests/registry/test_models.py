@@ -185,8 +185,11 @@ def test_a_model_that_a_data_set_says_is_worse_is_refused_unless_it_is_forced_wi
 # ---- MLflow
 
 
-def test_mlflow_gets_a_copy_and_one_that_fails_changes_nothing(two: str, tmp_path: Path, caplog: Any) -> None:
+def test_mlflow_gets_a_copy_and_one_that_fails_changes_nothing(
+    two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what the light client can write without a server
     from mlflow import MlflowClient
 
     server = str(tmp_path / "mlflow")

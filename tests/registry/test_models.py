@@ -192,11 +192,13 @@ def test_mlflow_gets_a_copy_and_one_that_fails_changes_nothing(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what the light client can write without a server
     from mlflow import MlflowClient
 
+    monkeypatch.chdir(tmp_path)
     server = str(tmp_path / "mlflow")
     models("roll-back", two, why="to see it there", mlflow=server)
     name = storage.name(two)
     version = MlflowClient(tracking_uri=server, registry_uri=server).get_model_version_by_alias(name, "production")
     assert (version.tags["model_id"], version.source) == (IDS[1], storage.join(two, IDS[1]))
+    assert not (tmp_path / "mlflow.db").exists(), "nothing is written where the command was given"
     (tmp_path / "a file").write_text("")
     models("promote", two, model=IDS[2], why="again", mlflow=str(tmp_path / "a file"))
     assert "has no copy of this promotion" in caplog.text

@@ -42,6 +42,12 @@ def path_of(uri: str) -> str:
     return member["path"] if member else uri
 
 
+def shard_of(uri: str) -> str | None:
+    """Return the URI of the shard that holds a packed scan; None for any other URI."""
+    member = _parse(uri)
+    return member["shard"] if member else None
+
+
 def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) -> bytes:
     """Return the bytes of a member; `read_whole` reads its shard. Raises StorageError, also the one of its packing."""
     member = _parse(uri)

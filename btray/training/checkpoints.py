@@ -10,6 +10,7 @@ import ray.train
 import torch
 from torch import Tensor
 
+from btray.training.feeds import NOTHING
 from btray.training.history import EpochRecord
 
 STATE = "state.pt"
@@ -33,6 +34,8 @@ class Checkpoint:
     """Steps of an interrupted epoch; 0 after a whole one."""
     totals: Tensor
     """Sums of the interrupted epoch over all workers, float64 [3]: loss, weight, images."""
+    trained: Tensor = NOTHING
+    """Numbers of the samples of these steps, of all workers; checkpoints of earlier versions do not say."""
 
     def save(self, folder: str) -> None:
         """Write the checkpoint into `folder`, as tensors and plain values alone."""

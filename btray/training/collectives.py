@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 
 class Collectives:
@@ -42,14 +39,3 @@ class Collectives:
         if self.workers > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-
-    def in_step(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield batches while every worker has one: a step that only some took would wait for the others for ever."""
-        if self.workers == 1:
-            yield from batches
-            return
-        for batch in batches:
-            if self.sum(torch.tensor(1.0)).item() < self.workers:
-                return
-            yield batch
-        self.sum(torch.tensor(0.0))  # tells those that still have a batch

@@ -1,9 +1,8 @@
-"""Frames for training: decoded by Ray Data, kept in memory while they fit, otherwise streamed again every epoch."""
+"""Frames for training: decoded by Ray Data, kept in memory while they fit; else `btray.training.stream` has them."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +15,15 @@ import pyarrow as pa
 import ray.data
 import ray.train
 import torch
-from ray.data import DataIterator, Dataset
+from ray.data import Dataset
 from torch import Tensor
 
 from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of, representative
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection
 from btray.data.modality import looks_like_ct
+from btray.data.preprocess import Frame
 from btray.data.scans import Scan
 from btray.training.plan import Plan
-
-_log = logging.getLogger(__name__)
 
 # Rows per block of the decoding pipeline: some 9 MB of frames of 192 x 192, a second's work for one core.
 _BLOCK_ROWS = 256
@@ -34,12 +32,12 @@ _BLOCK_ROWS = 256
 _KEPT_CPUS = 0.05
 TRAINING_CPUS = 1.0 - _KEPT_CPUS
 """Most CPUs that a training worker may request."""
-# Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.
-_SHUFFLED_BATCHES = 32
 # The columns that the driver looks at: all but the frames.
 _SURVEYED = ["sample", "label", "digest", "fingerprint", "patient", "is_ct", "code", "message"]
 
 Arrays = dict[str, npt.NDArray[Any]]
+NOTHING = torch.zeros(0, dtype=torch.int64)
+"""The samples that were trained on before an epoch begins."""
 
 
 @dataclass(frozen=True)
@@ -101,55 +99,58 @@ def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]
 
 def decode_block(batch: Arrays, source: FrameSource, *, find_ct: bool = False) -> Iterator[Arrays]:
     """Yield blocks of up to _BLOCK_ROWS frames as they are decoded: scans of many frames do not fill the memory."""
-    scans = source.scans(batch["uri"].tolist())
-    made = partial(_frames, source, find_ct)
-    frames = chain.from_iterable(map(made, batch["row"].tolist(), batch["label"].tolist(), scans))
+    scans = _scans(batch, source)
+    frames = chain.from_iterable(map(partial(_surveyed, source, find_ct), batch["row"], batch["label"], scans))
+    return _in_blocks([*_SURVEYED, "frame"], frames)
+
+
+def stream_block(batch: Arrays, source: FrameSource) -> Iterator[Arrays]:
+    """Do the same for scans that were surveyed before: columns sample, code, message and frame alone."""
+    frames = chain.from_iterable(map(partial(_streamed, source), batch["row"], _scans(batch, source)))
+    return _in_blocks(["sample", "code", "message", "frame"], frames)
+
+
+def _in_blocks(names: list[str], frames: Iterator[tuple[Any, ...]]) -> Iterator[Arrays]:
     while rows := list(islice(frames, _BLOCK_ROWS)):
-        columns = dict(zip([*_SURVEYED, "frame"], zip(*rows, strict=True), strict=True))
+        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
         # Fingerprints as objects: numpy's own bytes lose the zeros at their end.
         yield {name: np.array(values, object if name == "fingerprint" else None) for name, values in columns.items()}
 
 
-def _frames(
+def _scans(batch: Arrays, source: FrameSource) -> Iterator[Scan | Rejection]:
+    for scan in source.scans(batch["uri"].tolist()):
+        if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
+            # The sample numbers of its last frames would be those of the next scan.
+            count = len(scan.frames)
+            reason = f"{count} frames, more than the {FRAMES_PER_SCAN} that training takes per scan: split it"
+            yield Rejection("bomb", reason, retryable=False)
+        else:
+            yield scan
+
+
+def _surveyed(
     source: FrameSource, find_ct: bool, row: int, label: int, scan: Scan | Rejection
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the values of _SURVEYED and the frame itself, for each frame of a scan."""
-    if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
-        # The sample numbers of its last frames would be those of the next scan.
-        reason = f"{len(scan.frames)} frames, more than the {FRAMES_PER_SCAN} that training takes per scan: split it"
-        scan = Rejection("bomb", reason, retryable=False)
-    if isinstance(scan, Rejection):
-        frames = [np.zeros((source.preprocess.size,) * 2, np.uint8)]
-        fingerprint, patient, code, message = NO_FINGERPRINT, "", scan.code, scan.message
-    else:
+    fingerprint, patient, is_ct = NO_FINGERPRINT, "", False
+    if not isinstance(scan, Rejection):
         patient = next((info.patient_key for info in scan.slices or () if info.patient_key), "")
-        frames, fingerprint, code, message = source.frames_of(scan), fingerprint_of(scan.frames), "", ""
-    is_ct = find_ct and looks_like_ct(representative(frames))
-    for number, frame in enumerate(frames):
+        fingerprint = fingerprint_of(scan.frames)
+    frames = list(_streamed(source, row, scan))
+    if find_ct:
+        is_ct = looks_like_ct(representative([frame for *_, frame in frames]))
+    for sample, code, message, frame in frames:
         digest = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
-        yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, patient, is_ct, code, message, frame
+        yield sample, label, digest, fingerprint, patient, is_ct, code, message, frame
 
 
-class StreamSplit(ray.train.DataConfig):
-    """Splits streamed rows among the workers, so that no validation image is lost.
-
-    Ray makes the shares equal by dropping rows: fine for training, but a metric must count every image.
-    """
-
-    def configure(
-        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
-    ) -> list[dict[str, DataIterator]]:
-        """Return one mapping per worker, from the name of each data set to the worker's share."""
-        equal = {name: rows for name, rows in datasets.items() if name != "validation"}
-        shares: list[dict[str, DataIterator]]
-        shares = super().configure(equal, world_size, worker_handles, worker_node_ids, **kwargs)
-        rows = datasets.get("validation")
-        if rows is not None:
-            rows.context.execution_options = self.default_ingest_options()
-            parts = rows.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
-            for share, part in zip(shares, parts, strict=True):
-                share["validation"] = part
-        return shares
+def _streamed(source: FrameSource, row: int, scan: Scan | Rejection) -> Iterator[tuple[int, str, str, Frame]]:
+    """Yield sample, code, message and frame for each frame of a scan, or a black one for one that has none."""
+    if isinstance(scan, Rejection):
+        yield row * FRAMES_PER_SCAN, scan.code, scan.message, np.zeros((source.preprocess.size,) * 2, np.uint8)
+        return
+    for number, frame in enumerate(source.frames_of(scan)):
+        yield row * FRAMES_PER_SCAN + number, "", "", frame
 
 
 class MemoryFeed:
@@ -173,10 +174,15 @@ class MemoryFeed:
         self.samples = torch.from_numpy(plan.samples.copy())
         self.weights = torch.from_numpy(plan.loss_weights())
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch, shuffled by seed and epoch alone."""
-        used = self.plan.steps_per_epoch * self.plan.batch_size
-        for whole in torch.from_numpy(self.plan.epoch_order(epoch))[:used].split(self.plan.batch_size):
+    def train(self, epoch: int, trained: Tensor = NOTHING) -> Iterator[Batch]:
+        """Yield this worker's batches of one epoch, shuffled by seed and epoch alone.
+
+        The first ones of that order are left out if all workers have `trained` on their samples before.
+        """
+        size, last = self.plan.batch_size, self.plan.steps_per_epoch
+        order = torch.from_numpy(self.plan.epoch_order(epoch))
+        for step in range(last - self.plan.steps_left(len(trained)), last):
+            whole = order[step * size : (step + 1) * size]
             yield self._batch(whole[self.rank :: self.workers], float(self.weights[whole].sum()))
 
     def validation(self) -> Iterator[Batch]:
@@ -188,39 +194,3 @@ class MemoryFeed:
     def _batch(self, chosen: Tensor, whole_weight: float | None = None) -> Batch:
         frames, labels, samples, weights = self.frames, self.labels, self.samples, self.weights
         return Batch(frames[chosen], labels[chosen], samples[chosen], weights[chosen], whole_weight)
-
-
-class StreamFeed:
-    """Frames decoded anew every epoch, each worker reading its own share; for data larger than memory."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.weights = plan, plan.loss_weights()
-        self.share = max(1, plan.batch_size // ray.train.get_context().get_world_size())
-        self.rejected = 0  # scans that were readable when the run began
-
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch: rows in the driver's random order, shuffled again in a buffer."""
-        return self._stream(
-            "train",
-            drop_last=True,  # so that all steps weigh the same, and workers take equally many
-            local_shuffle_buffer_size=_SHUFFLED_BATCHES * self.share,
-            local_shuffle_seed=self.plan.config.seed + epoch,
-        )
-
-    def validation(self) -> Iterator[Batch]:
-        """Yield this worker's share of the held-out samples."""
-        return self._stream("validation")
-
-    def _stream(self, name: str, **options: Any) -> Iterator[Batch]:
-        shard = ray.train.get_dataset_shard(name)
-        for arrays in shard.iter_batches(batch_size=self.share, batch_format="numpy", **options):
-            readable = arrays["code"] == ""
-            for code, message in zip(arrays["code"][~readable], arrays["message"][~readable], strict=True):
-                self.rejected += 1
-                _log.warning("rejected, though readable when the run began (%s): %s", code, message)
-            if readable.any():
-                kept = {key: torch.from_numpy(arrays[key][readable]) for key in ("frame", "label", "sample")}
-                # A scan that was exchanged since may have more frames than it had.
-                places = np.searchsorted(self.plan.samples, kept["sample"]).clip(max=len(self.weights) - 1)
-                weights = torch.from_numpy(self.weights[places])
-                yield Batch(kept["frame"], kept["label"], kept["sample"], weights)

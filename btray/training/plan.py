@@ -64,6 +64,10 @@ class Plan:
         """Whole batches per epoch; which samples are left over changes from epoch to epoch."""
         return len(self.train) // self.batch_size
 
+    def steps_left(self, trained: int) -> int:
+        """Return the steps that are left of an epoch when so many samples were trained on."""
+        return max(0, self.steps_per_epoch - -(-trained // self.batch_size))
+
     def class_counts(self) -> list[int]:
         """Count the training samples of each class; outliers count nowhere."""
         return np.bincount(self.labels[self.train] + 1, minlength=len(self.classes) + 1)[1:].tolist()

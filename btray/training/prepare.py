@@ -41,11 +41,9 @@ from btray.training.config import TrainConfig
 from btray.training.feeds import decode_rows, survey
 from btray.training.plan import Indices, Plan, run_folder
 from btray.training.pretrained import read_initial_weights
+from btray.training.stream import scans_of
 
 _log = logging.getLogger(__name__)
-
-# CPUs of a task that decodes while workers train: on a machine with one CPU it must fit beside a worker.
-_STREAMING_CPUS = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,16 +131,10 @@ class TrainingData:
         }
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
-        """Return the data sets of the workers: all decoded frames, or rows in random order, decoded on demand."""
+        """Return the data set of the workers: all decoded frames, or the scans that they decode every epoch."""
         if self.frames is not None:
             return {"frames": self.frames}
-        plan = self.plan
-        shuffled = np.random.default_rng(plan.config.seed).permutation(plan.train)
-        scans = dict.fromkeys((plan.samples[shuffled] // FRAMES_PER_SCAN).tolist())  # each once, in their random order
-        rows = {"train": np.array(list(scans))}
-        if len(plan.validation):
-            rows["validation"] = plan.rows(plan.validation)
-        return {name: self.source.decode(chosen, num_cpus=_STREAMING_CPUS) for name, chosen in rows.items()}
+        return {"scans": scans_of(self.plan.rows(np.arange(len(self.plan.samples))), self.source.table["uri"])}
 
 
 def in_splits(table: pa.Table, *splits: str) -> npt.NDArray[np.bool_]:

@@ -29,10 +29,11 @@ from btray.training.augment import Augmenter
 from btray.training.checkpoints import Checkpoint
 from btray.training.collectives import Collectives
 from btray.training.config import IMAGENET
-from btray.training.feeds import Batch, MemoryFeed, StreamFeed
+from btray.training.feeds import NOTHING, Batch, MemoryFeed
 from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
 from btray.training.plan import Plan
 from btray.training.preemption import InterruptionWatch
+from btray.training.stream import StreamFeed
 from btray.training.tracking import Tracker
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Trainer:
         self.average = optimizer.make_average(self.network, settings.ema) if settings.ema else None
         self.history: list[EpochRecord] = []
         self.steps = 0  # of the epoch that is running
+        self.before = NOTHING  # samples of those before it was resumed, of all workers
+        self.trained: list[Tensor] = []  # of those since, of this worker
         self.totals = torch.zeros(3, dtype=torch.float64)  # of those steps: loss, weight, images
         self.waited = 0.0  # seconds for batches of this epoch
         self.stopping = False
@@ -124,15 +127,13 @@ class Trainer:
         resumed = self.totals.clone()
         started = time.perf_counter()
         rate, self.waited = 0.0, 0.0
-        batches = self.feed.train(epoch)
-        if self.plan.streaming:  # shares of a stream may differ in length; those of frames in memory do not
-            batches = self.collectives.in_step(batches)
-        # All but the steps that were taken before the run was interrupted.
-        for index, batch in islice(enumerate(self._timed(batches)), self.steps, None):
+        # All but the steps that were taken before the run was interrupted; as many for each worker.
+        for index, batch in enumerate(self._timed(self.feed.train(epoch, self.before)), self.steps):
             step = epoch * self.plan.steps_per_epoch + index
             rate = optimizer.learning_rate(step, self.config.epochs * self.plan.steps_per_epoch, self.config.optimiser)
             optimizer.set_learning_rate(self.optimiser, rate)
             self.totals += self._step(batch, epoch, index)
+            self.trained.append(batch.samples)
             self.steps = index + 1
             if self._interrupted(epoch):
                 return None
@@ -140,6 +141,7 @@ class Trainer:
         loss, weight, _ = self.collectives.sum(self.totals).tolist()
         images = self.collectives.sum(self.totals - resumed)[2].item()
         self.steps, self.totals = 0, torch.zeros_like(self.totals)
+        self.before, self.trained = NOTHING, []
         return {
             "train_loss": finite_or_none(loss / max(weight, 1e-12)),
             "learning_rate": rate,
@@ -177,6 +179,8 @@ class Trainer:
         if notice:
             # The sums over all workers are kept by rank 0 alone, so that they count once however many resume.
             self.totals = self.collectives.sum(self.totals) * (self.collectives.rank == 0)
+            (since,) = self.collectives.gather(torch.cat([NOTHING, *self.trained]))
+            self.before, self.trained = torch.cat([self.before, since]), []
             # Waiting for the upload: afterwards the machine may go.
             metrics = {"epoch": epoch, "step": self.steps, "score": INTERRUPTED}
             self._report(metrics, f"epoch_{epoch:05d}_step_{self.steps:07d}", wait=True)
@@ -262,6 +266,7 @@ class Trainer:
                 evaluated=self.evaluated.state_dict(),
                 history=self.history,
                 steps=self.steps,
+                trained=self.before,
                 totals=self.totals,
             ).save(folder)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -284,7 +289,7 @@ class Trainer:
         self.optimiser.load_state_dict(checkpoint.optimiser)
         if self.average is not None and checkpoint.average is not None:
             self.average.load_state_dict(checkpoint.average)
-        self.history, self.steps = checkpoint.history, checkpoint.steps
+        self.history, self.steps, self.before = checkpoint.history, checkpoint.steps, checkpoint.trained
         if self.collectives.rank == 0:  # sums over all workers
             self.totals = checkpoint.totals
 

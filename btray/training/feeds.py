@@ -18,8 +18,8 @@ import torch
 from ray.data import Dataset
 from torch import Tensor
 
-from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of, representative
-from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection
+from btray.data.fingerprint import NO_FINGERPRINT, representative
+from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection, scan_fingerprint
 from btray.data.modality import looks_like_ct
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
@@ -135,7 +135,7 @@ def _surveyed(
     fingerprint, patient, is_ct = NO_FINGERPRINT, "", False
     if not isinstance(scan, Rejection):
         patient = next((info.patient_key for info in scan.slices or () if info.patient_key), "")
-        fingerprint = fingerprint_of(scan.frames)
+        fingerprint = scan_fingerprint(scan)
     frames = list(_streamed(source, row, scan))
     if find_ct:
         is_ct = looks_like_ct(representative([frame for *_, frame in frames]))

@@ -150,7 +150,7 @@ def read_source(config: TrainConfig) -> Source:
             that can be read.
     """
     chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
-    table = read_labelled(config.data, classes=chosen)
+    table = read_labelled(config.data, classes=chosen, preprocess=config.preprocess)
     require_label(config.outliers, table["label"].unique().to_pylist(), config.data)
     learnt = table.filter(~in_splits(table, "val", "test"))["label"].to_pylist()
     classes = class_order(label for label in learnt if label != config.outliers)

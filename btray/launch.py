@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from btray.acquire.config import AcquireConfig
 from btray.audit.config import AuditConfig
-from btray.bulk.config import ClassifyConfig, PackConfig
+from btray.bulk.config import ClassifyConfig, EraseConfig, PackConfig
 from btray.core import logs
 from btray.core.config import JobConfig, OneLineParser, is_submitted
 from btray.core.errors import Failed, Stopped, ThresholdExceeded, UserError
@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[type[JobConfig], str]] = {
     "predict": (PredictConfig, "btray.cli:predict"),
     "classify": (ClassifyConfig, "btray.bulk.classify:classify"),
     "pack": (PackConfig, "btray.bulk.pack:pack"),
+    "erase": (EraseConfig, "btray.bulk.erasure.job:erase"),
     "serve": (ServeConfig, "btray.cli:serve"),
     "key": (KeyConfig, "btray.cli:key"),
 }

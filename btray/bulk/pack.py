@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from btray import storage
 from btray.bulk.config import PackConfig
 from btray.bulk.driver import ArchiveJob, run_archive
+from btray.bulk.erasure.erased import ErasedObjects
+from btray.bulk.erasure.traces import copy_manifest
 from btray.bulk.progress import summarize_counts
 from btray.bulk.report import PartTally, RunReport
 from btray.bulk.runs import Run
@@ -30,7 +30,7 @@ from btray.data.config import PreprocessConfig
 from btray.data.frames import FrameSource, Rejection
 from btray.data.key_set import Keys
 from btray.data.labelled import MANIFESTS, holds_labels
-from btray.data.manifests import kind_of, parts_of
+from btray.data.manifests import kind_of
 from btray.data.preprocess import preprocessing_key
 from btray.data.scans import ScanLimits
 from btray.model.bundle_files import read_manifest
@@ -110,10 +110,8 @@ class PackJob(ArchiveJob):
     def conclude(self, run: Run, report: RunReport) -> RunReport:
         """Copy the manifest and describe the pack; print what was packed."""
         pack = self._pack()
-        if self.labels and pack.manifest:
-            for part in parts_of(self.labels):
-                copy = storage.join(self.output, pack.manifest) + part.removeprefix(self.labels)
-                storage.write_bytes(copy, storage.read_bytes(part))
+        if self.labels:
+            copy_manifest(self.labels, pack, self.output, ErasedObjects(self.output))
         for shard in self.damaged:
             set_aside(shard)  # now that what it held is packed anew
         packs.write_description(self.output, pack)
@@ -121,23 +119,11 @@ class PackJob(ArchiveJob):
         return report
 
 
-def _write_options(schema: pa.Schema) -> dict[str, Any]:
-    """Return how shards are written; the checksum of each page is verified when it is read."""
-    others = [name for name in schema.names if name != "data"]
-    return {
-        # Scans are compressed already, and frames shall be read as fast as can be.
-        "compression": {name: "none" if name == "data" else "zstd" for name in schema.names},
-        "use_dictionary": others,
-        "write_statistics": others,
-        "write_page_checksum": True,
-    }
-
-
 class PartPacker:
     """Makes rows of a shard."""
 
     schema = packs.SCHEMA
-    write_options = _write_options(packs.SCHEMA)
+    write_options = packs.write_options(packs.SCHEMA)
     tally_type = PartTally
     tally = staticmethod(PartTally.of)
 
@@ -171,7 +157,7 @@ class FramePacker(PartPacker):
     """Makes rows of a shard of a frame pack."""
 
     schema = packs.FRAMES_SCHEMA
-    write_options = _write_options(packs.FRAMES_SCHEMA)
+    write_options = packs.write_options(packs.FRAMES_SCHEMA)
 
     def __init__(self, preprocess: PreprocessConfig, key: str, *arguments: Any) -> None:
         """Make frames by `preprocess`, whose key must be `key`; `arguments` are those of PartPacker."""

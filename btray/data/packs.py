@@ -96,6 +96,19 @@ def shards_folder(preprocessing: str) -> str:
     return f"frames/{preprocessing}" if preprocessing else SHARDS
 
 
+def write_options(schema: pa.Schema) -> dict[str, Any]:
+    """Return the options of pyarrow.parquet.write_table for a shard; pages have checksums, verified when it is read."""
+    others = [name for name in schema.names if name != "data"]
+    # Scans are compressed already, and frames are to be read as fast as can be.
+    compression = {name: "none" if name == "data" else "zstd" for name in schema.names}
+    return {
+        "compression": compression,
+        "use_dictionary": others,
+        "write_statistics": others,
+        "write_page_checksum": True,
+    }
+
+
 def is_pack(uri: str) -> bool:
     """Return whether `uri` is the folder of a packed archive. Raises StorageError if that cannot be told."""
     return storage.exists(storage.join(uri, DESCRIPTION))

@@ -78,6 +78,8 @@ def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) ->
     if number >= len(shard.rows):
         raise StorageError("not_found", uri, f"the shard has {len(shard.rows)} rows")
     row = shard.rows[number]
+    if row["path"] != member["path"]:
+        raise StorageError("changed", uri, "its shard has lost rows since it was listed")
     if row["error_code"] is not None and row.get("scan") is None:  # else it was read, and rejected
         raise StorageError(row["error_code"], uri, row["error"] or "when it was packed")
     data = shard.data[number]
@@ -102,9 +104,9 @@ def _load_shard(uri: str, read_whole: Callable[[str], bytes]) -> _Shard | str:
     """Return its rows, or what is wrong with it: that is cached too, or each of its members would read it again."""
     try:
         file = pa.parquet.ParquetFile(pa.BufferReader(read_whole(uri)), page_checksum_verification=True)
-        present = [name for name in OF_FRAMES if name in file.schema_arrow.names]
-        table = file.read(["data", "error_code", "error", *present])
-        rows = table.select(["error_code", "error", *present]).to_pylist()
+        others = ["path", "error_code", "error", *(name for name in OF_FRAMES if name in file.schema_arrow.names)]
+        table = file.read(["data", *others])
+        rows = table.select(others).to_pylist()
         return _Shard(table["data"].combine_chunks(), rows)
     except (*FAILURES, pa.ArrowException, KeyError) as error:
         return f"its shard is damaged: {error}"

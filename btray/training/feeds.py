@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -23,6 +23,7 @@ from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of, representativ
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection
 from btray.data.modality import looks_like_ct
 from btray.data.scans import Scan
+from btray.training.feeding.loader import NOTHING, Batch
 from btray.training.plan import Plan
 
 _log = logging.getLogger(__name__)
@@ -40,22 +41,6 @@ _SHUFFLED_BATCHES = 32
 _SURVEYED = ["sample", "label", "digest", "fingerprint", "patient", "is_ct", "code", "message"]
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A worker's part of one step: n of the batch's samples."""
-
-    frames: Tensor
-    """uint8 [n, size, size]"""
-    labels: Tensor
-    """int64 [n]"""
-    samples: Tensor
-    """int64 [n]: their numbers, by which augmentation is keyed."""
-    weights: Tensor
-    """float32 [n]: their weights in the loss."""
-    whole_weight: float | None = None
-    """Sum of the weights of the step over all workers, if this one knows it."""
 
 
 def decode_rows(
@@ -86,17 +71,26 @@ def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]
     Up to `keep` rows stay in Ray's object store with their frames, as the data set that is returned first. Frames are
     counted, not scans, of which some have hundreds: if there are more than `keep`, all are released and it is None.
     """
-    kept: list[Any] = []  # references to blocks
+    if not keep:
+        blocks = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
+        return None, pa.concat_tables(map(_without_frames, blocks)).sort_by("sample")
+    kept: list[Any] = []  # references to blocks, which stay on the nodes where they were decoded
     surveyed, count = [], 0
-    blocks: Any = frames if keep else frames.select_columns(_SURVEYED)
-    for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
-        surveyed.append(block.select(_SURVEYED).take(np.arange(len(block))))  # a copy, which does not hold the frames
-        count += len(block)
-        if count <= keep:
-            kept.append(ray.put(block))
-        else:
-            kept.clear()
-    return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(surveyed).sort_by("sample")
+    select = ray.remote(num_cpus=0)(_without_frames)
+    for bundle in frames.iter_internal_ref_bundles():
+        for block in bundle.blocks:
+            if rows := block.metadata.num_rows:
+                surveyed.append(select.remote(block.ref))
+                count += rows
+                kept.append(block.ref)
+            if count > keep:
+                kept.clear()
+    columns: list[pa.Table] = ray.get(surveyed)
+    return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(columns).sort_by("sample")
+
+
+def _without_frames(block: pa.Table) -> pa.Table:
+    return block.select(_SURVEYED).take(np.arange(len(block)))  # a copy, which does not hold the frames
 
 
 def decode_block(batch: Arrays, source: FrameSource, *, find_ct: bool = False) -> Iterator[Arrays]:
@@ -152,44 +146,6 @@ class StreamSplit(ray.train.DataConfig):
         return shares
 
 
-class MemoryFeed:
-    """All frames in this process; every worker knows the whole order of an epoch and takes its part of each batch.
-
-    So the batches of an epoch hold the same samples however many workers there are.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        context = ray.train.get_context()
-        self.plan, self.rank, self.workers = plan, context.get_world_rank(), context.get_world_size()
-        self.rejected = 0  # as a StreamFeed counts them: frames in memory stay readable
-        size = plan.config.preprocess.size
-        frames = np.empty((len(plan.samples), size, size), np.uint8)
-        for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
-            used = np.isin(batch["sample"], plan.samples)  # neither unreadable nor left out
-            frames[np.searchsorted(plan.samples, batch["sample"][used])] = batch["frame"][used]
-        # uint8, a quarter of the size of what the network sees: floats are made on the device, per batch.
-        self.frames = torch.from_numpy(frames)
-        self.labels = torch.from_numpy(plan.labels.copy())  # Ray's arrays are read-only, which torch warns of
-        self.samples = torch.from_numpy(plan.samples.copy())
-        self.weights = torch.from_numpy(plan.loss_weights())
-
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch, shuffled by seed and epoch alone."""
-        used = self.plan.steps_per_epoch * self.plan.batch_size
-        for whole in torch.from_numpy(self.plan.epoch_order(epoch))[:used].split(self.plan.batch_size):
-            yield self._batch(whole[self.rank :: self.workers], float(self.weights[whole].sum()))
-
-    def validation(self) -> Iterator[Batch]:
-        """Yield this worker's share of the held-out samples."""
-        share = torch.tensor(self.plan.validation[self.rank :: self.workers])
-        for start in range(0, len(share), self.plan.config.batch_size):
-            yield self._batch(share[start : start + self.plan.config.batch_size])
-
-    def _batch(self, chosen: Tensor, whole_weight: float | None = None) -> Batch:
-        frames, labels, samples, weights = self.frames, self.labels, self.samples, self.weights
-        return Batch(frames[chosen], labels[chosen], samples[chosen], weights[chosen], whole_weight)
-
-
 class StreamFeed:
     """Frames decoded anew every epoch, each worker reading its own share; for data larger than memory."""
 
@@ -198,14 +154,24 @@ class StreamFeed:
         self.share = max(1, plan.batch_size // ray.train.get_context().get_world_size())
         self.rejected = 0  # scans that were readable when the run began
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch: rows in the driver's random order, shuffled again in a buffer."""
-        return self._stream(
+    def train(self, epoch: int, trained: Tensor = NOTHING) -> Iterator[Batch]:
+        """Yield this worker's batches of one epoch: rows in the driver's random order, shuffled again in a buffer.
+
+        All workers get equally many, also if there are fewer rows than when the run began.
+        """
+        left = self.plan.steps_left(len(trained))
+        stream = self._stream(
             "train",
-            drop_last=True,  # so that all steps weigh the same, and workers take equally many
+            drop_last=True,  # so that all steps weigh the same
             local_shuffle_buffer_size=_SHUFFLED_BATCHES * self.share,
             local_shuffle_seed=self.plan.config.seed + epoch,
         )
+        first = self.plan.steps_per_epoch - left
+        for batch in islice(stream, first, first + left):
+            left -= 1
+            yield batch
+        for _ in range(left):
+            yield replace(batch, weights=torch.zeros_like(batch.weights))
 
     def validation(self) -> Iterator[Batch]:
         """Yield this worker's share of the held-out samples."""

@@ -85,8 +85,8 @@ def _fed(data: str, images: int, name: str) -> dict[str, Any]:
 
     from btray.core.cluster import connected
     from btray.training.config import TrainConfig
+    from btray.training.feeding.stream import StreamFeed
     from btray.training.prepare import prepare, read_source
-    from btray.training.stream import StreamFeed
 
     rows = read_labelled(data).to_pylist()
     rows = [row for row in rows if row["split"] != "test"]

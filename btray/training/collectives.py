@@ -16,6 +16,7 @@ class Collectives:
     def __init__(self, device: torch.device) -> None:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.node, self.local_rank = context.get_node_rank(), context.get_local_rank()
         self._device = device
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -30,9 +31,15 @@ class Collectives:
         """Concatenate each tensor over all workers, in the same order everywhere; lengths may differ by worker."""
         if self.workers == 1:
             return [*tensors]
-        parts: list[Any] = [None] * self.workers
-        dist.all_gather_object(parts, tensors)
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        return [torch.cat(column) for column in zip(*self.gather_objects(tensors), strict=True)]
+
+    def gather_objects(self, own: Any) -> list[Any]:
+        """Return what each worker gives, by rank, as soon as all have given it."""
+        if self.workers == 1:
+            return [own]
+        given: list[Any] = [None] * self.workers
+        dist.all_gather_object(given, own)
+        return given
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give every worker rank 0's buffers: batch statistics differ by worker, and rank 0 writes checkpoints."""

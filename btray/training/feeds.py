@@ -1,10 +1,9 @@
-"""Frames for training: decoded by Ray Data, kept in memory while they fit; else `btray.training.stream` has them."""
+"""Frames for training, decoded by Ray Data; `btray.training.feeding` brings them to the workers."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -13,17 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.data
-import ray.train
-import torch
 from ray.data import Dataset
-from torch import Tensor
 
 from btray.data.fingerprint import NO_FINGERPRINT, representative
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection, scan_fingerprint
 from btray.data.modality import looks_like_ct
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
-from btray.training.plan import Plan
 
 # Rows per block of the decoding pipeline: some 9 MB of frames of 192 x 192, a second's work for one core.
 _BLOCK_ROWS = 256
@@ -36,24 +31,6 @@ TRAINING_CPUS = 1.0 - _KEPT_CPUS
 _SURVEYED = ["sample", "label", "digest", "fingerprint", "patient", "is_ct", "code", "message"]
 
 Arrays = dict[str, npt.NDArray[Any]]
-NOTHING = torch.zeros(0, dtype=torch.int64)
-"""The samples that were trained on before an epoch begins."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A worker's part of one step: n of the batch's samples."""
-
-    frames: Tensor
-    """uint8 [n, size, size]"""
-    labels: Tensor
-    """int64 [n]"""
-    samples: Tensor
-    """int64 [n]: their numbers, by which augmentation is keyed."""
-    weights: Tensor
-    """float32 [n]: their weights in the loss."""
-    whole_weight: float | None = None
-    """Sum of the weights of the step over all workers, if this one knows it."""
 
 
 def decode_rows(
@@ -84,17 +61,26 @@ def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]
     Up to `keep` rows stay in Ray's object store with their frames, as the data set that is returned first. Frames are
     counted, not scans, of which some have hundreds: if there are more than `keep`, all are released and it is None.
     """
-    kept: list[Any] = []  # references to blocks
+    if not keep:
+        blocks = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
+        return None, pa.concat_tables(map(_without_frames, blocks)).sort_by("sample")
+    kept: list[Any] = []  # references to blocks, which stay on the nodes where they were decoded
     surveyed, count = [], 0
-    blocks: Any = frames if keep else frames.select_columns(_SURVEYED)
-    for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
-        surveyed.append(block.select(_SURVEYED).take(np.arange(len(block))))  # a copy, which does not hold the frames
-        count += len(block)
-        if count <= keep:
-            kept.append(ray.put(block))
-        else:
-            kept.clear()
-    return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(surveyed).sort_by("sample")
+    select = ray.remote(num_cpus=0)(_without_frames)
+    for bundle in frames.iter_internal_ref_bundles():
+        for block in bundle.blocks:
+            if rows := block.metadata.num_rows:
+                surveyed.append(select.remote(block.ref))
+                count += rows
+                kept.append(block.ref)
+            if count > keep:
+                kept.clear()
+    columns: list[pa.Table] = ray.get(surveyed)
+    return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(columns).sort_by("sample")
+
+
+def _without_frames(block: pa.Table) -> pa.Table:
+    return block.select(_SURVEYED).take(np.arange(len(block)))  # a copy, which does not hold the frames
 
 
 def decode_block(batch: Arrays, source: FrameSource, *, find_ct: bool = False) -> Iterator[Arrays]:
@@ -151,46 +137,3 @@ def _streamed(source: FrameSource, row: int, scan: Scan | Rejection) -> Iterator
         return
     for number, frame in enumerate(source.frames_of(scan)):
         yield row * FRAMES_PER_SCAN + number, "", "", frame
-
-
-class MemoryFeed:
-    """All frames in this process; every worker knows the whole order of an epoch and takes its part of each batch.
-
-    So the batches of an epoch hold the same samples however many workers there are.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        context = ray.train.get_context()
-        self.plan, self.rank, self.workers = plan, context.get_world_rank(), context.get_world_size()
-        self.rejected = 0  # as a StreamFeed counts them: frames in memory stay readable
-        size = plan.config.preprocess.size
-        frames = np.empty((len(plan.samples), size, size), np.uint8)
-        for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
-            used = np.isin(batch["sample"], plan.samples)  # neither unreadable nor left out
-            frames[np.searchsorted(plan.samples, batch["sample"][used])] = batch["frame"][used]
-        # uint8, a quarter of the size of what the network sees: floats are made on the device, per batch.
-        self.frames = torch.from_numpy(frames)
-        self.labels = torch.from_numpy(plan.labels.copy())  # Ray's arrays are read-only, which torch warns of
-        self.samples = torch.from_numpy(plan.samples.copy())
-        self.weights = torch.from_numpy(plan.loss_weights())
-
-    def train(self, epoch: int, trained: Tensor = NOTHING) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch, shuffled by seed and epoch alone.
-
-        The first ones of that order are left out if all workers have `trained` on their samples before.
-        """
-        size, last = self.plan.batch_size, self.plan.steps_per_epoch
-        order = torch.from_numpy(self.plan.epoch_order(epoch))
-        for step in range(last - self.plan.steps_left(len(trained)), last):
-            whole = order[step * size : (step + 1) * size]
-            yield self._batch(whole[self.rank :: self.workers], float(self.weights[whole].sum()))
-
-    def validation(self) -> Iterator[Batch]:
-        """Yield this worker's share of the held-out samples."""
-        share = torch.tensor(self.plan.validation[self.rank :: self.workers])
-        for start in range(0, len(share), self.plan.config.batch_size):
-            yield self._batch(share[start : start + self.plan.config.batch_size])
-
-    def _batch(self, chosen: Tensor, whole_weight: float | None = None) -> Batch:
-        frames, labels, samples, weights = self.frames, self.labels, self.samples, self.weights
-        return Batch(frames[chosen], labels[chosen], samples[chosen], weights[chosen], whole_weight)

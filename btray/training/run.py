@@ -31,7 +31,10 @@ _log = logging.getLogger(__name__)
 
 RUN = "run.json"
 # Settings that change nothing of the model of a run that has ended.
-_WITHOUT_EFFECT = {"num_workers", "max_rejected", "max_failures", "mlflow", "concurrent"}
+_WITHOUT_EFFECT = {
+    "num_workers", "max_rejected", "max_failures", "mlflow", "concurrent", "gpu_cache_gb", "checkpoint_minutes",
+    "compile",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

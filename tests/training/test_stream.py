@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from btray.data.frames import FRAMES_PER_SCAN
 from btray.training.config import TrainConfig
+from btray.training.feeding.stream import FramePool, StreamFeed, read_order, training_order, worker_orders
 from btray.training.plan import Plan
-from btray.training.stream import FramePool, StreamFeed, read_order, training_order, worker_orders
 from tests.helpers.training_helpers import prepared, tiny, train_here, write_tree
 
 SIZE = 32

@@ -24,7 +24,8 @@ from torch import Tensor
 from btray.data.duplicates import numbered
 from btray.data.frames import FRAMES_PER_SCAN, FrameSource
 from btray.storage.packed import shard_of
-from btray.training.feeds import NOTHING, Arrays, Batch, stream_block
+from btray.training.feeding.loader import NOTHING, Batch
+from btray.training.feeds import Arrays, stream_block
 from btray.training.plan import Indices, Plan
 
 _log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class StreamFeed:
     def validation(self) -> Iterator[Batch]:
         """Yield this worker's share of the held-out samples."""
         share = np.array_split(self.plan.validation, self.workers)[self.rank]
-        for places, frames in self._frames(share, np.arange(len(share)), self.plan.config.batch_size):
+        for places, frames in self._frames(share, np.arange(len(share)), self.plan.batch_size):
             if len(places):
                 yield self._batch(share[places], frames)
 

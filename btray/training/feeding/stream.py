@@ -121,34 +121,38 @@ class StreamFeed:
         chosen = [plan.train[part[then]].reshape(-1, size) for part, then in orders]
         whole_weights = sum(self._weights[steps].sum(1) for steps in chosen)
         part, then = orders[self.rank]
-        for step, (places, frames) in enumerate(self._frames(plan.train[part], then, size)):
-            yield self._batch(plan.train[part[places]], frames, float(whole_weights[step]))
+        for step, (places, there, frames) in enumerate(self._frames(plan.train[part], then, size)):
+            # What has become unreadable counts for nothing, but it keeps its place: all batches have one shape.
+            yield self._batch(plan.train[part[places]], frames, there, float(whole_weights[step]))
 
     def validation(self) -> Iterator[Batch]:
         """Yield this worker's share of the held-out samples."""
         share = np.array_split(self.plan.validation, self.workers)[self.rank]
-        for places, frames in self._frames(share, np.arange(len(share)), self.plan.batch_size):
-            if len(places):
-                yield self._batch(share[places], frames)
+        for places, there, frames in self._frames(share, np.arange(len(share)), self.plan.batch_size):
+            if there.any():
+                yield self._batch(share[places[there]], frames[there], there[there])
 
-    def _batch(self, samples: Indices, frames: npt.NDArray[np.uint8], whole_weight: float | None = None) -> Batch:
-        if not len(samples):  # all of them have become unreadable, and the other workers take the step with theirs
-            size = self.plan.config.preprocess.size
-            black = torch.zeros(1, size, size, dtype=torch.uint8)
-            nothing = torch.zeros(1, dtype=torch.int64)
-            return Batch(black, nothing, nothing, torch.zeros(1), whole_weight)
+    def _batch(
+        self,
+        samples: Indices,
+        frames: npt.NDArray[np.uint8],
+        there: npt.NDArray[np.bool_],
+        whole_weight: float | None = None,
+    ) -> Batch:
         return Batch(
             torch.from_numpy(frames),
             torch.from_numpy(self.plan.labels[samples]),
             torch.from_numpy(self.plan.samples[samples]),
-            torch.from_numpy(self._weights[samples]),
+            torch.from_numpy(self._weights[samples] * there),
             whole_weight,
         )
 
-    def _frames(self, read: Indices, then: Indices, size: int) -> Iterator[tuple[Indices, npt.NDArray[np.uint8]]]:
-        """Read the samples at the positions `read` and yield `size` at a time in the order `then`: places in `read`.
+    def _frames(
+        self, read: Indices, then: Indices, size: int
+    ) -> Iterator[tuple[Indices, npt.NDArray[np.bool_], npt.NDArray[np.uint8]]]:
+        """Read the samples at the positions `read`, and yield `size` at a time in the order `then`.
 
-        With the frames of those that could be read, which are all but for scans that have changed.
+        Yields their places in `read`, which of them could be read, and their frames; black ones of the others.
         """
         pool = FramePool(len(read), self.plan.config.preprocess.size)
         arrived = 0  # places in `read` up to here have arrived, or never will
@@ -159,7 +163,7 @@ class StreamFeed:
                 arrived, ready, frames = next(blocks, (len(read), read[:0], None))
                 if frames is not None:
                     pool.put(ready, frames)
-            yield pool.take(places)
+            yield places, *pool.take(places)
 
     def _arrivals(self, read: Indices) -> Iterator[tuple[int, Indices, npt.NDArray[np.uint8]]]:
         """Yield frames with their places in `read`, and with the place up to which all have arrived or never will."""
@@ -212,8 +216,8 @@ class FramePool:
 
     def __init__(self, places: int, size: int) -> None:
         self._slot = np.full(places, -1, np.int64)  # of each place
-        self._frames = np.empty((0, size, size), np.uint8)
-        self._free = np.zeros(0, np.int64)
+        self._frames = np.empty((1, size, size), np.uint8)
+        self._free = np.zeros(1, np.int64)
 
     def put(self, places: Indices, frames: npt.NDArray[np.uint8]) -> None:
         """Keep frames [n, size, size] for `places` [n]."""
@@ -227,12 +231,14 @@ class FramePool:
         self._frames[slots] = frames
         self._slot[places] = slots
 
-    def take(self, places: Indices) -> tuple[Indices, npt.NDArray[np.uint8]]:
-        """Return those of `places` that have a frame, and the frames [m, size, size], which are no longer kept."""
-        there = places[self._slot[places] >= 0]
-        slots = self._slot[there]
-        self._free = np.concatenate([self._free, slots])
-        return there, self._frames.take(slots, axis=0)
+    def take(self, places: Indices) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+        """Return which of `places` [n] have a frame, and the frames [n, size, size], which are no longer kept."""
+        slots = self._slot[places]
+        there = slots >= 0
+        self._free = np.concatenate([self._free, slots[there]])
+        frames = self._frames.take(slots.clip(0), axis=0)
+        frames[~there] = 0
+        return there, frames
 
 
 def scans_of(rows: Indices, uris: Any) -> ray.data.Dataset:

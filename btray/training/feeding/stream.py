@@ -119,7 +119,7 @@ class StreamFeed:
         )
         size = plan.batch_size // self.workers
         chosen = [plan.train[part[then]].reshape(-1, size) for part, then in orders]
-        whole_weights = sum(self._weights[steps].sum(1) for steps in chosen)
+        whole_weights = np.sum([self._weights[steps].sum(1) for steps in chosen], axis=0)
         part, then = orders[self.rank]
         for step, (places, there, frames) in enumerate(self._frames(plan.train[part], then, size)):
             # What has become unreadable counts for nothing, but it keeps its place: all batches have one shape.

@@ -20,6 +20,7 @@ from btray.core.config import JobConfig, OneLineParser, is_submitted
 from btray.core.errors import Failed, Stopped, ThresholdExceeded, UserError
 from btray.evaluation.config import EvaluateConfig, PublishConfig
 from btray.model.config import ExportConfig, PredictConfig
+from btray.registry.config import ModelsConfig
 from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[type[JobConfig], str]] = {
     "tune": (TuneConfig, "btray.training.tuning:tune"),
     "evaluate": (EvaluateConfig, "btray.evaluation.job:evaluate"),
     "publish": (PublishConfig, "btray.evaluation.publish:publish"),
+    "models": (ModelsConfig, "btray.registry.job:manage"),
     "export": (ExportConfig, "btray.model.export:export"),
     "predict": (PredictConfig, "btray.cli:predict"),
     "classify": (ClassifyConfig, "btray.bulk.classify:classify"),

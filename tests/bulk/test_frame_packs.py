@@ -69,7 +69,15 @@ def test_the_same_rows_come_out_of_frames_and_of_files_and_a_later_run_finds_not
     for row in (*loose, *of_frames):  # its message names the place
         if row["error_code"] == "not_found":
             row["error"] = None
-    assert of_frames == loose
+    for row, other in zip(of_frames, loose, strict=True):
+        # Batches are made of other frames, and a sum over a batch of another size may round differently.
+        numbers = [[value for _, value in each.pop("probabilities") or ()] for each in (row, other)]
+        numbers = [
+            [*values, *filter(None, map(each.pop, ("confidence", "ood_score")))]
+            for values, each in zip(numbers, (row, other), strict=True)
+        ]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-6)
+        assert row == other
     assert {"ok", "rejected"} == {row["status"] for row in loose}
     assert any(row["modality"] for row in loose)
     assert max(row["frame"] for row in loose) > 0

@@ -22,9 +22,11 @@ from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
 from btray.core.errors import UserError
 from btray.data.key_set import Keys
+from btray.data.packs import describe_pack, is_pack
 from btray.data.scans import SliceInfo
 from btray.model.bundle_files import read_files
 from btray.model.manifest import require_agreement
+from btray.model.promotion import pinned
 from btray.model.shipped import announce, locate
 from btray.model.studies import Reader
 from btray.storage import FileInfo
@@ -57,6 +59,7 @@ class ClassifyJob(ArchiveJob):
 
     def __init__(self, config: ClassifyConfig) -> None:
         """Verify the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
+        config = pinned(config)
         self.model = locate(config.model)
         self.manifest, _ = read_files(self.model, model_id=config.model_id)
         announce(config.model, self.manifest.model_id)
@@ -72,7 +75,12 @@ class ClassifyJob(ArchiveJob):
         self.gpu_share = config.gpu_share if config.use_gpu else 0.0
         self.completed = CompletedIndex(self.output, self.group)
         self.outputs = (self.output, config.studies_uri)
+        self.preprocess = self.manifest.preprocess
         choice = config.series_filter
+        if choice and is_pack(config.input) and describe_pack(config.input).preprocess:
+            raise UserError(
+                f"--series: {config.input} is a pack of frames, which have no headers; give what was packed"
+            )
         self.reason = choice.reason if choice else ""
         reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
         self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms) if choice else None

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from btray.bulk.clinical.series import SeriesFilter
 from btray.core.config import JobConfig, Positive, Probability
 from btray.core.uris import Uri, resolved
+from btray.data.config import PreprocessConfig
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
 
@@ -156,3 +157,68 @@ class PackConfig(ArchiveConfig):
 
     Run again it packs what is new or changed. Exit code 0 if every object was read, whatever it holds.
     """
+
+    frames: bool = False
+    """Pack the frames that the network sees instead of the files: train, evaluate and classify with the same \
+    preprocessing need not decode anything then."""
+    model: Model | None = None
+    """With --frames: model bundle whose preprocessing makes them."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    """With --frames: preprocessing, if no --model is given."""
+
+    def check(self) -> None:
+        """As for all archives; and refuse a bundle that is not there."""
+        super().check()
+        if self.model is not None:
+            require_bundle(self.model)
+
+    @model_validator(mode="after")
+    def _one_preprocessing(self) -> Self:
+        given = self.preprocess != PreprocessConfig()
+        if (given or self.model) and not self.frames:
+            raise ValueError("--model and --preprocess say how frames are made: add --frames, or leave them out")
+        if given and self.model:
+            raise ValueError("give --model or --preprocess, not both")
+        return self
+
+
+class EraseConfig(JobConfig):
+    """Erase objects from a results table or a packed archive: every row and picture, and no later run takes them.
+
+    Give one of --uris, --study and --where. All frames, versions and models of an object are erased.
+    """
+
+    output: Uri
+    """Results table (--output of classify) or packed archive."""
+    uris: Uri | None = None
+    """List (.txt) or manifest (.parquet, .csv) of the objects, by the URIs that the output has."""
+    study: str | None = None
+    """StudyInstanceUID: all objects of the study."""
+    where: str | None = None
+    """Condition in DuckDB's SQL on the columns of the table: all objects of which a row fulfils it."""
+    studies: Uri | None = None
+    """Table of series and studies; default: those that the runs on the output have written."""
+    pseudonymize: Uri | None = None
+    """File with the key that the output was written with, if it was."""
+    dry_run: bool = False
+    """Print what would be erased; write nothing."""
+    patience: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds to wait for a store that does not answer."""
+
+    def check(self) -> None:
+        """Refuse an output or a list that is not there, or a key that cannot be used."""
+        from btray import storage
+
+        storage.require_input(self.output, "--output")
+        if self.uris is not None:
+            storage.require_input(self.uris, "--uris")
+        if self.pseudonymize is not None:
+            from btray.bulk.clinical.pseudonyms import Pseudonyms
+
+            Pseudonyms.from_file(self.pseudonymize)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if sum(choice is not None for choice in (self.uris, self.study, self.where)) != 1:
+            raise ValueError("give one of --uris, --study and --where")
+        return self

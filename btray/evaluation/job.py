@@ -27,6 +27,7 @@ from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import Bundle, load_bundle, read_fingerprints
 from btray.model.classifier import interpret
 from btray.model.prediction import csv_cells, csv_header
+from btray.model.promotion import pinned
 from btray.model.shipped import announce
 
 
@@ -42,12 +43,14 @@ def evaluate(config: EvaluateConfig) -> str:
         UserError: the input is unusable.
         ThresholdExceeded: more than `max_rejected` of the images cannot be read; raised after all is written.
     """
+    config = pinned(config)
     config.check()
     out = config.out
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
     announce(config.model, bundle.manifest.model_id)
     chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
-    table = read_labelled(config.data, classes=chosen, least_classes=1)
+    preprocess = bundle.manifest.preprocess
+    table = read_labelled(config.data, classes=chosen, least_classes=1, preprocess=preprocess)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))

@@ -38,14 +38,12 @@ from btray.data.rejections import (
 from btray.data.splits import Flags, Leak, find_leak, hold_out, k_folds, leave_out_sources, report_leak
 from btray.model.network import build_network
 from btray.training.config import BATCH, TrainConfig
+from btray.training.feeding.stream import scans_of
 from btray.training.feeds import decode_rows, survey
 from btray.training.plan import Indices, Plan, run_folder
 from btray.training.pretrained import read_initial_weights
 
 _log = logging.getLogger(__name__)
-
-# CPUs of a task that decodes while workers train: on a machine with one CPU it must fit beside a worker.
-_STREAMING_CPUS = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,16 +131,10 @@ class TrainingData:
         }
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
-        """Return the data sets of the workers: all decoded frames, or rows in random order, decoded on demand."""
+        """Return the data set of the workers: all decoded frames, or the scans that they decode every epoch."""
         if self.frames is not None:
             return {"frames": self.frames}
-        plan = self.plan
-        shuffled = np.random.default_rng(plan.config.seed).permutation(plan.train)
-        scans = dict.fromkeys((plan.samples[shuffled] // FRAMES_PER_SCAN).tolist())  # each once, in their random order
-        rows = {"train": np.array(list(scans))}
-        if len(plan.validation):
-            rows["validation"] = plan.rows(plan.validation)
-        return {name: self.source.decode(chosen, num_cpus=_STREAMING_CPUS) for name, chosen in rows.items()}
+        return {"scans": scans_of(self.plan.rows(np.arange(len(self.plan.samples))), self.source.table["uri"])}
 
 
 def in_splits(table: pa.Table, *splits: str) -> npt.NDArray[np.bool_]:
@@ -158,7 +150,7 @@ def read_source(config: TrainConfig) -> Source:
             that can be read.
     """
     chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
-    table = read_labelled(config.data, classes=chosen)
+    table = read_labelled(config.data, classes=chosen, preprocess=config.preprocess)
     require_label(config.outliers, table["label"].unique().to_pylist(), config.data)
     learnt = table.filter(~in_splits(table, "val", "test"))["label"].to_pylist()
     classes = class_order(label for label in learnt if label != config.outliers)

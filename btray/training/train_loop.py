@@ -27,7 +27,7 @@ from btray.training.checkpoints import Checkpoint
 from btray.training.collectives import Collectives
 from btray.training.feeding.loader import NOTHING, BatchLoader
 from btray.training.feeding.memory import MemoryFeed
-from btray.training.feeds import StreamFeed
+from btray.training.feeding.stream import StreamFeed
 from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
 from btray.training.plan import Plan
 from btray.training.preemption import InterruptionWatch

@@ -150,8 +150,9 @@ class Average:
         """Follow the network after one more of its steps; the first one is taken over as it is."""
         decay = min(self._decay, (1.0 + self._steps) / (10.0 + self._steps)) if self._steps else 0.0
         get_ema_multi_avg_fn(decay)(*self._averaged, self._steps)
-        if self._counters[0]:
-            torch._foreach_copy_(*self._counters)
+        ours, theirs = self._counters
+        if ours:
+            torch._foreach_copy_(ours, theirs)
         self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:

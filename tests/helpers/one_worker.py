@@ -23,7 +23,7 @@ from btray.training.plan import Plan
 def plan_of(config: TrainConfig, labels: Sequence[int], validation: Sequence[int] = (), **fields: Any) -> Plan:
     """Plan a run on samples with `labels`, of which those at the positions `validation` are held out."""
     everything = np.arange(len(labels))
-    given = {
+    given: dict[str, Any] = {
         "config": config,
         "classes": tuple(f"class {index}" for index in range(max(labels) + 1)),
         "run_uri": config.storage_uri,

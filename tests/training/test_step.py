@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Transfers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        places = {one.device.type for one in tree_leaves([args, kwargs, out]) if isinstance(one, Tensor) and one.dim()}
+        places = {one.device.type for one in tree_leaves([args, kwargs, out]) if isinstance(one, Tensor)}
         if name in ("_local_scalar_dense", "nonzero", "_unique2") and places != {"cpu"}:
             self.seen.append(name)
         if name in ("_to_copy", "copy_", "_foreach_copy_") and len(places) > 1:
@@ -94,11 +95,16 @@ def test_a_step_reads_nothing_from_the_device_and_copies_nothing_there_but_its_b
         step.totals.tolist()  # this is how a look at a value would have ended
 
 
-def test_on_a_gpu_all_weights_are_changed_by_fused_kernels_that_copy_no_counter() -> None:
+def test_on_a_gpu_all_weights_are_changed_by_fused_kernels_that_copy_no_counter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Tensors of a GPU that is not there, as torch.compile uses them; their gradients are given."""
     with FakeTensorMode(), torch.device("cuda:0"):
         network = build_network(NETWORK.model_copy(update={"norm": "batch"}), 3)
         optimiser = optimizer.make_optimiser(network, OPTIMISER, fine_tune=False)
+        # copying a tensor that has no memory gives one of another mode
+        twin = build_network(NETWORK.model_copy(update={"norm": "batch"}), 3)
+        monkeypatch.setattr(optimizer, "copy", SimpleNamespace(deepcopy=lambda _: twin))
         average = optimizer.Average(network, 0.9)
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from btray.explain import slice_png
 from btray.model.classifier import Classifier
 from btray.model.studies import FrameAnswers, Reader, judge_series, judge_study
 from btray.phantoms import phantom
@@ -75,6 +77,14 @@ def seen(browser: Browser, viewer: int) -> list[dict[str, Any]]:
     )
 
 
+def middle(browser: Browser, selector: str) -> list[float]:
+    """Return where the middle of an element is, once it is in view."""
+    return browser.run(
+        f"(() => {{ const one = document.querySelector('{selector}'); one.scrollIntoView({{block: 'center'}});"
+        "const box = one.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+    )
+
+
 def test_a_folder_is_shown_by_series_in_order_of_place_with_its_key_frames_and_no_identifier(
     service: Running, browser: Browser, classifier: Classifier, folder: Path, *,
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
@@ -109,11 +119,10 @@ def test_a_folder_is_shown_by_series_in_order_of_place_with_its_key_frames_and_n
             assert each["pictures"] == []
             assert "text is burned into" in each["unseen"]
         else:
-            (result,) = service.post(
-                "/v1/classify", axial(number), "application/dicom", params={"explain": "true"}
-            ).json()["results"]
-            prefix = "data:image/png;base64,"
-            assert each["pictures"] == [prefix + result["explanation"][name] for name in ("slice_png", "heat_png")]
+            (frames,) = classifier.frames([axial(number)])
+            plain, heat = each["pictures"]
+            assert plain == "data:image/png;base64," + base64.b64encode(slice_png(frames[0])).decode()
+            assert heat not in (plain, "")
     # a volume scrolls, and what is bad is named with its code
     assert [each["place"].split(" mm")[0] for each in seen(browser, 2)] == [f"{n:.1f}" for n in range(5)]
     assert all(len(each["pictures"]) == 2 for each in seen(browser, 2))
@@ -135,9 +144,10 @@ def test_a_folder_is_shown_by_series_in_order_of_place_with_its_key_frames_and_n
 
 def test_slices_are_scrolled_by_keys_wheel_and_finger(service: Running, browser: Browser, folder: Path) -> None:
     browser.open(service.url)
-    for input_type in ("dragEnter", "dragOver", "drop"):  # a folder that is dropped
-        data = {"items": [], "files": [str(folder / "A")], "dragOperationsMask": 1}
-        browser.send("Input.dispatchDragEvent", type=input_type, x=400, y=260, data=data)
+    x, y = middle(browser, "#drop")
+    dragged = {"items": [], "files": [str(folder / "A")], "dragOperationsMask": 1}
+    for moment in ("dragEnter", "dragOver", "drop"):
+        browser.send("Input.dispatchDragEvent", type=moment, x=x, y=y, data=dragged)
     assert classified(browser) == "12 of 12 scans classified."
     at = SHOWN.format(0) + ".querySelector('.slices').value"
     browser.run("document.getElementById('folder').focus()")
@@ -148,10 +158,7 @@ def test_slices_are_scrolled_by_keys_wheel_and_finger(service: Running, browser:
         assert browser.run(at) == expected
     told = browser.run("document.activeElement.getAttribute('aria-valuetext')")
     assert told.startswith("Slice 11 of 12, 20.0 mm, ")
-    x, y = browser.run(
-        "(() => { const stack = document.querySelector('.stack'); stack.scrollIntoView({block: 'center'});"
-        "const box = stack.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
-    )
+    x, y = middle(browser, ".stack")
     scrolled = browser.run("scrollY")
     browser.send("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=-100)
     until(lambda: browser.run(at) == "9")

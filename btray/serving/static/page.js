@@ -124,6 +124,7 @@ class Run {
         await file.slice(0, 1).arrayBuffer(); // one that cannot be read would fail a whole request
       } catch {
         this.refuse(number, "unreadable", "the browser cannot read this file");
+        this.done++;
         continue;
       }
       bytes += file.size;

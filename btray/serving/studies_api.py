@@ -132,15 +132,11 @@ def _decide(split: TrafficSplit, body: bytes, limits: LimitsConfig) -> StudiesAn
             raise Problem(422, "invalid", detail)
     collector = StudyCollector(reader)
     collector.add([Prediction(index=number, frame=number, **dict(frame)) for number, frame in enumerate(frames)])
-    results = [
-        StudyAnswer(
-            level=decision.level,
-            study_uid=decision.study_uid,
-            series_uid=decision.series_uid,
-            **asdict(decision.verdict) | {"key_frames": [number for _, number in decision.key_frames]},
-        )
-        for decision in collector.decisions()
-    ]
+    results = []
+    for decision in collector.decisions():
+        names = {name: getattr(decision, name) for name in ("level", "study_uid", "series_uid")}
+        key_frames = [number for _, number in decision.key_frames]
+        results.append(StudyAnswer.model_validate(names | asdict(decision.verdict) | {"key_frames": key_frames}))
     return StudiesAnswer(model_id=model.model_id, notice=NOTICE, rule=str(reader), results=results)
 
 

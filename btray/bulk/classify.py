@@ -84,7 +84,15 @@ class ClassifyJob(ArchiveJob):
 
     def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
         """Return the listed objects, under their pseudonyms with --pseudonymize."""
-        return map(self.pseudonyms.conceal, listed) if self.pseudonyms else listed
+        return self.pseudonyms.conceal_all(listed) if self.pseudonyms else listed
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings; with --pseudonymize those that name objects are pseudonyms."""
+        settings = super().settings()
+        if self.pseudonyms:
+            settings["input"] = self.pseudonyms.name(self.config.input)
+            settings |= {key: list(map(self.pseudonyms.name, settings[key])) for key in ("include", "exclude")}
+        return settings
 
     def preview(self, objects: Sequence[FileInfo]) -> None:
         """Count the objects of each series that --series would choose or leave out."""

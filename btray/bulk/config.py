@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from btray.bulk.clinical.series import SeriesFilter
 from btray.core.config import JobConfig, Positive, Probability
+from btray.core.errors import UserError
 from btray.core.uris import Uri, resolved
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
@@ -101,13 +102,14 @@ class ClassifyConfig(ArchiveConfig):
 
     def check(self) -> None:
         """As for all archives; and refuse a bundle that is not there, or a key that cannot be used."""
-        require_bundle(self.model)
-        super().check()
-        if self.studies is not None and not self.dry_run:
-            from btray import storage
+        from btray import storage
 
-            if not storage.is_remote(self.studies):
-                storage.require_writable(self.studies, "--studies")
+        require_bundle(self.model)
+        if self.pseudonymize is not None and not storage.may_exist(self.input):
+            raise UserError("--input: nothing is there; check the spelling")  # its name may be that of a patient
+        super().check()
+        if self.studies is not None and not self.dry_run and not storage.is_remote(self.studies):
+            storage.require_writable(self.studies, "--studies")
         if self.pseudonymize is not None:
             from btray.bulk.clinical.pseudonyms import Pseudonyms
 

@@ -80,6 +80,10 @@ class ArchiveJob(ABC):
         """Return the listed objects by the names that they have in all that is written."""
         return listed
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as they are written."""
+        return self.config.model_dump(mode="json")
+
     @abstractmethod
     def folder(self, run_date: str) -> str:
         """Return the folder, below the output, of the files of a run that began on a day (YYYY-MM-DD, UTC)."""
@@ -123,7 +127,7 @@ def run_archive(job: ArchiveJob) -> str:
             job.begin()
             report = _run(job, listed, check)
     if not report.unchanged:
-        require_found(report.rejected_by_code, report.objects, config.input)
+        require_found(report.rejected_by_code, report.objects, report.config["input"])
     if config.max_rejected is not None:
         rejected = {code: count for code, count in report.rejected_by_code.items() if code != "not_selected"}
         enforce_max_rejected(rejected, report.objects, config.max_rejected)
@@ -168,8 +172,8 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
     config = job.config
     started = datetime.now(UTC)
     totals = job.totals()
-    selected = config.model_dump(mode="json", include={"include", "exclude", "since", "limit", *job.choices})
-    request = {"input": config.input} | selected
+    settings = job.settings()
+    request = {name: settings[name] for name in ("input", "include", "exclude", "since", "limit", *sorted(job.choices))}
     with storage.retry_timeout(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
         logs.bind(run_id=run.run_id)
@@ -197,7 +201,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
             started_at=started.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             resumed=resumed,
-            config=config.model_dump(mode="json"),
+            config=settings,
         )
         try:
             report = job.conclude(run, report)

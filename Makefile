@@ -29,9 +29,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train, evaluate and classify phantoms over S3; DATA=<folder or s3://...>: your data; SCANS=<folder>
 	@$(BIN)/python -m tools.demo $(if $(DATA),--data '$(DATA)') $(if $(SCANS),--scans '$(SCANS)')
 
-model: $(READY) ## train the shipped model on DATA=<manifest> and put it into btray/pretrained (docs/model.md)
-	@test -n "$(DATA)" || { echo "make model needs DATA=<manifest of labelled slices>" >&2; exit 2; }
-	@$(BIN)/python jobs/train.py --data '$(DATA)' --out models/brain-mri --validate-by folds --refit-epochs 0
+model: $(READY) ## train the shipped model on DATA=<data set of jobs/acquire.py>, into btray/pretrained (docs/model.md)
+	@test -n "$(DATA)" || { echo "make model needs DATA=<folder or manifest of labelled slices>" >&2; exit 2; }
+	@$(BIN)/python jobs/train.py --data '$(DATA)' --out models/brain-mri --outliers other --leave-out ct \
+		--abstain-target 0.9 --validate-by folds --refit-epochs 0
 	@$(BIN)/python jobs/publish.py --model models/brain-mri --data '$(DATA)' --license btray/pretrained/LICENSE \
 		--out btray/pretrained/brain-mri --overwrite
 

@@ -37,6 +37,7 @@ from btray.model.manifest import (
     FORMAT_VERSION,
     Calibration,
     Manifest,
+    StudyRule,
     Thresholds,
     TrainedOn,
     code_digest,
@@ -118,6 +119,7 @@ def make_bundle(
     created_at: str,
     thresholds: Thresholds | None = None,
     ood: Distribution | None = None,
+    study_rule: StudyRule | None = None,
 ) -> Bundle:
     """Return a bundle in memory, named by its digest; `save_bundle` publishes it."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -130,6 +132,7 @@ def make_bundle(
         preprocess_digest=preprocess_digest(preprocess),
         calibration=Calibration(temperature=temperature),
         thresholds=thresholds or Thresholds(),
+        study_rule=study_rule,
         training=training,
         data=data,
         versions=library_versions(),

@@ -22,7 +22,7 @@ EngineName = Literal["auto", "eager", "frozen", "onnx"]
 """How a network is run: see `btray.model.engines`."""
 Precision = Literal["float32", "bf16"]
 """In what the feature maps are computed."""
-BACKBONES = ("resnet18", "resnet50", "vgg16", "efficientnet_b0", "densenet121", "convnext_tiny")
+BACKBONES = ("resnet18", "resnet50", "vgg16", "squeezenet1_0", "efficientnet_b0", "densenet121", "convnext_tiny")
 ARCHITECTURES = ("mobile_cnn", "cnn", *BACKBONES)
 
 

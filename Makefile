@@ -1,17 +1,19 @@
 # Debian 12 with python3.11, python3-venv and make is enough; everything else goes into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo model test soak lint format
+.PHONY: help setup demo model test soak lint format wheelhouse
 
 PYTHON = $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 DATA ?=
 SCANS ?=
+WHEELHOUSE ?= build/wheelhouse
+TORCH_INDEX ?=
 SOAK_SECONDS ?= 10800
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## create .venv with the pinned versions (once, a few minutes)
 	@echo ".venv is ready"
@@ -49,6 +51,12 @@ test: $(READY) ## lint, types and all tests except soak; a failing step does not
 
 soak: $(READY) ## the long tests, stopped after SOAK_SECONDS
 	@timeout --signal=INT --kill-after=60 $(SOAK_SECONDS) $(BIN)/pytest -m soak --durations=0 --timeout=3600
+
+wheelhouse: ## put the wheels of a production install into WHEELHOUSE=<folder>; TORCH_INDEX=<url>: torch from there
+	@mkdir -p '$(WHEELHOUSE)'
+	@"$(PYTHON)" -m pip wheel --disable-pip-version-check -c constraints.txt -w '$(WHEELHOUSE)' \
+		$(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') '.[tune]'
+	@cp constraints.txt '$(WHEELHOUSE)'
 
 lint: $(READY) ## only ruff, mypy and the import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -51,27 +51,14 @@ BEFORE = (
 # With the last layer alone learning, from its random start.
 FROZEN = ("--optimiser.freeze-epochs={epochs}", "--optimiser.learning-rate=1e-2")
 SQUEEZENET = ("--network.architecture=squeezenet1_0", "--init-from={squeezenet}")
-RECIPES: dict[str, tuple[str, ...]] = {
+NETWORKS: dict[str, tuple[str, ...]] = {
     "default": (),
     "before": BEFORE,
-    # the default less one part
-    "random start": ("--init-from=random",),
-    "all stages learn": ("--optimiser.frozen-stages=0",),
-    "160 pixels": ("--preprocess.size=160",),
-    "no crop": ("--no-preprocess.crop",),
-    "every image alike": ("--optimiser.class-balance=none",),
-    "sources alike": ("--optimiser.source-power=0",),
-    "sampling": ("--optimiser.class-balance=sampling",),
-    "no gray curves": ("--augment.tone=0",),
-    "no augmentation": ("--no-augment.enabled",),
-    "no moving average": ("--optimiser.ema=0",),
-    "no label smoothing": ("--optimiser.label-smoothing=0",),
-    "mixup": ("--optimiser.mixup=0.2",),
-    # weights of ImageNet: the last layer alone learns, or all do
+    # from weights of ImageNet; frozen: only the last layer learns
     "mobile_cnn, frozen": FROZEN,
     "squeezenet1_0, frozen": (*SQUEEZENET, *FROZEN),
     "squeezenet1_0": SQUEEZENET,
-    # other networks, from random weights
+    # from random weights
     "cnn": ("--network.architecture=cnn", "--optimiser.learning-rate=2e-3"),
     "cnn, wide": (
         "--network.widths=48,96,160,224", "--network.depths=1,2,2,2", "--optimiser.learning-rate=2e-3",
@@ -84,6 +71,21 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "resnet18": ("--network.architecture=resnet18",),
     "efficientnet_b0": ("--network.architecture=efficientnet_b0",),
 }  # fmt: skip
+ABLATION: dict[str, tuple[str, ...]] = {
+    "random start": ("--init-from=random",),
+    "all stages learn": ("--optimiser.frozen-stages=0",),
+    "160 pixels": ("--preprocess.size=160",),
+    "no crop": ("--no-preprocess.crop",),
+    "every image alike": ("--optimiser.class-balance=none",),
+    "sources alike": ("--optimiser.source-power=0",),
+    "sampling": ("--optimiser.class-balance=sampling",),
+    "no gray curves": ("--augment.tone=0",),
+    "no augmentation": ("--no-augment.enabled",),
+    "no moving average": ("--optimiser.ema=0",),
+    "no label smoothing": ("--optimiser.label-smoothing=0",),
+    "mixup": ("--optimiser.mixup=0.2",),
+}
+"""The default less one part, or with another."""
 QUARTERS = {f"{25 * quarters} % of patients": quarters for quarters in (1, 2, 4)}
 """Rows of the learning curve: of how many quarters of the patients that are not held out they learn."""
 
@@ -104,7 +106,7 @@ def main() -> None:
     table = read_labelled(arguments.data)
     table = table.filter(pc.not_equal(table["split"].fill_null("train"), "test"))
     sources = [name for name in table["source"].unique().to_pylist() if name]
-    rows = RECIPES | {f"without {source}": () for source in sources}
+    rows = NETWORKS | ABLATION | {f"without {source}": () for source in sources}
     rows |= {f"before, without {source}": BEFORE for source in sources}
     rows |= dict.fromkeys([*QUARTERS, "1 source", *(f"{count} sources" for count in range(2, len(sources)))], ())
     if unknown := [name for name in arguments.only or () if name not in rows]:
@@ -133,7 +135,7 @@ def _divide(
     left_out = name.partition("without ")[2]
     held = sources == left_out if left_out else hold_out(table, fraction=HELD_OUT, seed=seed, prints=prints)
     learnt = np.flatnonzero(~held)
-    split = pa.array(np.where(held, "val", None), pa.string())
+    split = pa.array(["val" if measured else None for measured in held.tolist()], pa.string())
     table = table.set_column(table.column_names.index("split"), "split", split)
     largest = [source for source, _ in Counter(sources[learnt]).most_common()]
     if name in QUARTERS:
@@ -152,20 +154,14 @@ def _divide(
 def _add_row(row: dict[str, Any], flags: tuple[str, ...], images: pa.Table, arguments: argparse.Namespace) -> None:
     """Train a row and add it to the table, unless it is there."""
     sizes = [flag.partition("=")[2] for flag in flags if flag.startswith("--preprocess.size=")]
-    row |= {"size": int((sizes or [arguments.size])[0])}
+    row |= {"size": int(sizes[0]) if sizes else arguments.size}
     if _is_in(arguments.table, row):
         return
     name = row["row"].replace(" ", "-").replace(",", "").replace("%", "percent")
     out = arguments.out / f"{name}-{row['epochs']}x{row['size']}-{row['seed']}"
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(images, out / "data.parquet")
-    command = [
-        sys.executable, str(JOB), "--data", str(out / "data.parquet"), "--out", str(out / "model"), "--outliers",
-        arguments.outliers, "--epochs", str(row["epochs"]), "--refit-epochs=0", "--seed", str(row["seed"]),
-    ]  # fmt: skip
-    flags = flags if sizes else (*flags, f"--preprocess.size={arguments.size}")
-    given = [flag.format(epochs=row["epochs"], squeezenet=arguments.squeezenet) for flag in flags]
-    subprocess.run([*command, *given], check=True)
+    subprocess.run([sys.executable, str(JOB), *_command(row, flags, out, arguments)], check=True)
     row |= _figures(out / "model")
     new = not arguments.table.exists()
     with arguments.table.open("a", newline="") as file:
@@ -174,6 +170,16 @@ def _add_row(row: dict[str, Any], flags: tuple[str, ...], images: pa.Table, argu
             writer.writeheader()
         writer.writerow(row)
     print(row, flush=True)
+
+
+def _command(row: dict[str, Any], flags: tuple[str, ...], out: Path, arguments: argparse.Namespace) -> list[str]:
+    """Return the arguments of the training of a row; those of the recipe come last."""
+    given = [flag.format(epochs=row["epochs"], squeezenet=arguments.squeezenet) for flag in flags]
+    if not any(flag.startswith("--preprocess.size=") for flag in flags):
+        given.append(f"--preprocess.size={row['size']}")
+    places = ["--data", str(out / "data.parquet"), "--out", str(out / "model")]
+    schedule = ["--epochs", str(row["epochs"]), "--refit-epochs=0", "--seed", str(row["seed"])]
+    return [*places, "--outliers", arguments.outliers, *schedule, *given]
 
 
 def _is_in(table: Path, key: dict[str, Any]) -> bool:

@@ -33,6 +33,7 @@ from btray.model.bundle import (
 from btray.model.classifier import Classifier
 from btray.model.comparison import noise_frames
 from btray.model.drift import REFERENCE
+from btray.model.promotion import pinned
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def publish(config: PublishConfig) -> str:
 
     Raises UserError if that is larger than `max_mb`, or if the bundle does not tell how good it is.
     """
+    config = pinned(config)
     config.check()
     trained = load_bundle(config.model, model_id=config.model_id)
     metrics = _metrics(trained)
@@ -65,7 +67,7 @@ def publish(config: PublishConfig) -> str:
         measured_on=metrics.measured_on.replace(trained.manifest.data.uri, bundle.manifest.data.uri),
     )
     terms = storage.read_text(config.license)
-    figures = {name: _in_few_colours(png) for name in _PLOTS if (png := read_file(trained, f"{name}.png"))}
+    figures = {name: _smaller_plot(png) for name in _PLOTS if (png := read_file(trained, f"{name}.png"))}
     report = render_report(
         metrics, bundle.manifest, figures=figures, notes=[note, "Pictures of scans are left out of this report."]
     )
@@ -108,10 +110,14 @@ def _smaller(bundle: Bundle, frames: npt.NDArray[np.uint8], images: int) -> tupl
     )
 
 
-def _in_few_colours(png: bytes) -> bytes:
-    """Return a plot in 8 colours, which takes less room."""
+def _smaller_plot(png: bytes) -> bytes:
+    """Return a plot at half the resolution, that of a plain screen, and in 128 colours, as they lie in the cube.
+
+    A palette that follows the pixels' number gives thin lines, whose colour says what they are, that of another.
+    """
     file = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(8).save(file, "png", optimize=True)
+    plot = Image.open(io.BytesIO(png)).convert("RGB").reduce(2)
+    plot.quantize(128, Image.Quantize.FASTOCTREE).save(file, "png", optimize=True)
     return file.getvalue()
 
 

@@ -46,6 +46,7 @@ from btray.model.manifest import (
 )
 from btray.model.network import Network, build_network
 from btray.model.ood import Distribution
+from btray.model.promotion import resolve
 from btray.model.shipped import locate
 
 OOD = "ood.safetensors"
@@ -164,10 +165,13 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
 
 
 def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
-    """Read and verify a bundle, given by URI or by the name of the shipped one; `model_id` pins which model is meant.
+    """Read and verify a bundle, given by URI, as a promoted one or by the name of the shipped one.
+
+    `model_id` pins which model is meant.
 
     Raises UserError for whatever is missing, changed, unlisted, newer than this btray or not the pinned model.
     """
+    uri, model_id = resolve(uri, model_id)
     uri = locate(uri)
     manifest, files = read_files(uri, model_id=model_id)
     if preprocess_digest(manifest.preprocess) != manifest.preprocess_digest:

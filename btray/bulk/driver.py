@@ -38,7 +38,7 @@ from btray.data.rejections import enforce_max_rejected, require_found
 from btray.storage import FileInfo, lease
 
 if TYPE_CHECKING:
-    from btray.bulk.worker import PartProcessor
+    from btray.bulk.worker import PartProcessor, PartReader
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +52,6 @@ class ArchiveJob(ABC):
     """Of the job, in the names of its metrics."""
     schema: pa.Schema
     """Of its files."""
-    gpu_share = 0.0
-    """GPU of each actor."""
     choices: frozenset[str] = frozenset()
     """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
@@ -99,6 +97,14 @@ class ArchiveJob(ABC):
     @abstractmethod
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes an actor's processor from the run and the CPUs that it may keep busy. It is pickled."""
+
+    def reader(self) -> Callable[[Run], PartReader] | None:
+        """Return what makes the reader of the actors that only read and decode; None: those that write do so."""
+        return None
+
+    def gpu_share(self) -> float:
+        """Return the GPU of each actor that writes. Needs Ray."""
+        return 0.0
 
     def totals(self) -> Totals[Any]:
         """Return the counts of a run that begins."""
@@ -247,7 +253,12 @@ def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, c
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(
-            job.processor(), run, actors=config.actors, patience=config.patience, gpu_share=job.gpu_share
+            job.processor(),
+            run,
+            actors=config.actors,
+            patience=config.patience,
+            gpu_share=job.gpu_share(),
+            make_reader=job.reader(),
         )
         for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()

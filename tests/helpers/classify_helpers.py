@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from multiprocessing.process import BaseProcess
+from threading import Lock
 from typing import Any
 from urllib.parse import quote_plus
 
@@ -29,7 +30,7 @@ from btray.bulk.driver import ArchiveJob
 from btray.bulk.listing import Listing
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import RUN, Run
-from btray.bulk.worker import PartActor, objects_of
+from btray.bulk.worker import PartActor, ReadActor
 from btray.model.bundle import load_bundle
 from btray.storage import lease
 from tests.helpers.scan_corpus import bad_scans, good_scans
@@ -143,18 +144,22 @@ def part_classifier(patch: pytest.MonkeyPatch, model: str, *, cpus: int = 1, **c
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Let jobs work on their parts in this process, one after the other: all of a run but what Ray does."""
 
+    def bare(kind: type, run: Run, **attributes: Any) -> Any:
+        actor = kind.__new__(kind)
+        vars(actor).update(run=run, _patience=1.0, _died_before=False, **attributes)
+        return actor
+
     def process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
         listing.join()
-        make = job.processor()
-        actor = PartActor.__new__(PartActor)
-        actor.run, actor.processor = run, make(run, 1)
-        for batch in worklist.read_parts(run.worklist):
-            (part,) = batch.to_pylist()
-            tally = actor._part(run.part_uri(part["part"]), objects_of(part))
-            totals.add(part["part"], tally.model_dump_json())
+        writer, make_reader = bare(PartActor, run, processor=job.processor()(run, 1)), job.reader()
+        reader = make_reader and bare(ReadActor, run, reader=make_reader(run), _decoding=Lock())
+        for parts in worklist.read_parts(run.worklist):
+            for row in writer(reader(parts) if reader else parts).to_pylist():
+                totals.add(row["part"], row["tally"])
 
     patch.setattr("btray.bulk.driver._process", process)
-    patch.setattr("btray.bulk.classify_worker.logs.begin_in_worker", lambda *_, **__: None)
+    for module in ("btray.bulk.classify_worker.logs", "btray.core.logs"):
+        patch.setattr(f"{module}.begin_in_worker", lambda *_, **__: None)
 
 
 # ---- killing
@@ -180,6 +185,7 @@ def _drive(config: dict[str, Any], address: str | None, environment: dict[str, s
     classify(ClassifyConfig(**config))
 
 
+<<<<<<< HEAD
 def classify_killed_thrice(
     patch: pytest.MonkeyPatch, config: ClassifyConfig, look: Callable[[], None] = lambda: None, *, uses_ray: bool = True
 ) -> None:
@@ -211,6 +217,11 @@ def classify_killed_thrice(
 def actors() -> list[int]:
     """Process ids of the actors of this test's own cluster that classify."""
     return named(b"PartActor", os.getpid())
+=======
+def actors(kind: str = "PartActor") -> list[int]:
+    """Process ids of the actors of this test's own cluster that classify, or of those that only read."""
+    return named(kind.encode(), os.getpid())
+>>>>>>> main
 
 
 def part_files(output: str) -> list[str]:

@@ -185,7 +185,6 @@ def _drive(config: dict[str, Any], address: str | None, environment: dict[str, s
     classify(ClassifyConfig(**config))
 
 
-<<<<<<< HEAD
 def classify_killed_thrice(
     patch: pytest.MonkeyPatch, config: ClassifyConfig, look: Callable[[], None] = lambda: None, *, uses_ray: bool = True
 ) -> None:
@@ -214,14 +213,9 @@ def classify_killed_thrice(
     classify(config)
 
 
-def actors() -> list[int]:
-    """Process ids of the actors of this test's own cluster that classify."""
-    return named(b"PartActor", os.getpid())
-=======
 def actors(kind: str = "PartActor") -> list[int]:
     """Process ids of the actors of this test's own cluster that classify, or of those that only read."""
     return named(kind.encode(), os.getpid())
->>>>>>> main
 
 
 def part_files(output: str) -> list[str]:

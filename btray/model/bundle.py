@@ -8,7 +8,7 @@ not at all. Loading verifies the digest of all that it reads, every file but the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,8 +52,8 @@ from btray.model.shipped import locate
 OOD = "ood.safetensors"
 """The distribution of the training images' features; see `btray.model.ood`."""
 
-LARGE = 20_000
-"""Numbers from which on a kernel is rounded in half precision."""
+LARGE = 5_000
+"""Numbers from which on a kernel may be rounded in half precision: what is smaller takes 5 % of the space."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,17 @@ class Bundle:
         thresholds = self.manifest.thresholds.model_copy(update={"abstain_below": confidence})
         return replace(self, manifest=self.manifest.model_copy(update={"thresholds": thresholds}))
 
-    def in_half_precision(self) -> Bundle:
-        """Return the model with its large kernels as float16, in about half the size; it has another model_id.
+    @property
+    def large_kernels(self) -> list[str]:
+        """Names of the weights that may be rounded."""
+        return [name for name, tensor in self.weights.items() if tensor.is_floating_point() and tensor.numel() >= LARGE]
 
-        What is smaller stays as it is: it takes 5 % of the space, and rounding it would change answers five times as
-        much. `network`, and training from the bundle, compute in float32 as before.
+    def in_half_precision(self, kernels: Collection[str]) -> Bundle:
+        """Return the model with some of its weights, by name, as float16; it has another model_id.
+
+        `network`, and training from the bundle, compute in float32 as before.
         """
-        weights = {
-            name: tensor.half() if tensor.is_floating_point() and tensor.numel() >= LARGE else tensor
-            for name, tensor in self.weights.items()
-        }
+        weights = {name: tensor.half() if name in kernels else tensor for name, tensor in self.weights.items()}
         manifest = self.manifest.model_copy(update={"weights_sha256": sha256(safetensors.torch.save(weights))})
         ood = self.ood and replace(self.ood, directions=self.ood.directions.astype(np.float16))
         return Bundle("", manifest.with_own_id(), weights, ood)

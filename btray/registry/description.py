@@ -23,7 +23,7 @@ def line_of(uri: str, stages: Sequence[str]) -> str:
 def describe(uri: str) -> list[str]:
     """Return the lines that describe a bundle; its metrics as published, by source if the data named sources."""
     metrics = _metrics(uri)
-    facts = [f"{name:<14}{value}" for name, value in model_facts(read_manifest(uri)).items()]
+    facts = [f"{name}: {value}" for name, value in model_facts(read_manifest(uri)).items()]
     return [uri, *facts, summary(metrics) if metrics else "its accuracy was not measured"]
 
 

@@ -79,7 +79,8 @@ def _promote(config: ModelsConfig) -> str:
                 f"not promoted: {comparison}, and --at-least is {config.at_least}; --force --why TEXT promotes it all "
                 "the same"
             )
-    return _record(config, storage.name(uri), before, evidence=evidence, forced=forced)
+    previous = before.model_id if before else None
+    return _record(config, storage.name(uri), before, previous=previous, evidence=evidence, forced=forced)
 
 
 def _roll_back(config: ModelsConfig) -> str:
@@ -102,7 +103,7 @@ def _record(
     model_id: str,
     before: Promotion | None,
     *,
-    previous: str | None = None,
+    previous: str | None,
     evidence: dict[str, object] | None = None,
     forced: bool = False,
 ) -> str:
@@ -117,7 +118,7 @@ def _record(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         by=config.by or f"{getpass.getuser()}@{socket.gethostname()}",
         why=str(config.why),
-        previous=previous if config.action == "roll-back" else before and before.model_id,
+        previous=previous,
         evidence=evidence or {},
         forced=forced,
     )

@@ -16,12 +16,13 @@ def mirror(tracking_uri: str, name: str, stage: str, uri: str, entry: Promotion)
     The promotion stands already: a server that fails is a warning. Raises UserError if MLflow is not installed.
     """
     try:
-        from mlflow import MlflowClient
+        import mlflow
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'") from error
-    client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     try:
+        mlflow.set_tracking_uri(tracking_uri)  # not of the client alone: it would make a mlflow.db in this folder
+        client = mlflow.MlflowClient()
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         versions = [one for one in client.search_model_versions(f"name = '{name}'") if one.source == uri]

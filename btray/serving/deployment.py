@@ -93,9 +93,11 @@ class Replica:
         A replica that starts takes what the others took: another one may have been promoted since.
         """
         if any(split(entry.model) for entry in (given, given.canary) if entry):
-            known = await _served_by_others(given) if self.service.models.split is None else None
-            self._named = given, known or await asyncio.to_thread(_as_promoted, given)
-            return self._named[1]
+            config = await _served_by_others(given) if self.service.models.split is None else None
+            if config is None:
+                config = await asyncio.to_thread(_as_promoted, given)
+            self._named = given, config
+            return config
         return given
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ from btray.bulk.config import ClassifyConfig
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.evaluation.config import EvaluateConfig
 from btray.model import promotion
+from btray.serving import deployment
 from btray.serving import job as serving_job
-from btray.serving.config import ServeConfig
+from btray.serving.config import ServeConfig, ServiceConfig
+from btray.serving.service import Service
 from tests.helpers.registry_helpers import IDS, SOURCE, models, new_bundle, promoted
+from tests.helpers.serving_helpers import running, scan
 from tests.helpers.tiny_bundle import saved_bundle
 from tests.helpers.training_helpers import write_tree
+from tools.processes import until
 
 
 @pytest.fixture
@@ -88,6 +95,55 @@ def test_the_service_takes_a_roll_back_when_it_is_told_to_read_its_config_again(
     assert before.model == storage.join(two, IDS[2])
 
 
+def test_no_request_fails_while_a_roll_back_is_taken(two: str) -> None:
+    config = ServeConfig(model=f"{two}@production")
+    answers: list[tuple[int, str]] = []
+    stop = threading.Event()
+    with running(**serving_job._verified(config).model_dump()) as service, ThreadPoolExecutor(2) as pool:
+
+        def hammer() -> None:
+            while not stop.is_set():
+                answer = service.post("/v1/classify", scan(), "image/jpeg")
+                answers.append((answer.status_code, answer.json().get("model_id")))
+
+        hammers = [pool.submit(hammer) for _ in range(2)]
+        until(lambda: len(answers) > 3)
+        models("roll-back", two, why="while replicas run")
+        service.configure(**serving_job._verified(config).model_dump())
+        assert service.switched()["state"] == "done"
+        seen = len(answers)
+        until(lambda: len(answers) > seen + 5)
+        stop.set()
+        for future in hammers:
+            future.result()
+    assert {status for status, _ in answers} == {200}
+    assert {model for _, model in answers} == {IDS[1], IDS[2]}
+    assert answers[-1][1] == IDS[1]
+
+
+def test_a_replica_that_is_added_later_takes_the_model_of_those_that_run(
+    two: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ServiceConfig(model=f"{two}@production")
+    running_one, late = (object.__new__(deployment.Replica) for _ in range(2))
+    for replica in (running_one, late):
+        replica.service, replica._named = Service(), None
+    peers: list[deployment.Replica] = []
+
+    async def ask(config: ServiceConfig | None = None) -> ServiceConfig | None:
+        return await peers[0].serving(config) if peers else None
+
+    monkeypatch.setattr(deployment, "_served_by_others", ask)
+    assert asyncio.run(running_one._pinned(given)).model_id == IDS[2]
+    peers.append(running_one)
+    models("roll-back", two, why="between two replicas")
+    assert asyncio.run(late._pinned(given)).model_id == IDS[2]
+    other = given.model_copy(update={"max_batch": 3})
+    assert asyncio.run(late._pinned(other)).model_id == IDS[1], "another config means what is promoted now"
+    plain = ServiceConfig(model=two)
+    assert asyncio.run(late._pinned(plain)) == plain
+
+
 def test_a_report_that_is_made_again_by_another_promoted_model_is_not_overwritten(two: str, tmp_path: Path) -> None:
     config = EvaluateConfig(model=f"{two}@production", data=str(tmp_path), out=str(tmp_path / "report"))
     settings = promotion.pinned(config, log=False).model_dump(mode="json")
@@ -129,15 +185,20 @@ def test_a_model_that_a_data_set_says_is_worse_is_refused_unless_it_is_forced_wi
 # ---- MLflow
 
 
-def test_mlflow_gets_a_copy_and_one_that_fails_changes_nothing(two: str, tmp_path: Path, caplog: Any) -> None:
+def test_mlflow_gets_a_copy_and_one_that_fails_changes_nothing(
+    two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what the light client can write without a server
     from mlflow import MlflowClient
 
+    monkeypatch.chdir(tmp_path)
     server = str(tmp_path / "mlflow")
     models("roll-back", two, why="to see it there", mlflow=server)
     name = storage.name(two)
     version = MlflowClient(tracking_uri=server, registry_uri=server).get_model_version_by_alias(name, "production")
     assert (version.tags["model_id"], version.source) == (IDS[1], storage.join(two, IDS[1]))
+    assert not (tmp_path / "mlflow.db").exists(), "nothing is written where the command was given"
     (tmp_path / "a file").write_text("")
     models("promote", two, model=IDS[2], why="again", mlflow=str(tmp_path / "a file"))
     assert "has no copy of this promotion" in caplog.text

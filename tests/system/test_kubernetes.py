@@ -19,6 +19,8 @@ from kubernetes_validate.utils import schema_contents
 from pydantic import ValidationError
 from ray._private import ray_constants, services
 from ray._private import utils as ray_utils
+from ray._private.node import Node
+from ray._private.parameter import RayParams
 from referencing import Registry, Resource
 
 from btray.bulk.config import ClassifyConfig
@@ -199,6 +201,8 @@ def test_each_job_is_an_identity_of_its_own_and_workers_get_no_token() -> None:
         assert not submitter.get("automountServiceAccountToken", False)
     pullers = [one for one in accounts.values() if one["imagePullSecrets"]]
     assert len(pullers) == len(accounts), "the submitter's pods pull from the registry too"
+    for name, template in pods():
+        assert {"serviceAccountName", "imagePullSecrets"} & template["spec"].keys(), name
     for role in of_kind("Role"):
         assert role["rules"] == [
             {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "list", "watch"]}
@@ -376,7 +380,7 @@ def submitted(
     for name in ("kubectl", "sleep"):
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder), "JOB_NAME": "night-1", "JOB_UID": "4-5-6"}
-    assert environment.keys() - {"PATH", "HOME"} == {one["name"] for one in container["env"]} - {"RUNS"}
+    assert environment.keys() - {"PATH", "HOME"} == {one["name"] for one in container["env"]} - {"HOME", "RUNS"}
     done = subprocess.run(
         ["sh", "-c", script], env=environment | settings, capture_output=True, text=True, check=False, timeout=60
     )
@@ -403,6 +407,20 @@ def test_a_pod_of_the_endpoint_is_ready_once_serve_answers_there() -> None:
     assert worker.items() <= head.items()
     module, _, name = worker["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_replicas_log_to_their_pods_by_rays_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = cluster_of(one_of("RayService", "btray-serve"))
+    assert cluster
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        environment = {one["name"]: one["value"] for one in group["template"]["spec"]["containers"][0]["env"]}
+        monkeypatch.delenv(ray_constants.LOGGING_REDIRECT_STDERR_ENVIRONMENT_VARIABLE, raising=False)
+        node = object.__new__(Node)
+        node._ray_params = RayParams()
+        assert node.should_redirect_logs(), "to files below /tmp/ray, where no log store looks"
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert not node.should_redirect_logs()
 
 
 def test_a_disruption_budget_counts_serving_workers_and_asks_nothing_that_a_ray_cluster_cannot_say() -> None:

@@ -129,16 +129,18 @@ class PartPacker:
 
     def __init__(self, root: str, threads: int, patience: float, run: Run, cpus: int) -> None:
         """Read `threads` objects at a time; paths in the shard start from `root`."""
-        self.reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
+        self._prefetcher = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
         self._below = root.rstrip("/") + "/"
 
-    def choose(self, objects: Sequence[FileInfo], seconds: Seconds) -> tuple[Sequence[FileInfo], list[Row]]:
-        """Return all objects."""
-        return objects, []
+    def lots(self, objects: Sequence[FileInfo], seconds: Seconds) -> Iterator[Any]:
+        """Begin to read `objects`, and return what yields them with their bytes."""
+        return self._prefetcher.batches(objects, seconds)
 
-    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
-        """Return one row per object."""
-        return list(map(self._row, objects, results))
+    def rows(
+        self, objects: Sequence[FileInfo], lot: tuple[Sequence[FileInfo], Sequence[ReadResult]], seconds: Seconds
+    ) -> list[Row]:
+        """Return one row per object of a lot."""
+        return list(map(self._row, *lot))
 
     def _row(self, info: FileInfo, result: ReadResult) -> Row:
         path = info.uri.removeprefix(self._below).removeprefix("s3://").lstrip("/")
@@ -171,10 +173,12 @@ class FramePacker(PartPacker):
         *_, cpus = arguments
         self._decoders = ThreadPoolExecutor(cpus)
 
-    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
-        """Return one row per object; one that gives no frame says why."""
+    def rows(
+        self, objects: Sequence[FileInfo], lot: tuple[Sequence[FileInfo], Sequence[ReadResult]], seconds: Seconds
+    ) -> list[Row]:
+        """Return one row per object of a lot; one that gives no frame says why."""
         started = time.perf_counter()
-        rows = list(self._decoders.map(self._row, objects, results))
+        rows = list(self._decoders.map(self._row, *lot))
         seconds["decode"] += time.perf_counter() - started
         return rows
 

@@ -1,4 +1,4 @@
-"""The console script `btray`: every job as a command, and two of its own, `predict` and `key`, that need no Ray.
+"""The console script `btray`: every job as a command, and `predict`, `key` and `models`, which are commands alone.
 
 btray train --data ../data/brain-tumor-mri --out runs/first   # as python jobs/train.py, with no checkout
 btray predict scan.jpg folder/ s3://bucket/scan.png           # by the shipped model; --model takes your own
@@ -60,8 +60,10 @@ def predict(config: PredictConfig) -> None:
     """
     from btray.model.classifier import Classifier
     from btray.model.prediction import as_record
+    from btray.model.promotion import pinned
     from btray.model.studies import Reader, StudyCollector
 
+    config = pinned(config)
     classifier = Classifier.load(
         config.model, model_id=config.model_id, abstain_below=config.abstain_below, precision=config.precision
     )

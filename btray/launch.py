@@ -14,12 +14,13 @@ from typing import TypeVar
 
 from btray.acquire.config import AcquireConfig
 from btray.audit.config import AuditConfig
-from btray.bulk.config import ClassifyConfig, PackConfig
+from btray.bulk.config import ClassifyConfig, EraseConfig, PackConfig
 from btray.core import logs
 from btray.core.config import JobConfig, OneLineParser, is_submitted
 from btray.core.errors import Failed, Stopped, ThresholdExceeded, UserError
 from btray.evaluation.config import EvaluateConfig, PublishConfig
 from btray.model.config import ExportConfig, PredictConfig
+from btray.registry.config import ModelsConfig
 from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
 
@@ -32,10 +33,12 @@ COMMANDS: dict[str, tuple[type[JobConfig], str]] = {
     "tune": (TuneConfig, "btray.training.tuning:tune"),
     "evaluate": (EvaluateConfig, "btray.evaluation.job:evaluate"),
     "publish": (PublishConfig, "btray.evaluation.publish:publish"),
+    "models": (ModelsConfig, "btray.registry.job:manage"),
     "export": (ExportConfig, "btray.model.export:export"),
     "predict": (PredictConfig, "btray.cli:predict"),
     "classify": (ClassifyConfig, "btray.bulk.classify:classify"),
     "pack": (PackConfig, "btray.bulk.pack:pack"),
+    "erase": (EraseConfig, "btray.bulk.erasure.job:erase"),
     "serve": (ServeConfig, "btray.cli:serve"),
     "key": (KeyConfig, "btray.cli:key"),
 }

@@ -25,6 +25,7 @@ from btray.data.key_set import Keys
 from btray.data.scans import SliceInfo
 from btray.model.bundle_files import read_files
 from btray.model.manifest import require_agreement
+from btray.model.promotion import pinned
 from btray.model.shipped import announce, locate
 from btray.model.studies import Reader
 from btray.storage import FileInfo
@@ -57,6 +58,7 @@ class ClassifyJob(ArchiveJob):
 
     def __init__(self, config: ClassifyConfig) -> None:
         """Verify the bundle. Raises UserError if it does not know a label of `explain_labels` or may not use bf16."""
+        config = pinned(config)
         self.model = locate(config.model)
         self.manifest, _ = read_files(self.model, model_id=config.model_id)
         announce(config.model, self.manifest.model_id)

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from btray import storage
-from btray.bulk.runs import Run, has_ended, run_folder, run_of
+from btray.bulk.runs import Run, folders, has_ended, run_folder, run_of
 from btray.data.key_set import Keys, keys_of
 from btray.storage import FileInfo, StorageError
 from btray.storage.parquet import read_undamaged
@@ -43,7 +43,7 @@ _INDEX = "keys.json"
 _KEYS = "keys"
 _FILE_RECORDS = 1 << 20
 
-_COLUMNS = ["uri", "etag", "status", "error_code", "error", "retryable", "classified_at"]
+COLUMNS = ["uri", "etag", "status", "error_code", "error", "retryable", "classified_at"]
 _READERS = 16  # files at a time
 _SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 
@@ -112,9 +112,7 @@ class CompletedIndex:
         key_files, damaged_before = 0, len(self.damaged)
         numbers = count()
         for records in _concatenated(self._read(info for info, _ in zip(files, numbers, strict=False))):
-            body = io.BytesIO()
-            np.save(body, records)
-            storage.write_bytes(_key_file(folder, key_files), body.getvalue())
+            _write_records(_key_file(folder, key_files), records)
             key_files += 1
             yield records
         # last: key files without their index do not count
@@ -194,6 +192,23 @@ def _concatenated(parts: Iterator[Records]) -> Iterator[Records]:
         yield np.concatenate(held)
 
 
+def forget(output: str, keys: Keys) -> None:
+    """Take keys out of all key files of a table."""
+    for folder in folders(output):
+        for name in storage.list_names(storage.join(folder, _KEYS), missing_ok=True):
+            uri = storage.join(folder, _KEYS, name)
+            records = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
+            kept = records[~np.isin(records["key"], keys)]
+            if len(kept) < len(records):
+                _write_records(uri, kept)
+
+
+def _write_records(uri: str, records: Records) -> None:
+    body = io.BytesIO()
+    np.save(body, records)
+    storage.write_bytes(uri, body.getvalue())
+
+
 def _key_file(folder: str, number: int) -> str:
     return storage.join(folder, _KEYS, f"{number:05d}.npy")
 
@@ -218,7 +233,7 @@ def _read_file(info: FileInfo) -> list[Records] | None:
 
     def read(file: Any) -> list[Records]:
         table = pa.parquet.ParquetFile(file, pre_buffer=False)
-        return [_records_of(batch) for batch in table.iter_batches(65_536, columns=_COLUMNS, use_threads=False)]
+        return [records_of(batch) for batch in table.iter_batches(65_536, columns=COLUMNS, use_threads=False)]
 
     whole = storage.read_bytes(info.uri) if info.size < _SMALL else None
     return read_undamaged(info.uri, read, whole)
@@ -229,7 +244,8 @@ def etag_of_unselected(etag: str, reason: str) -> str:
     return f"{etag}\0{reason}"
 
 
-def _records_of(rows: pa.RecordBatch) -> Records:
+def records_of(rows: pa.RecordBatch) -> Records:
+    """Return one record for each of some rows, which have COLUMNS."""
     records = np.empty(len(rows), RECORD)
     etags = rows["etag"].to_pylist()
     for number in np.flatnonzero(pc.equal(rows["error_code"], "not_selected").fill_null(False).to_numpy(False)):

@@ -156,3 +156,45 @@ class PackConfig(ArchiveConfig):
 
     Run again it packs what is new or changed. Exit code 0 if every object was read, whatever it holds.
     """
+
+
+class EraseConfig(JobConfig):
+    """Erase objects from a results table or a packed archive: every row and picture, and no later run takes them.
+
+    Give one of --uris, --study and --where. All frames, versions and models of an object are erased.
+    """
+
+    output: Uri
+    """Results table (--output of classify) or packed archive."""
+    uris: Uri | None = None
+    """List (.txt) or manifest (.parquet, .csv) of the objects, by the URIs that the output has."""
+    study: str | None = None
+    """StudyInstanceUID: all objects of the study."""
+    where: str | None = None
+    """Condition in DuckDB's SQL on the columns of the table: all objects of which a row fulfils it."""
+    studies: Uri | None = None
+    """Table of series and studies; default: those that the runs on the output have written."""
+    pseudonymize: Uri | None = None
+    """File with the key that the output was written with, if it was."""
+    dry_run: bool = False
+    """Print what would be erased; write nothing."""
+    patience: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds to wait for a store that does not answer."""
+
+    def check(self) -> None:
+        """Refuse an output or a list that is not there, or a key that cannot be used."""
+        from btray import storage
+
+        storage.require_input(self.output, "--output")
+        if self.uris is not None:
+            storage.require_input(self.uris, "--uris")
+        if self.pseudonymize is not None:
+            from btray.bulk.clinical.pseudonyms import Pseudonyms
+
+            Pseudonyms.from_file(self.pseudonymize)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if sum(choice is not None for choice in (self.uris, self.study, self.where)) != 1:
+            raise ValueError("give one of --uris, --study and --where")
+        return self

@@ -25,6 +25,7 @@ from btray import storage
 from btray.bulk import progress, runs
 from btray.bulk.archive import Selection, list_archive
 from btray.bulk.config import ArchiveConfig
+from btray.bulk.erasure.erased import ErasedObjects
 from btray.bulk.listing import Listing, NewObjects
 from btray.bulk.progress import duration
 from btray.bulk.report import PartTally, RunReport, Totals
@@ -117,12 +118,12 @@ def run_archive(job: ArchiveJob) -> str:
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
-            _estimate(job, listed)
+            _estimate(job, listed, ErasedObjects(job.output))
             return job.output
         with lease.hold(job.output) as check:
             job.begin()
-            report = _run(job, listed, check)
-    if not report.unchanged:
+            report = _run(job, listed, ErasedObjects(job.output), check)
+    if not (report.unchanged or report.erased):
         require_found(report.rejected_by_code, report.objects, config.input)
     if config.max_rejected is not None:
         rejected = {code: count for code, count in report.rejected_by_code.items() if code != "not_selected"}
@@ -142,11 +143,11 @@ def _readable_errors() -> Iterator[None]:
         raise cause from error
 
 
-def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:
+def _estimate(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects) -> None:
     """Print how much there is to do; write nothing."""
     with tempfile.TemporaryDirectory() as scratch:
         new = NewObjects(job.completed_keys(), scratch, job.reason)
-        found = islice(new.among(listed), job.config.limit)
+        found = islice(new.among(erased.without(listed)), job.config.limit)
         objects = size = 0
         for some in iter(lambda: list(islice(found, _PREVIEWED)), []):
             objects, size = objects + len(some), size + sum(info.size for info in some)
@@ -157,13 +158,15 @@ def _estimate(job: ArchiveJob, listed: Iterator[FileInfo]) -> None:
         time_needed = f"about {duration(objects / rate)} at the last run's {rate:.0f} images/s"
     for line in job.previewed():
         print(line)
+    left_out = f", {erased.left_out} left out that were erased" if erased.left_out else ""
     print(
-        f"{objects} new objects, {size / 1e6:.1f} MB, {time_needed}; {new.unchanged} unchanged. Nothing was written.",
+        f"{objects} new objects, {size / 1e6:.1f} MB, {time_needed}; {new.unchanged} unchanged{left_out}. "
+        "Nothing was written.",
         flush=True,
     )
 
 
-def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None]) -> RunReport:
+def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, check: Callable[[], None]) -> RunReport:
     """Begin or resume a run and see it to its end; `check` raises if this process has lost the lease."""
     config = job.config
     started = datetime.now(UTC)
@@ -176,7 +179,11 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
         if resumed:
             _log.info("resuming run %s, which was interrupted", run.run_id)
         listing = Listing(
-            run.worklist, config, listed, lambda: NewObjects(job.completed_keys(), scratch, job.reason), check
+            run.worklist,
+            config,
+            erased.without(listed),
+            lambda: NewObjects(job.completed_keys(), scratch, job.reason),
+            check,
         )
         listing.start()
         try:
@@ -193,6 +200,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], check: Callable[[], None])
             raise Failed(f"run {run.run_id} counted {totals.objects} objects of {listing.objects}; run it again")
         report = totals.report(
             unchanged=listing.unchanged,
+            erased=erased.left_out,
             run_id=run.run_id,
             started_at=started.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

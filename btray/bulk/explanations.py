@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,8 +40,7 @@ def write_explanations(
     rows = []
     pictures = explain_frames(classifier, pixels, [frame.label for frame in frames])
     for frame, picture in zip(frames, pictures, strict=True):
-        key = f"{frame.uri}\0{frame.frame}".encode("utf-8", "backslashreplace")
-        file = f"{hashlib.sha256(key).hexdigest()[:20]}.png"
+        file = f"{frame.picture_name}.png"
         storage.write_bytes(storage.join(folder, file), picture)
         rows.append((frame.uri, frame.frame, frame.label, f"{frame.confidence:.4f}", file))
     storage.write_bytes(storage.join(folder, f"{name}.csv"), as_csv(_COLUMNS, rows))

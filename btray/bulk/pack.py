@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from btray import storage
 from btray.bulk.config import PackConfig
 from btray.bulk.driver import ArchiveJob, run_archive
+from btray.bulk.erasure.erased import ErasedObjects
+from btray.bulk.erasure.traces import copy_manifest
 from btray.bulk.progress import summarize_counts
 from btray.bulk.report import PartTally, RunReport
 from btray.bulk.runs import Run
@@ -19,7 +20,7 @@ from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.key_set import Keys
 from btray.data.labelled import holds_labels
-from btray.data.manifests import kind_of, parts_of
+from btray.data.manifests import kind_of
 from btray.data.scans import ScanLimits
 from btray.storage import FileInfo, StorageError
 from btray.storage.parquet import set_aside
@@ -70,13 +71,12 @@ class PackJob(ArchiveJob):
 
     def conclude(self, run: Run, report: RunReport) -> RunReport:
         """Copy the manifest and describe the pack; print what was packed."""
+        description = packs.Pack(self.root, self.manifest)
         if self.manifest:
-            for part in parts_of(self.source):
-                copy = storage.join(self.output, self.manifest) + part.removeprefix(self.source)
-                storage.write_bytes(copy, storage.read_bytes(part))
+            copy_manifest(self.source, description, self.output, ErasedObjects(self.output))
         for shard in self.damaged:
             set_aside(shard)  # now that what it held is packed anew
-        packs.write_description(self.output, packs.Pack(self.root, self.manifest))
+        packs.write_description(self.output, description)
         print(summarize_counts(report, "packed"), flush=True)
         return report
 
@@ -85,13 +85,7 @@ class PartPacker:
     """Makes rows of a shard."""
 
     schema = packs.SCHEMA
-    # Scans are compressed already; the checksum of each page is verified when it is read.
-    write_options: dict[str, Any] = {  # noqa: RUF012 - never changed
-        "compression": {name: "none" if name == "data" else "zstd" for name in packs.SCHEMA.names},
-        "use_dictionary": [name for name in packs.SCHEMA.names if name != "data"],
-        "write_statistics": [name for name in packs.SCHEMA.names if name != "data"],
-        "write_page_checksum": True,
-    }
+    write_options = packs.WRITE_OPTIONS
     tally_type = PartTally
     tally = staticmethod(PartTally.of)
 

@@ -31,9 +31,10 @@ def duration(seconds: float) -> str:
 
 def summarize_counts(report: RunReport, verb: str) -> str:
     """Return one line for a terminal; `verb` says what was done to the objects, as in "packed"."""
+    erased = f", {report.erased} left out that were erased" if report.erased else ""
     return (
         f"{report.objects} objects in {duration(report.seconds)}: {report.frames} {verb}, {report.rejected} rejected; "
-        f"{report.unchanged} unchanged"
+        f"{report.unchanged} unchanged{erased}"
     )
 
 

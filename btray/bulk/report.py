@@ -6,6 +6,7 @@ docs/classify.md documents run.json; RunReport and AbandonedRun are its only def
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import heapq
 import time
 from collections import Counter
@@ -41,6 +42,12 @@ class ClassifiedFrame:
     study_uid: str | None = None
     tumor: float | None = None
     """Probability of any tumor."""
+
+    @property
+    def picture_name(self) -> str:
+        """Its name in `_explained` and on the page: a digest, since a URI may hold what no file name may."""
+        key = f"{self.uri}\0{self.frame}".encode("utf-8", "backslashreplace")
+        return hashlib.sha256(key).hexdigest()[:20]
 
 
 def least_certain(frames: Iterable[ClassifiedFrame], count: int) -> list[ClassifiedFrame]:
@@ -128,6 +135,7 @@ class RunReport(BaseModel, frozen=True):
 
     objects: int
     unchanged: int
+    erased: int = 0
     taken_from_earlier_attempt: int
     frames: int
     rejected: int

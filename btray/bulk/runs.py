@@ -40,7 +40,8 @@ _LOOK = 0.5
 _RUNS = "_runs"
 _PLAN = "plan.json"
 RUN = "run.json"
-_TALLY = b"btray_tally"
+SUMMARY = "summary.html"
+TALLY = b"btray_tally"
 """Key of the tally in the metadata of a part's file."""
 
 
@@ -113,14 +114,35 @@ def begin(
                 return run, True
             worklist.remove(run.worklist)
             break
-        _close_unwritten_parts(run, schema)
-        finish(run, AbandonedRun(request=run.request))
+        _abandon(run, schema)
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
     run = Run(run_id=run_id, group=group, parts=folder(f"{now:%Y-%m-%d}"), output=output, request=request)
     # without the output, which may be moved or be mounted elsewhere by the time the run is resumed
     storage.write_json(storage.join(run.folder, _PLAN), asdict(run) | {"output": None})
     return run, False
+
+
+def abandon_unfinished(output: str, schema: pa.Schema) -> int:
+    """End all runs of an output that were interrupted, as `begin` does; return how many. Needs the lease."""
+    count = 0
+    for folder in folders(output):
+        plan = storage.read_json(storage.join(folder, _PLAN), missing_ok=True)
+        if plan is not None and not has_ended(folder):
+            _abandon(Run(**plan | {"output": output}), schema)
+            count += 1
+    return count
+
+
+def _abandon(run: Run, schema: pa.Schema) -> None:
+    _close_unwritten_parts(run, schema)
+    finish(run, AbandonedRun(request=run.request))
+
+
+def folders(output: str) -> Iterator[str]:
+    """Yield the folders of all runs of an output."""
+    for group in storage.list_names(storage.join(output, _RUNS), missing_ok=True):
+        yield from _folders(output, group)
 
 
 def _folders(output: str, group: str) -> Iterator[str]:
@@ -209,7 +231,7 @@ def write_part(
     `options` are those of pyarrow.parquet.write_table. Keys of `rows` that `schema` lacks are left out. Raises
     StorageError.
     """
-    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata({_TALLY: tally.model_dump_json()}))
+    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata({TALLY: tally.model_dump_json()}))
     body = io.BytesIO()
     pa.parquet.write_table(table, body, **{"compression": "zstd", **options})
     return storage.write_new(uri, body.getvalue())
@@ -222,7 +244,7 @@ def read_tally(uri: str, tally_type: type[Tally]) -> Tally | None:
     """
     with storage.suppress_missing():
         storage.describe(uri)
-        footer = read_undamaged(uri, lambda file: pa.parquet.read_metadata(file).metadata[_TALLY])
+        footer = read_undamaged(uri, lambda file: pa.parquet.read_metadata(file).metadata[TALLY])
         if footer is not None:
             return tally_type.model_validate_json(footer)
         set_aside(uri)

@@ -20,14 +20,13 @@ from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import SHOWN
 from btray.bulk.explanations import explain_frames, read_frames
 from btray.bulk.report import ClassifiedFrame, RunReport
-from btray.bulk.runs import Run
+from btray.bulk.runs import SUMMARY, Run
 from btray.model.bundle import Bundle, read_file
 from btray.model.classifier import Classifier
 from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, REFERENCE, RUNS_BEFORE, Drift, Profile, drift
 from btray.reports.page import NO_DIAGNOSIS, data_uri, render_page
 from btray.reports.plot_style import BLUE, INK, VERMILLION, canvas, png
 
-SUMMARY = "summary.html"
 _RUNS_COMPARED = 30
 _THIS_RUN = "this run"
 _MEASURES = {"labels": "label mix", "confidence": "confidence", "ood_score": "out-of-distribution score"}

@@ -50,3 +50,14 @@ def resolved(*, unless: str = "(?!)") -> AfterValidator:
 
 Uri = Annotated[str, resolved()]
 """A setting that is a URI, resolved when the config is read."""
+
+
+def _tracking_uri(value: str) -> str:
+    """Resolve a tracking URI of MLflow that is a folder, or a SQLite file, so that workers log to the same one."""
+    if value.startswith("sqlite:///"):
+        return "sqlite:///" + resolve(value.removeprefix("sqlite:///"))
+    return value if ":" in value or value == "databricks" else resolve(value)
+
+
+TrackingUri = Annotated[str, AfterValidator(_tracking_uri)]
+"""A setting that is a tracking URI of MLflow."""

@@ -154,6 +154,28 @@ def read_manifest(
         yield number, [uri, *others]
 
 
+def copy_rows(part: str, kept: Sequence[bool], copy: str) -> None:
+    """Write those rows of one file of a manifest that are `kept` to `copy`, which may be the file itself.
+
+    The format stays; text becomes UTF-8 without a byte-order mark.
+    """
+    body = io.BytesIO()
+    if _is_csv(part):
+        with _open_text(part) as file:
+            separator, skipped, _ = _header(part)
+            lines = csv.reader(io.TextIOWrapper(file, newline=""), delimiter=separator)
+            header, *rows = [line for line in lines if line][skipped:]
+        text = io.StringIO()
+        writer = csv.writer(text, delimiter=separator, lineterminator="\n")
+        writer.writerows([header, *(row for row, keep in zip(rows, kept, strict=True) if keep)])
+        data = text.getvalue().encode()
+        storage.write_bytes(copy, gzip.compress(data) if part.lower().endswith(".gz") else data)
+        return
+    rows = pa.parquet.read_table(pa.BufferReader(storage.read_bytes(part)))
+    pa.parquet.write_table(rows.filter(pa.array(kept, pa.bool_())), body)
+    storage.write_bytes(copy, body.getvalue())
+
+
 def column_names(manifest: str) -> dict[str, str]:
     """Return the names of a manifest's columns, by what they are in lower case. Raises UserError and StorageError."""
     names: list[str] = []

@@ -40,6 +40,14 @@ SCHEMA = pa.schema(
 )
 """Bytes and identifiers of an object; `data` is null if it could not be read. The small columns come after it, so
 that they are one read together with the footer."""
+# Scans are compressed already; the checksum of each page is verified when it is read.
+WRITE_OPTIONS: dict[str, Any] = {
+    "compression": {name: "none" if name == "data" else "zstd" for name in SCHEMA.names},
+    "use_dictionary": [name for name in SCHEMA.names if name != "data"],
+    "write_statistics": [name for name in SCHEMA.names if name != "data"],
+    "write_page_checksum": True,
+}
+"""Of pyarrow.parquet.write_table, for a shard."""
 SHARDS = "shards"
 _AT_A_TIME = 16  # shards whose footers are read at once
 _LISTED = ["uri", "path", "etag", "size", "error_code", "retryable"]

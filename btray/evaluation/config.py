@@ -43,11 +43,14 @@ class EvaluateConfig(JobConfig):
     def check(self) -> None:
         """Refuse a bundle or data that are not there, and an --out that is taken or cannot be written to."""
         from btray import storage
+        from btray.model.promotion import pinned
 
         require_bundle(self.model)
         storage.require_input(self.data, "--data")
         if not self.overwrite:
-            settings = self.model_dump(mode="json", exclude={"max_rejected", "batch_size", "use_gpu"})
+            settings = pinned(self, log=False).model_dump(
+                mode="json", exclude={"max_rejected", "batch_size", "use_gpu"}
+            )
             storage.require_own(self.out, settings, result="metrics.json")
         storage.require_writable(self.out, "--out")
 

@@ -17,6 +17,7 @@ from btray.evaluation.metrics import (
     wilson_interval,
 )
 from btray.evaluation.parts import ClassInPart, Interval, Outliers, Part
+from btray.model.abstention import risk_coverage
 
 Numbers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
@@ -39,7 +40,9 @@ def measure_part(
     """
     n, count = len(labels), len(np.unique(groups))
     if n == 0:
-        nothing = dict.fromkeys(("macro_f1", "macro_f1_ci95", "recall", "recall_ci95", "accuracy", "ece"))
+        nothing = dict.fromkeys(
+            ("macro_f1", "macro_f1_ci95", "recall", "recall_ci95", "accuracy", "accuracy_at_90", "ece")
+        )
         return Part(n=0, groups=0, per_class={}, outliers=outliers, **nothing)
     by_group = confusions_by_group(labels, probabilities.argmax(axis=1), groups, len(classes))
     confusion = by_group.sum(axis=0)
@@ -57,6 +60,7 @@ def measure_part(
             groups=own,
         )
     several = len(per_class) > 1
+    curve = risk_coverage(labels, probabilities)
     return Part(
         n=n,
         groups=count,
@@ -65,6 +69,7 @@ def measure_part(
         recall=None if several else accuracy,
         recall_ci95=None if several else wilson_interval(accuracy * count, count),
         accuracy=accuracy,
+        accuracy_at_90=float(curve.accuracy[np.searchsorted(curve.coverage, 0.9)]),
         ece=reliability(labels, probabilities).ece,
         per_class=per_class,
         outliers=outliers,

@@ -27,6 +27,7 @@ from btray.evaluation.scoring import Scores, score
 from btray.model.bundle import Bundle, load_bundle, read_fingerprints
 from btray.model.classifier import interpret
 from btray.model.prediction import csv_cells, csv_header
+from btray.model.promotion import pinned
 from btray.model.shipped import announce
 
 
@@ -42,6 +43,7 @@ def evaluate(config: EvaluateConfig) -> str:
         UserError: the input is unusable.
         ThresholdExceeded: more than `max_rejected` of the images cannot be read; raised after all is written.
     """
+    config = pinned(config)
     config.check()
     out = config.out
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)

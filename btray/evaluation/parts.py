@@ -66,6 +66,8 @@ class Part:
     recall_ci95: Interval | None
     """95 % Wilson interval."""
     accuracy: float | None
+    accuracy_at_90: float | None = None
+    """Accuracy on the surest 90 % of the images: what abstaining from the rest would give; earlier bundles lack it."""
     ece: float | None
     """Expected calibration error."""
     per_class: dict[str, ClassInPart]

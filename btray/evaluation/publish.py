@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from btray.model.bundle import (
 from btray.model.classifier import Classifier
 from btray.model.comparison import noise_frames
 from btray.model.drift import REFERENCE
+from btray.model.promotion import pinned
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def publish(config: PublishConfig) -> str:
 
     Raises UserError if that is larger than `max_mb`, or if the bundle does not tell how good it is.
     """
+    config = pinned(config)
     config.check()
     trained = load_bundle(config.model, model_id=config.model_id)
     metrics = _metrics(trained)
@@ -65,7 +68,7 @@ def publish(config: PublishConfig) -> str:
         measured_on=metrics.measured_on.replace(trained.manifest.data.uri, bundle.manifest.data.uri),
     )
     terms = storage.read_text(config.license)
-    figures = {name: _in_few_colours(png) for name in _PLOTS if (png := read_file(trained, f"{name}.png"))}
+    figures = {name: _smaller_plot(png) for name in _PLOTS if (png := read_file(trained, f"{name}.png"))}
     report = render_report(
         metrics, bundle.manifest, figures=figures, notes=[note, "Pictures of scans are left out of this report."]
     )
@@ -85,33 +88,47 @@ def publish(config: PublishConfig) -> str:
     return config.out
 
 
-def largest_difference(first: Bundle, second: Bundle, frames: npt.NDArray[np.uint8]) -> float:
-    """Return by how much the probabilities of two models differ at most over frames, uint8 [n, size, size]."""
-    given = []
-    for bundle in (first, second):
-        logits = Classifier(bundle, device="cpu", engine="eager").answer(frames).logits
-        given.append(Classifier.calibrated(logits, bundle.manifest.calibration.temperature))
-    return float(np.abs(given[0] - given[1]).max())
+def probabilities(bundle: Bundle, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
+    """Return what a model says of frames, uint8 [n, size, size]: calibrated probabilities [n, classes]."""
+    logits = Classifier(bundle, device="cpu", engine="eager").answer(frames).logits
+    return Classifier.calibrated(logits, bundle.manifest.calibration.temperature)
 
 
 def _smaller(bundle: Bundle, frames: npt.NDArray[np.uint8], images: int) -> tuple[Bundle, str]:
-    """Return the model in half precision if that changes little, else as it is; and what was found, for a reader."""
-    half = bundle.in_half_precision()
-    worst = largest_difference(bundle, half, frames)
+    """Return the model with as many kernels in half precision as change little; and what was found, for a reader."""
     shown = f"{len(frames) - images} frames of noise" + (f" and {images} images" if images else "")
+    before = probabilities(bundle, frames)
+
+    def change(kernels: Sequence[str]) -> float:
+        return float(np.abs(probabilities(bundle.in_half_precision(kernels), frames) - before).max())
+
+    rounded = bundle.large_kernels
+    worst = change(rounded)
     if worst > TOLERANCE:
-        _log.warning("half precision changes a probability by %.4f on %s: single precision stays", worst, shown)
+        # Those stay as they are whose rounding alone changes most for the space that it saves.
+        harm = {name: change([name]) / bundle.weights[name].numel() for name in rounded}
+        rounded.sort(key=harm.__getitem__)
+        while rounded and worst > TOLERANCE:
+            rounded.pop()
+            worst = change(rounded)
+    if not rounded:
+        _log.warning("half precision changes a probability by more than %g on %s: it stays single", TOLERANCE, shown)
         return bundle, "Weights are in single precision, as they were trained."
-    return half, (
-        f"The large kernels are in half precision. The figures were measured in single precision; over {shown} no "
-        f"probability differs by more than {worst:.1e}."
+    return bundle.in_half_precision(rounded), (
+        f"{len(rounded)} of {len(bundle.large_kernels)} large kernels are in half precision, chosen so that over "
+        f"{shown} no probability differs by more than {TOLERANCE:g}; it differs by {worst:.1e} at most. The figures "
+        "were measured in single precision."
     )
 
 
-def _in_few_colours(png: bytes) -> bytes:
-    """Return a plot in 8 colours, which takes less room."""
+def _smaller_plot(png: bytes) -> bytes:
+    """Return a plot at half the resolution, that of a plain screen, and in 128 colours, as they lie in the cube.
+
+    A palette that follows the pixels' number gives thin lines, whose colour says what they are, that of another.
+    """
     file = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(8).save(file, "png", optimize=True)
+    plot = Image.open(io.BytesIO(png)).convert("RGB").reduce(2)
+    plot.quantize(128, Image.Quantize.FASTOCTREE).save(file, "png", optimize=True)
     return file.getvalue()
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from btray.evaluation.metrics import ECE_BINS, Evaluation, Metrics, wilson_interval
 from btray.evaluation.parts import FEW, Interval, Outliers, Part
 from btray.model.manifest import Manifest
+from btray.model.studies import Reader
 from btray.reports.page import NO_DIAGNOSIS, data_uri, encodable, environment, images, number, percent, render_page
 
 _PACKAGE = "btray.evaluation"
@@ -21,6 +22,7 @@ _PART_COLUMNS = (
     "images",
     "patients",
     "macro-F1, or recall of one class",
+    "accuracy on the surest 90 %",
     "ECE",
     "recall by class",
     "outliers rejected",
@@ -139,6 +141,7 @@ def model_facts(manifest: Manifest) -> dict[str, str]:
         "Epochs": epochs + (f"; then {data.refit_epochs} on all images" if data.refit_epochs else ""),
         "Data fingerprint": data.fingerprint,
         "Temperature": number(manifest.calibration.temperature),
+        "Series and studies": str(Reader.of(manifest)),
         "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
 
@@ -200,6 +203,7 @@ def _part_row(name: str, part: Part) -> list[str]:
         str(part.n),
         f"{part.groups}{few}",
         headline,
+        number(part.accuracy_at_90),
         number(part.ece),
         ", ".join(by_class) or "–",
         _rejected(part.outliers) if part.outliers else "–",

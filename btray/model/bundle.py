@@ -8,7 +8,7 @@ not at all. Loading verifies the digest of all that it reads, every file but the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +37,7 @@ from btray.model.manifest import (
     FORMAT_VERSION,
     Calibration,
     Manifest,
+    StudyRule,
     Thresholds,
     TrainedOn,
     code_digest,
@@ -45,13 +46,14 @@ from btray.model.manifest import (
 )
 from btray.model.network import Network, build_network
 from btray.model.ood import Distribution
+from btray.model.promotion import resolve
 from btray.model.shipped import locate
 
 OOD = "ood.safetensors"
 """The distribution of the training images' features; see `btray.model.ood`."""
 
-LARGE = 20_000
-"""Numbers from which on a kernel is rounded in half precision."""
+LARGE = 5_000
+"""Numbers from which on a kernel may be rounded in half precision: what is smaller takes 5 % of the space."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,17 @@ class Bundle:
         thresholds = self.manifest.thresholds.model_copy(update={"abstain_below": confidence})
         return replace(self, manifest=self.manifest.model_copy(update={"thresholds": thresholds}))
 
-    def in_half_precision(self) -> Bundle:
-        """Return the model with its large kernels as float16, in about half the size; it has another model_id.
+    @property
+    def large_kernels(self) -> list[str]:
+        """Names of the weights that may be rounded."""
+        return [name for name, tensor in self.weights.items() if tensor.is_floating_point() and tensor.numel() >= LARGE]
 
-        What is smaller stays as it is: it takes 5 % of the space, and rounding it would change answers five times as
-        much. `network`, and training from the bundle, compute in float32 as before.
+    def in_half_precision(self, kernels: Collection[str]) -> Bundle:
+        """Return the model with some of its weights, by name, as float16; it has another model_id.
+
+        `network`, and training from the bundle, compute in float32 as before.
         """
-        weights = {
-            name: tensor.half() if tensor.is_floating_point() and tensor.numel() >= LARGE else tensor
-            for name, tensor in self.weights.items()
-        }
+        weights = {name: tensor.half() if name in kernels else tensor for name, tensor in self.weights.items()}
         manifest = self.manifest.model_copy(update={"weights_sha256": sha256(safetensors.torch.save(weights))})
         ood = self.ood and replace(self.ood, directions=self.ood.directions.astype(np.float16))
         return Bundle("", manifest.with_own_id(), weights, ood)
@@ -118,6 +121,7 @@ def make_bundle(
     created_at: str,
     thresholds: Thresholds | None = None,
     ood: Distribution | None = None,
+    study_rule: StudyRule | None = None,
 ) -> Bundle:
     """Return a bundle in memory, named by its digest; `save_bundle` publishes it."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -130,6 +134,7 @@ def make_bundle(
         preprocess_digest=preprocess_digest(preprocess),
         calibration=Calibration(temperature=temperature),
         thresholds=thresholds or Thresholds(),
+        study_rule=study_rule,
         training=training,
         data=data,
         versions=library_versions(),
@@ -161,10 +166,13 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
 
 
 def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
-    """Read and verify a bundle, given by URI or by the name of the shipped one; `model_id` pins which model is meant.
+    """Read and verify a bundle, given by URI, as a promoted one or by the name of the shipped one.
+
+    `model_id` pins which model is meant.
 
     Raises UserError for whatever is missing, changed, unlisted, newer than this btray or not the pinned model.
     """
+    uri, model_id = resolve(uri, model_id)
     uri = locate(uri)
     manifest, files = read_files(uri, model_id=model_id)
     if preprocess_digest(manifest.preprocess) != manifest.preprocess_digest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +16,7 @@ from btray.model.shipped import SHIPPED, Model, locate
 
 MANIFEST = "bundle.json"
 """The file of a bundle that describes it."""
+_QUICK = 0.1  # seconds of asking a store: one that does not answer is the job's to wait for
 EXPORT = "export.json"
 """The file of an export that describes it."""
 NO_BUNDLE = f"{{}} is not a model bundle: it has no {MANIFEST}; give the --out of a training"
@@ -22,7 +24,7 @@ EngineName = Literal["auto", "eager", "frozen", "onnx"]
 """How a network is run: see `btray.model.engines`."""
 Precision = Literal["float32", "bf16"]
 """In what the feature maps are computed."""
-BACKBONES = ("resnet18", "resnet50", "vgg16", "efficientnet_b0", "densenet121", "convnext_tiny")
+BACKBONES = ("resnet18", "resnet50", "vgg16", "squeezenet1_0", "efficientnet_b0", "densenet121", "convnext_tiny")
 ARCHITECTURES = ("mobile_cnn", "cnn", *BACKBONES)
 
 
@@ -76,7 +78,10 @@ class NetworkConfig(ComponentConfig):
 def require_bundle(model: str) -> None:
     """Raise UserError if there is no bundle `model`; it is not read. A store that cannot tell is left to the job."""
     from btray import storage
+    from btray.model.promotion import resolve
 
+    with storage.retry_timeout(_QUICK), suppress(storage.StorageError):
+        model, _ = resolve(model, log=False)
     if not storage.may_exist(storage.join(locate(model), MANIFEST)):
         raise UserError(NO_BUNDLE.format(locate(model)))
 

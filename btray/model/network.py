@@ -179,7 +179,7 @@ def load_matching(network: Network, weights: Mapping[str, Tensor]) -> list[str]:
         alias = next((alias for alias in network.aliases if name.startswith(alias)), "")
         target = network.aliases.get(alias, "") + name.removeprefix(alias)
         if target in own and tensor.ndim == 4 and own[target].shape == (tensor.shape[0], 1, *tensor.shape[2:]):
-            fitting[target] = tensor.sum(1, keepdim=True)
+            fitting[target] = tensor.sum(1, keepdim=True, dtype=own[target].dtype)
         elif target in own and own[target].shape == tensor.shape:
             fitting[target] = tensor
     network.load_state_dict(fitting, strict=False)
@@ -241,5 +241,6 @@ def _build_backbone(config: NetworkConfig, classes: int) -> Network:
         if name.startswith("densenet"):  # its own forward ends with this activation
             parts.append(nn.ReLU())
         last = model.classifier if isinstance(model.classifier, nn.Linear) else model.classifier[-1]
-        width = 512 if name.startswith("vgg") else last.in_features
+        # Those of VGG end with layers of their own, SqueezeNet's with a convolution.
+        width = 512 if name.startswith(("vgg", "squeezenet")) else last.in_features
     return Network(parts, width, classes, pooling="average", dropout=config.dropout, aliases=aliases)

@@ -20,6 +20,8 @@ NO_TUMOR = "no_tumor"
 KEY_FRAMES = 10
 """Most frames that are named for a series or study: those with the most tumor."""
 DEFAULT_RULE = StudyRule(top=3)
+_TOPS = (1, 2, 3, 5, 8, 13, 21)
+_LEAST_SUBJECTS = 20  # with several slices, below which a choice would be chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,48 @@ def judge_study(series: Sequence[FrameAnswers], reader: Reader) -> Verdict:
     verdicts = [judge_series(answers, reader).probabilities for answers in series]
     means = [list(probabilities.values()) for probabilities in verdicts if probabilities]
     return _verdict(FrameAnswers.together(series), np.mean(means, axis=0) if means else None, reader)
+
+
+def choose_rule(
+    subjects: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    probabilities: npt.NDArray[np.float32],
+    classes: tuple[str, ...],
+) -> StudyRule | None:
+    """Choose how many frames to average, on patients with several frames that the model has not learnt from.
+
+    The truth of a patient is the tumor that any frame is labelled with, or no tumor; those with two tumors are left
+    out. The best rule gives it the highest likelihood, in the mean of the classes' mean logarithms.
+
+    Args:
+        subjects: whose each frame is, [n].
+        labels: of the frames, [n].
+        probabilities: the model's, calibrated, [n, classes].
+        classes: the model's labels.
+
+    Returns:
+        The rule; None for fewer than 20 such patients, or if all of them show the same.
+    """
+    cases: list[tuple[int, FrameAnswers]] = []
+    for subject in np.unique(subjects):
+        frames = np.flatnonzero(subjects == subject)
+        shown = {int(label) for label in labels[frames]}
+        tumors = {label for label in shown if classes[label] != NO_TUMOR}
+        if len(frames) > 1 and len(tumors) < 2:
+            no = np.zeros(len(frames), bool)
+            answers = FrameAnswers(probabilities=probabilities[frames], abstained=no, out_of_distribution=no)
+            cases.append((min(tumors or shown), answers))
+    truth = np.array([label for label, _ in cases])
+    if len(cases) < _LEAST_SUBJECTS or len(np.unique(truth)) < 2:
+        return None
+
+    def likelihood(top: int) -> float:
+        reader = Reader(classes=classes, rule=StudyRule(top=top), is_default=False, abstain_below=None)
+        given = [(judge_series(answers, reader).probabilities or {})[classes[label]] for label, answers in cases]
+        logarithms = np.log(np.maximum(given, 1e-6))
+        return float(np.mean([logarithms[truth == label].mean() for label in np.unique(truth)]))
+
+    return StudyRule(top=max(_TOPS, key=likelihood))
 
 
 def _most_tumor(answers: FrameAnswers, reader: Reader) -> npt.NDArray[np.intp]:

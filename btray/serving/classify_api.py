@@ -181,7 +181,7 @@ def _example() -> dict[str, Any]:
     """Return an answer for OpenAPI: of a scan, and of a file that is not an image."""
     model_id, shares = "6c8ff0849668f68db3cba254da5c0b42", {"glioma": 0.91, "metastasis": 0.06, "meningioma": 0.03}
     good = Prediction(index=0, label="glioma", confidence=0.91, probabilities=shares, ood_score=1.1, model_id=model_id)
-    error = "no known image: it begins with 48 65 6c 6c 6f"
+    error = "no known image: it begins with text"
     bad = Prediction(index=1, status="rejected", error_code="not_an_image", error=error, model_id=model_id)
     named = ((good, "scan.jpg"), (bad, "notes.txt"))
     results = [_image_answer(prediction, Upload(data=b"", name=name), None) for prediction, name in named]

@@ -21,6 +21,7 @@ from ray.serve.schema import LoggingConfig
 from btray.core import logs
 from btray.core.config import ComponentConfig
 from btray.core.errors import UserError
+from btray.model.promotion import pinned, split
 from btray.serving.app import build_app
 from btray.serving.config import ApplicationConfig, ServiceConfig, is_loopback
 from btray.serving.gate import Gate
@@ -49,6 +50,8 @@ class Replica:
         host = haproxy_host()
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.
         self.service = Service(sees_callers=host is None or is_loopback(host))
+        # The latest config as it was given, and with the bundles that its promoted models were then.
+        self._named: tuple[ServiceConfig, ServiceConfig] | None = None
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Return the app that this replica answers with; `serve.ingress()` without an app calls it."""
@@ -62,7 +65,7 @@ class Replica:
         """
         config = None
         try:
-            config = _validated(ServiceConfig, user_config)
+            config = await self._pinned(_validated(ServiceConfig, user_config))
             await self.service.models.configure(config)
         except Exception as error:
             if self.service.models.split is None:
@@ -77,17 +80,37 @@ class Replica:
                     raise error from another
             self.service.models.refuse(str(user_config.get("model")), error)
 
-    async def serving(self) -> ServiceConfig | None:
-        """Return the config that is served, for a replica that starts."""
+    async def serving(self, given: ServiceConfig | None = None) -> ServiceConfig | None:
+        """Return the config that is served, or what `given` was taken for, for a replica that starts."""
+        if given is not None:
+            return self._named[1] if self._named and self._named[0] == given else None
         split = self.service.models.split
         return split.config if split else None
 
+    async def _pinned(self, given: ServiceConfig) -> ServiceConfig:
+        """Return `given` with the bundles that its promoted models are now.
 
-async def _served_by_others() -> ServiceConfig | None:
-    """Return what another replica of this application serves; None if none answers."""
+        A replica that starts takes what the others took: another one may have been promoted since.
+        """
+        if any(split(entry.model) for entry in (given, given.canary) if entry):
+            config = await _served_by_others(given) if self.service.models.split is None else None
+            if config is None:
+                config = await asyncio.to_thread(_as_promoted, given)
+            self._named = given, config
+            return config
+        return given
+
+
+def _as_promoted(config: ServiceConfig) -> ServiceConfig:
+    canary = pinned(config.canary) if config.canary else None
+    return pinned(config).model_copy(update={"canary": canary})
+
+
+async def _served_by_others(given: ServiceConfig | None = None) -> ServiceConfig | None:
+    """Return what another replica of this application serves, or took `given` for; None if none answers."""
     handle = serve.get_deployment_handle(DEPLOYMENT, serve.get_replica_context().app_name)
     with suppress(TimeoutError, RayError, RayServeException):
-        return await asyncio.wait_for(handle.serving.remote(), _PEERS_TIMEOUT)
+        return await asyncio.wait_for(handle.serving.remote(given), _PEERS_TIMEOUT)
     return None
 
 

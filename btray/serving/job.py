@@ -23,6 +23,7 @@ from btray.core.errors import UserError
 from btray.model.bundle import load_bundle
 from btray.model.engines import require_bf16
 from btray.model.manifest import require_agreement
+from btray.model.promotion import resolve
 from btray.model.shipped import announce
 from btray.serving.access import KeyRing
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig
@@ -126,12 +127,13 @@ def _verified(config: ServeConfig) -> ServiceConfig:
     """Return the config of the replicas, after reading and verifying what it names: a mistake is one line here.
 
     Replicas are pinned to the model_id that was read, so that all load the same model even if the bundle is replaced
-    meanwhile, and a replaced bundle is a new config at a reload.
+    or another one promoted meanwhile, and that is a new config at a reload.
     """
     if config.precision == "bf16" and not config.replicas.use_gpu:
         require_bf16(config.engine, torch.device("cpu"))
     service = config.service.model_dump()
     for entry in filter(None, (service, service["canary"])):
+        entry["model"], entry["model_id"] = resolve(entry["model"], entry["model_id"])
         bundle = load_bundle(entry["model"], model_id=entry["model_id"])
         require_agreement(bundle.manifest, bundle.uri, config.precision)
         entry["model_id"] = bundle.manifest.model_id

@@ -33,4 +33,4 @@ from btray.storage.files import write_json as write_json
 from btray.storage.files import write_new as write_new
 from btray.storage.files import write_text as write_text
 from btray.storage.retry import retry_timeout as retry_timeout
-from btray.storage.s3 import reconnect as reconnect
+from btray.storage.s3_clients import reconnect as reconnect

@@ -54,6 +54,8 @@ def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) ->
     row = int(member["row"])
     if row >= len(shard):
         raise StorageError("not_found", uri, f"the shard has {len(shard)} rows")
+    if shard["path"][row].as_py() != member["path"]:
+        raise StorageError("changed", uri, "its shard has lost rows since it was listed")
     if (code := shard["error_code"][row].as_py()) is not None:
         raise StorageError(code, uri, shard["error"][row].as_py() or "when it was packed")
     data = shard["data"][row].as_buffer()
@@ -68,7 +70,7 @@ def _parse(uri: str) -> re.Match[str] | None:
 @lru_cache(maxsize=2)  # the one that is read and the one before it, of which threads may still read members
 def _load_shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table | str:
     """Return its rows, or what is wrong with it: that is cached too, or each of its members would read it again."""
-    body, columns = read_whole(uri), ["data", "error_code", "error"]
+    body, columns = read_whole(uri), ["data", "path", "error_code", "error"]
     try:
         table = pa.parquet.read_table(pa.BufferReader(body), columns=columns, page_checksum_verification=True)
         return table.select(columns)

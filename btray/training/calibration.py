@@ -11,8 +11,9 @@ from btray.evaluation.metrics import fit_temperature
 from btray.evaluation.scoring import Scores
 from btray.model.abstention import NEVER, conformal_threshold, threshold_for_accuracy
 from btray.model.classifier import Classifier
-from btray.model.manifest import Thresholds
+from btray.model.manifest import StudyRule, Thresholds
 from btray.model.ood import FLAGGED, Distribution
+from btray.model.studies import choose_rule
 from btray.training.config import TrainConfig
 from btray.training.plan import Indices
 
@@ -21,16 +22,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """The temperature and thresholds that turn logits and features into probabilities and marks."""
+    """What turns logits and features into probabilities and marks, and those of frames into those of studies."""
 
     temperature: float = 1.0
     thresholds: Thresholds = field(default_factory=Thresholds)
     ood: Distribution | None = None
     """Of the features of training images."""
+    study_rule: StudyRule | None = None
 
 
-def calibrate(config: TrainConfig, validation: Scores, labels: Indices) -> Limits:
-    """Fit temperature (Guo et al. 2017, arXiv:1706.04599) and thresholds on scored validation frames.
+def calibrate(
+    config: TrainConfig, validation: Scores, labels: Indices, *, classes: tuple[str, ...], subjects: Indices
+) -> Limits:
+    """Fit temperature (Guo et al. 2017, arXiv:1706.04599), thresholds and study rule on scored validation frames.
 
     They may be answers of several networks, to different frames each, since only logits and scores are looked at.
 
@@ -40,6 +44,8 @@ def calibrate(config: TrainConfig, validation: Scores, labels: Indices) -> Limit
         config: which thresholds to fit, and for what accuracy and error rate.
         validation: scores of n frames that the network has not learnt from.
         labels: their labels, [n].
+        classes: the labels' names.
+        subjects: numbers of the patients that they show, [n].
     """
     if len(labels) == 0:
         return Limits(thresholds=Thresholds(abstain_below=config.abstain_below))
@@ -65,4 +71,4 @@ def calibrate(config: TrainConfig, validation: Scores, labels: Indices) -> Limit
         conformal=None if error is None else conformal_threshold(labels, probabilities, error),
         conformal_error=error,
     )
-    return Limits(temperature, thresholds)
+    return Limits(temperature, thresholds, study_rule=choose_rule(subjects, labels, probabilities, classes))

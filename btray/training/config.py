@@ -6,11 +6,11 @@ import re
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_serializer, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from btray.core.config import ComponentConfig, JobConfig, Positive, Probability, Share
 from btray.core.errors import UserError
-from btray.core.uris import Uri, resolve, resolved
+from btray.core.uris import TrackingUri, Uri, resolved
 from btray.data.config import PreprocessConfig
 from btray.data.labels import Label
 from btray.model.config import ARCHITECTURES, MANIFEST, NetworkConfig
@@ -97,13 +97,6 @@ class OptimiserConfig(ComponentConfig):
     """With pretrained weights: factor on the learning rate from each stage to the one before it."""
 
 
-def _tracking_uri(value: str) -> str:
-    """Resolve a tracking URI of MLflow that is a folder, or a SQLite file, so that workers log to the same one."""
-    if value.startswith("sqlite:///"):
-        return "sqlite:///" + resolve(value.removeprefix("sqlite:///"))
-    return value if ":" in value or value == "databricks" else resolve(value)
-
-
 class TrainConfig(JobConfig):
     """Train the network on Ray Train and write a model bundle."""
 
@@ -175,7 +168,7 @@ class TrainConfig(JobConfig):
     init_from: Annotated[str, resolved(unless=f"({IMAGENET}|{RANDOM})$")] | None = None
     """Bundle or weights file (.safetensors, or a torch state dict) to start from, or `imagenet` or `random`; default: \
     imagenet for --network.architecture mobile_cnn, random for all others."""
-    mlflow: Annotated[str, AfterValidator(_tracking_uri)] | None = None
+    mlflow: TrackingUri | None = None
     """MLflow tracking URI to log to (extra `mlflow`); it is recorded without user and password."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """Preprocessing."""

@@ -17,6 +17,7 @@ from btray.core.cluster import connected
 from btray.core.errors import UserError
 from btray.data.fingerprint import unpack
 from btray.data.rejections import REJECTED, enforce_max_rejected, rejections_csv, report_rejections
+from btray.data.splits import subjects
 from btray.evaluation.assessment import Assessment, assess
 from btray.evaluation.report import model_card, summary
 from btray.evaluation.scoring import Scores, score
@@ -180,7 +181,14 @@ def _calibrate(data: TrainingData, rounds: Mapping[str, Round]) -> Limits:
     With several rounds it is left out: the features of different networks cannot be compared.
     """
     known = Scores.concatenate([validated.known for validated in rounds.values()])
-    limits = calibrate(data.plan.config, known, data.plan.labels_of_rows(known.row))
+    rows, position = np.unique(known.row, return_inverse=True)
+    limits = calibrate(
+        data.plan.config,
+        known,
+        data.plan.labels_of_rows(known.row),
+        classes=data.plan.classes,
+        subjects=subjects(data.source.table.take(rows), None)[position],
+    )
     (*_, last) = rounds.values()
     return replace(limits, ood=None if data.rounds else last.model.limits.ood)
 

@@ -205,7 +205,7 @@ def test_a_damaged_shard_is_read_once_and_the_scans_of_others_are_read_all_the_s
 ) -> None:
     damaged, whole = tmp_path / "1.parquet", tmp_path / "2.parquet"
     damaged.write_bytes(body)
-    rows = {"data": [b"scan"], "error_code": [None], "error": [None]}
+    rows = {"data": [b"scan"], "path": ["x.jpg"], "error_code": [None], "error": [None]}
     schema = pa.schema([packs.SCHEMA.field(name) for name in rows])
     pq.write_table(pa.table(rows, schema=schema), whole)
     reads: list[str] = []

@@ -24,7 +24,8 @@ from tests.conftest import ROOT
 from tests.helpers.classify_helpers import run_report
 
 OF_EVERY_RUN = {
-    "objects", "unchanged", "taken_from_earlier_attempt", "frames", "rejected", "bytes", "labels", "rejected_by_code",
+    "objects", "unchanged", "erased", "taken_from_earlier_attempt", "frames", "rejected", "bytes", "labels",
+    "rejected_by_code",
     "profile", "least_certain", "seconds", "seconds_to_first_part", "seconds_of_parts", "seconds_by_stage",
     "images_per_second", "in_series", "most_tumor",
     "images_per_second_with_start", "state", "run_id", "started_at", "ended_at", "resumed", "config", "format_version",

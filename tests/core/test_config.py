@@ -24,6 +24,7 @@ from btray.core.errors import Failed, ThresholdExceeded, UserError
 from btray.evaluation.config import EvaluateConfig
 from btray.launch import run_job
 from btray.model.config import PredictConfig
+from btray.registry.config import ModelsConfig
 from btray.storage import StorageError
 from btray.training.config import TrainConfig, TuneConfig
 from tests.helpers.forked_jobs import ROOT, Ended, run_all
@@ -459,7 +460,7 @@ def test_what_is_no_path_is_left_alone_where_it_may_be_given_and_refused_elsewhe
 @pytest.mark.parametrize("config", ALL_CONFIGS)
 def test_a_flag_is_never_taken_for_a_longer_one(config: type[JobConfig]) -> None:
     short = [f"--{name.replace('_', '-')}"[:-1] for name in config.model_fields]
-    files = ["x"] if config is PredictConfig else []
+    files = {PredictConfig: ["x"], ModelsConfig: ["list"]}.get(config, [])
     said = refusal([*files, *(argument for flag in short for argument in (f"{flag}=1", flag))], config)
     assert said.startswith("unrecognized arguments: ")
     assert all(f"{flag}=1 {flag}" in said for flag in short), said

@@ -43,6 +43,16 @@ def test_the_figures_of_a_part_are_those_of_all_images(seed: int, n: int) -> Non
         assert part.recall == pytest.approx(part.accuracy)
 
 
+def test_the_least_sure_tenth_does_not_count_in_the_accuracy_at_90() -> None:
+    confidence = np.linspace(0.99, 0.5, 20)
+    probabilities = np.stack([confidence, 1 - confidence, np.zeros(20)], axis=1)
+    labels = np.zeros(20, np.int64)
+    labels[[3, 18, 19]] = 1
+    part = measure_part(labels, probabilities, CLASSES, np.arange(20))
+    assert (part.accuracy, part.accuracy_at_90) == (pytest.approx(17 / 20), pytest.approx(17 / 18))
+    assert measure_part(labels[:0], probabilities[:0], CLASSES, labels[:0]).accuracy_at_90 is None
+
+
 def test_slices_of_a_patient_that_agree_do_not_narrow_the_interval() -> None:
     """60 studies of 30 patients with 12 slices each, all right or all wrong; 80 % of patients are right."""
     random = np.random.default_rng(0)

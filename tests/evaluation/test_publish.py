@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from btray import phantoms, storage
@@ -31,6 +34,7 @@ from btray.model.config import NetworkConfig
 from btray.model.drift import REFERENCE, Profile
 from btray.model.manifest import Thresholds
 from btray.model.ood import Distribution
+from btray.reports.plot_style import PALETTE
 from tests.helpers.tiny_bundle import TRAINED_ON, random_bundle
 
 TERMS = "**Use.** For research | teaching.\n\n- *Source one*, CC BY 4.0\n"
@@ -137,6 +141,15 @@ def test_no_picture_and_no_place_is_left_anywhere(trained: str, published: str) 
     assert report.count("data:image/png") == 5, "plots of numbers stay"
     assert "Pictures of scans are left out" in report
     assert "the test split of scans" in report
+
+
+def test_lines_of_a_published_plot_keep_the_colours_that_tell_them_apart(published: str) -> None:
+    report = (Path(published) / "report.html").read_text()
+    _, roc, *_ = re.findall(r"data:image/png;base64,([^\"]+)", report)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(roc))).convert("RGB")).reshape(-1, 3).astype(int)
+    for colour in PALETTE[:5]:  # of the five classes; each stands in the legend at least
+        wanted = np.array(to_rgb(colour)) * 255
+        assert np.abs(pixels - wanted).max(1).min() < 24, colour
 
 
 def test_figures_card_and_licence_are_those_of_the_published_model(trained: str, published: str) -> None:

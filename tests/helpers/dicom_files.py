@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,13 @@ RLE = "1.2.840.10008.1.2.5"
 JPEG, JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LOSSLESS_1, JPEG_LS, JPEG_LS_NEAR, JPEG_2000, JPEG_2000_LOSSY = (
     f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91)
 )
-HTJ2K = "1.2.840.10008.1.2.4.201"
+HTJ2K, HTJ2K_RPCL = "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202"
+DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+LOSSLESS = (
+    IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN, RLE, JPEG_LOSSLESS, JPEG_LOSSLESS_1, JPEG_LS, JPEG_2000, HTJ2K,
+    HTJ2K_RPCL, DEFLATED_FRAMES,
+)  # fmt: skip
+"""Every syntax that keeps all pixels and is read."""
 MR, ENHANCED_MR, SECONDARY = (f"1.2.840.10008.5.1.4.1.1.{rest}" for rest in ("4", "4.1", "7"))
 STUDY, SERIES, INSTANCE = (f"1.2.826.0.1.3680043.10.{number}" for number in (1, 2, 3))
 BIRTH_DATE, STUDY_DATE = "19500102", "20200304"
@@ -35,6 +42,12 @@ _NATIVE = (IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN)
 def _encode_rle(frame: np.ndarray) -> bytes:
     samples = frame.shape[2] if frame.ndim == 3 else 1
     return bytes(encode_frame(frame.tobytes(), *frame.shape[:2], samples, 8 * frame.dtype.itemsize, "<"))
+
+
+def _deflate(frame: np.ndarray) -> bytes:
+    packing = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    data = packing.compress(frame.tobytes()) + packing.flush()
+    return data + bytes(len(data) % 2)
 
 
 def _bits(frame: np.ndarray) -> int:
@@ -56,6 +69,8 @@ ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
     JPEG_2000: lambda frame: imagecodecs.jpeg2k_encode(frame, codecformat="j2k", reversible=True, level=0),
     JPEG_2000_LOSSY: lambda frame: imagecodecs.jpeg2k_encode(frame, codecformat="j2k", level=50),
     HTJ2K: imagecodecs.htj2k_encode,
+    HTJ2K_RPCL: imagecodecs.htj2k_encode,
+    DEFLATED_FRAMES: _deflate,
 }
 """Encoders of one frame, uint8 or uint16 [height, width(, 3)], by transfer syntax."""
 
@@ -127,9 +142,11 @@ def write(
         dataset.file_meta.TransferSyntaxUID = UID(syntax)
         dataset.file_meta.MediaStorageSOPClassUID = dataset.get("SOPClassUID", MR)
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID", INSTANCE)
-        dataset.save_as(stream, enforce_file_format=True)
-    else:
-        dataset.save_as(stream, implicit_vr=syntax == IMPLICIT, little_endian=syntax != BIG_ENDIAN)
+        dataset.file_meta.FileMetaInformationGroupLength = 0
+        dataset.preamble = bytes(128)
+    # pydicom does not know every syntax
+    layout: dict[str, bool] = {"implicit_vr": syntax == IMPLICIT, "little_endian": syntax != BIG_ENDIAN}
+    dataset.save_as(stream, **layout, force_encoding=True)
     return stream.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The schema of KubeRay (1.5 and newer), as far as deploy/kuberay uses it; unknown fields are errors.
+"""The schema of KubeRay (1.5 and newer), as far as deploy/kubernetes uses it; unknown fields are errors.
 
 Follows the types of ray-operator/apis/ray/v1. Pod templates are checked by the schema of Kubernetes itself.
 """
@@ -26,6 +26,7 @@ class Owner(Strict):
 
 class Metadata(Strict):
     name: Name | None = None
+    namespace: Name | None = None
     ownerReferences: list[Owner] = []
     generateName: str | None = None
     labels: Text = {}
@@ -56,6 +57,7 @@ class AutoscalerOptions(Strict):
     idleTimeoutSeconds: StrictInt
     upscalingMode: Literal["Default", "Aggressive", "Conservative"]
     resources: dict[str, Text]
+    securityContext: dict[str, Any]
 
 
 class SecretRef(Strict):
@@ -83,19 +85,15 @@ class ClusterSpec(Strict):
 
 
 class JobSpec(Strict):
+    suspend: StrictBool
     entrypoint: StrictStr
-    runtimeEnvYAML: StrictStr
     backoffLimit: StrictInt = Field(ge=0)
     activeDeadlineSeconds: StrictInt = Field(gt=0)
     shutdownAfterJobFinishes: StrictBool
     ttlSecondsAfterFinished: StrictInt
     submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
+    submitterPodTemplate: dict[str, Any]
     rayClusterSpec: ClusterSpec
-
-
-class CronJobSpec(Strict):
-    schedule: Annotated[str, Field(pattern=r"^(\S+ ){4}\S+$")]
-    jobTemplate: JobSpec
 
 
 class UpgradeStrategy(Strict):
@@ -105,6 +103,7 @@ class UpgradeStrategy(Strict):
 class ServiceSpec(Strict):
     serveConfigV2: StrictStr
     upgradeStrategy: UpgradeStrategy
+    excludeHeadPodFromServeSvc: StrictBool
     rayClusterConfig: ClusterSpec
 
 
@@ -123,14 +122,9 @@ class RayJob(Resource):
     spec: JobSpec
 
 
-class RayCronJob(Resource):
-    kind: Literal["RayCronJob"]
-    spec: CronJobSpec
-
-
 class RayService(Resource):
     kind: Literal["RayService"]
     spec: ServiceSpec
 
 
-KINDS: dict[str, type[Resource]] = {kind.__name__: kind for kind in (RayCluster, RayJob, RayCronJob, RayService)}
+KINDS: dict[str, type[Resource]] = {kind.__name__: kind for kind in (RayCluster, RayJob, RayService)}

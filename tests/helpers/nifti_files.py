@@ -26,7 +26,8 @@ TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # field -> byte, format
 _FIRST = {
     "sizeof_hdr": (0, "i"), "dim": (40, "8h"), "datatype": (70, "h"), "bitpix": (72, "h"), "pixdim": (76, "8f"),
-    "vox_offset": (108, "f"), "scl_slope": (112, "f"), "scl_inter": (116, "f"), "descrip": (148, "80s"),
+    "vox_offset": (108, "f"), "scl_slope": (112, "f"), "scl_inter": (116, "f"), "xyzt_units": (123, "B"),
+    "descrip": (148, "80s"),
     "qform_code": (252, "h"), "sform_code": (254, "h"), "quatern": (256, "3f"), "qoffset": (268, "3f"),
     "srow": (280, "12f"), "magic": (344, "4s"),
 }  # fmt: skip
@@ -34,7 +35,7 @@ _SECOND = {
     "sizeof_hdr": (0, "i"), "magic": (4, "8s"), "datatype": (12, "h"), "bitpix": (14, "h"), "dim": (16, "8q"),
     "pixdim": (104, "8d"), "vox_offset": (168, "q"), "scl_slope": (176, "d"), "scl_inter": (184, "d"),
     "descrip": (240, "80s"), "qform_code": (344, "i"), "sform_code": (348, "i"), "quatern": (352, "3d"),
-    "qoffset": (376, "3d"), "srow": (400, "12d"),
+    "qoffset": (376, "3d"), "srow": (400, "12d"), "xyzt_units": (500, "i"),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,18 +58,20 @@ class Request(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def s3_proxy(server: S3Server, behave: Callable[[Request], None]) -> Iterator[str]:
+def s3_proxy(server: S3Server, behave: Callable[[Request], None], tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Run a proxy before `server` that answers each request by `behave`; until it ends, the environment points at it.
 
-    Gives the endpoint.
+    With `tls` it speaks HTTPS. Gives the endpoint.
     """
     members = {"upstream": urlsplit(server.endpoint).netloc, "behave": staticmethod(behave)}
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Request,), members))
     proxy.daemon_threads = True
+    if tls:
+        proxy.socket = tls.wrap_socket(proxy.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     patch = pytest.MonkeyPatch()
-    endpoint = f"http://127.0.0.1:{proxy.server_port}"
+    endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{proxy.server_port}"
     patch.setenv("AWS_ENDPOINT_URL", endpoint)
     storage.reconnect()
     try:

@@ -95,7 +95,8 @@ def test_too_few_images_for_the_error_rate_rule_nothing_out() -> None:
 def test_a_threshold_of_the_users_stands_also_where_no_validation_image_is_readable() -> None:
     config = TrainConfig(data="d", out="o", abstain_below=0.7)
     nothing = np.zeros((0, 0), np.float32)
+    nobody = np.zeros(0, np.int64)
     rejected = pa.table({"row": [0], "code": ["empty"], "message": [""]})
-    scores = Scores(np.zeros(0, np.int64), NetworkOutput(nothing, nothing), unpack([]), rejected)
-    limits = calibrate(config, scores, np.zeros(0, np.int64))
+    scores = Scores(nobody, NetworkOutput(nothing, nothing), unpack([]), rejected)
+    limits = calibrate(config, scores, nobody, classes=(), subjects=nobody)
     assert limits.thresholds == Thresholds(abstain_below=0.7)

@@ -12,18 +12,23 @@ from PIL import Image
 from btray import phantoms
 from btray.data.scans import decode
 from btray.model.classifier import Classifier
+from btray.model.shipped import FOLDER, SHIPPED
 from tests.helpers import dicom_files as dicom
 from tests.helpers.nifti_files import TO_RAS, write_nifti
 from tests.helpers.tiny_bundle import random_bundle
 
-LOSSLESS = (
-    dicom.IMPLICIT, dicom.EXPLICIT, dicom.DEFLATED, dicom.BIG_ENDIAN, dicom.RLE, dicom.JPEG_LOSSLESS,
-    dicom.JPEG_LOSSLESS_1, dicom.JPEG_LS, dicom.JPEG_2000, dicom.HTJ2K,
-)  # fmt: skip
+
+@pytest.fixture(scope="module", params=["random", "shipped"])
+def classifier(request: pytest.FixtureRequest) -> Classifier:
+    if request.param == "random":
+        return Classifier(random_bundle(seed=2))
+    if not (FOLDER / SHIPPED).is_dir():
+        pytest.skip(f"NO SHIPPED MODEL: {FOLDER / SHIPPED} does not exist, so what this test shows is NOT shown here")
+    return Classifier.load()
 
 
 @pytest.mark.parametrize("label", ["glioma", "meningioma", "no_tumor"])
-def test_one_slice_gets_the_same_answer_in_every_format(label: str) -> None:
+def test_one_slice_gets_the_same_answer_in_every_format(classifier: Classifier, label: str) -> None:
     gray = decode(phantoms.encoded_phantom(label, 3)).frames[0].astype(np.uint16)
     gray = gray * 16 + np.random.default_rng(1).integers(0, 16, gray.shape).astype(np.uint16)
     png = io.BytesIO()
@@ -35,11 +40,11 @@ def test_one_slice_gets_the_same_answer_in_every_format(label: str) -> None:
         "nifti": write_nifti(volume),
         "nifti, turned and packed": gzip.compress(write_nifti(volume[::-1, ::-1], turned)),
         "nifti of floats": write_nifti(volume.astype(np.float32) / 7 - 100),
-        **{f"dicom {syntax}": dicom.slice_file(gray, syntax=syntax) for syntax in LOSSLESS},
+        **{f"dicom {syntax}": dicom.slice_file(gray, syntax=syntax) for syntax in dicom.LOSSLESS},
         "dicom, turned": dicom.slice_file(gray[::-1, ::-1].copy(), ImageOrientationPatient=[-1, 0, 0, 0, -1, 0]),
         "dicom, rescaled": dicom.slice_file(gray, RescaleSlope="1.37", RescaleIntercept="-11"),
     }
-    answers = Classifier(random_bundle(seed=2)).predict(list(files.values()))
+    answers = classifier.predict(list(files.values()))
     first = answers[0]
     for name, said in zip(files, answers, strict=True):
         assert said.label == first.label, name

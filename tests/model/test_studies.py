@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from btray.data.frames import Rejection
 from btray.model.manifest import StudyRule
 from btray.model.prediction import Prediction
-from btray.model.studies import FrameAnswers, Reader, judge_series, judge_study
+from btray.model.studies import FrameAnswers, Reader, choose_rule, judge_series, judge_study
 from tests.helpers.tiny_bundle import random_bundle
 
 CLASSES = ("glioma", "meningioma", "no_tumor")
@@ -89,3 +89,33 @@ def test_the_rule_of_a_bundle_is_used_and_its_absence_is_said() -> None:
     ruled = manifest.model_copy(update={"study_rule": StudyRule(top=7)})
     assert str(Reader.of(ruled)) == "mean of the top 7"
     assert ruled.identity_digest() == manifest.model_id
+
+
+def test_the_rule_averages_as_many_frames_as_show_the_tumor() -> None:
+    """Of each patient's 12 frames `shown` ones show the tumor; the surest one errs in half of the patients."""
+    for shown in (3, 8):
+        frames, labels, whose = [], [], []
+        for patient in range(40):
+            truth = patient % 2
+            wrong = (0.05, 0.9, 0.05) if truth == 0 else (0.9, 0.05, 0.05)
+            right = wrong[1], wrong[0], wrong[2]
+            of_patient = [wrong if patient % 4 < 2 else right, *[tuple(0.9 * share for share in right)] * (shown - 1)]
+            of_patient += [(0.3, 0.3, 0.4)] * (12 - shown)
+            frames += [(*row[:2], 1 - row[0] - row[1]) for row in of_patient]
+            labels += [truth] * shown + [2] * (12 - shown)  # the rest of a tumor patient's frames show none
+            whose += [patient] * 12
+        order = np.random.default_rng(0).permutation(len(frames))
+        given = np.array(frames, np.float32)[order]
+        assert choose_rule(np.array(whose)[order], np.array(labels)[order], given, CLASSES) == StudyRule(top=shown)
+
+
+def test_no_rule_is_chosen_by_chance() -> None:
+    even = np.full((60, 3), 1 / 3, np.float32)
+    alone, pairs = np.arange(60), np.arange(60) // 2
+    two, one, both = pairs % 2, np.zeros(60, np.int64), alone % 2
+    assert choose_rule(pairs, two, even, CLASSES) is not None
+    assert choose_rule(alone, two, even, CLASSES) is None  # one frame each
+    assert choose_rule(pairs, one, even, CLASSES) is None  # all show the same
+    assert choose_rule(pairs, both, even, CLASSES) is None  # each patient has two tumors
+    assert choose_rule(pairs[:38], two[:38], even[:38], CLASSES) is None  # 19 patients
+    assert choose_rule(alone[:0], two[:0], even[:0], CLASSES) is None

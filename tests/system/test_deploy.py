@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from btray.bulk.config import ClassifyConfig
-from btray.core.config import ENV_PREFIX
+from btray.core.config import ENV_PREFIX, JobConfig
+from btray.serving.config import ServeConfig
 from tests.conftest import ROOT
-from tests.helpers.deploy_helpers import DEPLOY, resources
+from tests.helpers.deploy_helpers import DEPLOY, cluster_of, rendered
 from tests.helpers.http_files import PathServer
 from tools.processes import until
 
@@ -91,7 +92,7 @@ def test_the_head_may_do_what_workers_may_since_drivers_run_there() -> None:
     assert [statement for statement in worker if statement not in head] == []
 
 
-@pytest.mark.parametrize("name", ["head-policy", "worker-policy"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (DEPLOY / "aws").glob("*-policy.json")))
 def test_a_role_may_do_what_it_needs_and_no_more(name: str) -> None:
     policy = json.loads((DEPLOY / "aws" / f"{name}.json").read_text(encoding="utf-8"))
     for statement in policy["Statement"]:
@@ -107,6 +108,17 @@ def test_a_role_may_do_what_it_needs_and_no_more(name: str) -> None:
     text = json.dumps(policy)
     assert ("ec2:RunInstances" in text) == (name == "head-policy")
     assert ("s3:DeleteBucket" in text) is False
+
+
+def test_each_job_has_a_role_of_its_own_and_none_may_promote_what_it_trained() -> None:
+    written = {"classify": {"results"}, "train": {"runs"}, "promote": {"models"}}
+    for name in ("serve", "head", "worker", *written):
+        folders = written.get(name, set())
+        policy = json.loads((DEPLOY / "aws" / f"{name}-policy.json").read_text(encoding="utf-8"))
+        changing = [one for one in policy["Statement"] if {"s3:PutObject", "s3:DeleteObject"} & set(one["Action"])]
+        assert {where.split("/")[1] for one in changing for where in one["Resource"]} == folders
+    promote = (DEPLOY / "aws" / "promote-policy.json").read_text(encoding="utf-8")
+    assert "s3:DeleteObject" not in promote, "models and their history stay"
 
 
 def test_a_spot_notice_drains_the_node_in_the_time_that_is_left(tmp_path: Path) -> None:
@@ -153,7 +165,7 @@ def test_the_image_copies_what_is_there_and_runs_as_nobody_in_particular() -> No
     assert "NVIDIA_VISIBLE_DEVICES=${GPUS:-all}" in text, "the CUDA image's containers see the GPUs"
     ray = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert ray
-    versions = {document["spec"]["rayVersion"] for _, document in resources() if document["kind"] == "RayCluster"}
+    versions = {cluster["rayVersion"] for cluster in map(cluster_of, rendered()) if cluster}
     assert versions == {ray[1]}, "the image's Ray and rayVersion must be the same"
 
 
@@ -174,15 +186,20 @@ def test_the_runtime_environment_is_one_and_names_every_package_with_its_pin() -
     assert int(full["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
 
 
-def test_the_settings_of_the_nightly_unit_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for line in (DEPLOY / "systemd" / "classify.env").read_text(encoding="utf-8").splitlines():
+@pytest.mark.parametrize(("name", "kind"), [("classify", ClassifyConfig), ("serve", ServeConfig)])
+def test_the_settings_of_a_unit_are_those_of_its_job(
+    name: str, kind: type[JobConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for line in (DEPLOY / "systemd" / f"{name}.env").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            name, _, value = line.partition("=")
-            assert name.startswith(ENV_PREFIX)
-            monkeypatch.setenv(name, value)
-    config = ClassifyConfig.from_command_line([], "classify.py")
-    assert config.metrics_to is not None
+            variable, _, value = line.partition("=")
+            assert variable.startswith(ENV_PREFIX)
+            monkeypatch.setenv(variable, value)
+    config = kind.from_command_line([], f"{name}.py")
     assert config.log_format == "json"
+    unit = (DEPLOY / "systemd" / f"btray-{name}.service").read_text(encoding="utf-8")
+    assert f"EnvironmentFile=/etc/btray/{name}.env" in unit
+    assert f"jobs/{name}.py" in unit
 
 
 def test_systemd_finds_the_units_valid(tmp_path: Path) -> None:
@@ -190,7 +207,7 @@ def test_systemd_finds_the_units_valid(tmp_path: Path) -> None:
         subprocess.run(["systemd-analyze", "--version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("systemd-analyze ABSENT: the units are NOT checked here")
-    for name in ("btray-classify.service", "btray-classify.timer"):
+    for name in ("btray-classify.service", "btray-classify.timer", "btray-serve.service"):
         text = (DEPLOY / "systemd" / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(text.replace("/opt/btray/.venv/bin/python", sys.executable))
     done = subprocess.run(
@@ -201,6 +218,18 @@ def test_systemd_finds_the_units_valid(tmp_path: Path) -> None:
     assert (done.returncode, said) == (0, [])
 
 
+def test_a_wheelhouse_installs_production_without_an_index_and_without_tools_of_development(tmp_path: Path) -> None:
+    """`make -n` shows the commands; that they work takes gigabytes and is not run here."""
+    shown = subprocess.run(["make", "-n", "wheelhouse", f"WHEELHOUSE={tmp_path}"], cwd=ROOT, capture_output=True,
+                           text=True, check=True).stdout  # fmt: skip
+    assert "-c constraints.txt" in shown
+    assert f"'.[{','.join(EXTRAS)}]'" in shown
+    assert "dev" not in re.sub("--disable|device|/dev/null", "", shown)
+    image = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    assert "[dev]" not in image
+    assert "--no-index --find-links" in (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
 def test_no_address_of_a_registry_and_no_password_stands_in_what_deploys() -> None:
     for path in [*DEPLOY.rglob("*"), ROOT / "cluster.yaml", ROOT / "runtime-env.yaml"]:
         if path.is_file():
@@ -209,4 +238,5 @@ def test_no_address_of_a_registry_and_no_password_stands_in_what_deploys() -> No
                 r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|(?i:password)\s*[:=]\s*['\"]?\w+\d", text
             ), path
             hosts = {urllib.parse.urlsplit(url).hostname for url in re.findall(r"https?://[^\s\"'`)>]+", text)}
-            assert hosts <= {"localhost", "169.254.169.254", "pushgateway", "head", None}, (path, hosts)
+            local = {"localhost", "169.254.169.254", "pushgateway.btray-monitoring", "head", "s3.example", None}
+            assert hosts <= local, (path, hosts)

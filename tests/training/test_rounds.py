@@ -142,6 +142,7 @@ def test_each_source_is_answered_by_the_network_without_it_and_the_last_one_lear
     assert bundle.manifest.data.epochs == 3
     assert bundle.manifest.thresholds.ood_score is not None
     assert bundle.ood is not None
+    assert bundle.manifest.study_rule is not None, "32 patients with two slices each"
     assert sum(read_json(config, "reference.json")["labels"].values()) == 64, "outliers do not count"
     card = storage.read_text(storage.join(config.out, "MODEL_CARD.md"))
     assert "fewer than 10" in card

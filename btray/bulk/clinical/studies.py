@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import tempfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import asdict
@@ -117,6 +117,43 @@ def read_studies(studies: str, model_id: str, uids: Collection[str]) -> dict[str
     return found
 
 
+def erase_studies(
+    studies: str, uids: Collection[str], erased: Callable[[Sequence[str]], npt.NDArray[np.bool_]], *, dry_run: bool
+) -> int:
+    """Remove the rows of some series and studies, and those whose key frames are of objects that were erased.
+
+    The next run of each model makes the rows anew of the frames that are left; needs the lease of the results.
+
+    Args:
+        studies: root of the table.
+        uids: of series and studies.
+        erased: returns which of some URIs were erased.
+        dry_run: only count.
+
+    Returns:
+        The number of rows.
+    """
+    count = 0
+    for info in table_files(studies):
+        rows = pa.parquet.read_table(pa.BufferReader(storage.read_bytes(info.uri)))
+        keys = rows["key_frames"].to_pylist()
+        shown = np.array([erased([frame["uri"] for frame in frames]).any() for frames in keys], bool)
+        named = pa.array(list(uids), pa.string())
+        gone = pc.or_(pc.is_in(rows["study_uid"], named), pc.is_in(rows["series_uid"], named)).to_numpy() | shown
+        count += int(gone.sum())
+        if gone.any() and not dry_run:
+            folder, _, model = info.uri.rpartition("/")[0].rpartition("/model_id=")
+            storage.write_json(storage.join(folder, "_" + model, _STATE), {"source": None})
+            storage.write_bytes(info.uri, _file_of(rows.filter(pa.array(~gone))))
+    return count
+
+
+def _file_of(rows: pa.Table) -> bytes:
+    body = io.BytesIO()
+    pa.parquet.write_table(rows, body, compression="zstd")
+    return body.getvalue()
+
+
 def _make_table(files: Iterable[FileInfo], folder: str, reader: Reader) -> StudyCounts:
     series = studies = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,9 +166,7 @@ def _make_table(files: Iterable[FileInfo], folder: str, reader: Reader) -> Study
                     rows += study_rows(pa.ipc.open_stream(file).read_all(), reader)
             name = _file_name(number)
             if rows or name in there:
-                body = io.BytesIO()
-                pa.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), body, compression="zstd")
-                storage.write_bytes(storage.join(folder, name), body.getvalue())
+                storage.write_bytes(storage.join(folder, name), _file_of(pa.Table.from_pylist(rows, SCHEMA)))
             studies += sum(row["level"] == "study" for row in rows)
             series += sum(row["level"] == "series" for row in rows)
     return StudyCounts(series=series, studies=studies, rule=str(reader))

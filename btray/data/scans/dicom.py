@@ -34,6 +34,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _NATIVE: Final = ("", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 _STORAGE: Final = "1.2.840.10008.5.1.4.1.1."
+_JPEG_XL: Final = "1.2.840.10008.1.2.4.11"  # and a digit
 _SOP_CLASS, _MODALITY, _DIRECTORY = 0x00080016, 0x00080060, 0x00041220
 # Objects that are no slices, though some have pixels: by class or what its UID begins with, and by modality.
 _OTHER_CLASSES: Final = {
@@ -155,15 +156,21 @@ def _check_kind(elements: Dataset, meta: FileMeta) -> None:
     if any(tag in elements for tag in FLOAT_PIXELS):
         raise ScanRejected("unsupported", "a DICOM object of floating-point pixels: that is not read")
     if PIXEL_DATA not in elements:
-        import pydicom.uid  # takes a while, and knows the names of classes
-
-        name = pydicom.uid.UID_dictionary.get(sop_class, ("Image Storage",))[0]
-        if ROWS in elements or "Image Storage" in name:
+        if ROWS in elements or "Image Storage" in _registered_name(sop_class, "Image Storage"):
             raise ScanRejected("decode_failed", "a DICOM image without pixels")
         raise ScanRejected("unsupported", "a DICOM object that is no image: leave it out")
     if meta.transfer_syntax not in _NATIVE and meta.transfer_syntax not in DECODERS:
-        text = "a DICOM object in a transfer syntax that is not read, such as video: convert it"
-        raise ScanRejected("unsupported", text)
+        name = _registered_name(meta.transfer_syntax, "one that DICOM does not define")
+        raise ScanRejected("unsupported", f"a DICOM object whose transfer syntax is not read ({name}): convert it")
+
+
+def _registered_name(uid: str, otherwise: str) -> str:
+    """Return the standard's name of a class or transfer syntax; `otherwise` for a UID that it does not have."""
+    import pydicom.uid  # takes a while, which good objects do without
+
+    if uid.startswith(_JPEG_XL):  # too new for pydicom
+        return "JPEG XL"
+    return str(pydicom.uid.UID_dictionary.get(uid, (otherwise,))[0])
 
 
 def _decoded_frames(elements: Dataset, pixels: PixelFormat, transfer_syntax: str) -> Iterator[Array]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -97,6 +98,15 @@ def _decode_rle(stream: bytes, pixels: PixelFormat) -> Array:
         values[number // width, :, width - 1 - number % width] = np.frombuffer(plane, np.uint8, size)
     numbers = values.view(f"<u{width}").reshape(pixels.samples, *pixels.shape)
     return numbers[0] if pixels.samples == 1 else np.moveaxis(numbers, 0, 2)
+
+
+def _decode_deflated(stream: bytes, pixels: PixelFormat) -> Array:
+    """Unpack a frame that is deflated as it is (RFC 1951; PS3.5, 8.2.16)."""
+    unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = unpacking.decompress(stream, pixels.frame_bytes + 1)
+    if len(data) < pixels.frame_bytes:
+        raise ScanRejected("truncated", "a DICOM object whose deflated frame ends early")
+    return pixels.native(data, 0, "<")
 
 
 def _decode_jpeg(stream: bytes, pixels: PixelFormat) -> Array:
@@ -227,6 +237,7 @@ def _check_size(size: tuple[int, int], components: int, pixels: PixelFormat) -> 
 _JPEG, _JPEG_2000 = ("50", "51", "57", "70", "80", "81"), ("90", "91", "201", "202", "203")
 DECODERS: Final[dict[str, Callable[[bytes, PixelFormat], Array]]] = {
     "1.2.840.10008.1.2.5": _decode_rle,
+    "1.2.840.10008.1.2.8.1": _decode_deflated,
     **{f"1.2.840.10008.1.2.4.{number}": _decode_jpeg for number in _JPEG},
     **{f"1.2.840.10008.1.2.4.{number}": _decode_jpeg_2000 for number in _JPEG_2000},
 }
@@ -247,4 +258,6 @@ def decode_frame(decoder: Callable[[bytes, PixelFormat], Array], stream: bytes, 
         raise ScanRejected(code, f"a DICOM object whose compressed frame {what}") from None
     if values.shape[:2] != pixels.shape or values.dtype.kind not in "iu":
         raise ScanRejected("decode_failed", "a DICOM object whose compressed frame is not of the size it says")
+    if 8 * values.dtype.itemsize > pixels.allocated:
+        raise ScanRejected("decode_failed", "a DICOM object whose compressed frame has more bits than its header says")
     return values

@@ -121,4 +121,6 @@ def describe_foreign(data: bytes) -> tuple[str, str]:
             return "not_an_image", f"{name}, not an image"
     if not any(head):
         return "not_an_image", "it begins with nothing but zero bytes: it was never written"
-    return "not_an_image", f"no known image: it begins with {data[:8].hex(' ')}"
+    # of a text no letter, which may be of a patient's name
+    beginning = "text" if min(data[:8]) >= ord(" ") else data[:4].hex(" ")
+    return "not_an_image", f"no known image: it begins with {beginning}"

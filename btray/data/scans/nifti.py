@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SIZES = {348: "NIfTI-1", 540: "NIfTI-2"}
+_UNITS = {1: 1e3, 3: 1e-3}  # metres and micrometres, in mm; all else is taken for mm
 _EXACT = 2**62  # integers below it are scaled as such
 _FARTHEST = 1e9  # mm
 _FLAT = 1e-3  # volume of a cell with edges of length 1
@@ -134,6 +135,7 @@ def read_header(data: bytes) -> Volume:
     start = float(header["vox_offset"])
     if not (start == 0 or start >= header.single_vox_offset):
         raise ScanRejected("decode_failed", "a NIfTI header that says that pixels begin within it")
+    affine[:3] *= _UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
     # as DICOM counts: to the left and posterior, where NIfTI counts to the right and anterior
     affine[:2] *= -1
     if not _is_regular(affine):

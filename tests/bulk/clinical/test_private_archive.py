@@ -7,21 +7,16 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import ray
 
-from btray import phantoms
 from btray.bulk import worklist
 from btray.bulk.classify import classify
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.core.errors import UserError
-from btray.data.scans import decode
 from btray.results import current
 from btray.storage import lease
 from tests.helpers.classify_helpers import (
@@ -35,12 +30,10 @@ from tests.helpers.classify_helpers import (
     start,
     without_ray,
 )
-from tests.helpers.dicom_files import IDENTIFIERS, mr_slice, slice_file, write
+from tests.helpers.dicom_files import IDENTIFIERS
+from tests.helpers.hospital_archive import ROOT, instance, write_archive, written
 from tests.helpers.tiny_bundle import saved_bundle
 from tools.processes import until
-
-ROOT = "1.2.826.0.1.3680043.10.543"
-"""Of all UIDs here."""
 
 
 @pytest.fixture(scope="module")
@@ -48,48 +41,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("bundle") / "model")
     saved_bundle(folder)
     return folder
-
-
-def pixels_of(seed: int) -> np.ndarray:
-    return decode(phantoms.encoded_phantom("glioma", seed)).frames[0].astype(np.uint16) * 16
-
-
-def instance(study: int, series: int, number: int, **changed: Any) -> bytes:
-    uids = {
-        "StudyInstanceUID": f"{ROOT}.{study}",
-        "SeriesInstanceUID": f"{ROOT}.{study}.{series}",
-        "SOPInstanceUID": f"{ROOT}.{study}.{series}.{number}",
-        "ImagePositionPatient": [0, 0, 5.0 * number],
-    }
-    return slice_file(pixels_of(number % 5), **uids | changed)
-
-
-def write_archive(folder: Path, studies: int = 2) -> int:
-    """Write studies of two series, a damaged slice, one with text in it and a report; return how many files."""
-    files = {
-        f"PLANTEDNAME^{study}/{series}/{number}": instance(study, series, number)
-        for study in range(studies)
-        for series in range(2)
-        for number in range(3)
-    }
-    files["PLANTEDNAME^0/0/damaged"] = instance(0, 0, 9)[:-5000]
-    files["PLANTEDNAME^0/0/burned"] = instance(0, 0, 8, BurnedInAnnotation="YES")
-    files["PLANTEDNAME^0/report"] = write(mr_slice(pixels_of(0), SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11"))
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return len(files)
-
-
-def written(*folders: str) -> Iterator[tuple[str, str]]:
-    """Yield what stands in every file below some folders, tables and worklists as they are read."""
-    for folder in folders:
-        for path in filter(Path.is_file, Path(folder).rglob("*")):
-            body = path.read_bytes()
-            yield (
-                str(path),
-                body.decode("latin-1") + (str(pq.read_table(path).to_pylist()) if body[:4] == b"PAR1" else ""),
-            )
 
 
 def test_nothing_that_is_written_names_a_patient_and_pseudonyms_serve_as_names(

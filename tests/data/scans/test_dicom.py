@@ -20,10 +20,6 @@ from tests.helpers.scan_corpus import picture, picture16
 
 DEEP, SHALLOW = picture16(), picture()
 TWELVE = (DEEP >> 4).astype(np.uint16)
-LOSSLESS = (
-    dicom.IMPLICIT, dicom.EXPLICIT, dicom.DEFLATED, dicom.BIG_ENDIAN, dicom.RLE, dicom.JPEG_LOSSLESS,
-    dicom.JPEG_LOSSLESS_1, dicom.JPEG_LS, dicom.JPEG_2000, dicom.HTJ2K,
-)  # fmt: skip
 IN_12_BITS = {"BitsStored": 12, "HighBit": 11}
 
 
@@ -44,7 +40,7 @@ def rejection(data: bytes, **limits: int) -> ScanRejected:
     return caught.value
 
 
-@pytest.mark.parametrize("syntax", LOSSLESS)
+@pytest.mark.parametrize("syntax", dicom.LOSSLESS)
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("signed", [False, True])
 def test_every_lossless_syntax_gives_the_pixels_themselves(syntax: str, bits: int, signed: bool) -> None:
@@ -394,7 +390,7 @@ def test_nothing_that_names_the_patient_is_in_facts_messages_logs_or_warnings(
     wrong = {"StudyInstanceUID": "PLANTEDNAME", "RescaleSlope": None, "Modality": "PLANTED NAME"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        files = [dicom.slice_file(SHALLOW, syntax=syntax, **wrong) for syntax in (*LOSSLESS, dicom.JPEG)]
+        files = [dicom.slice_file(SHALLOW, syntax=syntax, **wrong) for syntax in (*dicom.LOSSLESS, dicom.JPEG)]
     caplog.clear()  # pydicom's, which wrote them
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:

@@ -136,6 +136,23 @@ def test_pixels_that_are_not_square_become_so_at_the_finer_spacing() -> None:
     assert decode(write_nifti(VOLUME, TO_RAS @ np.diag([1, 1.009, 4, 1]))).frames[0].shape == (32, 40)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("unit", "of_mm"), [(0, 1), (1, 0.001), (2, 1), (3, 1000), (2 | 8, 1)])
+def test_distances_are_in_mm_whatever_unit_the_file_has(version: int, unit: int, of_mm: float) -> None:
+    affine = TO_RAS @ np.diag([0.5 * of_mm, 0.5 * of_mm, 3 * of_mm, 1])
+    scan = decode(write_nifti(VOLUME, affine, version=version, xyzt_units=unit))
+    np.testing.assert_array_equal(scan.frames, SLICES)
+    assert scan.slices is not None
+    assert scan.slices[1].spacing_mm == pytest.approx(0.5)
+    assert scan.slices[1].position_mm == pytest.approx(3)
+
+
+def test_if_both_forms_are_there_the_second_one_counts() -> None:
+    turned = {"qform_code": 1, "quatern": [0.7071, 0.0, 0.7071], "qoffset": [0.0, 0.0, -5.0]}
+    scan = decode(write_nifti(VOLUME, **turned))
+    np.testing.assert_array_equal(scan.frames, SLICES)
+
+
 def test_a_plane_of_its_own_and_empty_further_axes_are_one_volume() -> None:
     np.testing.assert_array_equal(decode(write_nifti(VOLUME[:, :, 0])).frames, SLICES[:1])
     np.testing.assert_array_equal(decode(write_nifti(VOLUME[..., None, None])).frames, SLICES)
@@ -192,6 +209,10 @@ HOSTILE = {
     "colour and alpha": (write_nifti(VOLUME, datatype=2304, bitpix=32), "unsupported"),
     "long doubles": (write_nifti(VOLUME, datatype=1536, bitpix=128), "unsupported"),
     "unknown type": (write_nifti(VOLUME, datatype=999), "decode_failed"),
+    "bits": (write_nifti(VOLUME, datatype=1, bitpix=1), "unsupported"),
+    "packed twice": (gzip.compress(gzip.compress(GOOD)), "not_an_image"),
+    "a fourth dimension of nothing": (write_nifti(VOLUME, dim=[4, 40, 32, 18, 0, 1, 1, 1]), "decode_failed"),
+    "names for numbers": (b"\x5c\1\0\0" + b"PLANTED" * 100, "not_an_image"),
     "no type": (write_nifti(VOLUME, datatype=0), "unsupported"),
     "pair": (write_nifti(VOLUME, magic=b"ni1\0")[:348], "unsupported"),
     "pair, second version": (write_nifti(VOLUME, version=2, magic=b"ni2\0\r\n\x1a\n")[:540], "unsupported"),

@@ -1,0 +1,1 @@
+"""The `btray models` command: models are promoted on purpose, and rolled back."""

@@ -1,0 +1,35 @@
+# Creates a RayJob from the suspended one and waits for its end; the exit code is the job's. Run by cronjob.yaml.
+# Retrying cannot mend wrong use (2) or a crossed threshold (3).
+set -eu
+# Deleted with the Job that runs this, by the CronJob's history limits: KubeRay deletes only the cluster.
+owner="{\"apiVersion\":\"batch/v1\",\"kind\":\"Job\",\"name\":\"$JOB_NAME\",\"uid\":\"$JOB_UID\"}"
+metadata="{\"generateName\":\"$JOB_NAME-\",\"labels\":{\"app.kubernetes.io/name\":\"btray\"},\"ownerReferences\":[$owner]}"
+changes="{\"op\":\"replace\",\"path\":\"/metadata\",\"value\":$metadata},{\"op\":\"replace\",\"path\":\"/spec/suspend\",\"value\":false}"
+if [ -n "${RUNS:-}" ]; then # a folder for each Job; one that is created again under its name resumes
+  out="{\"name\":\"BTRAY_OUT\",\"value\":\"$RUNS/$JOB_NAME\"}"
+  changes="$changes,{\"op\":\"add\",\"path\":\"/spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/env/-\",\"value\":$out}"
+fi
+for attempt in 1 2 3; do
+  kubectl get rayjob btray -o json > /tmp/template.json
+  kubectl patch --local -f /tmp/template.json --type json -p "[$changes]" -o json > /tmp/rayjob.json
+  job=$(kubectl create -f /tmp/rayjob.json -o name)
+  echo "created $job"
+  while true; do
+    # If the API server is down for a moment, ask again: the RayJob continues meanwhile.
+    state=$(kubectl get "$job" --ignore-not-found \
+      -o 'jsonpath={.status.jobDeploymentStatus} {.status.jobStatus}') || state=unknown
+    case "$state" in
+      "Complete SUCCEEDED") exit 0 ;;
+      Complete* | Failed*) break ;;
+      "") echo "$job was deleted"; exit 1 ;;
+    esac
+    sleep 20
+  done
+  message=$(kubectl get "$job" -o 'jsonpath={.status.message}') || message="Kubernetes gives no reason"
+  echo "$job failed: $message"
+  case "$message" in
+    *"exit code 2" | *"exit code 2"[!0-9]*) exit 2 ;;
+    *"exit code 3" | *"exit code 3"[!0-9]*) exit 3 ;;
+  esac
+done
+exit 1

@@ -56,7 +56,8 @@ def fault_of(data: bytes) -> str | None:
 def _read(data: bytes) -> None:
     quantization: dict[int, int] = {}
     codes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    frame, interval, at, seen = None, 0, 2, set()
+    frame, interval, at = None, 0, 2
+    seen: set[int] = set()
     while True:
         if data[at] != 0xFF:
             raise InvalidStreamError("bytes between segments")
@@ -228,8 +229,8 @@ def sampled(planes: list[np.ndarray], factors: list[tuple[int, int]], interval: 
         if interval and number and number % interval == 0:
             data += _packed(bits) + bytes((0xFF, 0xD0 + (number // interval - 1) % 8))
             bits, before = "", [0] * len(planes)
-        for index, blocks in enumerate(grid):
-            for mean, rest in blocks[row, column].reshape(-1, 2):
+        for index, part in enumerate(grid):
+            for mean, rest in part[row, column].reshape(-1, 2):
                 bits += _difference(mean - before[index], head["dc"]) + rest
                 before[index] = mean
     return data + _packed(bits) + b"\xff\xd9"

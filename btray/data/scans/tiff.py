@@ -169,8 +169,8 @@ def check_strips(data: bytes, image: TiffImageFile) -> None:
         if in_strips and (rows := _decode_strips(data, tags, pieces[:count])) is not None:
             # Behind the file, whose tags Pillow reads once more.
             image.fp, image.use_load_libtiff = io.BytesIO(data + rows.tobytes()), False
-            (tile,) = image.tile
-            image.tile = [tile._replace(codec_name="raw", offset=len(data), args=(tile.args[0], 0, 1))]
+            layout = image.tile[0].args[0]  # type: ignore[index]  # libtiff's are a tuple
+            image.tile = [image.tile[0]._replace(codec_name="raw", offset=len(data), args=(layout, 0, 1))]
             continue
         for piece in pieces:
             _check_piece(piece, tags, size, is_tile=offsets == _TILE_OFFSETS)
@@ -227,7 +227,7 @@ def _inflate(strips: Sequence[bytes], parts: Sequence[Array]) -> bool:
     """Unpack strips into rows, with their checksums; return False if one is damaged or of another length."""
     try:
         unpacked = [
-            len(imagecodecs.deflate_decode(strip, out=memoryview(part.reshape(-1))))
+            len(imagecodecs.deflate_decode(strip, out=part.reshape(-1).data))
             for strip, part in zip(strips, parts, strict=True)
         ]
     except RuntimeError:

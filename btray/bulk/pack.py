@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from btray import storage
 from btray.bulk.config import PackConfig
@@ -91,17 +92,19 @@ class PartPacker:
 
     def __init__(self, root: str, threads: int, patience: float, run: Run, cpus: int) -> None:
         """Read `threads` objects at a time; paths in the shard start from `root`."""
-        self.reader = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
+        self._prefetcher = Prefetcher(threads=threads, patience=patience, max_bytes=ScanLimits().max_bytes)
         self._below = root.rstrip("/") + "/"
 
-    def choose(self, objects: Sequence[FileInfo], seconds: Seconds) -> tuple[Sequence[FileInfo], list[Row]]:
-        """Return all objects."""
-        return objects, []
+    def lots(self, objects: Sequence[FileInfo], seconds: Seconds) -> Iterator[Any]:
+        """Begin to read `objects`, and return what yields them with their bytes."""
+        return self._prefetcher.batches(objects, seconds)
 
-    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
-        """Return one row per object."""
+    def rows(
+        self, objects: Sequence[FileInfo], lot: tuple[Sequence[FileInfo], Sequence[ReadResult]], seconds: Seconds
+    ) -> list[Row]:
+        """Return one row per object of a lot."""
         rows: list[Row] = []
-        for info, result in zip(objects, results, strict=True):
+        for info, result in zip(*lot, strict=True):
             path = info.uri.removeprefix(self._below).removeprefix("s3://").lstrip("/")
             row: Row = {"uri": info.uri, "path": path, "etag": info.etag, "size": info.size, "error_code": None}
             if isinstance(result, StorageError):

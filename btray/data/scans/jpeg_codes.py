@@ -165,7 +165,7 @@ def _check_scan(
 def _check_blocks(codes: bytes, blocks: list[_Component], mcus: int) -> None:
     """Read the blocks between two restarts: so many MCUs of `blocks`."""
     levels = np.frombuffer(codes + _PADDING, np.uint8).astype(np.uint32)
-    words = memoryview(levels[:-3] << 24 | levels[1:-2] << 16 | levels[2:-1] << 8 | levels[3:])
+    words = (levels[:-3] << 24 | levels[1:-2] << 16 | levels[2:-1] << 8 | levels[3:]).data
     end, at = 8 * len(codes), 0
     means = {id(part): 0 for part in blocks}
     for part in chain.from_iterable(repeat(blocks, mcus)):

@@ -87,8 +87,11 @@ def main() -> None:
     print(json.dumps({"images": len(paths), "processes": PROCESSES, **shown, **ratios}, indent=2))
 
 
-def write_bundle(uri: str) -> None:
-    """Write a bundle of NETWORK and PREPROCESS with random weights, and with the distribution of its features."""
+def write_bundle(uri: str, **changes: Any) -> None:
+    """Write a bundle of NETWORK and PREPROCESS with random weights, and with the distribution of its features.
+
+    `changes` replace settings of the network.
+    """
     import torch
 
     from btray.data.config import PreprocessConfig
@@ -99,13 +102,14 @@ def write_bundle(uri: str) -> None:
     from btray.model.ood import Distribution
 
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(**NETWORK), len(CLASSES)).eval()
+    config = NetworkConfig(**NETWORK | changes)
+    network = build_network(config, len(CLASSES)).eval()
     with torch.inference_mode():
         _, features = network.with_summary(torch.randn(256, 1, PREPROCESS["size"], PREPROCESS["size"]))
     bundle = make_bundle(
         weights=network.state_dict(),
         classes=CLASSES,
-        network=NetworkConfig(**NETWORK),
+        network=config,
         preprocess=PreprocessConfig(**PREPROCESS),
         temperature=1.0,
         training={},

@@ -22,8 +22,10 @@ from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
 from btray.core.errors import UserError
 from btray.data.key_set import Keys
+from btray.data.packs import describe_pack, is_pack
 from btray.data.scans import SliceInfo
 from btray.model.bundle_files import read_files
+from btray.model.config import default_batch_size
 from btray.model.manifest import require_agreement
 from btray.model.promotion import pinned
 from btray.model.shipped import announce, locate
@@ -33,7 +35,8 @@ from btray.storage.parquet import set_aside
 
 # torch takes seconds to import, which a night with nothing new does without.
 if TYPE_CHECKING:
-    from btray.bulk.worker import PartProcessor
+    from btray.bulk.worker import PartProcessor, PartReader
+    from btray.data.config import PreprocessConfig
     from btray.model.bundle import Bundle
     from btray.model.classifier import Classifier
 
@@ -71,10 +74,14 @@ class ClassifyJob(ArchiveJob):
         self.config: ClassifyConfig = config
         self.pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
         check_table(self.output, self.pseudonyms)
-        self.gpu_share = config.gpu_share if config.use_gpu else 0.0
         self.completed = CompletedIndex(self.output, self.group)
         self.outputs = (self.output, config.studies_uri)
+        self.preprocess = self.manifest.preprocess
         choice = config.series_filter
+        if choice and is_pack(config.input) and describe_pack(config.input).preprocess:
+            raise UserError(
+                f"--series: {config.input} is a pack of frames, which have no headers; give what was packed"
+            )
         self.reason = choice.reason if choice else ""
         reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
         self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms) if choice else None
@@ -86,7 +93,15 @@ class ClassifyJob(ArchiveJob):
 
     def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
         """Return the listed objects, under their pseudonyms with --pseudonymize."""
-        return map(self.pseudonyms.conceal, listed) if self.pseudonyms else listed
+        return self.pseudonyms.conceal_all(listed) if self.pseudonyms else listed
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings; with --pseudonymize those that name objects are pseudonyms."""
+        settings = super().settings()
+        if self.pseudonyms:
+            settings["input"] = self.pseudonyms.name(self.config.input)
+            settings |= {key: list(map(self.pseudonyms.name, settings[key])) for key in ("include", "exclude")}
+        return settings
 
     def preview(self, objects: Sequence[FileInfo]) -> None:
         """Count the objects of each series that --series would choose or leave out."""
@@ -128,6 +143,20 @@ class ClassifyJob(ArchiveJob):
         self._require_bf16()
         # The key itself, since its file may not be on the node of the actor.
         return partial(_part_classifier, self.config, self.group, self.pseudonyms)
+
+    def reader(self) -> Callable[[Run], PartReader] | None:
+        """Return what makes the reader of an actor that decodes for those that classify, if there are such."""
+        if self.config.stages == 1:
+            return None
+        return partial(_part_reader, self.config, self.manifest.preprocess, self.pseudonyms)
+
+    def gpu_share(self) -> float:
+        """Return the GPU of each actor that classifies: what the config says, or what fits."""
+        if not self.config.use_gpu:
+            return 0.0
+        from btray.bulk.pipeline import fitting_gpu_share
+
+        return self.config.gpu_share or fitting_gpu_share()
 
     def _require_bf16(self) -> None:
         if self.config.precision == "bf16" and not self.config.use_gpu:
@@ -197,3 +226,16 @@ def _part_classifier(
     from btray.bulk.classify_worker import PartClassifier
 
     return PartClassifier(config, model_id, pseudonyms, run, cpus)
+
+
+def _part_reader(
+    config: ClassifyConfig, preprocess: PreprocessConfig, pseudonyms: Pseudonyms | None, run: Run
+) -> PartReader:
+    """Make the reader of an actor that does not classify, in its process, which needs no torch."""
+    from btray.bulk.scan_reader import ScanReader
+    from btray.core import logs
+    from btray.data.frames import FrameSource
+
+    logs.begin_in_worker(config.log_format, job="classify", run_id=run.run_id)
+    batch_size = config.batch_size or default_batch_size(gpu=config.use_gpu)
+    return ScanReader(config, FrameSource(preprocess), pseudonyms, batch_size=batch_size, cpus=1)

@@ -10,7 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from btray.bulk.clinical.series import SeriesFilter
 from btray.core.config import JobConfig, Positive, Probability
+from btray.core.errors import UserError
 from btray.core.uris import Uri, resolved
+from btray.data.config import PreprocessConfig
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
 
@@ -43,7 +45,7 @@ class ArchiveConfig(JobConfig):
     reads, or the http:// URL of a Pushgateway."""
     actors: Positive | None = None
     """Most actors that work at a time; default: one a CPU, or as many as the GPUs hold with --use-gpu. On a cluster \
-    that grows, give as many as it may grow to hold."""
+    that grows, give as many as it may grow to hold. In a pipeline of two stages: most that classify."""
     threads: Positive = 16
     """Objects that an actor reads at a time."""
     patience: Annotated[float, Field(ge=0)] = 300.0
@@ -76,8 +78,12 @@ class ClassifyConfig(ArchiveConfig):
     """Read again what was rejected for good; what failed because of the store is read again anyway."""
     use_gpu: bool = False
     """Classify on GPUs."""
-    gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """GPU of each actor with --use-gpu; below 1 several share one."""
+    gpu_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """GPU of each actor with --use-gpu; below 1 several share one; default: an actor for each 8 CPUs of a GPU, at \
+most 4."""
+    pipeline: Literal["auto", "one", "two"] = "auto"
+    """Whether each actor reads, decodes and classifies (one), or actors on CPUs read and decode for those that \
+classify and write (two); auto: two with --use-gpu, so that no GPU waits."""
     engine: EngineName = "auto"
     """How the network is run: as it is, as a frozen graph, or by ONNX Runtime (extra onnx); auto: frozen on a CPU, \
     eager on a GPU."""
@@ -101,13 +107,14 @@ class ClassifyConfig(ArchiveConfig):
 
     def check(self) -> None:
         """As for all archives; and refuse a bundle that is not there, or a key that cannot be used."""
-        require_bundle(self.model)
-        super().check()
-        if self.studies is not None and not self.dry_run:
-            from btray import storage
+        from btray import storage
 
-            if not storage.is_remote(self.studies):
-                storage.require_writable(self.studies, "--studies")
+        require_bundle(self.model)
+        if self.pseudonymize is not None and not storage.may_exist(self.input):
+            raise UserError("--input: nothing is there; check the spelling")  # its name may be that of a patient
+        super().check()
+        if self.studies is not None and not self.dry_run and not storage.is_remote(self.studies):
+            storage.require_writable(self.studies, "--studies")
         if self.pseudonymize is not None:
             from btray.bulk.clinical.pseudonyms import Pseudonyms
 
@@ -122,6 +129,11 @@ class ClassifyConfig(ArchiveConfig):
     def series_filter(self) -> SeriesFilter | None:
         """The choice of series; None: all."""
         return SeriesFilter.parse(self.series, self.series_preset)
+
+    @property
+    def stages(self) -> int:
+        """Number of the stages of the pipeline."""
+        return 2 if self.pipeline == "two" or (self.pipeline == "auto" and self.use_gpu) else 1
 
     @property
     def least_certain(self) -> int:
@@ -156,6 +168,29 @@ class PackConfig(ArchiveConfig):
 
     Run again it packs what is new or changed. Exit code 0 if every object was read, whatever it holds.
     """
+
+    frames: bool = False
+    """Pack the frames that the network sees instead of the files: train, evaluate and classify with the same \
+    preprocessing need not decode anything then."""
+    model: Model | None = None
+    """With --frames: model bundle whose preprocessing makes them."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    """With --frames: preprocessing, if no --model is given."""
+
+    def check(self) -> None:
+        """As for all archives; and refuse a bundle that is not there."""
+        super().check()
+        if self.model is not None:
+            require_bundle(self.model)
+
+    @model_validator(mode="after")
+    def _one_preprocessing(self) -> Self:
+        given = self.preprocess != PreprocessConfig()
+        if (given or self.model) and not self.frames:
+            raise ValueError("--model and --preprocess say how frames are made: add --frames, or leave them out")
+        if given and self.model:
+            raise ValueError("give --model or --preprocess, not both")
+        return self
 
 
 class EraseConfig(JobConfig):

@@ -33,12 +33,13 @@ from btray.bulk.runs import Run
 from btray.core import logs, metrics
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
+from btray.data.config import PreprocessConfig
 from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected, require_found
 from btray.storage import FileInfo, lease
 
 if TYPE_CHECKING:
-    from btray.bulk.worker import PartProcessor
+    from btray.bulk.worker import PartProcessor, PartReader
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class ArchiveJob(ABC):
     """Of the job, in the names of its metrics."""
     schema: pa.Schema
     """Of its files."""
-    gpu_share = 0.0
-    """GPU of each actor."""
+    preprocess: PreprocessConfig | None = None
+    """If frames that are made so will do for files, in a pack; None: the job needs the files."""
     choices: frozenset[str] = frozenset()
     """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
@@ -81,6 +82,10 @@ class ArchiveJob(ABC):
         """Return the listed objects by the names that they have in all that is written."""
         return listed
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as they are written."""
+        return self.config.model_dump(mode="json")
+
     @abstractmethod
     def folder(self, run_date: str) -> str:
         """Return the folder, below the output, of the files of a run that began on a day (YYYY-MM-DD, UTC)."""
@@ -95,6 +100,14 @@ class ArchiveJob(ABC):
     @abstractmethod
     def processor(self) -> Callable[[Run, int], PartProcessor]:
         """Return what makes an actor's processor from the run and the CPUs that it may keep busy. It is pickled."""
+
+    def reader(self) -> Callable[[Run], PartReader] | None:
+        """Return what makes the reader of the actors that only read and decode; None: those that write do so."""
+        return None
+
+    def gpu_share(self) -> float:
+        """Return the GPU of each actor that writes. Needs Ray."""
+        return 0.0
 
     def totals(self) -> Totals[Any]:
         """Return the counts of a run that begins."""
@@ -114,7 +127,7 @@ def run_archive(job: ArchiveJob) -> str:
     config = job.config
     with _readable_errors():
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
-        listed = job.named(list_archive(config.input, selection, patience=config.patience))
+        listed = job.named(list_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess))
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
@@ -124,7 +137,7 @@ def run_archive(job: ArchiveJob) -> str:
             job.begin()
             report = _run(job, listed, ErasedObjects(job.output), check)
     if not (report.unchanged or report.erased):
-        require_found(report.rejected_by_code, report.objects, config.input)
+        require_found(report.rejected_by_code, report.objects, report.config["input"])
     if config.max_rejected is not None:
         rejected = {code: count for code, count in report.rejected_by_code.items() if code != "not_selected"}
         enforce_max_rejected(rejected, report.objects, config.max_rejected)
@@ -171,8 +184,8 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, che
     config = job.config
     started = datetime.now(UTC)
     totals = job.totals()
-    selected = config.model_dump(mode="json", include={"include", "exclude", "since", "limit", *job.choices})
-    request = {"input": config.input} | selected
+    settings = job.settings()
+    request = {name: settings[name] for name in ("input", "include", "exclude", "since", "limit", *sorted(job.choices))}
     with storage.retry_timeout(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
         logs.bind(run_id=run.run_id)
@@ -205,7 +218,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, che
             started_at=started.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             resumed=resumed,
-            config=config.model_dump(mode="json"),
+            config=settings,
         )
         try:
             report = job.conclude(run, report)
@@ -243,7 +256,12 @@ def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, c
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(
-            job.processor(), run, actors=config.actors, patience=config.patience, gpu_share=job.gpu_share
+            job.processor(),
+            run,
+            actors=config.actors,
+            patience=config.patience,
+            gpu_share=job.gpu_share(),
+            make_reader=job.reader(),
         )
         for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()

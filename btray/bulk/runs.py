@@ -188,10 +188,13 @@ def reports(output: str, group: str) -> Iterator[RunReport]:
             yield RunReport.model_validate(content)
 
 
-def note_attempt(run: Run, part_id: str, first_uri: str) -> None:
-    """Count an attempt at a part by an actor that has died before. Raises Failed if there were too many."""
+def note_attempt(run: Run, part_id: str, first_uri: str, *, actor: str) -> None:
+    """Count an attempt at a part by an actor (the name of its class) that has died before.
+
+    Raises Failed if there were too many.
+    """
     for number in range(_ATTEMPTS):
-        if storage.write_new(storage.join(run.worklist, f"attempt-{part_id}-{number}"), b""):
+        if storage.write_new(storage.join(run.worklist, f"attempt-{part_id}-{actor}-{number}"), b""):
             return
     raise Failed(
         f"part {part_id} of run {run.run_id}, which begins with {first_uri}, seems to kill its worker (out of "

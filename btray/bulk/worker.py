@@ -1,12 +1,19 @@
-"""The actor of all jobs on archives: parts of the worklist in, their files written, tallies out."""
+"""The actors of all jobs on archives: parts of the worklist in, their files written, tallies out.
+
+Either one actor does all of a part, or an actor reads and decodes it and another one does the rest. Only the one that
+writes a part's file decides what its rows are, so both ways give each object once.
+"""
 
 from __future__ import annotations
 
+import pickle
+import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -17,12 +24,16 @@ from btray.bulk import runs
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.report import PartTally
 from btray.bulk.runs import Run, read_tally, write_part
+from btray.core.cluster import own_cpus
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult, read_many, read_patiently
 
 # What an actor holds at a time, twice: one batch is read while the one before it is worked on.
 _BATCH_OBJECTS = 64
 _BATCH_BYTES = 64 << 20
+# What is decoded of a part ahead of the actor that writes it. Few parts hold more, if their scans have many pages; that
+# actor reads the rest itself, and so no memory depends on what an archive holds.
+_AHEAD_BYTES = 256 << 20
 
 Row = dict[str, Any]
 Seconds = defaultdict[str, float]
@@ -52,7 +63,10 @@ class Prefetcher:
     def batches(
         self, objects: Sequence[FileInfo], seconds: dict[str, float]
     ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
-        """Yield objects with their bytes; `seconds["read"]` grows by the time spent waiting for them."""
+        """Begin to read, and return what yields objects with their bytes, in their order.
+
+        `seconds["read"]` grows by the time spent waiting for them.
+        """
         batches: list[list[FileInfo]] = []
         size = 0
         for info in objects:
@@ -61,7 +75,12 @@ class Prefetcher:
                 size = 0
             batches[-1].append(info)
             size += info.size
-        reading = [self._reader.submit(self._read, batch) for batch in batches[:1]]
+        return self._read_ahead(batches, [self._reader.submit(self._read, batch) for batch in batches[:1]], seconds)
+
+    def _read_ahead(
+        self, batches: list[list[FileInfo]], reading: list[Future[list[ReadResult]]], seconds: dict[str, float]
+    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
+        """Yield the batches, of which the first is being read already, and read the next one meanwhile."""
         for number, batch in enumerate(batches):
             started = time.perf_counter()
             results = reading.pop().result()
@@ -91,64 +110,155 @@ class Prefetcher:
         return results
 
 
-class PartProcessor(Protocol):
+class Piece(Protocol):
+    """Some of what an object becomes."""
+
+    @property
+    def index(self) -> int:
+        """Return the number of the object among those that were given to be read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory that it takes."""
+
+
+class PartReader(Protocol):
+    """Reads the objects of parts, and decodes them. Each actor makes one of its own."""
+
+    def lots(self, objects: Sequence[FileInfo], seconds: Seconds) -> Iterator[Sequence[Piece]]:
+        """Begin to read `objects`, and return what yields all of them, each in consecutive pieces.
+
+        `seconds` grows by those of the reader's stages.
+        """
+
+
+class PartProcessor(PartReader, Protocol):
     """What a job makes of the objects of its parts. Each actor makes one of its own."""
 
     schema: pa.Schema
     """Of the rows; one of its columns is error_code."""
     write_options: dict[str, Any]
     """Of pyarrow.parquet.write_table."""
-    reader: Prefetcher
 
     @property
     def tally_type(self) -> type[PartTally]:
         """Return the class of what `tally` returns."""
 
-    def choose(self, objects: Sequence[FileInfo], seconds: Seconds) -> tuple[Sequence[FileInfo], list[Row]]:
-        """Return which objects are to be read, and the rows of the others."""
-
-    def rows(self, objects: Sequence[FileInfo], results: Sequence[ReadResult], seconds: Seconds) -> list[Row]:
-        """Return the rows that some objects become; `seconds` grows by those of the job's own stages."""
+    def rows(self, objects: Sequence[FileInfo], lot: Any, seconds: Seconds) -> list[Row]:
+        """Return the rows of one lot of `objects`; `seconds` grows by those of the job's own stages."""
 
     def tally(self, rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -> PartTally:
         """Return the counts of a whole part."""
 
 
-class PartActor:
-    """The actor: has its processor turn the objects of one part after another into rows, and writes a file of each."""
+@dataclass(frozen=True)
+class _Reading:
+    """What was read of a part ahead of the actor that writes it."""
 
-    def __init__(
-        self, make_processor: Callable[[Run, int], PartProcessor], run: Run, patience: float, cpus: int
-    ) -> None:
-        """Make the processor for `run`; called by Ray, also when it starts a dead actor again."""
+    lots: list[Sequence[Piece]]
+    rest: list[FileInfo]
+    """The objects that were left to be read: those that are not in `lots`."""
+    seconds: Seconds
+
+
+class _Actor:
+    """What the actors have in common: they count the attempts at a part once they have died."""
+
+    def __init__(self, run: Run, patience: float) -> None:
         self.run = run
-        self.processor = make_processor(run, cpus)
         self._patience = patience
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the property is public, but Ray's own code behind it is deprecated
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
 
+    def _objects_of(self, part: dict[str, Any]) -> list[FileInfo]:
+        objects = objects_of(part)
+        if self._died_before:
+            runs.note_attempt(self.run, part["part"], objects[0].uri, actor=type(self).__name__)
+        return objects
+
+
+class ReadActor(_Actor):
+    """The actor of the first of two stages: adds to each part what its objects become, decoded.
+
+    Ray calls it from two threads, so that one part is read while another one is decoded.
+    """
+
+    def __init__(self, make_reader: Callable[[Run], PartReader], run: Run, patience: float) -> None:
+        """Make the reader for `run`; called by Ray, also when it starts a dead actor again."""
+        super().__init__(run, patience)
+        self.reader = make_reader(run)
+        self._decoding = threading.Lock()
+
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Turn parts as `worklist.read_parts` gives them into columns part, tally (JSON)."""
-        tallies = []
+        """Add a column, read, to parts as `worklist.read_parts` gives them: null if the part's file is there."""
+        column = []
         with storage.retry_timeout(self._patience):
             runs.require_visible(self.run)
             for part in batch.to_pylist():
-                objects = objects_of(part)
-                if self._died_before:
-                    runs.note_attempt(self.run, part["part"], objects[0].uri)
-                tallies.append(self._part(self.run.part_uri(part["part"]), objects).model_dump_json())
+                objects = self._objects_of(part)
+                done = read_tally(self.run.part_uri(part["part"]), PartTally) is not None
+                column.append(None if done else pickle.dumps(self._read(objects), protocol=5))
+        return batch.append_column("read", pa.array(column, pa.large_binary()))
+
+    def _read(self, objects: list[FileInfo]) -> _Reading:
+        seconds: Seconds = defaultdict(float)
+        lots: list[Sequence[Piece]] = []
+        coming, held = self.reader.lots(objects, seconds), 0
+        with self._decoding:
+            for lot in coming:
+                lots.append(lot)
+                held += sum(piece.nbytes for piece in lot)
+                if held > _AHEAD_BYTES:
+                    cut = lot[-1].index  # of which there may be more pieces
+                    lots = [[piece for piece in lot if piece.index != cut] for lot in lots]
+                    break
+        there = {piece.index for lot in lots for piece in lot}
+        return _Reading(lots, [info for index, info in enumerate(objects) if index not in there], seconds)
+
+
+class PartActor(_Actor):
+    """The actor: has its processor turn the objects of one part after another into rows, and writes a file of each."""
+
+    def __init__(
+        self,
+        make_processor: Callable[[Run, int], PartProcessor],
+        run: Run,
+        patience: float,
+        actors: int = 1,
+        gpu_share: float = 0.0,
+    ) -> None:
+        """Make the processor for `run`; called by Ray, also when it starts a dead actor again.
+
+        It may keep its share of the CPUs of its node busy: see `own_cpus`.
+        """
+        super().__init__(run, patience)
+        self.processor = make_processor(run, own_cpus(actors, gpu_share))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Turn parts as `worklist.read_parts` or a ReadActor gives them into columns part, tally (JSON)."""
+        readings = batch["read"] if "read" in batch.column_names else [None] * len(batch)
+        parts = batch.select([name for name in batch.column_names if name != "read"]).to_pylist()
+        tallies = []
+        with storage.retry_timeout(self._patience):
+            runs.require_visible(self.run)
+            for part, read in zip(parts, readings, strict=True):
+                objects = self._objects_of(part)
+                # made by a ReadActor of this job: as trustworthy as all that Ray hands over, which is pickled too
+                reading = pickle.loads(read.as_buffer()) if read is not None and read.is_valid else None  # noqa: S301
+                tallies.append(self._part(self.run.part_uri(part["part"]), objects, reading).model_dump_json())
         return pa.table({"part": batch["part"], "tally": pa.array(tallies, pa.string())})
 
-    def _part(self, uri: str, objects: Sequence[FileInfo]) -> PartTally:
+    def _part(self, uri: str, objects: Sequence[FileInfo], reading: _Reading | None = None) -> PartTally:
         """Write the file of one part and return its tally, or that of the file if an earlier attempt has written it."""
         processor = self.processor
         written = read_tally(uri, processor.tally_type)
         if written is None:
-            seconds: Seconds = defaultdict(float)
-            chosen, rows = processor.choose(objects, seconds)
-            for some, results in processor.reader.batches(chosen, seconds):
-                rows += processor.rows(some, results, seconds)
+            read = reading or _Reading([], list(objects), defaultdict(float))
+            seconds = read.seconds
+            rows = [row for lot in read.lots for row in processor.rows(objects, lot, seconds)]
+            for lot in processor.lots(read.rest, seconds):
+                rows += processor.rows(read.rest, lot, seconds)
             tally = processor.tally(rows, objects, seconds)
             started = time.perf_counter()
             if write_part(uri, rows, processor.schema, tally, **processor.write_options):

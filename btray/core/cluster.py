@@ -25,7 +25,7 @@ from btray.core.ray_private import (
     without_false_errors,
 )
 
-__all__ = ["connected", "cpus", "gpus", "own_device", "require_gpus", "started_ray_here"]
+__all__ = ["connected", "cpus", "gpus", "own_cpus", "own_device", "require_gpus", "started_ray_here"]
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +95,17 @@ def cpus() -> float:
 def gpus() -> int:
     """Return the GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def own_cpus(workers: int, gpu_share: float = 0.0) -> int:
+    """Return how many CPUs of its node this worker may keep busy, if `workers` like it share the cluster.
+
+    With a GPU, or a share of one, it has the same share of the CPUs of its node: nodes may differ.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    node: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
+    own, devices = node.get("CPU", 1.0), node.get("GPU", 0.0)
+    return max(1, int(own * gpu_share / devices if gpu_share and devices else min(own, cpus() / workers)))
 
 
 def own_device() -> str | None:

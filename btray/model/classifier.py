@@ -23,7 +23,7 @@ from btray.data.preprocess import make_frame, to_tensor
 from btray.data.scans.gray import to_uint16
 from btray.model.abstention import label_sets
 from btray.model.bundle import Bundle, load_bundle
-from btray.model.config import EngineName, Precision
+from btray.model.config import EngineName, Precision, default_batch_size
 from btray.model.engines import make_engine
 from btray.model.manifest import Manifest, require_agreement
 from btray.model.network import Network
@@ -32,10 +32,6 @@ from btray.model.prediction import Answer, Prediction, facts_of
 from btray.model.shipped import SHIPPED
 
 _log = logging.getLogger(__name__)
-
-# Images per forward pass by default. On a CPU the activations of more images than that no longer fit into what the C
-# library keeps of freed memory, and every layer pays page faults for its output: 10 to 20 % of the time.
-_CPU_BATCH, _GPU_BATCH = 16, 64
 
 Input = bytes | str | PathLike[str] | npt.NDArray[Any]
 
@@ -65,7 +61,7 @@ class Classifier:
         """Put the network of `bundle` on `device`; the arguments are those of `load`."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if batch_size is None:
-            batch_size = _CPU_BATCH if self.device.type == "cpu" else _GPU_BATCH
+            batch_size = default_batch_size(gpu=self.device.type != "cpu")
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be at least 1")
         if bundle.uri:  # else it is being made, and how far it agrees is being measured
@@ -155,10 +151,13 @@ class Classifier:
 
     def answer(self, frames: npt.NDArray[np.uint8]) -> NetworkOutput:
         """Run the network over preprocessed frames, uint8 [n, size, size], in batches."""
+        images = torch.from_numpy(frames)
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # so that their copies do not wait for what the GPU still computes
         while True:
             try:
-                passes = [self._forward(batch) for batch in torch.from_numpy(frames).split(self.batch_size)]
-                return NetworkOutput(*(np.concatenate(parts) for parts in zip(*passes, strict=True)))
+                passes = [self._forward(batch) for batch in images.split(self.batch_size)]
+                return NetworkOutput(*(torch.cat(parts).cpu().numpy() for parts in zip(*passes, strict=True)))
             except torch.OutOfMemoryError:  # of a GPU's memory, which others may share
                 if self.batch_size == 1:
                     raise
@@ -167,10 +166,10 @@ class Classifier:
                 _log.warning("the GPU's memory is full: continuing with batches of %d", self.batch_size)
 
     @torch.inference_mode()
-    def _forward(self, frames: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        images = to_tensor(frames.to(self.device)).contiguous(memory_format=torch.channels_last)
-        logits, features = self._engine(images)
-        return logits.cpu().numpy(), features.cpu().numpy()
+    def _forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and features on the device: nothing waits for them before all batches are on their way."""
+        images = frames.to(self.device, non_blocking=True)
+        return self._engine(to_tensor(images).contiguous(memory_format=torch.channels_last))
 
     @staticmethod
     def calibrated(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import threading
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,9 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "bf16": 0.1}
 """Largest difference from the network itself, run in the same precision, that a graph may show on noise: of a logit or
 feature, as a share of the largest one if that is above 1."""
+# Runs of a shape before it is captured: torch compiles and chooses kernels in the first ones. Each graph holds the
+# memory of its feature maps.
+_BEFORE_CAPTURE, _MOST_CAPTURED = 3, 4
 CPU_FLAGS = Path("/proc/cpuinfo")
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 
@@ -71,13 +76,26 @@ def make_engine(
     example = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     example = example.contiguous(memory_format=torch.channels_last)
     run = _frozen(module, example) if name == "frozen" else _onnx(module, example)
-    with torch.inference_mode():
-        outputs = zip(run(example), module(example), strict=True)
-        worst = max(float((got - own).abs().max() / own.abs().max().clamp(min=1)) for got, own in outputs)
+    if device.type == "cuda":
+        run = Captured(run)
+    try:
+        worst = _difference(run, module, example)
+    except RuntimeError as error:  # of a GPU that cannot capture it
+        _log.warning("engine %s fails on this machine; eager is used instead: %s", name, error)
+        return eager
     if not worst <= TOLERANCE[precision]:
         _log.warning("engine %s differs by %.1e from the network on this machine; eager is used instead", name, worst)
         return eager
     return Engine(f"{name} {precision}", run)
+
+
+@torch.inference_mode()
+def _difference(run: Run, module: nn.Module, example: Tensor) -> float:
+    """Return by how much `run`, once it is captured, differs from `module`: see TOLERANCE."""
+    for _ in range(_BEFORE_CAPTURE if example.device.type == "cuda" else 0):
+        run(example)
+    outputs = zip(run(example), module(example), strict=True)
+    return max(float((got - own).abs().max() / own.abs().max().clamp(min=1)) for got, own in outputs)
 
 
 def require_bf16(name: EngineName, device: torch.device) -> None:
@@ -131,6 +149,41 @@ def _frozen(module: _WithSummary, example: Tensor) -> Run:
         graph.load_state_dict(module.state_dict())
         run: Run = torch.jit.freeze(graph.eval())
     return run
+
+
+class Captured:
+    """A graph whose kernels are launched together on a GPU: captured for each shape that comes often, then replayed.
+
+    To launch them one by one takes a CPU longer than a GPU takes to compute a small network.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Capture `run`, which must be ready to be captured once it has run a few times."""
+        self._run = run
+        self._seen: Counter[torch.Size] = Counter()
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `run` returns."""
+        shape = images.shape
+        with self._lock:  # a graph has its input and its outputs always at the same place
+            self._seen[shape] += 1
+            if shape not in self._graphs:
+                if self._seen[shape] <= _BEFORE_CAPTURE or len(self._graphs) == _MOST_CAPTURED:
+                    return self._run(images)
+                self._graphs[shape] = self._capture(images)
+            graph, given, (logits, features) = self._graphs[shape]
+            given.copy_(images)
+            graph.replay()
+            return logits.clone(), features.clone()
+
+    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]:
+        graph, given = torch.cuda.CUDAGraph(), images.clone()
+        # Other threads may copy or take memory meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = self._run(given)
+        return graph, given, outputs
 
 
 _traces: dict[tuple[str, torch.Size, torch.device], bytes] = {}

@@ -7,12 +7,9 @@ import io
 import itertools
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +18,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from PIL import Image
 
 from btray import phantoms, storage
 from btray.bulk import runs
 from btray.bulk.classify import ClassifyJob, classify
-from btray.bulk.classify_worker import pieces_of
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.pipeline import process_parts
+from btray.bulk.scan_reader import pieces_of
 from btray.bulk.table import KEY
-from btray.bulk.worker import PartActor
+from btray.bulk.worker import PartActor, ReadActor
+from btray.core import cluster
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.frames import Rejection
 from btray.data.preprocess import make_frame
@@ -40,22 +39,18 @@ from btray.results import current
 from btray.storage import FileInfo, lease
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import (
-    QUICK_LEASE,
-    actors,
+    classify_killed_thrice,
     job,
     keys_of,
     mixed_objects,
     part_classifier,
-    part_files,
     plain_rows,
     report_of,
-    start,
     write_inventory,
     write_objects,
 )
 from tests.helpers.scan_corpus import bad_scans, good_scans
 from tests.helpers.tiny_bundle import PREPROCESS, saved_bundle
-from tools.processes import until
 
 pytestmark = pytest.mark.cluster
 
@@ -71,7 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def archive(s3: Any) -> str:
     """A bucket with a bad object of every kind among good ones."""
     s3.make_bucket("test-classify")
-    write_objects("s3://test-classify/scans", mixed_objects(300))
+    write_objects("s3://test-classify/scans", mixed_objects(600))
     return "s3://test-classify/scans"
 
 
@@ -103,22 +98,12 @@ def assert_equal_to_the_classifier(rows: pa.Table, model: str) -> None:
 def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classifiers(
     ray_session: None, model: str, archive: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
     output = "s3://test-classify/killed"
-    config = job(model, archive, output, actors=2)
-    chance = random.Random(5)
-    for victims in ("worker", "driver", "driver"):
-        before = len(part_files(output))
-        driver = start(config)
-        until(lambda: len(part_files(output)) > before or not driver.is_alive())  # noqa: B023
-        time.sleep(chance.random())
+
+    def look() -> None:
         assert not {key for key, count in Counter(keys_of(plain_rows(output))).items() if count > 1}
-        if victims == "worker":
-            os.kill(chance.choice(until(actors)), signal.SIGKILL)
-            time.sleep(chance.random())
-        driver.kill()
-        driver.join()
-    classify(config)
+
+    classify_killed_thrice(monkeypatch, job(model, archive, output, actors=2), look)
     rows = plain_rows(output)
     listed = {info.uri for info in storage.list_files(archive)}
     assert {uri for uri, _ in keys_of(rows)} == listed
@@ -126,7 +111,7 @@ def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classif
     assert len(rows) == len(listed) + 2  # pages.tif has three
     assert_equal_to_the_classifier(rows, model)
     report = report_of(output)
-    assert report["objects"] + report["unchanged"] == len(listed)  # a driver may have ended before it was killed
+    assert (report["objects"], report["unchanged"]) == (len(listed), 0)
     rejected = Counter(code for code in rows["error_code"].to_pylist() if code is not None)
     assert rejected == Counter(code for _, code in bad_scans().values())
     assert not [name for name in storage.list_names(f"{output}/_runs/{report['model_id']}") if "worklist" in name]
@@ -267,10 +252,12 @@ def test_wrong_use_is_refused_before_anything_is_written(model: str, tmp_path: P
 def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_there(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request: dict[str, Any] = {}
-    parts = SimpleNamespace(map_batches=lambda actor, **how: request.update(how))
+    requests: dict[type, dict[str, Any]] = {}
+    parts = SimpleNamespace()
+    parts.map_batches = lambda actor, **how: (requests.update({actor: how}), parts)[1]
     monkeypatch.setattr("btray.bulk.pipeline.ray.data.read_datasource", lambda *_, **__: parts)
-    monkeypatch.setattr("btray.bulk.pipeline.cpus", lambda: 8.0)
+    monkeypatch.setattr("btray.bulk.pipeline.cpus", lambda: 32.0)
+    monkeypatch.setattr("btray.bulk.pipeline.gpus", lambda: 2)
     monkeypatch.setattr("btray.bulk.pipeline.require_gpus", lambda: 2)
     monkeypatch.setattr("btray.bulk.pipeline.started_ray_here", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -280,40 +267,74 @@ def test_actors_use_the_gpus_that_they_asked_for_and_none_that_happens_to_be_the
         Classifier, "load", lambda *model, device, **how: (devices.append(device), load(*model, device="cpu", **how))[1]
     )
     run = runs.Run(run_id="r", group="m", parts="p", output="out", request={})
-    for changes, device, actors_of, share in (
-        ({}, "cpu", (8, 8), None),
-        ({"actors": 3}, "cpu", (3, 3), None),
-        ({"use_gpu": True}, "cuda", (2, 2), 1.0),
-        ({"use_gpu": True, "gpu_share": 0.5}, "cuda", (4, 4), 0.5),
+    for changes, device, actors_of, share, readers in (
+        ({}, "cpu", 32, None, None),
+        ({"actors": 3}, "cpu", 3, None, None),
+        ({"pipeline": "two"}, "cpu", 16, None, 16),
+        ({"pipeline": "two", "actors": 3}, "cpu", 3, None, 29),
+        ({"use_gpu": True}, "cuda", 4, 0.5, 28),
+        ({"use_gpu": True, "gpu_share": 1.0}, "cuda", 2, 1.0, 30),
+        ({"use_gpu": True, "pipeline": "one", "gpu_share": 0.25}, "cuda", 8, 0.25, None),
     ):
+        requests.clear()
         config = ClassifyConfig(model=model, input=str(tmp_path), output="out", **changes)
         archive_job = ClassifyJob(config)
-        process_parts(archive_job.processor(), run, actors=config.actors, patience=1, gpu_share=archive_job.gpu_share)
+        process_parts(
+            archive_job.processor(),
+            run,
+            actors=config.actors,
+            patience=1,
+            gpu_share=archive_job.gpu_share(),
+            make_reader=archive_job.reader(),
+        )
+        request = requests.pop(PartActor)
         pool = request["compute"]
-        assert ((pool.initial_size, pool.max_size), request["num_gpus"]) == (actors_of, share)
+        assert (pool.initial_size, pool.max_size, request["num_gpus"]) == (actors_of, actors_of, share), changes
+        assert (requests.pop(ReadActor)["compute"].max_size if readers else None) == readers, changes
+        assert not requests
         part_classifier(monkeypatch, model, **changes)
         assert devices.pop() == device
     with pytest.raises(ValueError, match="onnx runs on a CPU: leave out --use-gpu"):
         ClassifyConfig(model=model, input="in", output="out", use_gpu=True, engine="onnx")
 
 
+@pytest.mark.parametrize("make_reader", [None, lambda run: None])
 def test_actors_with_gpus_are_a_pipeline_that_ray_accepts(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_reader: Any
 ) -> None:
     monkeypatch.setattr("btray.bulk.pipeline.require_gpus", lambda: 1)
     run = runs.Run(run_id="r", group="m", parts="p", output=str(tmp_path), request={})
-    dataset = process_parts(lambda run, cpus: None, run, actors=2, patience=1, gpu_share=0.5)  # type: ignore[arg-type, return-value]
+    dataset = process_parts(
+        lambda run, cpus: None,  # type: ignore[arg-type, return-value]
+        run,
+        actors=2,
+        patience=1,
+        gpu_share=0.5,
+        make_reader=make_reader,
+    )
     assert PartActor.__name__ in str(dataset)
+
+
+def test_an_actor_may_use_its_share_of_the_cpus_of_its_own_node(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [{"NodeID": "other", "Resources": {"CPU": 64.0}}, {"NodeID": here, "Resources": {"CPU": 16.0, "GPU": 2.0}}]
+    monkeypatch.setattr("btray.core.cluster.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("btray.core.cluster.cpus", lambda: 80.0)
+    assert [cluster.own_cpus(4, share) for share in (1.0, 0.5, 0.01)] == [8, 4, 1]
+    assert [cluster.own_cpus(workers) for workers in (1, 10, 80, 200)] == [16, 8, 1, 1]
 
 
 @pytest.mark.parametrize("cpus", [1, 3])
 def test_scans_of_many_pages_take_the_memory_of_a_few_and_give_the_rows_of_all(
     model: str, monkeypatch: pytest.MonkeyPatch, cpus: int
 ) -> None:
-    monkeypatch.setattr("btray.bulk.classify_worker._SMALL", 8 * PREPROCESS.size**2)
-    monkeypatch.setattr("btray.bulk.classify_worker._FRAMES", 20)
+    monkeypatch.setattr("btray.bulk.scan_reader._SMALL", 8 * PREPROCESS.size**2)
+    monkeypatch.setattr("btray.bulk.scan_reader._FRAMES", 20)
     worker = part_classifier(monkeypatch, model, cpus=cpus)
-    assert worker.most_frames == 2 * worker.classifier.batch_size == 32
+    most = worker.scans.most_frames
+    assert most == 2 * worker.classifier.batch_size == 32
     pages = [Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 20), np.uint8)) for seed in range(40)]
     body = io.BytesIO()
     pages[0].save(body, "TIFF", save_all=True, append_images=pages[1:])
@@ -325,17 +346,18 @@ def test_scans_of_many_pages_take_the_memory_of_a_few_and_give_the_rows_of_all(
     made = itertools.count()
     monkeypatch.setattr("btray.data.frames.make_frame", lambda *given: (next(made), make_frame(*given))[1])
     used = 0
-    for number, pieces in enumerate(
-        pieces_of(worker.decode(objects), worker.classifier.source, most=worker.most_frames)
-    ):
+    decoded = enumerate(worker.scans.decode(objects))
+    for number, pieces in enumerate(pieces_of(decoded, worker.classifier.source, most=most)):
         some = sum(0 if isinstance(piece.frames, Rejection) else len(piece.frames) for piece in pieces)
         used += some
-        assert some <= worker.most_frames
+        assert some <= most
         # what stood between the two looks at the counter was counted by them
         assert next(made) - number - used <= 8 * (2 * cpus + 1), "frames are made long before they are used"
     assert used == sum(said.status == "ok" for said in expected)
 
-    rows = worker.rows(batch, objects, defaultdict(float))
+    monkeypatch.setattr("btray.bulk.worker.read_many", lambda uris, **_: [objects[int(uri)] for uri in uris])
+    seconds: defaultdict[str, float] = defaultdict(float)
+    rows = [row for lot in worker.lots(batch, seconds) for row in worker.rows(batch, lot, seconds)]
     assert [(row["uri"], row["frame"], row["status"], row["error_code"], row["label"]) for row in rows] == [
         (str(said.index), said.frame, said.status, said.error_code, said.label) for said in expected
     ]

@@ -159,7 +159,7 @@ def killed(*arguments: Any) -> None:
 def test_no_file_of_a_run_looks_like_one_of_the_table(tmp_path: Path) -> None:
     run, _ = begin(str(tmp_path), "m", {"input": "a"})
     WorklistWriter(run.worklist).add(objects(1024))
-    runs.note_attempt(run, "00000-000", "s3://b/0")
+    runs.note_attempt(run, "00000-000", "s3://b/0", actor="PartActor")
     assert list(tmp_path.rglob("*.segment"))
     assert not list(tmp_path.rglob("*.parquet")), "DuckDB and Polars do not skip folders that begin with _"
 
@@ -193,10 +193,10 @@ def test_a_part_that_kills_its_workers_ends_the_run_with_its_name(place: str, mo
     with monkeypatch.context() as patch:
         patch.setattr(storage, "list_names", None)  # a listing for each part would be work without bound
         for _ in range(5):
-            runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
-        runs.note_attempt(run, "00000-004", "s3://b/other.jpg")
+            runs.note_attempt(run, "00000-003", "s3://b/poison.jpg", actor="PartActor")
+        runs.note_attempt(run, "00000-004", "s3://b/other.jpg", actor="PartActor")
         with pytest.raises(Failed, match=r"00000-003 .*s3://b/poison.jpg.*--exclude"):
-            runs.note_attempt(run, "00000-003", "s3://b/poison.jpg")
+            runs.note_attempt(run, "00000-003", "s3://b/poison.jpg", actor="PartActor")
     assert worklist.sealed_shards(run.worklist) == ([], False)
     runs.finish(run, run_report())
     assert storage.list_names(run.worklist, missing_ok=True) == []

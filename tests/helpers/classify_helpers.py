@@ -6,9 +6,13 @@ import gzip
 import io
 import multiprocessing
 import os
+import random
+import signal
+import time
 from collections.abc import Callable
 from datetime import datetime
 from multiprocessing.process import BaseProcess
+from threading import Lock
 from typing import Any
 from urllib.parse import quote_plus
 
@@ -26,11 +30,11 @@ from btray.bulk.driver import ArchiveJob
 from btray.bulk.listing import Listing
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import RUN, Run
-from btray.bulk.worker import PartActor, objects_of
+from btray.bulk.worker import PartActor, ReadActor
 from btray.model.bundle import load_bundle
 from btray.storage import lease
 from tests.helpers.scan_corpus import bad_scans, good_scans
-from tools.processes import named
+from tools.processes import named, until
 
 Contents = dict[str, bytes]
 
@@ -140,43 +144,78 @@ def part_classifier(patch: pytest.MonkeyPatch, model: str, *, cpus: int = 1, **c
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Let jobs work on their parts in this process, one after the other: all of a run but what Ray does."""
 
+    def bare(kind: type, run: Run, **attributes: Any) -> Any:
+        actor = kind.__new__(kind)
+        vars(actor).update(run=run, _patience=1.0, _died_before=False, **attributes)
+        return actor
+
     def process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
         listing.join()
-        make = job.processor()
-        actor = PartActor.__new__(PartActor)
-        actor.run, actor.processor = run, make(run, 1)
-        for batch in worklist.read_parts(run.worklist):
-            (part,) = batch.to_pylist()
-            tally = actor._part(run.part_uri(part["part"]), objects_of(part))
-            totals.add(part["part"], tally.model_dump_json())
+        writer, make_reader = bare(PartActor, run, processor=job.processor()(run, 1)), job.reader()
+        reader = make_reader and bare(ReadActor, run, reader=make_reader(run), _decoding=Lock())
+        for parts in worklist.read_parts(run.worklist):
+            for row in writer(reader(parts) if reader else parts).to_pylist():
+                totals.add(row["part"], row["tally"])
 
     patch.setattr("btray.bulk.driver._process", process)
-    patch.setattr("btray.bulk.classify_worker.logs.begin_in_worker", lambda *_, **__: None)
+    for module in ("btray.bulk.classify_worker.logs", "btray.core.logs"):
+        patch.setattr(f"{module}.begin_in_worker", lambda *_, **__: None)
 
 
 # ---- killing
 
 
-def start(config: ClassifyConfig, *, address: str | None = None) -> BaseProcess:
-    """The job as a driver of its own, on the test's Ray cluster or that at `address`."""
-    address = address or ray.get_runtime_context().gcs_address
+def start(config: ClassifyConfig, *, address: str | None = None, uses_ray: bool = True) -> BaseProcess:
+    """The job as a driver of its own, on the test's Ray cluster or that at `address`, or `without_ray`."""
+    if uses_ray:
+        address = address or ray.get_runtime_context().gcs_address
     process = _forks.Process(target=_drive, args=(config.model_dump(), address, dict(os.environ)))
     process.start()
     return process
 
 
-def _drive(config: dict[str, Any], address: str, environment: dict[str, str]) -> None:
+def _drive(config: dict[str, Any], address: str | None, environment: dict[str, str]) -> None:
     from btray.bulk.classify import classify
 
-    os.environ.update(environment | {"RAY_ADDRESS": address})
+    os.environ.update(environment | ({"RAY_ADDRESS": address} if address else {}))
+    if address is None:
+        without_ray(pytest.MonkeyPatch())
     lease.HEARTBEAT, lease.EXPIRY = QUICK_LEASE
     storage.reconnect()
     classify(ClassifyConfig(**config))
 
 
-def actors() -> list[int]:
-    """Process ids of the actors of this test's own cluster that classify."""
-    return named(b"PartActor", os.getpid())
+def classify_killed_thrice(
+    patch: pytest.MonkeyPatch, config: ClassifyConfig, look: Callable[[], None] = lambda: None, *, uses_ray: bool = True
+) -> None:
+    """Run the job to its end in this process after three drivers were killed, the first just after an actor of its own.
+
+    Each is killed when it has written a part, or some moments later; what readers see just before is `look`'s to check.
+    """
+    from btray.bulk.classify import classify
+
+    patch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
+    chance = random.Random(5)
+    for number in range(3):
+        before = len(part_files(config.output))
+        driver = start(config, uses_ray=uses_ray)
+        until(lambda: len(part_files(config.output)) > before or not driver.is_alive(), "a part")  # noqa: B023
+        time.sleep(chance.random() / 5)
+        look()
+        assert driver.is_alive(), "it ended before it could be killed: give it more to do"
+        if uses_ray and number == 0:
+            os.kill(chance.choice(until(actors)), signal.SIGKILL)
+            time.sleep(chance.random() / 5)
+        driver.kill()
+        driver.join()
+    if not uses_ray:
+        without_ray(patch)
+    classify(config)
+
+
+def actors(kind: str = "PartActor") -> list[int]:
+    """Process ids of the actors of this test's own cluster that classify, or of those that only read."""
+    return named(kind.encode(), os.getpid())
 
 
 def part_files(output: str) -> list[str]:

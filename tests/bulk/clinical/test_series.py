@@ -156,8 +156,8 @@ def archive(folder: Path) -> list[FileInfo]:
 
 
 def classified(processor: PartClassifier, objects: list[FileInfo]) -> dict[str, dict[str, Any]]:
-    chosen, rows = processor.choose(objects, defaultdict(float))
-    rows += processor.rows(chosen, [storage.read_bytes(info.uri) for info in chosen], defaultdict(float))
+    seconds: defaultdict[str, float] = defaultdict(float)
+    rows = [row for lot in processor.lots(objects, seconds) for row in processor.rows(objects, lot, seconds)]
     return {storage.name(row["uri"]): row for row in rows}
 
 

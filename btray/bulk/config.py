@@ -10,7 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from btray.bulk.clinical.series import SeriesFilter
 from btray.core.config import JobConfig, Positive, Probability
+from btray.core.errors import UserError
 from btray.core.uris import Uri, resolved
+from btray.data.config import PreprocessConfig
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
 
@@ -105,13 +107,14 @@ classify and write (two); auto: two with --use-gpu, so that no GPU waits."""
 
     def check(self) -> None:
         """As for all archives; and refuse a bundle that is not there, or a key that cannot be used."""
-        require_bundle(self.model)
-        super().check()
-        if self.studies is not None and not self.dry_run:
-            from btray import storage
+        from btray import storage
 
-            if not storage.is_remote(self.studies):
-                storage.require_writable(self.studies, "--studies")
+        require_bundle(self.model)
+        if self.pseudonymize is not None and not storage.may_exist(self.input):
+            raise UserError("--input: nothing is there; check the spelling")  # its name may be that of a patient
+        super().check()
+        if self.studies is not None and not self.dry_run and not storage.is_remote(self.studies):
+            storage.require_writable(self.studies, "--studies")
         if self.pseudonymize is not None:
             from btray.bulk.clinical.pseudonyms import Pseudonyms
 
@@ -165,6 +168,29 @@ class PackConfig(ArchiveConfig):
 
     Run again it packs what is new or changed. Exit code 0 if every object was read, whatever it holds.
     """
+
+    frames: bool = False
+    """Pack the frames that the network sees instead of the files: train, evaluate and classify with the same \
+    preprocessing need not decode anything then."""
+    model: Model | None = None
+    """With --frames: model bundle whose preprocessing makes them."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    """With --frames: preprocessing, if no --model is given."""
+
+    def check(self) -> None:
+        """As for all archives; and refuse a bundle that is not there."""
+        super().check()
+        if self.model is not None:
+            require_bundle(self.model)
+
+    @model_validator(mode="after")
+    def _one_preprocessing(self) -> Self:
+        given = self.preprocess != PreprocessConfig()
+        if (given or self.model) and not self.frames:
+            raise ValueError("--model and --preprocess say how frames are made: add --frames, or leave them out")
+        if given and self.model:
+            raise ValueError("give --model or --preprocess, not both")
+        return self
 
 
 class EraseConfig(JobConfig):

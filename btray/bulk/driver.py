@@ -33,6 +33,7 @@ from btray.bulk.runs import Run
 from btray.core import logs, metrics
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
+from btray.data.config import PreprocessConfig
 from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected, require_found
 from btray.storage import FileInfo, lease
@@ -52,6 +53,8 @@ class ArchiveJob(ABC):
     """Of the job, in the names of its metrics."""
     schema: pa.Schema
     """Of its files."""
+    preprocess: PreprocessConfig | None = None
+    """If frames that are made so will do for files, in a pack; None: the job needs the files."""
     choices: frozenset[str] = frozenset()
     """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
@@ -78,6 +81,10 @@ class ArchiveJob(ABC):
     def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
         """Return the listed objects by the names that they have in all that is written."""
         return listed
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as they are written."""
+        return self.config.model_dump(mode="json")
 
     @abstractmethod
     def folder(self, run_date: str) -> str:
@@ -120,7 +127,7 @@ def run_archive(job: ArchiveJob) -> str:
     config = job.config
     with _readable_errors():
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
-        listed = job.named(list_archive(config.input, selection, patience=config.patience))
+        listed = job.named(list_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess))
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
@@ -130,7 +137,7 @@ def run_archive(job: ArchiveJob) -> str:
             job.begin()
             report = _run(job, listed, ErasedObjects(job.output), check)
     if not (report.unchanged or report.erased):
-        require_found(report.rejected_by_code, report.objects, config.input)
+        require_found(report.rejected_by_code, report.objects, report.config["input"])
     if config.max_rejected is not None:
         rejected = {code: count for code, count in report.rejected_by_code.items() if code != "not_selected"}
         enforce_max_rejected(rejected, report.objects, config.max_rejected)
@@ -177,8 +184,8 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, che
     config = job.config
     started = datetime.now(UTC)
     totals = job.totals()
-    selected = config.model_dump(mode="json", include={"include", "exclude", "since", "limit", *job.choices})
-    request = {"input": config.input} | selected
+    settings = job.settings()
+    request = {name: settings[name] for name in ("input", "include", "exclude", "since", "limit", *sorted(job.choices))}
     with storage.retry_timeout(config.patience), tempfile.TemporaryDirectory() as scratch:
         run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
         logs.bind(run_id=run.run_id)
@@ -211,7 +218,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, che
             started_at=started.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             resumed=resumed,
-            config=config.model_dump(mode="json"),
+            config=settings,
         )
         try:
             report = job.conclude(run, report)

@@ -8,6 +8,7 @@ torch, so that whatever reads or describes predictions starts quickly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
@@ -111,6 +112,7 @@ _FORMS: dict[Any, _Form] = {
     str: _Form(pa.string(), "BYTES", np.str_, ""),
     float: _Form(pa.float32(), "FP32", np.float32, -1.0),
     bool: _Form(pa.bool_(), "BOOL", np.bool_, False),
+    bool | None: _Form(pa.bool_(), "BYTES", np.str_, ""),  # true, false or empty: unknown is not false
     dict[str, float]: _Form(pa.map_(pa.string(), pa.float32()), "FP32", np.float32),  # [n, classes]
     tuple[str, ...]: _Form(pa.list_(pa.string()), "BOOL", np.bool_),  # [n, classes]: whether the label is in the set
 }
@@ -122,12 +124,16 @@ COLUMNS = ("frame", "status", "error_code", "error", "retryable", *ANSWER, *SLIC
 _ALWAYS, _REASON = ("frame", "status", "model_id"), ("error_code", "error")
 ADDED = ("label_set", *(name for name in SLICE if name not in UIDS), "engine")
 """Columns that the first results tables lack: they stand at the end, and are null in older files."""
+OUTPUTS = (*ANSWER, "error_code", *SLICE)
+"""Fields that are outputs of the Open Inference Protocol."""
 
 
 def _form(name: str) -> _Form:
     hint = _HINTS[name]
     kind = hint if hint in _FORMS else get_args(hint)[0]
-    return _FORMS[str if get_origin(kind) is Literal else kind]
+    form = _FORMS[str if get_origin(kind) is Literal else kind]
+    # a position may well be -1 mm; JSON has null for NaN
+    return form._replace(absent=math.nan) if kind is float and name in SLICE else form
 
 
 # ---- the results table
@@ -184,8 +190,7 @@ def answer_model_fields() -> dict[str, Any]:
 def output_specs(classes: Sequence[str]) -> list[tuple[str, str, list[int]]]:
     """Return name, datatype and shape of each output; -1 stands for the number of images."""
     return [
-        (name, _form(name).datatype, [-1] if _form(name).absent is not None else [-1, len(classes)])
-        for name in (*ANSWER, "error_code")
+        (name, _form(name).datatype, [-1] if _form(name).absent is not None else [-1, len(classes)]) for name in OUTPUTS
     ]
 
 
@@ -197,11 +202,13 @@ def output_arrays(predictions: Sequence[Prediction], classes: Sequence[str]) -> 
             return [value.get(label, 0.0) for label in classes]
         if isinstance(value, tuple):
             return [label in value for label in classes]
-        return absent if value is None else value
+        if value is None:
+            return absent
+        return _csv_text(value) if absent == "" else value
 
     return {
         name: np.array([cells(getattr(p, name), _form(name).absent) for p in predictions], _form(name).element)
-        for name in (*ANSWER, "error_code")
+        for name in OUTPUTS
     }
 
 

@@ -19,19 +19,15 @@ from starlette.responses import PlainTextResponse, Response
 
 from btray.serving import openapi
 from btray.serving.classify_api import classify_routes
-from btray.serving.gate import CLIENT_CLOSED, Gate
+from btray.serving.gate import CLIENT_CLOSED, PAGE, Gate
 from btray.serving.metrics import exported_pages, merged
 from btray.serving.oip import protocol_routes
 from btray.serving.oip_codec import InferBody
 from btray.serving.problems import Problem, ProblemAnswer, problem_of, problem_responses
 from btray.serving.service import Service
+from btray.serving.studies_api import StudiesRequest, studies_routes
 from btray.serving.uploads import ClassifyRequest
 
-_PAGE: Final = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
 _ERRORS: Final = (Problem, HTTPException, RequestValidationError, ClientDisconnect, Exception)
 
 
@@ -45,7 +41,7 @@ def build_app(service: Service) -> Gate:
         redoc_url=None,
         exception_handlers={**dict.fromkeys(_ERRORS, _answer_error), 404: _answer_no_route},
     )
-    for path, (name, kind) in _PAGE.items():
+    for path, (name, kind) in PAGE.items():
         content = resources.files("btray").joinpath("serving/static", name).read_bytes()
         app.add_api_route(path, partial(_send, content, kind), include_in_schema=False)
 
@@ -72,8 +68,9 @@ def build_app(service: Service) -> Gate:
         return Response(merged(pages), media_type="text/plain; version=0.0.4")
 
     app.include_router(classify_routes(service))
+    app.include_router(studies_routes(service))
     app.include_router(protocol_routes(service))
-    openapi.define(app, ProblemAnswer, ClassifyRequest, InferBody)
+    openapi.define(app, ProblemAnswer, ClassifyRequest, StudiesRequest, InferBody)
     template = resources.files("btray").joinpath("serving/static/docs.html").read_text(encoding="utf-8")
     docs = jinja2.Template(template, autoescape=True).render(api=app.openapi()).encode()
     app.add_api_route("/docs", partial(_send, docs, "text/html"), include_in_schema=False)

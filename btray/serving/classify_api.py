@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Query, Request
-from pydantic import create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.responses import Response
 
 from btray.core.notice import NOTICE
@@ -64,6 +65,25 @@ class ClassifyAnswer(Answer):
     """What the answers must not be used for."""
     results: list[ImageAnswer]  # type: ignore[valid-type]
     """One for each frame of each image, in their order."""
+    next_frame: int | None = None
+    """With first_frame, if the image has more frames: the first_frame of the request for them."""
+
+
+class ClassifyOptions(BaseModel):
+    """What a caller asks for beside the answers."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+
+    explain: bool = False
+    """Add Grad-CAM pictures of what spoke for each label."""
+    top_k: Annotated[int | None, Field(ge=1, le=1000)] = None
+    """Most probabilities of each answer."""
+    each: bool = False
+    """Give a single image that cannot be used a status too, as one among several has, instead of an error."""
+    first_frame: Annotated[int | None, Field(ge=0)] = None
+    """Answer for a part of a single image of many frames: from this one on, as many as limits.max_images."""
+    model_id: str | None = None
+    """Answer with this model, as other requests for the same study were answered; 404 if it is not served."""
 
 
 class ModelAnswer(ModelFacts):
@@ -112,20 +132,17 @@ def classify_routes(service: Service) -> APIRouter:
         response_model=ClassifyAnswer,
         responses={
             200: {"content": {"application/json": {"example": _example()}}},
-            **problem_responses(400, 408, 413, 415, 422),
+            **problem_responses(400, 404, 408, 413, 415, 422),
         },
         openapi_extra=_BODY,
     )
-    async def classify_images(
-        request: Request,
-        explain: Annotated[bool, Query(description="Add Grad-CAM pictures of what spoke for each label.")] = False,
-        top_k: Annotated[int | None, Query(ge=1, le=1000, description="Most probabilities of each answer.")] = None,
-    ) -> Response:
+    async def classify_images(request: Request, options: Annotated[ClassifyOptions, Query()]) -> Response:
         split = service.split()
         body = await read_body(request, service.limits)
+        model = split.choose(options.model_id)
         async with service.in_time():
             uploads = await images_in(request.headers.get("content-type", ""), body, service.limits)
-            content = await classify(service, split.choose(), uploads, explain, top_k)
+            content = await classify(service, model, uploads, options)
         return Response(content.model_dump_json(exclude_unset=True), media_type="application/json")
 
     @routes.get("/v1/models", summary="The models that answer, and the outcome of the latest switch")
@@ -141,36 +158,71 @@ def classify_routes(service: Service) -> APIRouter:
 
 
 async def classify(
-    service: Service, model: ServedModel, uploads: Sequence[Upload], explain: bool, top_k: int | None
+    service: Service, model: ServedModel, uploads: Sequence[Upload], options: ClassifyOptions
 ) -> ClassifyAnswer:
     """Return the answer of /v1/classify. Raises Problem for a single image that cannot be used."""
+    first, most = options.first_frame, service.limits.max_images
+    if first is not None and len(uploads) > 1:
+        raise Problem(422, "invalid", f"first_frame is for one image, not for {len(uploads)}")
+    frames = 0
 
-    def require_explainable(images: list[DecodedImage]) -> list[DecodedImage]:
+    def choose_frames(images: list[DecodedImage]) -> list[DecodedImage]:
+        nonlocal frames
         frames = sum(len(image) for image in images if not isinstance(image, Rejection))
-        if explain and frames > service.limits.max_images:
-            detail = f"{frames} frames, above the {service.limits.max_images} explained: ask without explain"
+        if first is not None:
+            return [_part(image, first, most) for image in images]
+        if options.explain and frames > most:
+            detail = f"{frames} frames, above the {most} explained: ask without explain, or with first_frame"
             raise Problem(413, "too_many_explanations", detail)
         return images
 
-    images, predictions = await service.classify(model, [upload.data for upload in uploads], require_explainable)
-    if len(images) == 1 and isinstance(images[0], Rejection):
+    data = [upload.data for upload in uploads]
+    images, predictions = await service.classify(model, data, choose_frames, at_once=not first)
+    if len(images) == 1 and isinstance(images[0], Rejection) and not options.each:
         raise Problem.of_rejection(images[0].code, images[0].message)
-    results = [_image_answer(prediction, uploads[prediction.index], top_k) for prediction in predictions]
+    results = [_image_answer(p, uploads[p.index], options.top_k, first or 0) for p in predictions]
+    answer = ClassifyAnswer(model_id=model.model_id, notice=NOTICE, results=results)
+    if first is not None and first + most < frames:
+        answer.next_frame = first + most
+    if options.explain:
+        await _explain(service, model, images, predictions, results)
+    return answer
+
+
+def _part(image: DecodedImage, first: int, most: int) -> DecodedImage:
+    """Return the frames of an image from number `first` on, `most` at most. Raises Problem if there is none."""
+    if isinstance(image, Rejection):
+        return image
+    if first >= len(image):
+        raise Problem(422, "invalid", f"first_frame {first}: the image has {len(image)} frames")
+    return image.part(first, first + most)
+
+
+async def _explain(
+    service: Service,
+    model: ServedModel,
+    images: Sequence[DecodedImage],
+    predictions: Sequence[Prediction],
+    results: Sequence[_ImageAnswer],
+) -> None:
+    """Add pictures to the results of predictions, which are of `images`."""
     # no picture shows a frame with text in it, which may name the patient
     shown = zip(predictions, results, strict=True)
-    answers = [pair for pair in shown if explain and pair[0].label and not pair[0].burned_in]
-    if answers:
-        labels = [str(prediction.label) for prediction, _ in answers]
-        frames = [images[prediction.index][prediction.frame] for prediction, _ in answers]  # type: ignore[index]
-        heats = await model.explain(frames, labels)
-        drawing = [service.decoding(_explanation, *drawn) for drawn in zip(labels, frames, heats, strict=True)]
-        for (_, result), explanation in zip(answers, await asyncio.gather(*drawing), strict=True):
-            result.explanation = explanation
-    return ClassifyAnswer(model_id=model.model_id, notice=NOTICE, results=results)
+    answers = [pair for pair in shown if pair[0].label and not pair[0].burned_in]
+    if not answers:
+        return
+    labels = [str(prediction.label) for prediction, _ in answers]
+    frames = [images[prediction.index][prediction.frame] for prediction, _ in answers]  # type: ignore[index]
+    heats = await model.explain(frames, labels)
+    drawing = [service.decoding(_explanation, *drawn) for drawn in zip(labels, frames, heats, strict=True)]
+    for (_, result), explanation in zip(answers, await asyncio.gather(*drawing), strict=True):
+        result.explanation = explanation
 
 
-def _image_answer(prediction: Prediction, upload: Upload, top_k: int | None) -> _ImageAnswer:
-    fields = as_answer(prediction)
+def _image_answer(
+    prediction: Prediction, upload: Upload, top_k: int | None = None, first_frame: int = 0
+) -> _ImageAnswer:
+    fields = as_answer(replace(prediction, frame=first_frame + prediction.frame))
     if prediction.status == "ok":
         ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
         fields["probabilities"] = dict(ranked[:top_k])
@@ -184,7 +236,7 @@ def _example() -> dict[str, Any]:
     error = "no known image: it begins with text"
     bad = Prediction(index=1, status="rejected", error_code="not_an_image", error=error, model_id=model_id)
     named = ((good, "scan.jpg"), (bad, "notes.txt"))
-    results = [_image_answer(prediction, Upload(data=b"", name=name), None) for prediction, name in named]
+    results = [_image_answer(prediction, Upload(data=b"", name=name)) for prediction, name in named]
     answer = ClassifyAnswer(model_id=model_id, notice=NOTICE, results=results)
     return answer.model_dump(mode="json", exclude_unset=True)
 

@@ -23,9 +23,14 @@ from btray.serving.service import Service
 
 _log = logging.getLogger(__name__)
 
-OPEN_PATHS: Final = frozenset(
-    ("/", "/page.css", "/page.js", "/docs", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-)
+PAGE: Final = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    **{f"/{name}": (name, "text/javascript") for name in ("page.js", "api.js", "viewer.js", "studies.js")},
+}
+"""The page by path: its files, and what they are."""
+
+OPEN_PATHS: Final = frozenset((*PAGE, "/docs", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"))
 """Answered without a key: the pages, which hold no data, and the health of the service."""
 
 _SECURITY_HEADERS: Final = {

@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2, which clients of KServe and Triton speak: metadata, health and inference.
 
 The model takes `image` (BYTES [n], encoded images) or `pixels` (UINT8 or FP32 [n, height, width], gray), and gives one
-row per image: `label`, `probabilities`, and what tells how far to trust them.
+row per image: `label`, `probabilities`, what tells how far to trust them, and what a medical file says of its slice.
 """
 
 from __future__ import annotations

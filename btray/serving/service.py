@@ -56,13 +56,19 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.split().decoders, function, *arguments)
 
     async def classify(
-        self, model: ServedModel, images: Sequence[bytes], prepare: Callable[[list[DecodedImage]], list[DecodedImage]]
+        self,
+        model: ServedModel,
+        images: Sequence[bytes],
+        prepare: Callable[[list[DecodedImage]], list[DecodedImage]],
+        *,
+        at_once: bool = True,
     ) -> tuple[list[DecodedImage], list[Prediction]]:
         """Decode and classify encoded images. Raises Problem if they have more pages than one request may have.
 
-        `prepare` is given images of several frames before they are classified, and may refuse or replace them.
+        `prepare` is given the images before they are classified, and may refuse or replace them; with `at_once` not a
+        small one of a single frame.
         """
-        if len(images) == 1 and (answer := await model.at_once(images[0])):
+        if at_once and len(images) == 1 and (answer := await model.at_once(images[0])):
             frames, predictions = answer
             self.metrics.predictions(predictions)
             return [frames], predictions

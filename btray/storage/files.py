@@ -77,7 +77,7 @@ def list_files(uri: str) -> Iterator[FileInfo]:
     Left out: directory markers, and what is hidden below `uri` (`is_hidden`). Symbolic links are followed.
     What cannot be examined (a broken link, say) is listed with size 0 and an empty etag: reading it tells why. The etag
     is S3's without quotes; locally `SIZE-MTIME_NS`. A local name that is not UTF-8 is listed with backslash escapes and
-    a warning.
+    a warning that does not name it.
 
     Raises, when the first item is asked for or later:
         StorageError: not_found for a missing folder or bucket, forbidden for an unreadable (sub)folder, and so on.

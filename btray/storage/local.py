@@ -83,7 +83,8 @@ def _printable(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        _log.warning("the name %r is not UTF-8 and will be reported as not_found: rename the file.", path)
+        # without the name: a job may keep secret what its results call the file
+        _log.warning("the name of a file is not UTF-8: it will be reported as not_found; rename it")
         return os.fsencode(path).decode("utf-8", "backslashreplace")
     return path
 

@@ -85,13 +85,13 @@ class Browser:
         return result["result"].get("value")
 
     def give_files(self, selector: str, files: list[Path]) -> None:
-        """Choose files in a file input, as its dialog would."""
+        """Choose files, or a folder if it takes one, in a file input, as its dialog would."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def press(self, key: str, times: int = 1) -> None:
-        code = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36}[key]
+        code = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}[key]
         for _ in range(times):
             for kind in ("keyDown", "keyUp"):
                 text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
@@ -110,6 +110,14 @@ class Browser:
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(shot["data"]))
 
+    def answers(self) -> list[str]:
+        """Return the bodies of all answers that the network gave."""
+        self.run("0")
+        ended = [
+            event["params"]["requestId"] for event in self.events if event.get("method") == "Network.loadingFinished"
+        ]
+        return [self.send("Network.getResponseBody", requestId=request)["body"] for request in ended]
+
     def requested(self) -> set[str]:
         """Return every requested URL."""
         self.run("0")
@@ -125,3 +133,10 @@ class Browser:
         found = [event for event in self.events if event.get("method") == "Runtime.exceptionThrown"]
         logged = [event["params"]["entry"] for event in self.events if event.get("method") == "Log.entryAdded"]
         return [str(event) for event in found] + [entry["text"] for entry in logged if entry["level"] == "error"]
+
+
+def classified(browser: Browser) -> str:
+    """Return what btray's page says of the chosen scans, once it is done with them."""
+    return until(
+        lambda: (said := browser.run("document.getElementById('status').textContent")).endswith("ed.") and said
+    )

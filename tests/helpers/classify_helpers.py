@@ -6,6 +6,9 @@ import gzip
 import io
 import multiprocessing
 import os
+import random
+import signal
+import time
 from collections.abc import Callable
 from datetime import datetime
 from multiprocessing.process import BaseProcess
@@ -31,7 +34,7 @@ from btray.bulk.worker import PartActor, ReadActor
 from btray.model.bundle import load_bundle
 from btray.storage import lease
 from tests.helpers.scan_corpus import bad_scans, good_scans
-from tools.processes import named
+from tools.processes import named, until
 
 Contents = dict[str, bytes]
 
@@ -162,21 +165,52 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
 # ---- killing
 
 
-def start(config: ClassifyConfig, *, address: str | None = None) -> BaseProcess:
-    """The job as a driver of its own, on the test's Ray cluster or that at `address`."""
-    address = address or ray.get_runtime_context().gcs_address
+def start(config: ClassifyConfig, *, address: str | None = None, uses_ray: bool = True) -> BaseProcess:
+    """The job as a driver of its own, on the test's Ray cluster or that at `address`, or `without_ray`."""
+    if uses_ray:
+        address = address or ray.get_runtime_context().gcs_address
     process = _forks.Process(target=_drive, args=(config.model_dump(), address, dict(os.environ)))
     process.start()
     return process
 
 
-def _drive(config: dict[str, Any], address: str, environment: dict[str, str]) -> None:
+def _drive(config: dict[str, Any], address: str | None, environment: dict[str, str]) -> None:
     from btray.bulk.classify import classify
 
-    os.environ.update(environment | {"RAY_ADDRESS": address})
+    os.environ.update(environment | ({"RAY_ADDRESS": address} if address else {}))
+    if address is None:
+        without_ray(pytest.MonkeyPatch())
     lease.HEARTBEAT, lease.EXPIRY = QUICK_LEASE
     storage.reconnect()
     classify(ClassifyConfig(**config))
+
+
+def classify_killed_thrice(
+    patch: pytest.MonkeyPatch, config: ClassifyConfig, look: Callable[[], None] = lambda: None, *, uses_ray: bool = True
+) -> None:
+    """Run the job to its end in this process after three drivers were killed, the first just after an actor of its own.
+
+    Each is killed when it has written a part, or some moments later; what readers see just before is `look`'s to check.
+    """
+    from btray.bulk.classify import classify
+
+    patch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
+    chance = random.Random(5)
+    for number in range(3):
+        before = len(part_files(config.output))
+        driver = start(config, uses_ray=uses_ray)
+        until(lambda: len(part_files(config.output)) > before or not driver.is_alive(), "a part")  # noqa: B023
+        time.sleep(chance.random() / 5)
+        look()
+        assert driver.is_alive(), "it ended before it could be killed: give it more to do"
+        if uses_ray and number == 0:
+            os.kill(chance.choice(until(actors)), signal.SIGKILL)
+            time.sleep(chance.random() / 5)
+        driver.kill()
+        driver.join()
+    if not uses_ray:
+        without_ray(patch)
+    classify(config)
 
 
 def actors(kind: str = "PartActor") -> list[int]:

@@ -1,13 +1,12 @@
-"""The archive of a hospital: studies of DICOM files in folders that name patients, and what a job has written of it."""
+"""The archive of a hospital: studies of DICOM files in folders that name patients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from btray import phantoms
 from btray.data.scans import decode
@@ -17,6 +16,7 @@ ROOT = "1.2.826.0.1.3680043.10.543"
 """Of all UIDs here."""
 
 
+@functools.cache
 def pixels_of(seed: int) -> np.ndarray:
     return decode(phantoms.encoded_phantom("glioma", seed)).frames[0].astype(np.uint16) * 16
 
@@ -46,14 +46,3 @@ def write_archive(folder: Path, studies: int = 2) -> int:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return len(files)
-
-
-def written(*folders: str) -> Iterator[tuple[str, str]]:
-    """Yield what stands in every file below some folders, tables and worklists as they are read."""
-    for folder in folders:
-        for path in filter(Path.is_file, Path(folder).rglob("*")):
-            body = path.read_bytes()
-            yield (
-                str(path),
-                body.decode("latin-1") + (str(pq.read_table(path).to_pylist()) if body[:4] == b"PAR1" else ""),
-            )

@@ -22,7 +22,7 @@ from btray import cli
 from btray.bulk.table import SCHEMA, row_of
 from btray.data.fingerprint import NO_FINGERPRINT, unpack
 from btray.data.frames import Rejection
-from btray.data.scans import ScanRejected, SliceInfo
+from btray.data.scans import ScanRejected, SliceInfo, decode
 from btray.evaluation.job import predictions_csv
 from btray.evaluation.scoring import Scores
 from btray.model.bundle import Bundle, save_bundle
@@ -211,15 +211,45 @@ def test_the_service_answers_with_them_and_openapi_describes_them(
     assert set(bad) == set(example[1]) == {"index", "name", "frame", "status", "model_id", "error_code", "error"}
 
 
-def test_the_inference_protocol_gives_them_as_outputs(service: Running, bundle: Bundle, prediction: Prediction) -> None:
-    classes = bundle.manifest.classes
+def inferred(service: Running, *images: bytes, binary: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the outputs that the metadata describes, and those of an answer, by their names."""
     with triton.InferenceServerClient(service.url.removeprefix("http://")) as client:
         metadata = {entry["name"]: entry for entry in client.get_model_metadata("btray")["outputs"]}
-        tensor = triton.InferInput("image", [2], "BYTES")
-        tensor.set_data_from_numpy(np.array([SCANS[0], b"no image"], np.object_))
-        answer = client.infer("btray", [tensor])
-        given = {entry["name"]: answer.as_numpy(entry["name"]) for entry in answer.get_response()["outputs"]}
-    assert list(given) == list(metadata) == [*ANSWER, "error_code"]
+        tensor = triton.InferInput("image", [len(images)], "BYTES")
+        tensor.set_data_from_numpy(np.array(images, np.object_))
+        asked = None if binary else [triton.InferRequestedOutput(name, binary_data=False) for name in metadata]
+        answer = client.infer("btray", [tensor], outputs=asked)
+        return metadata, {entry["name"]: answer.as_numpy(entry["name"]) for entry in answer.get_response()["outputs"]}
+
+
+def texts(values: np.ndarray) -> list[str]:
+    return [value if isinstance(value, str) else value.decode() for value in values.tolist()]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_inference_protocol_gives_what_the_file_says(service: Running, binary: bool) -> None:
+    pixels = np.random.default_rng(5).integers(0, 4000, (60, 50)).astype(np.uint16)
+    dicom = slice_file(pixels, BurnedInAnnotation="YES", ImagePositionPatient=[0, 0, -1])
+    _, given = inferred(service, dicom, SCANS[0], dicom[:-100], binary=binary)
+    said = decode(dicom).slices
+    assert said is not None
+    assert texts(given["error_code"]) == ["", "", "truncated"]
+    for name in SLICE:
+        value = getattr(said[0], name)
+        assert value is not None, "a fact has no value to be shown"
+        if isinstance(value, float):
+            np.testing.assert_array_equal(given[name], np.array([value, np.nan, value], np.float32), name)
+        else:
+            text = "true" if value is True else value
+            assert texts(given[name]) == [text, "", text], name
+    burned = [slice_file(pixels, BurnedInAnnotation=said) for said in ("NO", None)]
+    assert texts(inferred(service, *burned, binary=binary)[1]["burned_in"]) == ["false", ""]
+
+
+def test_the_inference_protocol_gives_them_as_outputs(service: Running, bundle: Bundle, prediction: Prediction) -> None:
+    classes = bundle.manifest.classes
+    metadata, given = inferred(service, SCANS[0], b"no image")
+    assert list(given) == list(metadata) == [*ANSWER, "error_code", *SLICE]
     for name, values in given.items():
         shape = [2 if side == -1 else side for side in metadata[name]["shape"]]
         assert list(values.shape) == shape, name

@@ -25,6 +25,7 @@ from PIL import Image
 from btray import explain
 from btray.data.scans import ScanRejected, decode
 from btray.model.classifier import Classifier
+from btray.serving.gate import PAGE
 from tests.helpers.scan_corpus import bad_scans, good_scans
 from tests.helpers.serving_helpers import PNG, Running, bundle_at, problem, running, scan
 
@@ -215,7 +216,7 @@ def test_unknown_paths_and_methods_are_problems_too(service: Running) -> None:
 def test_head_is_answered_as_get_without_the_body(service: Running) -> None:
     routes = service.get("/openapi.json").json()["paths"]
     assert {"/healthz", "/readyz", "/metrics", "/v1/models", "/v2", "/v2/health/ready"} <= routes.keys()
-    for route in (*routes, "/", "/page.js", "/page.css", "/docs", "/openapi.json", "/v1/nothing"):
+    for route in (*routes, *PAGE, "/docs", "/openapi.json", "/v1/nothing"):
         path = route.replace("{name}", "btray").replace("{version}", service.served()[0])
         got, head = service.get(path), service.session.head(service.url + path, timeout=60)
         assert head.content == b""

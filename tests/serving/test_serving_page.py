@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,46 +14,18 @@ from PIL import Image
 from btray.model.manifest import Thresholds
 from btray.model.ood import Distribution
 from btray.serving.access import make_key, revoke_key
-from tests.helpers.browser import Browser, find_chromium
+from tests.helpers.browser import Browser, classified
 from tests.helpers.serving_helpers import Running, bundle_at, running, scan
 from tools.processes import until
 
-INSTALL_SECONDS = 240
 FEATURES = 32
 """Channels that `tiny_bundle.NETWORK` sums up: what its out-of-distribution score is made of."""
-
-
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """Debian's Chromium; installed here where that is possible, else the tests are skipped and say so."""
-    if find_chromium() is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-            command = ["timeout", str(INSTALL_SECONDS), "apt-get", "-qq", *words]
-            subprocess.run(command, env=quiet, capture_output=True, check=False)
-    found = find_chromium()
-    if found is None:
-        pytest.skip("CHROMIUM ABSENT: apt-get install chromium; that the page works is NOT shown here")
-    return found
 
 
 @pytest.fixture(scope="module")
 def service(model: str) -> Iterator[Running]:
     with running(model=model) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def window(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(chromium, tmp_path_factory.mktemp("chromium")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def browser(window: Browser) -> Browser:
-    window.resize(1100, 900)
-    window.events.clear()
-    return window
 
 
 @pytest.fixture
@@ -69,12 +38,6 @@ def files(tmp_path: Path) -> list[Path]:
     stack[0].save(file, "TIFF", save_all=True, append_images=stack[1:])
     pages.write_bytes(file.getvalue())
     return [good, bad, pages]
-
-
-def classified(browser: Browser) -> str:
-    return until(
-        lambda: (said := browser.run("document.getElementById('status').textContent")).endswith("ed.") and said
-    )
 
 
 def cards(browser: Browser) -> list[str]:
@@ -130,6 +93,8 @@ def test_keyboard_and_screen_reader_find_everything(service: Running, browser: B
     assert browser.run("document.activeElement.id") == "files"
     browser.give_files("#files", files[:2])
     classified(browser)
+    browser.press("Tab")
+    assert browser.run("document.activeElement.id") == "folder"
     browser.press("Tab")
     assert browser.run("document.activeElement.type") == "range"
     told = browser.accessible()
@@ -195,16 +160,20 @@ def test_doubts_and_honest_figures_are_shown(browser: Browser, files: list[Path]
         assert "The model abstains" in cards(browser)[0], "one doubt hides the other"
 
 
-def test_a_file_of_more_pages_than_are_explained_is_classified_without_pictures(
+def test_a_file_of_more_pages_than_one_request_explains_is_explained_in_parts(
     browser: Browser, files: list[Path], tmp_path: Path
 ) -> None:
     with running(model=bundle_at(tmp_path, "model"), limits={"max_images": 1}) as service:
         browser.open(service.url)
         wait_for_model(browser)
-        browser.give_files("#files", files[2:])
-        assert classified(browser) == "1 of 1 scan classified."
-        assert len(cards(browser)) == 2
-        assert all("No heat map" in card and "Calibrated" in card for card in cards(browser))
+        browser.give_files("#files", [files[0], files[2]])  # together they are refused
+        assert classified(browser) == "2 of 2 scans classified."
+        assert [card.splitlines()[0] for card in cards(browser)] == [
+            files[0].name,
+            "pages.tif, page 1",
+            "pages.tif, page 2",
+        ]
+        assert browser.run("[...document.querySelectorAll('.stack img')].map(image => image.naturalWidth)") == [48] * 6
 
 
 def test_a_service_with_keys_asks_for_one(browser: Browser, files: list[Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import hmac
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -72,6 +72,16 @@ class Pseudonyms:
         etag = self.name(info.etag) if len(info.etag) <= 64 and _UID.fullmatch(info.etag) else info.etag
         place = self._encrypt(json.dumps([info.place or info.uri, info.etag]).encode())
         return replace(info, uri=self.name(info.uri), etag=etag, place=place)
+
+    def conceal_all(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
+        """Yield listed objects under their pseudonyms; the errors of listing name and quote none of them either."""
+        try:
+            yield from map(self.conceal, listed)
+        except StorageError as error:
+            raise StorageError(error.code, self.name(error.uri)) from None
+        except UserError:
+            remedy = "to see why, which may name a patient, run --dry-run with another --output and no --pseudonymize"
+            raise UserError(f"--input cannot be used; {remedy}") from None
 
     def reveal(self, info: FileInfo) -> FileInfo:
         """Return an object of `conceal` by the URI that its bytes are read from, with its own etag."""

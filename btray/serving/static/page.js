@@ -1,56 +1,27 @@
 "use strict";
-// The page of a btray service: sends chosen scans to /v1/classify and shows what comes back. Text only ever becomes
-// text nodes; nothing of a file's name or an answer is read as HTML.
+// The page of a btray service: sends chosen scans to /v1/classify and shows what comes back, the slices of a series in
+// one viewer. Names of files stay on this machine.
 
-const AT_A_TIME = 2;
-const TRIES = 8;
-const byId = (id) => document.getElementById(id);
-const percent = (share) => (100 * share).toFixed(1) + " %";
-let key = "";
+import { Refused, ask, hasKey, useKey, whenKeyIsNeeded } from "./api.js";
+import { Study, grouped, studyOf } from "./studies.js";
+import { Viewer, byId, count, element, percent, refusal } from "./viewer.js";
 
-function element(tag, text, className) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
+const AT_A_TIME = 2; // requests
+const BATCH = { files: 16, bytes: 8e6 }; // of one request; where the service takes less, halves are sent
+const FEW = 8; // files, each with a card of its own if it cannot be classified
 
 function say(text) {
   byId("status").textContent = text;
 }
 
 // The field is shown and focused at once, and what is wrong is announced: also after a key that is not known.
-function askForKey() {
+whenKeyIsNeeded(() => {
   const field = byId("key");
   byId("key-form").hidden = false;
-  field.setAttribute("aria-invalid", String(key !== ""));
-  say(key ? "The service does not know this key." : "This service asks for an API key.");
+  field.setAttribute("aria-invalid", String(hasKey()));
+  say(hasKey() ? "The service does not know this key." : "This service asks for an API key.");
   if (document.activeElement !== field) field.focus();
-}
-
-class Refused extends Error {
-  constructor(code, detail) {
-    super(detail);
-    this.code = code;
-  }
-}
-
-// The answer as JSON; waits while the service is busy, and asks for a key if it needs one.
-async function ask(path, options = {}) {
-  for (let tries = 1; ; tries++) {
-    const headers = key ? { Authorization: "Bearer " + key } : {};
-    const answer = await fetch(path, { ...options, headers });
-    if (answer.ok) return answer.json();
-    if (answer.status === 401) askForKey();
-    const pause = Number(answer.headers.get("Retry-After"));
-    if ((answer.status === 429 || answer.status === 503) && pause > 0 && tries < TRIES) {
-      await new Promise((resume) => setTimeout(resume, 1000 * Math.min(pause, 10)));
-      continue;
-    }
-    const problem = await answer.json().catch(() => ({}));
-    throw new Refused(problem.code || "error", problem.detail || "the service answered " + answer.status);
-  }
-}
+});
 
 // ---- the model
 
@@ -99,145 +70,211 @@ async function loadModel() {
 
 // ---- scans
 
-let cards = 0;
+class ModelIsGone extends Error {}
 
-function newCard(title) {
-  const card = byId("card").content.firstElementChild.cloneNode(true);
-  const heading = card.querySelector("h3");
-  heading.textContent = title;
-  heading.id = `scan-${++cards}`;
-  card.setAttribute("aria-labelledby", heading.id);
-  card.querySelector(".bars").setAttribute("aria-label", "Calibrated probabilities of " + title);
-  card.querySelector(".slider input").setAttribute("aria-label", "Heat map over " + title);
-  card.querySelector(".columns").classList.add("alone");
-  return card;
-}
-
-function mark(card, kind, title, text) {
-  const place = element("p", undefined, kind === "doubtful" ? "mark doubtful" : "mark");
-  place.append(element("strong", title), element("span", text));
-  card.querySelector(".columns").before(place);
-}
-
-function refuse(card, text) {
-  mark(card, "bad", "Not classified", text);
-  card.querySelector(".columns").remove();
-}
-
-function showPictures(card, explanation, name) {
-  if (!explanation) return;
-  card.querySelector("figure").hidden = false;
-  card.querySelector(".columns").classList.remove("alone");
-  const heat = card.querySelector(".heat");
-  const slider = card.querySelector(".slider input");
-  card.querySelector(".slice").src = "data:image/png;base64," + explanation.slice_png;
-  card.querySelector(".slice").alt = "Slice of " + name;
-  heat.src = "data:image/png;base64," + explanation.heat_png;
-  heat.alt = "Heat map for " + explanation.label;
-  const set = () => {
-    heat.style.opacity = String(slider.value / 100);
-    card.querySelector("output").textContent = slider.value + " %";
-  };
-  slider.addEventListener("input", set);
-  set();
-}
-
-function showAnswer(card, answer, name) {
-  if (answer.status !== "ok") {
-    refuse(card, `${answer.error_code}: ${answer.error}`);
-    return;
+// The files that were chosen together: classified in batches by one model, and shown as they come.
+class Run {
+  // `files`: each a File, and the path that it is named by
+  constructor(files) {
+    this.files = files.sort((one, other) => one.path.localeCompare(other.path, undefined, { numeric: true }));
+    this.place = element("div");
+    this.series = element("div");
+    this.pictures = element("div");
+    this.place.append(this.series, this.pictures);
+    this.studies = new Map();
+    this.model = null;
+    this.done = this.good = 0;
+    this.denied = false;
+    this.reasons = [];
   }
-  const label = card.querySelector(".label");
-  if (answer.out_of_distribution) {
-    mark(card, "bad", "Unlike the training images", "The model was not made for such an image: do not rely on its answer.");
-  }
-  if (answer.abstained) {
-    mark(card, "doubtful", "The model abstains", "Its confidence is below the threshold: what follows is a guess.");
-  }
-  label.textContent = (answer.abstained || answer.out_of_distribution ? "Perhaps " : "") + answer.label + " ";
-  label.append(element("small", percent(answer.confidence)));
-  if (answer.label_set.length > 1) {
-    const doubt = card.querySelector(".doubt");
-    doubt.hidden = false;
-    doubt.textContent = "Cannot be ruled out: " + answer.label_set.join(", ");
-  }
-  for (const [name, share] of Object.entries(answer.probabilities)) {
-    const item = element("li");
-    const text = element("div", undefined, "text");
-    text.append(element("span", name), element("span", percent(share)));
-    const track = element("div", undefined, "track");
-    track.setAttribute("aria-hidden", "true");
-    track.append(element("i"));
-    track.firstChild.style.width = percent(share).replace(" ", "");
-    item.append(text, track);
-    card.querySelector(".bars").append(item);
-  }
-  const unusual = answer.ood_score === null ? "" : ` Unusualness ${answer.ood_score.toFixed(2)}, about 1 for training images.`;
-  card.querySelector(".answer .how").textContent = `Calibrated probabilities.${unusual} Model ${answer.model_id.slice(0, 12)}.`;
-  if (!answer.explanation) card.querySelector(".answer .how").append(" No heat map: the file has too many pages for that.");
-  showPictures(card, answer.explanation, name);
-}
 
-async function classify(file, place) {
-  const body = new FormData();
-  body.append("images", file, file.name);
-  try {
-    const options = { method: "POST", body };
-    const content = await ask("v1/classify?explain=true", options).catch((error) => {
-      if (error.code !== "too_many_explanations") throw error;
-      return ask("v1/classify", options); // a file of so many pages has labels and no pictures
-    });
-    const cards = content.results.map((answer) => {
-      const title = content.results.length > 1 ? `${file.name}, page ${answer.frame + 1}` : file.name;
-      const card = newCard(title);
-      showAnswer(card, answer, title);
-      return card;
-    });
-    place.replaceWith(...cards);
-    return "";
-  } catch (error) {
-    const card = newCard(file.name);
-    refuse(card, error instanceof Refused ? `${error.code}: ${error.message}` : "The service cannot be reached.");
-    place.replaceWith(card);
-    return error.code || "unreachable";
-  }
-}
-
-async function classifyAll(files) {
-  const waiting = [...files].map((file) => {
-    const place = newCard(file.name);
-    place.querySelector(".label").textContent = "…";
-    return [file, place];
-  });
-  if (!waiting.length) return;
-  byId("results").prepend(...waiting.map(([, place]) => place));
-  const total = waiting.length;
-  let done = 0;
-  let good = 0;
-  let denied = false;
-  say(`Classifying ${total} ${total === 1 ? "scan" : "scans"}…`);
-  const work = async () => {
-    while (waiting.length) {
-      const [file, place] = waiting.shift();
-      const trouble = await classify(file, place);
-      if (!trouble) good++;
-      if (trouble === "unauthorized") denied = true;
-      done++;
-      say(`${done} of ${total} done`);
+  async classify() {
+    byId("results").prepend(this.place);
+    this.report();
+    const batches = await this.batches();
+    while (batches.length && !this.model) await this.send(batches.shift());
+    const work = async () => {
+      while (batches.length && this.place.isConnected) await this.send(batches.shift());
+    };
+    await Promise.all(Array.from({ length: AT_A_TIME }, work));
+    for (const study of this.studies.values()) await this.decide(study);
+    if (this.reasons.length) {
+      const title = `${count(this.reasons.length, "file")} not classified`;
+      this.place.append(refusal(title, this.reasons));
     }
-  };
-  await Promise.all(Array.from({ length: AT_A_TIME }, work));
-  say(`${good} of ${total} ${total === 1 ? "scan" : "scans"} classified.` +
-    (denied ? " The service needs another key." : ""));
+    byId("progress").hidden = true;
+    const total = count(this.files.length, "scan");
+    say(`${this.good} of ${total} classified.${this.denied ? " The service needs another key." : ""}`);
+  }
+
+  report() {
+    if (!this.place.isConnected) return; // another run took its place
+    const progress = byId("progress");
+    progress.hidden = false;
+    progress.max = this.files.length;
+    progress.value = this.done;
+    say(this.done ? `${this.done} of ${this.files.length} done` : `Classifying ${count(this.files.length, "scan")}…`);
+  }
+
+  async batches() {
+    const batches = [];
+    let bytes = Infinity;
+    for (const [number, { file }] of this.files.entries()) {
+      try {
+        await file.slice(0, 1).arrayBuffer(); // one that cannot be read would fail a whole request
+      } catch {
+        this.refuse(number, "unreadable", "the browser cannot read this file");
+        this.done++;
+        continue;
+      }
+      bytes += file.size;
+      if (bytes > BATCH.bytes || batches.at(-1).length === BATCH.files) {
+        batches.push([]);
+        bytes = file.size;
+      }
+      batches.at(-1).push(number);
+    }
+    return batches;
+  }
+
+  async send(batch) {
+    const options = new URLSearchParams({ explain: true, each: true });
+    if (this.model) options.set("model_id", this.model);
+    if (batch.length === 1) options.set("first_frame", 0);
+    const body = new FormData();
+    for (const number of batch) body.append("images", this.files[number].file, "scan");
+    const good = new Set();
+    try {
+      for (;;) {
+        const content = await ask("v1/classify?" + options, { method: "POST", body });
+        this.model = content.model_id;
+        for (const file of this.take(batch, content)) good.add(file);
+        if (!content.next_frame) break;
+        options.set("first_frame", content.next_frame);
+      }
+    } catch (error) {
+      if (error.code === "not_found" && this.model) throw new ModelIsGone();
+      if (error.status === 413 && batch.length > 1) {
+        const half = Math.ceil(batch.length / 2);
+        await this.send(batch.slice(0, half));
+        return this.send(batch.slice(half));
+      }
+      if (!(error instanceof Refused)) throw error;
+      if (error.code === "unauthorized") this.denied = true;
+      for (const number of batch) this.refuse(number, error.code, error.message);
+    }
+    this.good += good.size;
+    this.done += batch.length;
+    this.report();
+  }
+
+  // Show answers; returns the files that have some.
+  take(batch, content) {
+    const shown = [];
+    for (const { explanation: picture, ...answer } of content.results) {
+      const file = batch[answer.index];
+      const key = studyOf(answer, file);
+      if (key && !this.studies.has(key)) this.studies.set(key, this.newStudy(key, file));
+      if (answer.status === "ok") {
+        shown.push({ answer, picture, file, study: this.studies.get(key) });
+      } else {
+        if (key) this.studies.get(key).seriesOf(answer).rejected++;
+        this.refuse(file, answer.error_code, answer.error);
+      }
+    }
+    for (const [study, some] of grouped(shown, (slice) => slice.study)) {
+      if (study) study.add(some);
+      else some.forEach((page) => this.showPage(page, content));
+    }
+    return shown.map(({ file }) => file);
+  }
+
+  showPage(page, { results, next_frame: more }) {
+    const { frame, index } = page.answer;
+    const single = frame === 0 && !more && results.filter((other) => other.index === index).length === 1;
+    const viewer = new Viewer(this.files[page.file].file.name + (single ? "" : `, page ${frame + 1}`));
+    viewer.add([page]);
+    this.put(this.pictures, viewer.card, page.file);
+  }
+
+  newStudy(key, file) {
+    const study = new Study(key.startsWith("file ") ? this.files[file].file.name : "");
+    this.put(this.series, study.card, file);
+    return study;
+  }
+
+  async decide(study) {
+    try {
+      await study.decide(this.model);
+    } catch (error) {
+      if (error.code === "not_found") throw new ModelIsGone();
+      if (!(error instanceof Refused)) throw error;
+      const reason = `No answer for the study: ${error.code}: ${error.message}`;
+      study.card.querySelector("h2").after(element("p", reason, "mark"));
+    }
+  }
+
+  refuse(number, code, detail) {
+    const { path } = this.files[number];
+    if (this.files.length > FEW) this.reasons.push(`${path}: ${code}: ${detail}`);
+    else this.put(this.pictures, refusal(path, [`${code}: ${detail}`]), number);
+  }
+
+  // Cards stand in the order of their files, whichever comes first.
+  put(place, card, number) {
+    card.file = number;
+    const after = [...place.children].find((other) => other.file > number);
+    place.insertBefore(card, after || null);
+  }
+}
+
+async function classifyAll(files, again = true) {
+  const run = new Run(files);
+  if (!run.files.length) return;
+  try {
+    await run.classify();
+  } catch (error) {
+    if (!(error instanceof ModelIsGone)) throw error;
+    if (!again) return say("The service changes its model: try again. Nothing was classified.");
+    run.place.remove(); // another model took over: slices of a study must not be judged by two
+    await classifyAll(files, false);
+  }
 }
 
 // ---- the page
 
+const withPath = (file) => ({ file, path: file.webkitRelativePath || file.name });
+
+// The files of what was dropped, those of folders one by one.
+async function droppedFiles(transfer) {
+  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  if (!entries.length) return [...transfer.files].map(withPath);
+  const files = [];
+  const walk = async (entry) => {
+    const add = (file) => files.push({ file, path: entry.fullPath.slice(1) });
+    if (entry.isFile) {
+      add(await new Promise((found) => entry.file(found, () => found(null))));
+      return;
+    }
+    const reader = entry.createReader();
+    for (;;) {
+      const some = await new Promise((found) => reader.readEntries(found, () => found(null)));
+      if (!some) add(null); // the folder itself is named as unreadable
+      if (!some?.length) return;
+      for (const inner of some) await walk(inner);
+    }
+  };
+  for (const entry of entries) await walk(entry);
+  return files;
+}
+
 const drop = byId("drop");
-byId("files").addEventListener("change", (event) => {
-  classifyAll(event.target.files);
-  event.target.value = "";
-});
+for (const input of [byId("files"), byId("folder")]) {
+  input.addEventListener("change", () => {
+    classifyAll([...input.files].map(withPath));
+    input.value = "";
+  });
+}
 for (const name of ["dragenter", "dragover"]) {
   drop.addEventListener(name, (event) => {
     event.preventDefault();
@@ -245,15 +282,15 @@ for (const name of ["dragenter", "dragover"]) {
   });
 }
 for (const name of ["dragleave", "drop"]) drop.addEventListener(name, () => drop.classList.remove("over"));
-drop.addEventListener("drop", (event) => {
+drop.addEventListener("drop", async (event) => {
   event.preventDefault();
-  classifyAll(event.dataTransfer.files);
+  classifyAll(await droppedFiles(event.dataTransfer));
 });
 // A scan dropped beside the field must not replace the page.
 for (const name of ["dragover", "drop"]) window.addEventListener(name, (event) => event.preventDefault());
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  key = byId("key").value.trim();
+  useKey(byId("key").value.trim());
   loadModel();
 });
 loadModel();

@@ -25,7 +25,8 @@ from btray.results import current
 from btray.storage import StorageError
 from btray.storage.packed import member_uri
 from tests.helpers.classify_helpers import job, plain_rows, report_of, without_ray
-from tests.helpers.hospital_archive import ROOT, write_archive, written
+from tests.helpers.hospital_archive import ROOT, write_archive
+from tests.helpers.privacy import written
 from tests.helpers.table_helpers import done_of, row, write
 from tests.helpers.tiny_bundle import saved_bundle
 from tests.helpers.training_helpers import write_tree

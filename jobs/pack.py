@@ -2,6 +2,7 @@
 
 python jobs/pack.py --input ../data/brain-tumor-mri --output runs/packed
 python jobs/train.py --data runs/packed --out runs/first
+python jobs/pack.py --frames --input ../data/brain-tumor-mri --output runs/frames   # decoded and preprocessed once
 ray job submit --working-dir . -- python jobs/pack.py --input s3://bucket/scans --output s3://bucket/packed
 """
 

@@ -19,8 +19,9 @@ import pyarrow as pa
 from btray import storage
 from btray.bulk.inventory import named_in_inventory
 from btray.core.errors import UserError
+from btray.data.config import PreprocessConfig
 from btray.data.manifests import kind_of, named_in_list, named_in_manifest
-from btray.data.packs import describe_pack, is_pack, list_pack
+from btray.data.packs import describe_pack, is_pack, list_pack, require_preprocessing
 from btray.storage import FileInfo, StorageError, s3
 from btray.storage.errors import storage_errors_for
 from btray.storage.read_many import read_patiently, until_dead
@@ -86,14 +87,16 @@ class Selection:
         )
 
 
-def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TIMEOUT) -> Iterator[FileInfo]:
+def list_archive(
+    uri: str, selection: Selection, *, patience: float = DEFAULT_TIMEOUT, preprocess: PreprocessConfig | None = None
+) -> Iterator[FileInfo]:
     """Yield every object of the archive that `selection` chooses, as it is listed; one may come twice from a manifest.
 
     What cannot be examined, although a store that is away is waited for `patience` seconds, has size 0 and an empty
-    etag: reading it tells why.
+    etag: reading it tells why. A pack of frames serves who needs no more than the frames that `preprocess` gives.
 
     Raises, when the first item is requested or later:
-        UserError: the archive is of no known kind, or its manifest cannot be read.
+        UserError: the archive is of no known kind, its manifest cannot be read, or it is a pack of other frames.
         StorageError: it cannot be reached, or listing failed half-way.
     """
     root = storage.resolve(uri)
@@ -103,6 +106,8 @@ def list_archive(uri: str, selection: Selection, *, patience: float = DEFAULT_TI
             raise selection.refusal()
         yield from selection.by_time(selection.by_name(_path_below(root), _list_folder(root)))
         return
+    if read is list_pack:
+        require_preprocessing(root, preprocess)
     with storage_errors_for(root):
         objects = selection.by_name(_path_function(root, read), _read_names(root, read))
         yield from selection.by_time(objects if read is list_pack else _describe(objects, patience))

@@ -22,6 +22,7 @@ from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
 from btray.core.errors import UserError
 from btray.data.key_set import Keys
+from btray.data.packs import describe_pack, is_pack
 from btray.data.scans import SliceInfo
 from btray.model.bundle_files import read_files
 from btray.model.config import default_batch_size
@@ -75,7 +76,12 @@ class ClassifyJob(ArchiveJob):
         check_table(self.output, self.pseudonyms)
         self.completed = CompletedIndex(self.output, self.group)
         self.outputs = (self.output, config.studies_uri)
+        self.preprocess = self.manifest.preprocess
         choice = config.series_filter
+        if choice and is_pack(config.input) and describe_pack(config.input).preprocess:
+            raise UserError(
+                f"--series: {config.input} is a pack of frames, which have no headers; give what was packed"
+            )
         self.reason = choice.reason if choice else ""
         reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
         self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms) if choice else None

@@ -12,6 +12,7 @@ from btray.bulk.clinical.series import SeriesFilter
 from btray.core.config import JobConfig, Positive, Probability
 from btray.core.errors import UserError
 from btray.core.uris import Uri, resolved
+from btray.data.config import PreprocessConfig
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
 
@@ -167,6 +168,29 @@ class PackConfig(ArchiveConfig):
 
     Run again it packs what is new or changed. Exit code 0 if every object was read, whatever it holds.
     """
+
+    frames: bool = False
+    """Pack the frames that the network sees instead of the files: train, evaluate and classify with the same \
+    preprocessing need not decode anything then."""
+    model: Model | None = None
+    """With --frames: model bundle whose preprocessing makes them."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    """With --frames: preprocessing, if no --model is given."""
+
+    def check(self) -> None:
+        """As for all archives; and refuse a bundle that is not there."""
+        super().check()
+        if self.model is not None:
+            require_bundle(self.model)
+
+    @model_validator(mode="after")
+    def _one_preprocessing(self) -> Self:
+        given = self.preprocess != PreprocessConfig()
+        if (given or self.model) and not self.frames:
+            raise ValueError("--model and --preprocess say how frames are made: add --frames, or leave them out")
+        if given and self.model:
+            raise ValueError("give --model or --preprocess, not both")
+        return self
 
 
 class EraseConfig(JobConfig):

@@ -33,6 +33,7 @@ from btray.bulk.runs import Run
 from btray.core import logs, metrics
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
+from btray.data.config import PreprocessConfig
 from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected, require_found
 from btray.storage import FileInfo, lease
@@ -52,6 +53,8 @@ class ArchiveJob(ABC):
     """Of the job, in the names of its metrics."""
     schema: pa.Schema
     """Of its files."""
+    preprocess: PreprocessConfig | None = None
+    """If frames that are made so will do for files, in a pack; None: the job needs the files."""
     choices: frozenset[str] = frozenset()
     """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
@@ -124,7 +127,7 @@ def run_archive(job: ArchiveJob) -> str:
     config = job.config
     with _readable_errors():
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
-        listed = job.named(list_archive(config.input, selection, patience=config.patience))
+        listed = job.named(list_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess))
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from btray.data.config import PreprocessConfig
-from btray.data.preprocess import Frame, decode_side, make_frame
+from btray.data.fingerprint import fingerprint_of
+from btray.data.preprocess import Frame, decode_side, make_frame, preprocessing_key
 from btray.data.scans import Scan, ScanLimits, ScanRejected, SliceInfo, decode
 from btray.storage import StorageError
+from btray.storage.packed import PackedFrames
 from btray.storage.read_many import read_many
 
 # A scan's number times this, plus the frame within it, is the sample number: the key of all that is random about it.
@@ -55,6 +60,19 @@ class Frames(list[Frame]):
 
 
 @dataclass(frozen=True)
+class PackedScan(Scan):
+    """A scan of a frame pack: its frames are preprocessed, and read-only."""
+
+    fingerprint: bytes = b""
+    """Of the scan before preprocessing."""
+
+
+def scan_fingerprint(scan: Scan) -> bytes:
+    """Return the fingerprint of a scan, packed."""
+    return scan.fingerprint if isinstance(scan, PackedScan) else fingerprint_of(scan.frames)
+
+
+@dataclass(frozen=True)
 class FrameSource:
     """Makes frames by one preprocessing config and one set of limits."""
 
@@ -75,7 +93,9 @@ class FrameSource:
             yield Rejection.of(data) if isinstance(data, StorageError) else self.decode(data)
 
     def decode(self, data: bytes) -> Scan | Rejection:
-        """Return one encoded scan before preprocessing, or why there is none."""
+        """Return one encoded scan before preprocessing, or why there is none; one of a frame pack is behind it."""
+        if isinstance(data, PackedFrames):
+            return self._unpacked(data)
         try:
             return decode(data, min_side=decode_side(self.preprocess), limits=self.limits)
         except ScanRejected as error:
@@ -83,7 +103,22 @@ class FrameSource:
 
     def frames_of(self, scan: Scan) -> Frames:
         """Return the frames of a decoded scan, in their order."""
+        if isinstance(scan, PackedScan):
+            return Frames(scan.frames, scan.slices)
         return Frames((make_frame(gray, self.preprocess) for gray in scan.frames), scan.slices)
 
     def _framed(self, scan: Scan | Rejection) -> Frames | Rejection:
         return scan if isinstance(scan, Rejection) else self.frames_of(scan)
+
+    def _unpacked(self, packed: PackedFrames) -> PackedScan | Rejection:
+        row, size = packed.row, self.preprocess.size
+        if row["preprocessing"] != preprocessing_key(self.preprocess):
+            made, wanted = row["preprocessing"], preprocessing_key(self.preprocess)
+            return Rejection(
+                "unsupported", f"its frames are of preprocessing {made}, not {wanted}: pack it anew", False
+            )
+        slices = [SliceInfo(**facts) for facts in json.loads(row["slices"])] if row["slices"] else None
+        if row["error_code"] is not None:
+            return Rejection(row["error_code"], row["error"], False, slices[0] if slices else None)
+        frames = np.frombuffer(packed, np.uint8).reshape(row["frames"], size, size)
+        return PackedScan(list(frames), slices, row["fingerprint"])

@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from btray import storage
 from btray.core.errors import UserError
+from btray.data.config import PreprocessConfig
 from btray.data.labels import canonical_label, require_classes
 from btray.data.manifests import column_names, kind_of, read_manifest
-from btray.data.packs import describe_pack, is_pack, list_pack
+from btray.data.packs import describe_pack, is_pack, list_pack, require_preprocessing
 from btray.data.trees import COLUMNS, LAYOUT, SPLITS, no_class, read_tree, with_remedy
 from btray.storage import FileInfo, StorageError
 from btray.storage.packed import path_of
@@ -48,14 +49,16 @@ class Labelled:
     """Each names folders or labels that are probably not meant so; the last one, what to do about them."""
 
 
-def read_labelled(uri: str, *, classes: Sequence[str] = (), least_classes: int = 2) -> pa.Table:
+def read_labelled(
+    uri: str, *, classes: Sequence[str] = (), least_classes: int = 2, preprocess: PreprocessConfig | None = None
+) -> pa.Table:
     """Return the labelled images of `list_labelled` as a table with SCHEMA, and log what is left out.
 
     Raises:
         UserError: as `list_labelled`; something is not laid out as it seems to be meant; one of `classes` is not there;
             or there are fewer than `least_classes` classes.
     """
-    data = list_labelled(uri, classes)
+    data = list_labelled(uri, classes, preprocess)
     if data.warnings:
         raise UserError(f"{uri}: {'; '.join(data.warnings)}.")
     if data.left_out:
@@ -72,17 +75,18 @@ def read_labelled(uri: str, *, classes: Sequence[str] = (), least_classes: int =
     return data.table
 
 
-def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
+def list_labelled(uri: str, classes: Sequence[str] = (), preprocess: PreprocessConfig | None = None) -> Labelled:
     """List the labelled images of a class-per-folder tree or a manifest.
 
     What a tree is, `btray.data.trees` says. A manifest is a Parquet or CSV file with uri,label[,split][,patient_id]
     [,source], or a folder that holds one of MANIFESTS (the first that is there); relative URIs start at the manifest's
     folder. A packed archive gives what was packed into it, by the same rules, with member URIs. Labels are canonical;
     split is null, train, val or test; patient_id and source are null in a tree's rows, size (bytes) and etag in a
-    manifest's. If `classes` are given, images with other labels are left out.
+    manifest's. If `classes` are given, images with other labels are left out. A pack of frames serves who needs no more
+    than the frames that `preprocess` gives.
 
     Raises:
-        UserError: there is nothing, it cannot be read, or it is not laid out so.
+        UserError: there is nothing, it cannot be read, or it is not laid out so; or it is a pack of other frames.
     """
     root = storage.resolve(uri)
     inside = (storage.join(root, name) for name in MANIFESTS)
@@ -90,6 +94,7 @@ def list_labelled(uri: str, classes: Sequence[str] = ()) -> Labelled:
     if manifest:
         return _read_manifest(manifest, manifest.rpartition("/")[0], {}, classes)
     if is_pack(root):
+        require_preprocessing(root, preprocess)
         return _read_pack(root, classes)
     files = {info.uri[len(root) + 1 :]: info for info in storage.list_files(root)}
     if "" in files:

@@ -2,12 +2,16 @@
 
 A pack is a folder with `pack.json`, which is written when a run has ended, and `shards/*.parquet` with the columns of
 SCHEMA. An object that changed has another row; the one of the latest run counts.
+
+A frame pack holds, instead of each object, the frames that preprocessing makes of it, or why it makes none, in
+`frames/KEY/*.parquet` with the columns of FRAMES_SCHEMA. KEY names the preprocessing.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +23,17 @@ import pyarrow.parquet
 
 from btray import storage
 from btray.core.errors import UserError
+from btray.data.config import PreprocessConfig
+from btray.data.fingerprint import fingerprint_of
 from btray.data.key_set import Keys, KeySet, keys_of
+from btray.data.preprocess import Frame, preprocessing_key
+from btray.data.scans import Scan, SliceInfo
 from btray.storage import FileInfo
 from btray.storage.packed import member_uri
 from btray.storage.parquet import read_undamaged
 
 DESCRIPTION = "pack.json"
-FORMAT = 1
+FORMAT, FRAMES_FORMAT = 1, 2
 SCHEMA = pa.schema(
     [
         pa.field("data", pa.large_binary()),
@@ -40,15 +48,21 @@ SCHEMA = pa.schema(
 )
 """Bytes and identifiers of an object; `data` is null if it could not be read. The small columns come after it, so
 that they are one read together with the footer."""
-# Scans are compressed already; the checksum of each page is verified when it is read.
-WRITE_OPTIONS: dict[str, Any] = {
-    "compression": {name: "none" if name == "data" else "zstd" for name in SCHEMA.names},
-    "use_dictionary": [name for name in SCHEMA.names if name != "data"],
-    "write_statistics": [name for name in SCHEMA.names if name != "data"],
-    "write_page_checksum": True,
-}
-"""Of pyarrow.parquet.write_table, for a shard."""
+FRAMES_SCHEMA = pa.schema(
+    [
+        *SCHEMA,
+        pa.field("frames", pa.int32()),
+        pa.field("preprocessing", pa.string()),
+        pa.field("scan", pa.string()),
+        pa.field("fingerprint", pa.binary()),
+        pa.field("slices", pa.string()),
+    ]
+)
+"""The same of an object whose `data` are `frames` frames, uint8 [frames, size, size]: the key of their preprocessing,
+the SHA-256 of the object, the fingerprint of the scan, and what its file says of each frame, as JSON; null if nothing.
+If the object was read and rejected, `data` is null and `scan` is not."""
 SHARDS = "shards"
+_FREE_TEXT = ("body_part", "description", "protocol")  # it may name the patient, and serves nothing but --series
 _AT_A_TIME = 16  # shards whose footers are read at once
 _LISTED = ["uri", "path", "etag", "size", "error_code", "retryable"]
 
@@ -61,6 +75,38 @@ class Pack:
     """The folder that the packed paths start from."""
     manifest: str | None
     """Name of the copy of the labelled manifest, if one was packed."""
+    preprocess: PreprocessConfig | None = None
+    """Settings of preprocessing, if it is a frame pack."""
+    preprocessing: str = ""
+    """The key of that."""
+
+    @property
+    def folder(self) -> str:
+        """Folder of the shards, below the pack."""
+        return shards_folder(self.preprocessing)
+
+    @property
+    def content(self) -> str:
+        """What it holds, in words."""
+        return f"frames of preprocessing {self.preprocessing}" if self.preprocess else "files"
+
+
+def shards_folder(preprocessing: str) -> str:
+    """Return the folder, below the pack, of the shards of frames with this key; of files if it is empty."""
+    return f"frames/{preprocessing}" if preprocessing else SHARDS
+
+
+def write_options(schema: pa.Schema) -> dict[str, Any]:
+    """Return the options of pyarrow.parquet.write_table for a shard; pages have checksums, verified when it is read."""
+    others = [name for name in schema.names if name != "data"]
+    # Scans are compressed already, and frames are to be read as fast as can be.
+    compression = {name: "none" if name == "data" else "zstd" for name in schema.names}
+    return {
+        "compression": compression,
+        "use_dictionary": others,
+        "write_statistics": others,
+        "write_page_checksum": True,
+    }
 
 
 def is_pack(uri: str) -> bool:
@@ -71,17 +117,59 @@ def is_pack(uri: str) -> bool:
 def describe_pack(uri: str) -> Pack:
     """Read pack.json. Raises UserError for one of a newer format."""
     content = storage.read_json(storage.join(uri, DESCRIPTION))
-    if content.get("format_version") != FORMAT:
+    if content.get("format_version") not in (FORMAT, FRAMES_FORMAT):
         raise UserError(
             f"{uri} is a packed archive of format {content.get('format_version')}, which this version cannot read; "
             "update btray"
         )
-    return Pack(content["root"], content["manifest"])
+    if content["format_version"] == FORMAT:
+        return Pack(content["root"], content["manifest"])
+    preprocess = PreprocessConfig(**content["preprocess"])
+    return Pack(content["root"], content["manifest"], preprocess, content["preprocessing"])
 
 
 def write_description(uri: str, pack: Pack) -> None:
     """Write pack.json, which makes `uri` a pack."""
-    storage.write_json(storage.join(uri, DESCRIPTION), {"format_version": FORMAT, **asdict(pack)})
+    content = {"format_version": FORMAT, "root": pack.root, "manifest": pack.manifest}
+    if pack.preprocess:
+        content |= {
+            "format_version": FRAMES_FORMAT,  # which btray before frame packs refuses to read
+            "preprocess": pack.preprocess.model_dump(mode="json"),
+            "preprocessing": pack.preprocessing,
+        }
+    storage.write_json(storage.join(uri, DESCRIPTION), content)
+
+
+def require_preprocessing(uri: str, preprocess: PreprocessConfig | None) -> None:
+    """Raise UserError if `uri` is a pack of frames that were not made as `preprocess` says; None: files are needed."""
+    pack = describe_pack(uri)
+    if pack.preprocess is None:
+        return
+    if preprocess is None:
+        raise UserError(f"{uri} is a pack of {pack.content}, and the files themselves are needed; give what was packed")
+    if (wanted := preprocessing_key(preprocess)) == pack.preprocessing:
+        return
+    made, asked = pack.preprocess.model_dump(), preprocess.model_dump()
+    differing = ", ".join(
+        f"{name} {made[name]} instead of {asked[name]}" for name in asked if made[name] != asked[name]
+    )
+    raise UserError(
+        f"{uri} is a pack of {pack.content}, not of {wanted} ({differing or 'made by other versions of libraries'}); "
+        "give what was packed, or pack it anew with jobs/pack.py --frames into another output"
+    )
+
+
+def frames_row(frames: Sequence[Frame], scan: Scan) -> dict[str, Any]:
+    """Return the columns data, frames, fingerprint and slices of a scan and its frames."""
+    slices = slices_json(scan.slices) if scan.slices else None
+    fingerprint = fingerprint_of(scan.frames)
+    return {"data": np.stack(frames).tobytes(), "frames": len(frames), "fingerprint": fingerprint, "slices": slices}
+
+
+def slices_json(slices: Sequence[SliceInfo]) -> str:
+    """Return the column slices, without free text, which may name a patient."""
+    facts = ({name: value for name, value in asdict(info).items() if value is not None} for info in slices)
+    return json.dumps([{name: known[name] for name in known if name not in _FREE_TEXT} for known in facts])
 
 
 def list_pack(uri: str) -> Iterator[FileInfo]:
@@ -89,10 +177,10 @@ def list_pack(uri: str) -> Iterator[FileInfo]:
 
     Streams; what was listed is kept on disk. Raises StorageError.
     """
-    describe_pack(uri)
+    folder = describe_pack(uri).folder
     with tempfile.TemporaryDirectory() as scratch:
         listed = KeySet(Path(scratch))
-        for shard, rows in _shards(uri):
+        for shard, rows in _shards(uri, folder):
             if rows is None:
                 raise UserError(f"{shard} is damaged; run jobs/pack.py again, which packs anew what it held")
             keys = keys_of([(row["uri"], "") for row in rows])
@@ -103,21 +191,22 @@ def list_pack(uri: str) -> Iterator[FileInfo]:
                 yield FileInfo(row["uri"], row["size"], row["etag"], 0.0, member_uri(shard, number, row["path"]))
 
 
-def packed_keys(uri: str, damaged: list[str]) -> Iterator[Keys]:
+def packed_keys(uri: str, folder: str, damaged: list[str]) -> Iterator[Keys]:
     """Yield keys of the objects that need not be packed again: all but those that the store withheld.
 
-    Shards that are damaged are added to `damaged`; what they held is to be packed again.
+    The shards lie in `folder`, below the pack. Those that
+    are damaged are added to `damaged`; what they held is to be packed again.
     """
-    for shard, rows in _shards(uri):
+    for shard, rows in _shards(uri, folder):
         if rows is None:
             damaged.append(shard)
         else:
             yield keys_of([(row["uri"], row["etag"]) for row in rows if not row["retryable"]])
 
 
-def _shards(uri: str) -> Iterator[tuple[str, list[dict[str, Any]] | None]]:
+def _shards(uri: str, below: str) -> Iterator[tuple[str, list[dict[str, Any]] | None]]:
     """Yield URI and rows, without data, of every shard, the latest run's first; None for those of a damaged one."""
-    folder = storage.join(uri, SHARDS)
+    folder = storage.join(uri, below)
     names = storage.list_names(folder, missing_ok=True)
     shards = [storage.join(folder, name) for name in reversed(names) if name.endswith(".parquet") and name[0] != "."]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -122,6 +123,15 @@ def preprocess_digest(config: PreprocessConfig) -> str:
         digest.update(frame.tobytes())
         digest.update(to_tensor(torch.from_numpy(frame)[None]).numpy().tobytes())
     return digest.hexdigest()
+
+
+@lru_cache
+def preprocessing_key(config: PreprocessConfig) -> str:
+    """Return what names frames that are made by these settings and these versions of libraries: 16 hexadecimal digits.
+
+    The digest alone would not do: settings may differ that make no difference to its patterns.
+    """
+    return hashlib.sha256(f"{config.model_dump_json()} {preprocess_digest(config)}".encode()).hexdigest()[:16]
 
 
 def head_pattern(dtype: np.dtype[np.unsignedinteger]) -> Gray:

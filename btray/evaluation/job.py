@@ -49,7 +49,8 @@ def evaluate(config: EvaluateConfig) -> str:
     bundle = load_bundle(config.model, model_id=config.model_id).abstaining_below(config.abstain_below)
     announce(config.model, bundle.manifest.model_id)
     chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
-    table = read_labelled(config.data, classes=chosen, least_classes=1)
+    preprocess = bundle.manifest.preprocess
+    table = read_labelled(config.data, classes=chosen, least_classes=1, preprocess=preprocess)
     split = "test" if "test" in table["split"].to_pylist() else None
     if split:
         table = table.filter(pc.equal(table["split"], split))

@@ -146,7 +146,7 @@ def _frames_of(bundle: Bundle, data: str) -> npt.NDArray[np.uint8]:
 
     Raises UserError if not one of them can be read.
     """
-    uris = read_labelled(data, least_classes=1)["uri"]
+    uris = read_labelled(data, least_classes=1, preprocess=bundle.manifest.preprocess)["uri"]
     chosen = np.random.default_rng(0).permutation(len(uris))[:_IMAGES]
     read = Classifier(bundle, device="cpu", engine="eager").frames(uris.take(np.sort(chosen)).to_pylist())
     frames = [scan[0] for scan in read if not isinstance(scan, Rejection)]

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import ray.data
 
 from btray.core.cluster import cpus, gpus, own_device
-from btray.data.fingerprint import Fingerprints, fingerprint_of, unpack
-from btray.data.frames import Rejection
+from btray.data.fingerprint import Fingerprints, unpack
+from btray.data.frames import Rejection, scan_fingerprint
 from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier, NetworkOutput
 from btray.model.ood import Distribution
@@ -159,7 +159,7 @@ class _Scorer:
             if isinstance(scan, Rejection):
                 rejected.append({"row": row, "frame": 0, "code": scan.code, "message": scan.message})
                 continue
-            entry = {"row": row, "fingerprint": fingerprint_of(scan.frames), "code": "", "message": ""}
+            entry = {"row": row, "fingerprint": scan_fingerprint(scan), "code": "", "message": ""}
             answered += [entry | {"frame": number} for number in range(len(scan.frames))]
             frames += source.frames_of(scan)
         if frames:

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -18,6 +19,8 @@ from btray.storage.errors import FAILURES, StorageError, check_file
 
 _MEMBER = re.compile(r"(?P<shard>.+\.parquet)#(?P<row>\d+)/(?P<path>.+)", re.DOTALL)
 _LOADING = threading.Lock()
+OF_FRAMES = ("frames", "preprocessing", "scan", "fingerprint", "slices")
+"""Columns that only the shards of a frame pack have; see `btray.data.packs`."""
 
 
 class DamagedShard(StorageError):
@@ -42,6 +45,26 @@ def path_of(uri: str) -> str:
     return member["path"] if member else uri
 
 
+def shard_of(uri: str) -> str | None:
+    """Return the URI of the shard that holds a packed scan; None for any other URI."""
+    member = _parse(uri)
+    return member["shard"] if member else None
+
+
+class PackedFrames(bytes):
+    """The frames of a scan, or nothing if it has none, as a frame pack holds them instead of the scan's own bytes."""
+
+    row: dict[str, Any]
+    """All else that the pack holds of it."""
+
+    @classmethod
+    def of(cls, frames: bytes, row: dict[str, Any]) -> Self:
+        """Copy `frames`."""
+        packed = cls(frames)
+        packed.row = row
+        return packed
+
+
 def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) -> bytes:
     """Return the bytes of a member; `read_whole` reads its shard. Raises StorageError, also the one of its packing."""
     member = _parse(uri)
@@ -51,28 +74,39 @@ def read(uri: str, read_whole: Callable[[str], bytes], max_bytes: int | None) ->
         shard = _load_shard(member["shard"], read_whole)
     if isinstance(shard, str):
         raise DamagedShard("failed", uri, shard)
-    row = int(member["row"])
-    if row >= len(shard):
-        raise StorageError("not_found", uri, f"the shard has {len(shard)} rows")
-    if shard["path"][row].as_py() != member["path"]:
+    number = int(member["row"])
+    if number >= len(shard.rows):
+        raise StorageError("not_found", uri, f"the shard has {len(shard.rows)} rows")
+    row = shard.rows[number]
+    if row["path"] != member["path"]:
         raise StorageError("changed", uri, "its shard has lost rows since it was listed")
-    if (code := shard["error_code"][row].as_py()) is not None:
-        raise StorageError(code, uri, shard["error"][row].as_py() or "when it was packed")
-    data = shard["data"][row].as_buffer()
-    check_file(uri, len(data), max_bytes)
-    return bytes(data)
+    if row["error_code"] is not None and row.get("scan") is None:  # else it was read, and rejected
+        raise StorageError(row["error_code"], uri, row["error"] or "when it was packed")
+    data = shard.data[number]
+    if "scan" in row:
+        return PackedFrames.of(data.as_buffer() if data.is_valid else b"", row)
+    check_file(uri, len(data.as_buffer()), max_bytes)
+    return bytes(data.as_buffer())
 
 
 def _parse(uri: str) -> re.Match[str] | None:
     return _MEMBER.fullmatch(uri) if ".parquet#" in uri else None  # the pattern alone is slow on most other names
 
 
+class _Shard(NamedTuple):
+    data: pa.LargeBinaryArray
+    rows: list[dict[str, Any]]
+    """Its other columns."""
+
+
 @lru_cache(maxsize=2)  # the one that is read and the one before it, of which threads may still read members
-def _load_shard(uri: str, read_whole: Callable[[str], bytes]) -> pa.Table | str:
+def _load_shard(uri: str, read_whole: Callable[[str], bytes]) -> _Shard | str:
     """Return its rows, or what is wrong with it: that is cached too, or each of its members would read it again."""
-    body, columns = read_whole(uri), ["data", "path", "error_code", "error"]
     try:
-        table = pa.parquet.read_table(pa.BufferReader(body), columns=columns, page_checksum_verification=True)
-        return table.select(columns)
+        file = pa.parquet.ParquetFile(pa.BufferReader(read_whole(uri)), page_checksum_verification=True)
+        others = ["path", "error_code", "error", *(name for name in OF_FRAMES if name in file.schema_arrow.names)]
+        table = file.read(["data", *others])
+        rows = table.select(others).to_pylist()
+        return _Shard(table["data"].combine_chunks(), rows)
     except (*FAILURES, pa.ArrowException, KeyError) as error:
         return f"its shard is damaged: {error}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ _TONES = 4  # points, evenly spread up to white, through which a random gray cur
 _WAVES = 4  # cosine waves along each edge that make up a bias field
 _MASK = 0xFFFFFFFF
 
+_Integers = TypeVar("_Integers", int, Tensor)
+
 
 @dataclass(frozen=True)
 class Augmenter:
@@ -33,12 +36,12 @@ class Augmenter:
     seed: int
 
     def __call__(self, frames: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        """Augment `frames` (uint8 [n, size, size]); `samples` (int64 [n]) are their numbers in the data set.
+        """Augment `frames` (uint8 [n, size, size]); `samples` (int64 [n], there too) are their numbers in the data set.
 
         Returns float32 [n, 1, size, size], each standardised to mean 0 and deviation 1 as `preprocess.to_tensor` does.
         """
-        of_epoch = _mix(torch.tensor(self.seed * 1_000_003 + epoch)).to(frames.device)
-        keys = _mix(_mix(samples.to(frames.device) + 1) ^ of_epoch)
+        # A number of the host: a tensor would have to be copied to the device, in every step.
+        keys = _mix(_mix(samples + 1) ^ _mix(self.seed * 1_000_003 + epoch))
         # [n, 1, 1, 1] each, to multiply images by
         draws = dict(zip(_DRAWS, keyed_uniform(keys, len(_DRAWS))[:, :, None, None, None].unbind(1), strict=True))
         images = frames.unsqueeze(1).float() / 255.0
@@ -120,7 +123,7 @@ def _keyed_normal(keys: Tensor, shape: torch.Size) -> Tensor:
     return normal[:, :pixels].reshape(shape)
 
 
-def _mix(values: Tensor) -> Tensor:
+def _mix(values: _Integers) -> _Integers:
     """Hash int64 values, of which the lower 32 bits count, by MurmurHash3's 32-bit finaliser."""
     values = values & _MASK
     values = ((values ^ (values >> 16)) * 0x85EBCA6B) & _MASK

@@ -10,6 +10,7 @@ import ray.train
 import torch
 from torch import Tensor
 
+from btray.training.feeding.loader import NOTHING
 from btray.training.history import EpochRecord
 
 STATE = "state.pt"
@@ -24,7 +25,7 @@ class Checkpoint:
     network: StateDict
     optimiser: StateDict
     average: StateDict | None
-    """torch's AveragedModel with its counter of steps; None without `ema`."""
+    """The averaged network with its counter of steps, named as in torch's AveragedModel; None without `ema`."""
     evaluated: StateDict
     """The network that was validated: the averaged one, if there is one."""
     history: list[EpochRecord]
@@ -33,6 +34,8 @@ class Checkpoint:
     """Steps of an interrupted epoch; 0 after a whole one."""
     totals: Tensor
     """Sums of the interrupted epoch over all workers, float64 [3]: loss, weight, images."""
+    trained: Tensor = NOTHING
+    """Numbers of the samples that all workers have trained on in the interrupted epoch, int64 [images]."""
 
     def save(self, folder: str) -> None:
         """Write the checkpoint into `folder`, as tensors and plain values alone."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 
 class Collectives:
@@ -19,6 +16,7 @@ class Collectives:
     def __init__(self, device: torch.device) -> None:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.node, self.local_rank = context.get_node_rank(), context.get_local_rank()
         self._device = device
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -33,23 +31,18 @@ class Collectives:
         """Concatenate each tensor over all workers, in the same order everywhere; lengths may differ by worker."""
         if self.workers == 1:
             return [*tensors]
-        parts: list[Any] = [None] * self.workers
-        dist.all_gather_object(parts, tensors)
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        return [torch.cat(column) for column in zip(*self.gather_objects(tensors), strict=True)]
+
+    def gather_objects(self, own: Any) -> list[Any]:
+        """Return what each worker gives, by rank, as soon as all have given it."""
+        if self.workers == 1:
+            return [own]
+        given: list[Any] = [None] * self.workers
+        dist.all_gather_object(given, own)
+        return given
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give every worker rank 0's buffers: batch statistics differ by worker, and rank 0 writes checkpoints."""
         if self.workers > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-
-    def in_step(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield batches while every worker has one: a step that only some took would wait for the others for ever."""
-        if self.workers == 1:
-            yield from batches
-            return
-        for batch in batches:
-            if self.sum(torch.tensor(1.0)).item() < self.workers:
-                return
-            yield batch
-        self.sum(torch.tensor(0.0))  # tells those that still have a batch

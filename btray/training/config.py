@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -17,6 +18,8 @@ from btray.model.config import ARCHITECTURES, MANIFEST, NetworkConfig
 
 LOGARITHMIC = ("learning_rate", "weight_decay")
 """Settings of a search that are drawn evenly on a logarithmic scale."""
+BATCH = 64
+"""Images per step, if neither --batch-size nor --images-per-worker is given."""
 IMAGENET, RANDOM = "imagenet", "random"
 """Values of --init-from that are no URI."""
 BOUNDED = ("dropout", "label_smoothing", *LOGARITHMIC)
@@ -104,7 +107,8 @@ class TrainConfig(JobConfig):
     """The file of the bundle that holds the settings it was made with."""
     may_change: ClassVar[frozenset[str]] = frozenset({
         "out", "storage", "epochs", "num_workers", "patience", "max_rejected", "max_failures", "mlflow",
-        "abstain_below", "abstain_target", "conformal_error", "refit_epochs",
+        "abstain_below", "abstain_target", "conformal_error", "refit_epochs", "gpu_cache_gb", "checkpoint_minutes",
+        "compile",
     })  # fmt: skip
     """Settings that may differ between two commands for one run: none changes an epoch that is already trained."""
     data: Uri
@@ -126,8 +130,14 @@ class TrainConfig(JobConfig):
     """Where runs keep checkpoints, history and TensorBoard events; default: OUT/_run."""
     epochs: Positive = 10
     """Passes over the training data."""
-    batch_size: Positive = 64
-    """Images per step, over all workers together."""
+    batch_size: Positive | None = None
+    """Images per step, over all workers together; default: 64."""
+    images_per_worker: Positive | None = None
+    """Images that a worker computes at a time, instead of --batch-size: a step then takes so many for each worker, \
+    times --accumulate, and the learning rate is --optimiser.learning-rate for every 64 of them (arXiv:1706.02677)."""
+    accumulate: Positive = 1
+    """Parts in which a worker computes its share of a step, one after the other: a batch that does not fit into a \
+    GPU at once."""
     num_workers: str | None = None
     """Data-parallel workers, N or MIN:MAX (elastic); default: one per GPU with --use-gpu, else per CPU, at most 4."""
     use_gpu: bool = False
@@ -135,6 +145,8 @@ class TrainConfig(JobConfig):
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """In what feature maps are computed; auto: bf16, bfloat16 by autocast, on GPUs and on CPUs with AVX512_BF16 or \
     AMX, else float32."""
+    compile: bool = False
+    """Compile the network with torch.compile: takes minutes at the start, and needs a C++ compiler on every node."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random source."""
     validate_by: Literal["patients", "sources", "folds"] = "patients"
@@ -163,6 +175,11 @@ class TrainConfig(JobConfig):
     """Share of unreadable images above which the job stops."""
     cache_gb: Annotated[float, Field(ge=0)] = 2.0
     """Decoded frames up to this size, in GB, stay in memory; larger data are streamed again every epoch."""
+    gpu_cache_gb: Annotated[float, Field(ge=0)] = 2.0
+    """Frames in memory up to this size, in GB, lie in the memory of each GPU."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Minutes after which a checkpoint is written within an epoch: what is lost at most when a worker dies or joins; \
+    0: one per epoch."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures that the run survives; -1: any number."""
     init_from: Annotated[str, resolved(unless=f"({IMAGENET}|{RANDOM})$")] | None = None
@@ -197,6 +214,12 @@ class TrainConfig(JobConfig):
         return value and re.sub(r"(?<=://)[^/?#]*@", "", value)
 
     @model_validator(mode="after")
+    def _one_batch(self) -> Self:
+        if self.batch_size is not None and self.images_per_worker is not None:
+            raise ValueError("give --batch-size or --images-per-worker, not both")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_abstain(self) -> Self:
         if self.abstain_below is not None and self.abstain_target is not None:
             raise ValueError("give --abstain-below or --abstain-target, not both")
@@ -212,6 +235,8 @@ class TrainConfig(JobConfig):
             storage.require_input(self.start, "--init-from")
         if self.mlflow and find_spec("mlflow") is None:
             raise UserError("--mlflow needs the extra: pip install 'btray[mlflow]'")
+        if self.compile and not (shutil.which("g++") or shutil.which("clang++")):
+            raise UserError("--compile needs a C++ compiler; install g++ on every node, or leave it out")
         if not self.overwrite:
             settings = self.model_dump(mode="json", exclude={*self.may_change} - {"storage"})
             storage.require_own(self.out, settings, result=MANIFEST, record=self.record)

@@ -1,11 +1,9 @@
-"""Frames for training: decoded by Ray Data, kept in memory while they fit, otherwise streamed again every epoch."""
+"""Frames for training, decoded by Ray Data; `btray.training.feeding` brings them to the workers."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -14,18 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.data
-import ray.train
-import torch
-from ray.data import DataIterator, Dataset
-from torch import Tensor
+from ray.data import Dataset
 
-from btray.data.fingerprint import NO_FINGERPRINT, fingerprint_of, representative
-from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection
+from btray.data.fingerprint import NO_FINGERPRINT, representative
+from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection, scan_fingerprint
 from btray.data.modality import looks_like_ct
+from btray.data.preprocess import Frame
 from btray.data.scans import Scan
-from btray.training.plan import Plan
-
-_log = logging.getLogger(__name__)
 
 # Rows per block of the decoding pipeline: some 9 MB of frames of 192 x 192, a second's work for one core.
 _BLOCK_ROWS = 256
@@ -34,28 +27,10 @@ _BLOCK_ROWS = 256
 _KEPT_CPUS = 0.05
 TRAINING_CPUS = 1.0 - _KEPT_CPUS
 """Most CPUs that a training worker may request."""
-# Batches held back for shuffling when data are streamed; the driver has put the rows in random order before.
-_SHUFFLED_BATCHES = 32
 # The columns that the driver looks at: all but the frames.
 _SURVEYED = ["sample", "label", "digest", "fingerprint", "patient", "is_ct", "code", "message"]
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A worker's part of one step: n of the batch's samples."""
-
-    frames: Tensor
-    """uint8 [n, size, size]"""
-    labels: Tensor
-    """int64 [n]"""
-    samples: Tensor
-    """int64 [n]: their numbers, by which augmentation is keyed."""
-    weights: Tensor
-    """float32 [n]: their weights in the loss."""
-    whole_weight: float | None = None
-    """Sum of the weights of the step over all workers, if this one knows it."""
 
 
 def decode_rows(
@@ -86,141 +61,79 @@ def survey(frames: Dataset, *, keep: int = 0) -> tuple[Dataset | None, pa.Table]
     Up to `keep` rows stay in Ray's object store with their frames, as the data set that is returned first. Frames are
     counted, not scans, of which some have hundreds: if there are more than `keep`, all are released and it is None.
     """
-    kept: list[Any] = []  # references to blocks
+    if not keep:
+        blocks = frames.select_columns(_SURVEYED).iter_batches(batch_size=None, batch_format="pyarrow")
+        return None, pa.concat_tables(map(_without_frames, blocks)).sort_by("sample")
+    kept: list[Any] = []  # references to blocks, which stay on the nodes where they were decoded
     surveyed, count = [], 0
-    blocks: Any = frames if keep else frames.select_columns(_SURVEYED)
-    for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
-        surveyed.append(block.select(_SURVEYED).take(np.arange(len(block))))  # a copy, which does not hold the frames
-        count += len(block)
-        if count <= keep:
-            kept.append(ray.put(block))
-        else:
-            kept.clear()
-    return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(surveyed).sort_by("sample")
+    select = ray.remote(num_cpus=0)(_without_frames)
+    for bundle in frames.iter_internal_ref_bundles():
+        for block in bundle.blocks:
+            if rows := block.metadata.num_rows:
+                surveyed.append(select.remote(block.ref))
+                count += rows
+                kept.append(block.ref)
+            if count > keep:
+                kept.clear()
+    columns: list[pa.Table] = ray.get(surveyed)
+    return (ray.data.from_arrow_refs(kept) if kept else None), pa.concat_tables(columns).sort_by("sample")
+
+
+def _without_frames(block: pa.Table) -> pa.Table:
+    return block.select(_SURVEYED).take(np.arange(len(block)))  # a copy, which does not hold the frames
 
 
 def decode_block(batch: Arrays, source: FrameSource, *, find_ct: bool = False) -> Iterator[Arrays]:
     """Yield blocks of up to _BLOCK_ROWS frames as they are decoded: scans of many frames do not fill the memory."""
-    scans = source.scans(batch["uri"].tolist())
-    made = partial(_frames, source, find_ct)
-    frames = chain.from_iterable(map(made, batch["row"].tolist(), batch["label"].tolist(), scans))
+    scans = _scans(batch, source)
+    frames = chain.from_iterable(map(partial(_surveyed, source, find_ct), batch["row"], batch["label"], scans))
+    return _in_blocks([*_SURVEYED, "frame"], frames)
+
+
+def stream_block(batch: Arrays, source: FrameSource) -> Iterator[Arrays]:
+    """Do the same for scans that were surveyed before: columns sample, code, message and frame alone."""
+    frames = chain.from_iterable(map(partial(_streamed, source), batch["row"], _scans(batch, source)))
+    return _in_blocks(["sample", "code", "message", "frame"], frames)
+
+
+def _in_blocks(names: list[str], frames: Iterator[tuple[Any, ...]]) -> Iterator[Arrays]:
     while rows := list(islice(frames, _BLOCK_ROWS)):
-        columns = dict(zip([*_SURVEYED, "frame"], zip(*rows, strict=True), strict=True))
+        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
         # Fingerprints as objects: numpy's own bytes lose the zeros at their end.
         yield {name: np.array(values, object if name == "fingerprint" else None) for name, values in columns.items()}
 
 
-def _frames(
+def _scans(batch: Arrays, source: FrameSource) -> Iterator[Scan | Rejection]:
+    for scan in source.scans(batch["uri"].tolist()):
+        if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
+            # The sample numbers of its last frames would be those of the next scan.
+            count = len(scan.frames)
+            reason = f"{count} frames, more than the {FRAMES_PER_SCAN} that training takes per scan: split it"
+            yield Rejection("bomb", reason, retryable=False)
+        else:
+            yield scan
+
+
+def _surveyed(
     source: FrameSource, find_ct: bool, row: int, label: int, scan: Scan | Rejection
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the values of _SURVEYED and the frame itself, for each frame of a scan."""
-    if not isinstance(scan, Rejection) and len(scan.frames) > FRAMES_PER_SCAN:
-        # The sample numbers of its last frames would be those of the next scan.
-        reason = f"{len(scan.frames)} frames, more than the {FRAMES_PER_SCAN} that training takes per scan: split it"
-        scan = Rejection("bomb", reason, retryable=False)
-    if isinstance(scan, Rejection):
-        frames = [np.zeros((source.preprocess.size,) * 2, np.uint8)]
-        fingerprint, patient, code, message = NO_FINGERPRINT, "", scan.code, scan.message
-    else:
+    fingerprint, patient, is_ct = NO_FINGERPRINT, "", False
+    if not isinstance(scan, Rejection):
         patient = next((info.patient_key for info in scan.slices or () if info.patient_key), "")
-        frames, fingerprint, code, message = source.frames_of(scan), fingerprint_of(scan.frames), "", ""
-    is_ct = find_ct and looks_like_ct(representative(frames))
-    for number, frame in enumerate(frames):
+        fingerprint = scan_fingerprint(scan)
+    frames = list(_streamed(source, row, scan))
+    if find_ct:
+        is_ct = looks_like_ct(representative([frame for *_, frame in frames]))
+    for sample, code, message, frame in frames:
         digest = hashlib.blake2b(frame.tobytes(), digest_size=16).hexdigest()
-        yield row * FRAMES_PER_SCAN + number, label, digest, fingerprint, patient, is_ct, code, message, frame
+        yield sample, label, digest, fingerprint, patient, is_ct, code, message, frame
 
 
-class StreamSplit(ray.train.DataConfig):
-    """Splits streamed rows among the workers, so that no validation image is lost.
-
-    Ray makes the shares equal by dropping rows: fine for training, but a metric must count every image.
-    """
-
-    def configure(
-        self, datasets: dict[str, Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
-    ) -> list[dict[str, DataIterator]]:
-        """Return one mapping per worker, from the name of each data set to the worker's share."""
-        equal = {name: rows for name, rows in datasets.items() if name != "validation"}
-        shares: list[dict[str, DataIterator]]
-        shares = super().configure(equal, world_size, worker_handles, worker_node_ids, **kwargs)
-        rows = datasets.get("validation")
-        if rows is not None:
-            rows.context.execution_options = self.default_ingest_options()
-            parts = rows.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
-            for share, part in zip(shares, parts, strict=True):
-                share["validation"] = part
-        return shares
-
-
-class MemoryFeed:
-    """All frames in this process; every worker knows the whole order of an epoch and takes its part of each batch.
-
-    So the batches of an epoch hold the same samples however many workers there are.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        context = ray.train.get_context()
-        self.plan, self.rank, self.workers = plan, context.get_world_rank(), context.get_world_size()
-        self.rejected = 0  # as a StreamFeed counts them: frames in memory stay readable
-        size = plan.config.preprocess.size
-        frames = np.empty((len(plan.samples), size, size), np.uint8)
-        for batch in ray.train.get_dataset_shard("frames").iter_batches(batch_size=None, batch_format="numpy"):
-            used = np.isin(batch["sample"], plan.samples)  # neither unreadable nor left out
-            frames[np.searchsorted(plan.samples, batch["sample"][used])] = batch["frame"][used]
-        # uint8, a quarter of the size of what the network sees: floats are made on the device, per batch.
-        self.frames = torch.from_numpy(frames)
-        self.labels = torch.from_numpy(plan.labels.copy())  # Ray's arrays are read-only, which torch warns of
-        self.samples = torch.from_numpy(plan.samples.copy())
-        self.weights = torch.from_numpy(plan.loss_weights())
-
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch, shuffled by seed and epoch alone."""
-        used = self.plan.steps_per_epoch * self.plan.batch_size
-        for whole in torch.from_numpy(self.plan.epoch_order(epoch))[:used].split(self.plan.batch_size):
-            yield self._batch(whole[self.rank :: self.workers], float(self.weights[whole].sum()))
-
-    def validation(self) -> Iterator[Batch]:
-        """Yield this worker's share of the held-out samples."""
-        share = torch.tensor(self.plan.validation[self.rank :: self.workers])
-        for start in range(0, len(share), self.plan.config.batch_size):
-            yield self._batch(share[start : start + self.plan.config.batch_size])
-
-    def _batch(self, chosen: Tensor, whole_weight: float | None = None) -> Batch:
-        frames, labels, samples, weights = self.frames, self.labels, self.samples, self.weights
-        return Batch(frames[chosen], labels[chosen], samples[chosen], weights[chosen], whole_weight)
-
-
-class StreamFeed:
-    """Frames decoded anew every epoch, each worker reading its own share; for data larger than memory."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.weights = plan, plan.loss_weights()
-        self.share = max(1, plan.batch_size // ray.train.get_context().get_world_size())
-        self.rejected = 0  # scans that were readable when the run began
-
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches of one epoch: rows in the driver's random order, shuffled again in a buffer."""
-        return self._stream(
-            "train",
-            drop_last=True,  # so that all steps weigh the same, and workers take equally many
-            local_shuffle_buffer_size=_SHUFFLED_BATCHES * self.share,
-            local_shuffle_seed=self.plan.config.seed + epoch,
-        )
-
-    def validation(self) -> Iterator[Batch]:
-        """Yield this worker's share of the held-out samples."""
-        return self._stream("validation")
-
-    def _stream(self, name: str, **options: Any) -> Iterator[Batch]:
-        shard = ray.train.get_dataset_shard(name)
-        for arrays in shard.iter_batches(batch_size=self.share, batch_format="numpy", **options):
-            readable = arrays["code"] == ""
-            for code, message in zip(arrays["code"][~readable], arrays["message"][~readable], strict=True):
-                self.rejected += 1
-                _log.warning("rejected, though readable when the run began (%s): %s", code, message)
-            if readable.any():
-                kept = {key: torch.from_numpy(arrays[key][readable]) for key in ("frame", "label", "sample")}
-                # A scan that was exchanged since may have more frames than it had.
-                places = np.searchsorted(self.plan.samples, kept["sample"]).clip(max=len(self.weights) - 1)
-                weights = torch.from_numpy(self.weights[places])
-                yield Batch(kept["frame"], kept["label"], kept["sample"], weights)
+def _streamed(source: FrameSource, row: int, scan: Scan | Rejection) -> Iterator[tuple[int, str, str, Frame]]:
+    """Yield sample, code, message and frame for each frame of a scan, or a black one for one that has none."""
+    if isinstance(scan, Rejection):
+        yield row * FRAMES_PER_SCAN, scan.code, scan.message, np.zeros((source.preprocess.size,) * 2, np.uint8)
+        return
+    for number, frame in enumerate(source.frames_of(scan)):
+        yield row * FRAMES_PER_SCAN + number, "", "", frame

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from btray.model.network import Network
 from btray.training.config import OptimiserConfig
@@ -41,11 +43,15 @@ def make_optimiser(network: Network, config: OptimiserConfig, *, fine_tune: bool
             chosen = [parameter for parameter in part.parameters() if (parameter.ndim > 1) == decays]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": weight_decay, "share": share})
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    # One kernel for all parameters of a GPU. Its counters of steps lie there too, so that none is copied.
+    fused = network.head.weight.device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused or None)
 
 
-def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
+def learning_rate(step: float, total: int, config: OptimiserConfig) -> float:
     """Return the learning rate of `step` (from 0) out of `total`: linear warm-up, then cosine or constant.
+
+    A run that continued with a batch of another size is between two steps.
 
     Warm-up: Goyal et al. 2017, arXiv:1706.02677; cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts.
     """
@@ -94,8 +100,9 @@ def soft_targets(labels: Tensor, classes: int, config: OptimiserConfig) -> Tenso
     Those of outliers, whose label is -1, are uniform (Hendrycks et al. 2019, Outlier Exposure, arXiv:1812.04606).
     """
     smoothing = config.label_smoothing
-    targets = F.one_hot(labels.clamp(min=0), classes).float() * (1.0 - smoothing) + smoothing / classes
-    return torch.where(labels[:, None] < 0, 1.0 / classes, targets)
+    # F.one_hot looks at the labels' values, and torch.where copies its number to the device.
+    one_hot = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+    return (one_hot * (1.0 - smoothing) + smoothing / classes).masked_fill(labels[:, None] < 0, 1.0 / classes)
 
 
 def mix_up(
@@ -120,17 +127,41 @@ def weighted_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 
-def make_average(network: nn.Module, decay: float) -> AveragedModel:
-    """Build the exponential moving average of weights and batch statistics.
+class Average:
+    """The exponential moving average of a network's weights and batch statistics.
 
     Evaluating the average is worth a lower learning rate at the end (Polyak & Juditsky 1992; Tarvainen & Valpola 2017,
     arXiv:1703.01780). Its decay rises from 0.1 to `decay` over the first steps, as in TensorFlow's
     ExponentialMovingAverage, so that the average of a short run is not dominated by its random start.
+
+    torch's AveragedModel copies its counter to the device in every update; this one counts on the host.
     """
 
-    def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
-        if not averaged.is_floating_point():  # batch norm's counter of batches
-            return current
-        return averaged.lerp(current, 1.0 - min(decay, (1.0 + int(steps)) / (10.0 + int(steps))))
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(network)
+        self._decay, self._steps = decay, 0
+        # Ours and the network's, in one order, for one kernel over all of them.
+        both = [[*module.parameters(), *module.buffers()] for module in (self.module, network)]
+        self._averaged = [[tensor.detach() for tensor in tensors if tensor.is_floating_point()] for tensors in both]
+        self._counters = [[tensor for tensor in tensors if not tensor.is_floating_point()] for tensors in both]
 
-    return AveragedModel(network, avg_fn=average, use_buffers=True)
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the network after one more of its steps; the first one is taken over as it is."""
+        decay = min(self._decay, (1.0 + self._steps) / (10.0 + self._steps)) if self._steps else 0.0
+        get_ema_multi_avg_fn(decay)(*self._averaged, self._steps)
+        ours, theirs = self._counters
+        if ours:
+            torch._foreach_copy_(ours, theirs)
+        self._steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averaged tensors and the counter of steps, named as in torch's AveragedModel."""
+        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        return {"n_averaged": torch.tensor(self._steps), **tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._steps = int(state["n_averaged"])
+        tensors = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
+        self.module.load_state_dict(tensors)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from btray import storage
 from btray.data.frames import FRAMES_PER_SCAN
-from btray.training.config import TrainConfig
+from btray.training.config import BATCH, TrainConfig
 from btray.training.optimizer import sample_weights
 
 Indices = npt.NDArray[np.int64]
@@ -54,15 +54,33 @@ class Plan:
     initial_weights: dict[str, Tensor] | None = None
     """Tensors to start from, by name."""
 
+    def for_workers(self, workers: int) -> Plan:
+        """Return the plan as so many workers carry it out: its batch and its learning rate may depend on their number.
+
+        A batch of so many images per worker has a learning rate in proportion to its size (Goyal et al. 2017,
+        arXiv:1706.02677); the configured one is that of a batch of BATCH.
+        """
+        config = self.config
+        if config.images_per_worker is None:
+            return self
+        size = min(config.images_per_worker * config.accumulate * workers, len(self.train))
+        rate = config.optimiser.learning_rate * size / BATCH
+        optimiser = config.optimiser.model_copy(update={"learning_rate": rate})
+        return replace(self, config=config.model_copy(update={"batch_size": size, "optimiser": optimiser}))
+
     @property
     def batch_size(self) -> int:
         """Samples per step over all workers: the configured number unless there are fewer."""
-        return min(self.config.batch_size, len(self.train))
+        return min(self.config.batch_size or BATCH, len(self.train))
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches per epoch; which samples are left over changes from epoch to epoch."""
-        return len(self.train) // self.batch_size
+        return self.steps_left(0)
+
+    def steps_left(self, trained: int) -> int:
+        """Return how many steps are left of an epoch of which so many samples were trained on."""
+        return max(0, len(self.train) - trained) // self.batch_size
 
     def class_counts(self) -> list[int]:
         """Count the training samples of each class; outliers count nowhere."""

@@ -31,7 +31,8 @@ STOP = "stop"
 EVERY = 5.0
 """Seconds between two looks, about: a spot instance goes 30 to 120 s after its notice, and a look costs a request."""
 
-Notice = Literal["stop", "reclaimed"]
+Notice = Literal["stop", "reclaimed", "due"]
+"""A stop was requested; the machine is about to go; it is time for a checkpoint."""
 
 
 @contextmanager
@@ -70,9 +71,12 @@ def stoppable(run_uri: str) -> Iterator[Callable[[], bool]]:
 
 
 class InterruptionWatch:
-    """Watches for notices in a worker; all workers look, and so act, after the same step."""
+    """Watches for notices and for the time in a worker; all workers look, and so act, after the same step."""
 
-    def __init__(self, run_uri: str, collectives: Collectives) -> None:
+    def __init__(self, run_uri: str, collectives: Collectives, minutes: float = 0.0) -> None:
+        """`minutes` after which a checkpoint is due; 0: never."""
+        self._pause = minutes * 60 or math.inf
+        self._saved = time.monotonic()
         self._mark = storage.join(run_uri, STOP)
         self._collectives = collectives
         self._steps = 0  # since the last look
@@ -80,22 +84,29 @@ class InterruptionWatch:
         self._looked = time.monotonic()
         self._reclaimed: set[str] = set()
 
+    def saved(self) -> None:
+        """Count the minutes from now: a checkpoint was written."""
+        self._saved = time.monotonic()
+
     def after_step(self) -> Notice | None:
         """Return the notice that came since the last look, if it is time for one; a reclaimed node is reported once."""
         self._steps += 1
         if self._steps < self._interval:
             return None
         now = time.monotonic()
-        status = torch.zeros(2, dtype=torch.float64)  # stop, steps to the next look
+        status = torch.zeros(3, dtype=torch.float64)  # stop, steps to the next look, whether a checkpoint is due
         if self._collectives.rank == 0:  # its clock and its look at the mark count for all
             pace = (now - self._looked) / self._steps
             status[1] = math.ceil(EVERY / max(pace, 1e-3))
             with suppress(StorageError):  # an unreachable store must not end the training
                 status[0] = storage.exists(self._mark)
-        stop, interval = self._collectives.sum(status).tolist()
+            status[2] = now - self._saved >= self._pause
+        stop, interval, due = self._collectives.sum(status).tolist()
         self._steps, self._interval, self._looked = 0, int(interval), now
         info, known = ray.train.get_preemption_info(), len(self._reclaimed)
         self._reclaimed.update(info.preempted_node_ids if info is not None else ())
         if stop:
             return "stop"
-        return "reclaimed" if len(self._reclaimed) > known else None
+        if len(self._reclaimed) > known:
+            return "reclaimed"
+        return "due" if due else None

@@ -37,15 +37,13 @@ from btray.data.rejections import (
 )
 from btray.data.splits import Flags, Leak, find_leak, hold_out, k_folds, leave_out_sources, report_leak
 from btray.model.network import build_network
-from btray.training.config import TrainConfig
+from btray.training.config import BATCH, TrainConfig
+from btray.training.feeding.stream import scans_of
 from btray.training.feeds import decode_rows, survey
 from btray.training.plan import Indices, Plan, run_folder
 from btray.training.pretrained import read_initial_weights
 
 _log = logging.getLogger(__name__)
-
-# CPUs of a task that decodes while workers train: on a machine with one CPU it must fit beside a worker.
-_STREAMING_CPUS = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,16 +131,10 @@ class TrainingData:
         }
 
     def datasets(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
-        """Return the data sets of the workers: all decoded frames, or rows in random order, decoded on demand."""
+        """Return the data set of the workers: all decoded frames, or the scans that they decode every epoch."""
         if self.frames is not None:
             return {"frames": self.frames}
-        plan = self.plan
-        shuffled = np.random.default_rng(plan.config.seed).permutation(plan.train)
-        scans = dict.fromkeys((plan.samples[shuffled] // FRAMES_PER_SCAN).tolist())  # each once, in their random order
-        rows = {"train": np.array(list(scans))}
-        if len(plan.validation):
-            rows["validation"] = plan.rows(plan.validation)
-        return {name: self.source.decode(chosen, num_cpus=_STREAMING_CPUS) for name, chosen in rows.items()}
+        return {"scans": scans_of(self.plan.rows(np.arange(len(self.plan.samples))), self.source.table["uri"])}
 
 
 def in_splits(table: pa.Table, *splits: str) -> npt.NDArray[np.bool_]:
@@ -158,7 +150,7 @@ def read_source(config: TrainConfig) -> Source:
             that can be read.
     """
     chosen = (*config.classes, config.outliers) if config.classes and config.outliers else config.classes
-    table = read_labelled(config.data, classes=chosen)
+    table = read_labelled(config.data, classes=chosen, preprocess=config.preprocess)
     require_label(config.outliers, table["label"].unique().to_pylist(), config.data)
     learnt = table.filter(~in_splits(table, "val", "test"))["label"].to_pylist()
     classes = class_order(label for label in learnt if label != config.outliers)
@@ -180,7 +172,7 @@ def prepare(source: Source) -> TrainingData:
         ThresholdExceeded: more images than `max_rejected` are unreadable, or images leak with `on_leak` "fail".
     """
     config, table, run_uri = source.config, source.table, run_folder(source.config)
-    _check_workers(config, config.batch_size)
+    _check_workers(config)
     rows = np.flatnonzero(~in_splits(table, "test"))
     most = int(config.cache_gb * 1e9 / config.preprocess.size**2)  # a frame has a byte per pixel
     too_many = len(rows) > most
@@ -274,10 +266,15 @@ def _check_streaming(config: TrainConfig, streaming: bool) -> None:
         )
 
 
-def _check_workers(config: TrainConfig, batch_size: int) -> None:
-    workers = worker_range(config)[1]
-    if batch_size < workers:
-        raise UserError(f"--batch-size {batch_size} cannot feed --num-workers {workers}; use fewer workers")
+def _check_workers(config: TrainConfig, images: int | None = None) -> None:
+    """Refuse a batch, of at most so many `images`, that leaves a worker without one in a part of a step."""
+    workers, size = worker_range(config)[1], config.batch_size or BATCH
+    if config.images_per_worker is not None:
+        size = config.images_per_worker * config.accumulate * workers
+    size = min(size, images or size)
+    if size < workers * config.accumulate:
+        parts = f", --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UserError(f"--batch-size {size} cannot feed --num-workers {workers}{parts}; use fewer of them")
 
 
 def _check_plan(plan: Plan, rounds: Mapping[str, Flags]) -> None:
@@ -289,7 +286,7 @@ def _check_plan(plan: Plan, rounds: Mapping[str, Flags]) -> None:
         raise UserError(
             "no image can be held out for validation without cutting a group; add images or give a val split"
         )
-    _check_workers(plan.config, plan.batch_size)
+    _check_workers(plan.config, len(plan.train))
     _check_norm(plan)
     held_out = np.bincount(plan.labels[plan.validation], minlength=len(plan.classes)).tolist()
     for label, count, validated in zip(plan.classes, counts, held_out, strict=True):
@@ -299,7 +296,8 @@ def _check_plan(plan: Plan, rounds: Mapping[str, Flags]) -> None:
 def _check_norm(plan: Plan) -> None:
     """Refuse a batch of one image whose last feature map is one pixel: batch norm needs two values per channel."""
     workers, size = worker_range(plan.config)[1], plan.config.preprocess.size
-    if plan.batch_size // workers > 1:
+    plan = plan.for_workers(workers)
+    if plan.batch_size // workers // plan.config.accumulate > 1:
         return
     network = build_network(plan.config.network, len(plan.classes)).train()
     try:

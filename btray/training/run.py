@@ -15,10 +15,11 @@ from btray import storage
 from btray.core.cluster import cpus
 from btray.core.console import ProgressLine
 from btray.core.errors import Stopped, UserError
+from btray.data.preprocess import preprocess_digest
 from btray.data.rejections import REJECTED, rejections_csv
 from btray.model.config import MANIFEST
 from btray.training.checkpoints import Checkpoint, StateDict
-from btray.training.feeds import TRAINING_CPUS, StreamSplit
+from btray.training.feeds import TRAINING_CPUS
 from btray.training.history import DIVERGED, EpochRecord
 from btray.training.plan import run_folder
 from btray.training.preemption import stoppable
@@ -30,7 +31,10 @@ _log = logging.getLogger(__name__)
 
 RUN = "run.json"
 # Settings that change nothing of the model of a run that has ended.
-_WITHOUT_EFFECT = {"num_workers", "max_rejected", "max_failures", "mlflow", "concurrent"}
+_WITHOUT_EFFECT = {
+    "num_workers", "max_rejected", "max_failures", "mlflow", "concurrent", "gpu_cache_gb", "checkpoint_minutes",
+    "compile",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ def is_finished(source: Source) -> bool:
     made = storage.exists(storage.join(config.out, MANIFEST)) and storage.exists(record)
     if config.overwrite or run is None or not made or run["listing"] != source.listing_digest():
         return False
+    if run.get("preprocessing") not in (None, preprocess_digest(config.preprocess)):  # None: of an earlier version
+        return False
     settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     return storage.differing_setting(yaml.safe_load(storage.read_text(record)), settings) is None
 
@@ -63,7 +69,13 @@ def claim_run(data: TrainingData) -> None:
     """
     plan, config = data.plan, data.plan.config
     settings = config.model_dump(mode="json", exclude=set(config.may_change))
-    identity = {"config": settings, "classes": list(plan.classes), "data": data.digest()}
+    identity = {
+        "config": settings,
+        "classes": list(plan.classes),
+        # Other versions of libraries may make other frames by the same settings.
+        "preprocessing": preprocess_digest(config.preprocess),
+        "data": data.digest(),
+    }
     uri = storage.join(plan.run_uri, RUN)
     before = storage.read_json(uri, missing_ok=True)
     different = before and storage.differing_setting(before, identity)
@@ -127,8 +139,8 @@ def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train V2 has it
         ),
         datasets=data.datasets(),
-        # Frames in memory are not split: every worker holds all of them.
-        dataset_config=StreamSplit() if plan.streaming else ray.train.DataConfig(datasets_to_split=[]),
+        # Nothing is split: every worker holds all frames, or reads its own share of them.
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
     with stoppable(plan.run_uri) as stop_requested, ProgressLine("starting the workers") as line:
         result = trainer.fit()

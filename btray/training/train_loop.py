@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -16,23 +16,22 @@ import ray.train.torch
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from btray.core import logs
 from btray.core.metrics import lasting
 from btray.data.preprocess import to_tensor
-from btray.model.engines import supports_bf16
-from btray.model.network import Network, build_network, load_matching
 from btray.training import optimizer
-from btray.training.augment import Augmenter
 from btray.training.checkpoints import Checkpoint
 from btray.training.collectives import Collectives
-from btray.training.config import IMAGENET
-from btray.training.feeds import Batch, MemoryFeed, StreamFeed
+from btray.training.feeding.loader import NOTHING, BatchLoader
+from btray.training.feeding.memory import MemoryFeed
+from btray.training.feeding.stream import StreamFeed
 from btray.training.history import INTERRUPTED, EpochRecord, best_record, finite_or_none, score_of
 from btray.training.plan import Plan
 from btray.training.preemption import InterruptionWatch
+from btray.training.step import TrainingStep
 from btray.training.tracking import Tracker
 
 _log = logging.getLogger(__name__)
@@ -50,6 +49,10 @@ def train_loop(settings: dict[str, Any]) -> None:
     logs.begin_in_worker(plan.config.log_format, job="train", run_id=plan.config.name)
     # Ray limits OMP_NUM_THREADS to the CPUs that a worker reserves, which are fewer than its share of the machine.
     torch.set_num_threads(settings["threads"])
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # batches are all of one size
     with lasting():
         Trainer(plan).run()
 
@@ -58,30 +61,20 @@ class Trainer:
     """One worker of a training; its state is the same on all workers but for their share of the data."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.config, settings = plan, plan.config, plan.config.optimiser
-        self.device = ray.train.torch.get_device()
-        precision = plan.config.precision
-        self.bf16 = precision == "bf16" or (precision == "auto" and supports_bf16(self.device))
-        self.collectives = Collectives(self.device)
-        self.augmenter = Augmenter(self.config.augment, self.config.seed)
-        torch.manual_seed(self.config.seed)  # every worker begins with the same weights
-        network = build_network(self.config.network, len(plan.classes))
-        if plan.initial_weights:
-            load_matching(network, plan.initial_weights)
-        # Convolutions of oneDNN and cuDNN work in this layout, and would convert every layer's input to it.
-        self.network: Network = network.to(self.device).to(memory_format=torch.channels_last)
-        self.fine_tune = plan.initial_weights is not None
-        self.optimiser = optimizer.make_optimiser(self.network, settings, fine_tune=self.fine_tune)
-        self.average = optimizer.make_average(self.network, settings.ema) if settings.ema else None
+        device = ray.train.torch.get_device()
+        self.collectives = Collectives(device)
+        self.plan = plan = plan.for_workers(self.collectives.workers)
+        self.config = plan.config
+        self.step = TrainingStep(plan, device, self.collectives)
         self.history: list[EpochRecord] = []
-        self.steps = 0  # of the epoch that is running
-        self.totals = torch.zeros(3, dtype=torch.float64)  # of those steps: loss, weight, images
-        self.waited = 0.0  # seconds for batches of this epoch
+        # Of the epoch that is running: its steps, the samples that all workers have trained on up to the last
+        # checkpoint, and those of this one since.
+        self.steps, self.saved, self.samples = 0, NOTHING, list[Tensor]()
         self.stopping = False
-        self.frozen: int | None = None  # parts of the network that do not learn
         self._resume()
-        self.feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan)
-        self.watch = InterruptionWatch(plan.run_uri, self.collectives)
+        self.feed = StreamFeed(plan) if plan.streaming else MemoryFeed(plan, self.collectives, device)
+        self.loader = BatchLoader(device)
+        self.watch = InterruptionWatch(plan.run_uri, self.collectives, self.config.checkpoint_minutes)
 
     def run(self) -> None:
         """Train until the last epoch, until macro-F1 has not risen for `patience` epochs, or until stopped.
@@ -113,119 +106,77 @@ class Trainer:
         # an epoch that is not possible, but the draws then differ from those at its beginning.
         seed = (self.config.seed * 1_000_003 + epoch) * 4096 + self.collectives.rank
         torch.manual_seed(hash((seed, self.steps)) % 2**63 if self.steps else seed)
-        self.network.train()
-        # After train(), which puts all batch norms into training mode, and before the first step: a head of random
-        # weights would push large gradients through pretrained layers.
-        frozen = self._frozen_parts(epoch)
-        optimizer.freeze(self.network, frozen)
-        if frozen != self.frozen:  # DDP fixes early which gradients it reduces: wrap again
-            self.frozen = frozen
-            self.parallel = ray.train.torch.prepare_model(self.network, move_to_device=False)
-        resumed = self.totals.clone()
-        started = time.perf_counter()
-        rate, self.waited = 0.0, 0.0
-        batches = self.feed.train(epoch)
-        if self.plan.streaming:  # shares of a stream may differ in length; those of frames in memory do not
-            batches = self.collectives.in_step(batches)
-        # All but the steps that were taken before the run was interrupted.
-        for index, batch in islice(enumerate(self._timed(batches)), self.steps, None):
-            step = epoch * self.plan.steps_per_epoch + index
-            rate = optimizer.learning_rate(step, self.config.epochs * self.plan.steps_per_epoch, self.config.optimiser)
-            optimizer.set_learning_rate(self.optimiser, rate)
-            self.totals += self._step(batch, epoch, index)
-            self.steps = index + 1
-            if self._interrupted(epoch):
-                return None
-        seconds = time.perf_counter() - started
-        loss, weight, _ = self.collectives.sum(self.totals).tolist()
-        images = self.collectives.sum(self.totals - resumed)[2].item()
-        self.steps, self.totals = 0, torch.zeros_like(self.totals)
+        self.step.begin(epoch)
+        plan, resumed = self.plan, self.step.totals.clone()
+        started, self.loader.waited, rate = time.perf_counter(), 0.0, 0.0
+        left = plan.steps_left(len(self.saved))
+        # By images and not by steps: their batch may have had another size.
+        first = epoch * plan.steps_per_epoch + len(self.saved) / plan.batch_size
+        with closing(self.loader(self.feed.train(epoch, self.saved))) as batches:
+            for number, batch in enumerate(batches, start=1):
+                rate = optimizer.learning_rate(
+                    first + number - 1, self.config.epochs * plan.steps_per_epoch, self.config.optimiser
+                )
+                self.step(batch, epoch=epoch, index=self.steps, rate=rate)
+                self.steps += 1
+                self.samples.append(batch.samples)
+                if self._interrupted(epoch, last=number == left):
+                    return None
+        loss, weight, _ = self.collectives.sum(self.step.totals).tolist()
+        images = self.collectives.sum(self.step.totals - resumed)[2].item()
+        seconds = time.perf_counter() - started  # now the device has done what it was given
+        self.step.totals.zero_()
+        self.steps, self.saved, self.samples = 0, NOTHING, []
         return {
             "train_loss": finite_or_none(loss / max(weight, 1e-12)),
             "learning_rate": rate,
             "images": int(images),
             "images_per_second": images / seconds,
-            "feed_ratio": 1 - self.waited / seconds,
+            "feed_ratio": 1 - self.loader.waited / seconds,
         }
 
-    def _frozen_parts(self, epoch: int) -> int:
-        """Return how many parts of the network, from the input, do not learn in `epoch`."""
-        settings = self.config.optimiser
-        if not self.fine_tune:
-            return 0
-        if epoch < settings.freeze_epochs:
-            return len(self.network.parts)
-        return settings.frozen_stages if self.config.start == IMAGENET else 0
-
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield batches and add the time that this worker waits for them to `waited`."""
-        started = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - started
-            yield batch
-            started = time.perf_counter()
-
-    def _interrupted(self, epoch: int) -> bool:
+    def _interrupted(self, epoch: int, *, last: bool) -> bool:
         """Look for a notice after a step, write a checkpoint if there is one, and return whether the epoch ends here.
 
-        A machine that is about to go ends nothing: Ray Train starts the worker again elsewhere, from that checkpoint.
+        Only a stop ends it. A machine that is about to go does not: Ray Train starts the worker again elsewhere, from
+        that checkpoint.
         """
         notice = self.watch.after_step()
         self.stopping = self.stopping or notice == "stop"
-        if self.steps >= self.plan.steps_per_epoch:  # the epoch's own checkpoint follows
+        if last:  # the epoch's own checkpoint follows
             return False
         if notice:
             # The sums over all workers are kept by rank 0 alone, so that they count once however many resume.
-            self.totals = self.collectives.sum(self.totals) * (self.collectives.rank == 0)
-            # Waiting for the upload: afterwards the machine may go.
+            self.step.totals = self.collectives.sum(self.step.totals) * (self.collectives.rank == 0)
+            self.saved = torch.cat([self.saved, *self.collectives.gather(torch.cat(self.samples))])
+            self.samples.clear()
+            # Waiting for the upload if the machine may go afterwards.
             metrics = {"epoch": epoch, "step": self.steps, "score": INTERRUPTED}
-            self._report(metrics, f"epoch_{epoch:05d}_step_{self.steps:07d}", wait=True)
-            if self.collectives.rank == 0:
+            self._report(metrics, f"epoch_{epoch:05d}_step_{self.steps:07d}", wait=notice != "due")
+            if self.collectives.rank == 0 and notice != "due":
                 _log.warning("%s: wrote a checkpoint of epoch %d, step %d", notice, epoch + 1, self.steps)
         return self.stopping
-
-    def _step(self, batch: Batch, epoch: int, index: int) -> Tensor:
-        """Take one optimiser step and return this worker's sums of loss, weight and images, float64 [3]."""
-        config = self.config.optimiser
-        frames, labels = self._to_device(batch.frames), self._to_device(batch.labels)
-        images = self.augmenter(frames, batch.samples, epoch) if self.config.augment.enabled else to_tensor(frames)
-        targets = optimizer.soft_targets(labels, len(self.plan.classes), config)
-        weights = self._to_device(batch.weights)
-        if config.mixup:
-            seed = (self.config.seed, epoch, index, self.collectives.rank)
-            images, targets, weights = optimizer.mix_up(images, targets, weights, config.mixup, seed)
-        loss = optimizer.weighted_losses(self._logits(self.parallel, images), targets, weights)
-        # If it is known, asking would make every worker wait for the slowest twice per step. Mixup keeps the sum.
-        whole_weight = batch.whole_weight or self.collectives.sum(weights.sum())
-        self.optimiser.zero_grad()
-        # DDP averages gradients over workers; each must count by the weight of its samples in the whole batch.
-        (loss * (self.collectives.workers / whole_weight)).backward()
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
-        self.optimiser.step()
-        if self.average is not None:
-            self.average.update_parameters(self.network)
-        return torch.tensor([loss.item(), weights.sum().item(), len(labels)], dtype=torch.float64)
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Measure the network on the validation images and return its fields of EpochRecord."""
-        network = self.evaluated
+        network = self.step.evaluated
         taken = (epoch + 1) * self.plan.steps_per_epoch
-        if taken < _STEPS_OF_NORMS and not (self.fine_tune or self.plan.streaming):
+        if taken < _STEPS_OF_NORMS and not (self.step.fine_tune or self.plan.streaming):
             # Batch statistics still lean on their start, 0 and 1, and so would every answer.
-            batches = islice(self.feed.train(epoch), _BATCHES_OF_NORMS)
-            update_bn((to_tensor(self._to_device(batch.frames)) for batch in batches), network)
+            with closing(self.loader(self.feed.train(epoch))) as batches:
+                update_bn((to_tensor(batch.frames) for batch in islice(batches, _BATCHES_OF_NORMS)), network)
         self.collectives.share_buffers(network)
         if len(self.plan.validation) == 0:  # a refit: the last epoch is the one to keep
             return {"val_loss": None, "val_macro_f1": None, "val_accuracy": None, "score": float(epoch)}
         network.eval()
         # Begun with empty tensors: with more workers than validation images some have none, but all must gather.
-        logits, labels = [torch.zeros(0, len(self.plan.classes))], [torch.zeros(0, dtype=torch.int64)]
-        for batch in self.feed.validation():
-            logits.append(self._logits(network, to_tensor(self._to_device(batch.frames))).float().cpu())
-            labels.append(batch.labels)
-        all_logits, truth = self.collectives.gather(torch.cat(logits), torch.cat(labels))
+        logits, labels = [self.step.totals.new_zeros(0, len(self.plan.classes)).float()], [self.step.totals[:0].long()]
+        with closing(self.loader(self.feed.validation())) as batches:
+            for batch in batches:
+                logits.append(self.step.logits(network, to_tensor(batch.frames)).float())
+                labels.append(batch.labels.clone())  # the loader fills its buffer anew
+        all_logits, truth = self.collectives.gather(torch.cat(logits).cpu(), torch.cat(labels).cpu())
         predicted, present = all_logits.argmax(1).numpy(), np.unique(truth.numpy())
         loss = F.cross_entropy(all_logits, truth).item()
         macro_f1 = float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0.0))
@@ -236,17 +187,6 @@ class Trainer:
             "score": score_of(macro_f1, loss),
         }
 
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is validated and kept: the averaged one, if there is one."""
-        return self.network if self.average is None else self.average.module
-
-    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Apply `network` to images [n, 1, size, size]; the range of bf16 needs no loss scaling."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits: Tensor = network(images.contiguous(memory_format=torch.channels_last))
-        return logits
-
     def _report(self, metrics: dict[str, Any], name: str, *, wait: bool = False) -> None:
         """Report to Ray Train, from all workers; rank 0 writes the checkpoint that is kept as `name`.
 
@@ -256,13 +196,11 @@ class Trainer:
         if self.collectives.rank == 0:
             folder = tempfile.mkdtemp(prefix="btray-checkpoint-")  # deleted by Ray after the upload
             Checkpoint(
-                network=self.network.state_dict(),
-                optimiser=self.optimiser.state_dict(),
-                average=self.average.state_dict() if self.average is not None else None,
-                evaluated=self.evaluated.state_dict(),
+                **self.step.state(),
                 history=self.history,
                 steps=self.steps,
-                totals=self.totals,
+                totals=self.step.totals.cpu(),
+                trained=self.saved,
             ).save(folder)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         upload = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
@@ -273,6 +211,7 @@ class Trainer:
             checkpoint_upload_mode=upload,
             delete_local_checkpoint_after_upload=True,
         )
+        self.watch.saved()
 
     def _resume(self) -> None:
         """Continue from the latest checkpoint of the run, if it has one."""
@@ -280,13 +219,10 @@ class Trainer:
         if latest is None:
             return
         checkpoint = Checkpoint.load(latest)
-        self.network.load_state_dict(checkpoint.network)
-        self.optimiser.load_state_dict(checkpoint.optimiser)
-        if self.average is not None and checkpoint.average is not None:
-            self.average.load_state_dict(checkpoint.average)
-        self.history, self.steps = checkpoint.history, checkpoint.steps
-        if self.collectives.rank == 0:  # sums over all workers
-            self.totals = checkpoint.totals
+        self.step.load(checkpoint)
+        self.history, self.steps, self.saved = checkpoint.history, checkpoint.steps, checkpoint.trained
+        if len(self.saved) == 0:  # an earlier version counted them: enough for frames in memory
+            self.saved = torch.full((int(checkpoint.totals[2]),), -1)
 
     def _is_over(self) -> bool:
         """Return whether training ends before its last epoch: it diverged, or no epoch was better for `patience`."""
@@ -297,7 +233,3 @@ class Trainer:
             _log.warning("training diverged in epoch %d: it ends here, and the best epoch is kept", latest.epoch)
             return True
         return 0 < self.config.patience <= latest.epoch - best_record(self.history).epoch
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Copy to the worker's device; from pinned memory the copy overlaps with work on the GPU."""
-        return tensor if self.device.type != "cuda" else tensor.pin_memory().to(self.device, non_blocking=True)

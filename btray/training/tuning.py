@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray.tune
@@ -21,6 +22,7 @@ from btray.core import logs
 from btray.core.cluster import connected, cpus, gpus, started_ray_here
 from btray.core.config import set_environment
 from btray.core.console import ProgressLine, show_progress
+from btray.core.errors import Failed, UserError
 from btray.model.config import NetworkConfig
 from btray.model.network import build_network, count_flops, count_parameters
 from btray.storage import StorageError
@@ -39,7 +41,7 @@ from btray.training.plan import run_folder
 from btray.training.preemption import STOP
 from btray.training.prepare import TrainingData, prepare, read_source, worker_range
 from btray.training.run import claim_run, fit, is_finished
-from btray.training.tuning_report import TrialRecord, accuracy_against_cost, by_score, table_csv, table_text
+from btray.training.tuning_report import TrialRecord, accuracy_against_cost, by_score, short, table_csv, table_text
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ _DRIVER_CPUS = 0.01
 # Least CPUs of a worker: as many workers fit as there are CPUs, with the drivers beside them.
 _WORKER_CPUS = 0.9
 _TRIALS = "trials"
+_OWN_ERROR = f"{UserError.__module__}.{UserError.__qualname__}: "
 
 
 def tune(config: TuneConfig) -> str:
@@ -79,8 +82,9 @@ def tune(config: TuneConfig) -> str:
         trials = _search(config, data)
         best = by_score(trials)[0]
         if best.best is None:
-            raise RuntimeError(
-                f"not one of {len(trials)} trials completed an epoch; see {storage.join(folder, 'search')}"
+            raise Failed(
+                f"not one of {len(trials)} trials completed an epoch, for the reasons above; the same command tries "
+                f"them again, see {storage.join(folder, 'search')}"
             )
         files = {
             "trials.csv": table_csv(trials),
@@ -190,10 +194,12 @@ def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
                 storage_path=path,
                 storage_filesystem=filesystem,
                 verbose=0,
-                callbacks=[_Announce(config)],
+                callbacks=[Announcer(config, folder)],
             ),
         )
-    set_environment({"RAY_AIR_NEW_OUTPUT": "0"})  # the new one prints a table of settings also with verbose=0
+    # The new output prints a table of settings also with verbose=0. Of a trial that fails `Announcer` says why.
+    set_environment({"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"})
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     with ProgressLine("starting the trials", keep=False, of_workers=False):
         results = tuner.fit()
     return [_record(config, results[number], len(data.plan.classes)) for number in range(len(results))]
@@ -269,13 +275,15 @@ def _run_trial(point: Settings, *, config: TuneConfig, data: TrainingData, withi
     fit(replace(data, plan=plan), within=within, callbacks=[_Report()])
 
 
-class _Announce(ray.tune.Callback):
-    """Prints a line for each trial that ends, and rewrites the live line with each epoch of any."""
+class Announcer(ray.tune.Callback):
+    """Prints a line for each trial that ends or fails, and rewrites the live line with each epoch of any."""
 
-    def __init__(self, config: TuneConfig) -> None:
-        self._trials, self._epochs = config.trials, config.epochs
+    def __init__(self, config: TuneConfig, folder: str) -> None:
+        self._trials, self._epochs, self._folder = config.trials, config.epochs, folder
+        self._varied = varied_settings(config.space)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """Rewrite the live line."""
         if logs.is_json():
             return
         latest = [result, *(other.last_result or {} for other in trials)]
@@ -287,12 +295,24 @@ class _Announce(ray.tune.Callback):
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print how the trial ended."""
         last = trial.last_result or {}
         ended = 1 + sum(other.is_finished() for other in trials if other is not trial)
         print(
             f"trial {trial.trial_id} ended after {last.get('epoch', 0)} epochs, "
             f"val macro-F1 {last.get('val_macro_f1', float('nan')):.3f} ({ended} of {len(trials)} started have ended)",
             flush=True,
+        )
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Log why the trial failed."""
+        # The last line of a traceback; processes and threads between the trial and here add theirs above it.
+        cause = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
+        settings = ", ".join(f"{name} {short(trial.config[name])}" for name in self._varied)
+        _log.error(
+            "trial %s (%s) failed after %d epochs: %s; the search goes on without it, see %s/%s/%s",
+            *(trial.trial_id, settings, (trial.last_result or {}).get("epoch", 0), cause.removeprefix(_OWN_ERROR)),
+            *(self._folder, trial.trial_id, Path(trial.error_file).name),
         )
 
 

@@ -83,14 +83,15 @@ def table_text(trials: Sequence[TrialRecord], varied: Sequence[str]) -> str:
     for trial in by_score(trials):
         cells = trial.columns()
         star = "*" if trial.trial in starred else ""
-        lines.append([*(_cell(cells[name]) for name in (*_SHOWN, *varied)), star])
+        lines.append([*(short(cells[name]) for name in (*_SHOWN, *varied)), star])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
-def _cell(value: object) -> str:
+def short(value: object) -> str:
+    """Format a value for a table on a terminal."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

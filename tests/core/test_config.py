@@ -102,6 +102,7 @@ def test_none_is_a_text_where_a_setting_cannot_be_unset() -> None:
     assert config.data == config.out == os.path.abspath("none")
     assert (config.network.norm, config.optimiser.class_balance) == ("none", "none")
     assert TrainConfig.from_command_line([*NEEDED, "--init-from", "none"]).init_from is None
+    assert PredictConfig.from_command_line(["--model", "none", "x.jpg"]).model == os.path.abspath("none")
 
 
 @pytest.mark.parametrize(

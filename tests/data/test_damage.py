@@ -19,7 +19,7 @@ from btray.data.scans.jpeg import check_jpeg
 from btray.phantoms import encoded_phantom, phantom
 from tests.helpers import scan_corpus as corpus
 from tests.helpers.damage import KINDS, PROMISED, damage, tally, whole_phantoms, whole_slices
-from tests.helpers.jpeg_stream import fault_of
+from tests.helpers.jpeg_stream import fault_of, sampled
 
 # Pillow, which shows what a lenient reader sees, warns of metadata that it skips.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
@@ -142,6 +142,41 @@ def test_every_kind_of_jpeg_is_read_strictly(kind: str, options: dict[str, int],
         with pytest.raises(ScanRejected) as caught:
             decode(damaged)
         assert caught.value.code in ("truncated", "decode_failed")
+
+
+# Across and down, of each component; TurboJPEG knows none of them.
+RARE_FACTORS = {
+    "410": [(4, 2), (1, 1), (1, 1)],
+    "mixed": [(2, 2), (2, 1), (1, 1)],
+    "three": [(3, 1), (1, 1), (1, 1)],
+    "luma_halved": [(1, 1), (2, 1), (2, 2)],
+    "four": [(2, 1), (1, 1), (1, 2), (2, 1)],
+}
+
+
+@pytest.mark.parametrize("interval", [0, 5])
+@pytest.mark.parametrize("factors", RARE_FACTORS.values(), ids=RARE_FACTORS)
+def test_a_jpeg_of_rare_sampling_is_what_pillow_makes_of_it_and_none_that_is_damaged_is_read(
+    factors: list[tuple[int, int]], interval: int
+) -> None:
+    image = Image.fromarray(phantom("glioma", 4, size=(90, 67))).convert("RGB").convert("YCbCr")
+    planes = [np.asarray(band) for band in image.split()]
+    whole = sampled([*planes, planes[0]][: len(factors)], factors, interval)
+    assert fault_of(whole) is None
+    for min_side in (None, 40):
+        bare = Image.open(io.BytesIO(whole))
+        bare.draft("L", (min_side, min_side) if min_side else None)
+        np.testing.assert_array_equal(decode(whole, min_side=min_side).frames[0], to_gray(bare))
+    rng, tried = random.Random(7), 0
+    for kind in KINDS:
+        for _ in range(8):
+            damaged = damage(whole, "JPEG", kind, rng)
+            if fault_of(damaged) is not None:
+                tried += 1
+                with pytest.raises(ScanRejected) as caught:
+                    decode(damaged)
+                assert caught.value.code in ("truncated", "decode_failed")
+    assert tried > 16
 
 
 def test_strips_of_a_tiff_are_checked_with_the_tables_that_it_keeps_apart() -> None:

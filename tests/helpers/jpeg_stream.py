@@ -1,13 +1,18 @@
 """A strict reader of baseline JPEG in pure Python: it says why a stream is none that T.81 allows, and makes no pixels.
 
-It is the oracle of the damage tests: what it finds nothing wrong with is a valid file, whatever it shows.
+It is the oracle of the damage tests: what it finds nothing wrong with is a valid file, whatever it shows. `sampled`
+writes JPEG with sampling factors that no encoder here knows.
 """
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 _SOF, _DHT, _DQT, _DRI, _SOS, _EOI = (0xC0, 0xC1), 0xC4, 0xDB, 0xDD, 0xDA, 0xD9
 _DC_LIMIT, _LAST = 1024, 63
@@ -51,7 +56,8 @@ def fault_of(data: bytes) -> str | None:
 def _read(data: bytes) -> None:
     quantization: dict[int, int] = {}
     codes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    frame, interval, at, seen = None, 0, 2, set()
+    frame, interval, at = None, 0, 2
+    seen: set[int] = set()
     while True:
         if data[at] != 0xFF:
             raise InvalidStreamError("bytes between segments")
@@ -197,3 +203,89 @@ def _blocks(bits: bytes, blocks: list[_Component], quantization: dict[int, int])
             raise InvalidStreamError("end of data")
     if end - at >= 8:
         raise InvalidStreamError("bytes after the last block")
+
+
+def sampled(planes: list[np.ndarray], factors: list[tuple[int, int]], interval: int = 0) -> bytes:
+    """Return a JPEG of uint8 `planes` [height, width], all of one size, of which each is sampled by its factors.
+
+    `factors` are across and down, as in its frame header; `interval` is that of the restarts, in MCUs.
+    """
+    height, width = planes[0].shape
+    across, down = (max(pair[axis] for pair in factors) for axis in (0, 1))
+    wide, high = -(-width // (8 * across)), -(-height // (8 * down))
+    grid = []
+    for plane, (h, v) in zip(planes, factors, strict=True):
+        resized = Image.fromarray(plane).resize((wide * h * 8, high * v * 8))
+        blocks, head = _blocks_of(resized)
+        grid.append(np.array(blocks, dtype=object).reshape(high, v, wide, h, 2).transpose(0, 2, 1, 3, 4))
+    names = range(1, 1 + len(planes))
+    sof = struct.pack(">BHHB", 8, height, width, len(planes))
+    sof += b"".join(bytes((name, h << 4 | v, 0)) for name, (h, v) in zip(names, factors, strict=True))
+    sos = bytes((len(planes), *(byte for name in names for byte in (name, 0)), 0, 63, 0))
+    data = b"\xff\xd8" + head["tables"] + struct.pack(">HHH", 0xFFDD, 4, interval)
+    data += b"\xff\xc0" + struct.pack(">H", 2 + len(sof)) + sof + b"\xff\xda" + struct.pack(">H", 2 + len(sos)) + sos
+    bits, before = "", [0] * len(planes)
+    for number, (row, column) in enumerate(np.ndindex(high, wide)):
+        if interval and number and number % interval == 0:
+            data += _packed(bits) + bytes((0xFF, 0xD0 + (number // interval - 1) % 8))
+            bits, before = "", [0] * len(planes)
+        for index, part in enumerate(grid):
+            for mean, rest in part[row, column].reshape(-1, 2):
+                bits += _difference(mean - before[index], head["dc"]) + rest
+                before[index] = mean
+    return data + _packed(bits) + b"\xff\xd9"
+
+
+def _blocks_of(image: Image.Image) -> tuple[list[tuple[int, str]], dict[str, Any]]:
+    """Return DC coefficient and bits of the others of each block of a gray JPEG; its tables, and codes of DC."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    data, at, tables = buffer.getvalue(), 2, b""
+    codes: dict[int, dict[str, int]] = {}
+    while data[at + 1] != _SOS:
+        length = struct.unpack_from(">H", data, at + 2)[0]
+        segment = data[at : at + 2 + length]
+        if data[at + 1] in (_DQT, _DHT):
+            tables += segment
+        if data[at + 1] == _DHT:
+            codes[segment[4]] = _by_code(segment[5:])
+        at += 2 + length
+    body = data[at + 2 + struct.unpack_from(">H", data, at + 2)[0] : -2].replace(b"\xff\0", b"\xff")
+    bits, blocks, mean, at = f"{int.from_bytes(body, 'big'):0{8 * len(body)}b}", [], 0, 0
+    for _ in range(image.width * image.height // 64):
+        size, at = _symbol(bits, at, codes[0])
+        value = int(bits[at : at + size] or "0", 2)
+        mean += value if not size or bits[at] == "1" else value - (1 << size) + 1
+        at += size
+        start, number = at, 1
+        while number < 64:
+            symbol, at = _symbol(bits, at, codes[0x10])
+            at += symbol & 15
+            number += 64 if symbol == 0 else (symbol >> 4) + 1
+        blocks.append((mean, bits[start:at]))
+    return blocks, {"tables": tables, "dc": {symbol: code for code, symbol in codes[0].items()}}
+
+
+def _by_code(body: bytes) -> dict[str, int]:
+    found, code, symbols = {}, 0, iter(body[16:])
+    for length, count in enumerate(body[:16], start=1):
+        for _ in range(count):
+            found[f"{code:0{length}b}"] = next(symbols)
+            code += 1
+        code <<= 1
+    return found
+
+
+def _symbol(bits: str, at: int, codes: dict[str, int]) -> tuple[int, int]:
+    length = next(length for length in range(1, 17) if bits[at : at + length] in codes)
+    return codes[bits[at : at + length]], at + length
+
+
+def _difference(value: int, codes: dict[int, str]) -> str:
+    size = abs(value).bit_length()
+    return codes[size] + (f"{value if value > 0 else value + (1 << size) - 1:0{size}b}" if size else "")
+
+
+def _packed(bits: str) -> bytes:
+    bits += "1" * (-len(bits) % 8)
+    return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")

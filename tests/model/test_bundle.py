@@ -26,6 +26,7 @@ from btray.model.bundle_files import WEIGHTS, WRITING, require_free
 from btray.model.classifier import Classifier
 from btray.model.config import MANIFEST
 from btray.storage import StorageError
+from tests.helpers.classify_helpers import part_classifier
 from tests.helpers.forger import forge_weights, rewrite
 from tests.helpers.tiny_bundle import FILES, NETWORK, PREPROCESS, random_bundle, saved_bundle
 
@@ -126,6 +127,8 @@ def test_fingerprints_are_not_read_by_who_classifies_and_are_verified_by_who_rea
 
     monkeypatch.setattr(storage, "read_bytes", seen)
     Classifier.load(uri)
+    assert read == {WEIGHTS, *FILES}
+    part_classifier(monkeypatch, uri)  # what an actor of the classify job holds
     assert read == {WEIGHTS, *FILES}
     bundle, path = load_bundle(uri), tmp_path / "model" / FINGERPRINTS
     np.testing.assert_array_equal(read_fingerprints(bundle), prints)

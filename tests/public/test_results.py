@@ -10,12 +10,14 @@ import duckdb
 import pyarrow
 import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet
 import pytest
 
 from btray import results, storage
 from btray.bulk import table
 from btray.bulk.report import PartTally
 from btray.bulk.runs import read_tally, write_part
+from btray.data import packs
 from tests.helpers.classify_helpers import plain_rows
 from tests.helpers.table_helpers import done_of, row, write, write_a_table_of_many_nights
 
@@ -111,12 +113,16 @@ def names_for_spark(root: str) -> list[str]:
 
 
 def test_each_reader_of_the_guide_reads_all_of_a_table_in_the_line_that_is_given(table_of_many_nights: str) -> None:
-    (lines,) = re.findall(r"```python\n(pandas\..*?)```", GUIDE, re.DOTALL)
+    (lines,) = re.findall(r"```python\n(pandas\.read_parquet\(\"results.*?)```", GUIDE, re.DOTALL)
     readers = {line.partition(".")[0]: line for line in lines.splitlines()}
     assert readers.keys() == {"pandas", "pyarrow", "polars", "duckdb", "spark"}
     assert readers.pop("spark") == 'spark.read.parquet("results")'
     assert {name.rpartition(".")[2] for name in names_for_spark(table_of_many_nights)} == {"parquet"}
-    expected = plain_rows(table_of_many_nights)
+    assert_read(readers, plain_rows(table_of_many_nights))
+
+
+def assert_read(readers: dict[str, str], expected: pa.Table) -> None:
+    """Run a line for each reader, and compare the shape and the names of what it gives."""
     for name, line in readers.items():
         found = eval(line, {name: import_module(name), "pyarrow": pyarrow})
         found = found.df() if name == "duckdb" else found
@@ -124,6 +130,22 @@ def test_each_reader_of_the_guide_reads_all_of_a_table_in_the_line_that_is_given
         assert set(found.columns if name in ("pandas", "polars", "duckdb") else found.column_names) == {
             *expected.column_names
         }, name
+
+
+def test_each_reader_of_the_guide_reads_all_of_a_pack_in_the_line_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(pandas\.read_parquet\(\"pack.*?)```", GUIDE, re.DOTALL)
+    readers = {line.partition(".")[0]: line for line in lines.splitlines()}
+    assert readers.keys() == {"pandas", "pyarrow", "polars", "duckdb"}
+    packs.write_description("pack", packs.Pack("scans", None))
+    Path("pack/shards/_damaged").mkdir(parents=True)
+    Path("pack/shards/_damaged/0.parquet").write_bytes(b"no Parquet")
+    for shard, count in (("1", 3), ("2", 2)):
+        row = {"data": b"pixels", "uri": "scans/a", "path": "a", "etag": shard, "size": 6, "retryable": False}
+        pa.parquet.write_table(pa.Table.from_pylist([row] * count, packs.SCHEMA), f"pack/shards/{shard}.parquet")
+    assert_read(readers, pa.table({"uri": ["scans/a"] * 5, "size": [6] * 5}))
 
 
 def test_the_views_of_the_guide_give_what_current_gives(table_of_many_nights: str) -> None:

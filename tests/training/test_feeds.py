@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray.train
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,7 +22,7 @@ from btray.data.scans import Scan, SliceInfo
 from btray.data.splits import hold_out
 from btray.training import feeds, run
 from btray.training.config import OptimiserConfig, TrainConfig
-from btray.training.feeds import MemoryFeed, decode_block
+from btray.training.feeds import decode_block, decode_rows, survey
 from btray.training.plan import Plan
 from btray.training.prepare import Source
 from btray.training.run import fit
@@ -48,31 +48,6 @@ def plan_of(labels: list[int], train: list[int], **settings: Any) -> Plan:
     )
 
 
-class InWorker:
-    """What Ray Train tells a worker, and a data set whose frames all show their position."""
-
-    def __init__(self, plan: Plan, rank: int, workers: int) -> None:
-        self.plan, self.rank, self.workers = plan, rank, workers
-
-    def feed(self, monkeypatch: pytest.MonkeyPatch) -> MemoryFeed:
-        monkeypatch.setattr(ray.train, "get_context", lambda: self)
-        monkeypatch.setattr(ray.train, "get_dataset_shard", lambda name: self)
-        return MemoryFeed(self.plan)
-
-    def get_world_rank(self) -> int:
-        return self.rank
-
-    def get_world_size(self) -> int:
-        return self.workers
-
-    def iter_batches(self, **_: Any) -> Iterator[dict[str, np.ndarray]]:
-        positions = np.arange(len(self.plan.samples), dtype=np.uint8)
-        frames = np.broadcast_to(positions[:, None, None], (len(positions), *[self.plan.config.preprocess.size] * 2))
-        # As decoding gives them: in any order, rejected scans among them.
-        yield {"code": np.array(["truncated"]), "sample": np.array([-1]), "frame": frames[:1]}
-        yield {"code": np.full(len(frames), ""), "sample": self.plan.samples[::-1], "frame": frames[::-1]}
-
-
 @given(seed=st.integers(0, 1000), n=st.integers(2, 60), epoch=st.integers(0, 100))
 def test_an_epoch_takes_every_training_sample_once_and_no_other(seed: int, n: int, epoch: int) -> None:
     train = list(range(0, 2 * n, 2))
@@ -95,32 +70,6 @@ def test_sampling_draws_rare_classes_as_often_as_common_ones() -> None:
     plan = plan_of(labels, list(range(1000)), class_balance="sampling")
     drawn = np.concatenate([plan.labels[plan.epoch_order(epoch)] for epoch in range(10)])
     assert np.bincount(drawn) / len(drawn) == pytest.approx([1 / 3] * 3, abs=0.03)
-
-
-@pytest.mark.parametrize("workers", [2, 3])
-def test_workers_share_each_batch_of_one_worker_between_them(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_of([index % 2 for index in range(50)], list(range(43)), batch_size=10)
-    alone = InWorker(plan, 0, 1).feed(monkeypatch)
-    team = [InWorker(plan, rank, workers).feed(monkeypatch) for rank in range(workers)]
-    for epoch in (0, 5):
-        whole = list(alone.train(epoch))
-        parts = [list(feed.train(epoch)) for feed in team]
-        assert len(whole) == 4
-        assert all(len(steps) == 4 for steps in parts)
-        for step, batch in enumerate(whole):
-            together = [sample for steps in parts for sample in steps[step].samples.tolist()]
-            assert sorted(together) == sorted(batch.samples.tolist())
-            assert len(together) == 10
-    held_out = [sample for feed in team for batch in feed.validation() for sample in batch.samples.tolist()]
-    assert sorted(held_out) == (np.arange(43, 50) * FRAMES_PER_SCAN).tolist()
-
-
-def test_each_frame_keeps_its_label_and_sample_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_of([0, 1, 2, 0, 1, 2, 1, 1], [7, 1, 2, 3, 4, 5], batch_size=3)
-    for batch in InWorker(plan, 0, 1).feed(monkeypatch).train(3):
-        positions = batch.samples.numpy() // FRAMES_PER_SCAN
-        assert batch.labels.tolist() == plan.labels[positions].tolist()
-        assert batch.frames[:, 0, 0].tolist() == positions.tolist()
 
 
 def test_a_batch_is_never_larger_than_the_training_data() -> None:
@@ -173,6 +122,34 @@ def test_frames_are_kept_while_they_fit_however_few_scans_they_are_of(ray_sessio
         assert (data.frames is None) == streaming
         if data.frames is not None:
             assert sorted(row["sample"] for row in data.frames.take_all()) == data.plan.samples.tolist()
+
+
+@pytest.mark.cluster
+def test_frames_that_are_kept_do_not_pass_through_the_driver(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = decoded_pictures(tmp_path, 9)
+    rows = pa.table({"row": np.arange(9), "uri": names, "label": np.zeros(9, np.int64)})
+    fetched: list[int] = []
+    get = ray.get
+    monkeypatch.setattr(ray, "get", lambda refs, **options: noted(get(refs, **options), fetched))
+    kept, surveyed = survey(decode_rows(rows, FrameSource(PREPROCESS)), keep=9)
+    assert surveyed["sample"].to_pylist() == [row * FRAMES_PER_SCAN for row in range(9)]
+    assert kept is not None
+    assert 0 < sum(fetched) < 9 * PREPROCESS.size**2, "bytes of the columns, not of the frames"
+
+
+def noted(objects: Any, sizes: list[int]) -> Any:
+    """Note the bytes of the tables among what was fetched."""
+    sizes += [
+        table.nbytes for table in (objects if isinstance(objects, list) else [objects]) if isinstance(table, pa.Table)
+    ]
+    return objects
+
+
+def decoded_pictures(folder: Path, count: int) -> list[str]:
+    root = Path(write_tree(folder / "pictures", {"glioma": count}))
+    return sorted(map(str, root.rglob("*.png")))
 
 
 @pytest.mark.soak

@@ -37,7 +37,7 @@ from btray.training.history import EpochRecord, best_record, score_of
 from btray.training.job import train
 from btray.training.optimizer import weighted_losses
 from btray.training.plan import run_folder
-from btray.training.run import best_weights, claim_run
+from btray.training.run import best_weights, claim_run, is_finished
 from tests.conftest import ROOT
 from tests.helpers.scan_corpus import bad_scans
 from tests.helpers.training_helpers import (
@@ -365,6 +365,22 @@ def test_overwriting_deletes_the_run_of_the_same_name_and_no_other(
     claim(seed=5)
     with pytest.raises(UserError, match="another seed"):
         claim()
+
+
+def test_a_run_is_not_resumed_with_frames_of_another_preprocessing(
+    ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(with_val_split, tmp_path / "model")
+    data = prepared(config)
+    claim_run(data)
+    claim_run(data)
+    storage.write_text(storage.join(config.out, "bundle.json"), "{}")
+    storage.write_text(storage.join(config.out, "config.yaml"), config.to_yaml())
+    assert is_finished(data.source)
+    monkeypatch.setattr("btray.training.run.preprocess_digest", lambda _: "that of another Pillow")
+    assert not is_finished(data.source)
+    with pytest.raises(UserError, match=r"another preprocessing;.*another --out.*--overwrite"):
+        claim_run(data)
 
 
 def test_the_same_files_under_another_path_are_the_same_run(

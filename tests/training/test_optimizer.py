@@ -18,9 +18,9 @@ from btray.model.network import build_network
 from btray.training.config import OptimiserConfig
 from btray.training.optimizer import (
     OUTLIER_WEIGHT,
+    Average,
     freeze,
     learning_rate,
-    make_average,
     make_optimiser,
     mix_up,
     sample_weights,
@@ -132,27 +132,27 @@ def test_mixup_draws_anew_for_every_step() -> None:
 
 def test_average_of_weights_that_stay_is_those_weights() -> None:
     network = build_network(SMALL, 3)
-    average = make_average(network, 0.99)
+    average = Average(network, 0.99)
     for _ in range(50):
-        average.update_parameters(network)
+        average.update()
     for name, value in network.state_dict().items():
         assert torch.equal(average.module.state_dict()[name], value), name
 
 
 def test_average_forgets_its_random_start_within_a_short_run_and_follows_slowly_in_a_long_one() -> None:
     model = nn.Linear(1, 1, bias=False)
-    average = make_average(model, 0.99)
+    average = Average(model, 0.99)
     distances = []
     nn.init.constant_(model.weight, 0.0)
-    average.update_parameters(model)
+    average.update()
     nn.init.constant_(model.weight, 1.0)
     for _ in range(2000):
-        average.update_parameters(model)
+        average.update()
         distances.append(1.0 - average.module.get_parameter("weight").item())
     assert distances[9] < 0.001  # after ten steps the start is gone
     assert all(later <= earlier for earlier, later in itertools.pairwise(distances))
     nn.init.constant_(model.weight, 2.0)
-    average.update_parameters(model)
+    average.update()
     assert average.module.get_parameter("weight").item() == pytest.approx(
         1.01, abs=1e-3
     )  # now each step counts a hundredth
@@ -160,10 +160,10 @@ def test_average_forgets_its_random_start_within_a_short_run_and_follows_slowly_
 
 def test_average_takes_batch_statistics_and_counters_along() -> None:
     network = build_network(SMALL, 3)
-    average = make_average(network, 0.5)
+    average = Average(network, 0.5)
     for _ in range(30):
         network(torch.randn(4, 1, 32, 32) + 3.0)
-        average.update_parameters(network)
+        average.update()
     ours, theirs = average.module.state_dict(), network.state_dict()
     counter = "parts.0.0.1.num_batches_tracked"
     assert ours[counter] == theirs[counter] == 30

@@ -42,9 +42,11 @@ def nothing_is_reclaimed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return drained
 
 
-def watch_in(folder: Path, rank: int = 0, add: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> InterruptionWatch:
+def watch_in(
+    folder: Path, rank: int = 0, add: Callable[[Tensor], Tensor] = lambda tensor: tensor, minutes: float = 0.0
+) -> InterruptionWatch:
     """Return the watch of a worker whose tensors `add` sums over all workers."""
-    return InterruptionWatch(str(folder), cast("Collectives", SimpleNamespace(rank=rank, sum=add)))
+    return InterruptionWatch(str(folder), cast("Collectives", SimpleNamespace(rank=rank, sum=add)), minutes)
 
 
 # ---- the look-out
@@ -102,6 +104,30 @@ def test_all_workers_look_after_the_same_steps_however_their_clocks_differ(
         looks.append((len(said) > before, waiting > len(answers)))
         assert found == also
     assert all(mine == yours for mine, yours in looks)
+
+
+def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one_and_a_stop_comes_first(
+    nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
+    watch, never = watch_in(tmp_path, minutes=2), watch_in(tmp_path)
+    due = []
+    for step in range(1, 400):
+        now = float(step)
+        notice = watch.after_step()
+        assert never.after_step() is None
+        if notice:
+            due.append((step, notice))
+            watch.saved()
+    assert [notice for _, notice in due] == ["due"] * 3
+    assert all(
+        120 <= later - earlier <= 120 + preemption.EVERY for (earlier, _), (later, _) in pairwise([(0, ""), *due])
+    )
+    now += 1000
+    (tmp_path / STOP).touch()
+    notices = [watch.after_step() for _ in range(20)]
+    assert set(notices) == {None, "stop"}
 
 
 def test_an_unreachable_store_does_not_end_the_training(

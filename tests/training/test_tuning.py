@@ -31,6 +31,7 @@ from btray.training import prepare, tuning
 from btray.training.config import SpaceConfig, TrainConfig, TuneConfig
 from btray.training.history import EpochRecord
 from btray.training.tuning import (
+    Announcer,
     EarlyStopping,
     concurrency,
     cpus_of_a_trial,
@@ -232,6 +233,29 @@ def test_a_weak_trial_is_asked_to_end_and_never_killed(tmp_path: Path) -> None:
         (tmp_path / "weak" / "stop").unlink()  # as a resumed run does
 
 
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        ("ray.exceptions.RayTaskError: ray::trial()\n  File x\nValueError: too odd\n", "ValueError: too odd"),
+        ("Traceback:\n  raise\nbtray.core.errors.UserError: it diverged; lower it\n", "it diverged; lower it"),
+    ],
+)
+def test_a_trial_that_fails_is_one_line_with_its_settings_and_its_cause(
+    told: str, cause: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at noon)\n{told}\n")
+    config = TuneConfig(data="d", out="o", space=SMALL)
+    failed = SimpleNamespace(
+        trial_id="ab12", error_file=str(tmp_path / "error.txt"), config={"width": 2.0, "learning_rate": 0.5},
+        last_result={"epoch": 3},
+    )  # fmt: skip
+    Announcer(config, "runs/search").on_trial_error(1, [failed], failed)
+    (line,) = caplog.messages
+    assert "\n" not in line
+    assert line.startswith("trial ab12 (width 2, learning_rate 0.5) failed after 3 epochs: " + cause)
+    assert line.endswith("runs/search/ab12/error.txt")
+
+
 # ---- the search itself
 
 
@@ -281,6 +305,23 @@ def test_the_best_trial_becomes_the_bundle_and_the_same_command_changes_nothing(
     assert load_bundle(config.out).manifest.model_id == bundle.manifest.model_id
     with pytest.raises(UserError, match=r"another trials;.*--out"):
         tune(config.model_copy(update={"trials": 5}))
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+def test_a_search_goes_on_without_a_trial_that_fails_and_says_so_in_one_line(
+    ray_session: None, pictures: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The config as it is given is the first trial; the second one diverges.
+    space = SMALL.model_copy(update={"width": (1.0,), "learning_rate": (0.02, 1e30)})
+    config = small_search(pictures, tmp_path / "model", trials=2, space=space)
+    assert tune(config) == config.out
+    said = capfd.readouterr()
+    failed = [line for line in (said.out + said.err).splitlines() if "failed" in line]
+    assert len(failed) == 1
+    assert re.match(r"trial \S+ \(learning_rate .*\) failed after \d epochs: training diverged: .*txt$", failed[0])
+    assert "Traceback" not in said.out + said.err
+    assert sorted(line["state"] for line in table_of(config)) == ["failed", "finished"]
 
 
 @pytest.mark.cluster

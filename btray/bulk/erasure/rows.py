@@ -99,7 +99,7 @@ def take_out(info: FileInfo, erased: ErasedObjects) -> None:
     if TALLY in metadata:
         tally = without_frames(json.loads(metadata[TALLY]), erased)
         kept = kept.replace_schema_metadata(metadata | {TALLY: json.dumps(tally)})
-    options = packs.WRITE_OPTIONS if "data" in rows.column_names else {}
+    options = packs.write_options(rows.schema) if "data" in rows.column_names else {}
     body = io.BytesIO()
     pa.parquet.write_table(kept, body, **{"compression": "zstd", **options})
     storage.write_bytes(info.uri, body.getvalue())

@@ -260,7 +260,7 @@ def _pages(data: bytes, limits: ScanLimits) -> Iterator[Array]:
     pixels = 0
     for image in open_pages(data):
         pixels = _check_size(image.size, limits, pixels)
-        check_strips(data, image.tag_v2)
+        check_strips(data, image)
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero: Pillow inverts up to 8 bit only
         with strict_libtiff():
             frame = _frame(data, image)

@@ -11,6 +11,8 @@ from typing import Any, Final
 import numpy as np
 import simplejpeg
 
+from btray.data.scans.jpeg_codes import check_codes
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _FIRST_MARKER, _RST0, _SOI, _EOI, _SOS, _DQT, _DRI = 0xC0, 0xD0, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD
@@ -36,7 +38,12 @@ def check_jpeg(data: bytes, tables: bytes = b"") -> None:
 
     `tables` are those that a TIFF keeps apart from its strips: a JPEG without pixels (its tag 347).
     """
-    JpegStream(tables.removesuffix(bytes((0xFF, _EOI))) + data[2:] if tables else data).check()
+    stream_of_strip(data, tables).check()
+
+
+def stream_of_strip(data: bytes, tables: bytes) -> JpegStream:
+    """Return the JPEG that a strip of a TIFF and its `tables` are; see `check_jpeg`."""
+    return JpegStream(tables.removesuffix(bytes((0xFF, _EOI))) + data[2:] if tables else data)
 
 
 class JpegStream:
@@ -69,10 +76,11 @@ class JpegStream:
         self.is_plain = not has_metadata and frame[4] == 8 and frame[9] in (1, 3)
         """Whether it is of 8 bit, gray or in three colours, and says nothing about how it is to be turned."""
         self._factors = max(factor & 15 for factor in frame[11::3]), max(factor >> 4 for factor in frame[11::3])
-        self._is_huffman = frame[1] in (*_SEQUENTIAL, _PROGRESSIVE)
+        self._is_huffman, self._is_sequential = frame[1] in (*_SEQUENTIAL, _PROGRESSIVE), frame[1] in _SEQUENTIAL
+        self._restarts = interval
         first_is_luma = self.colours == "GRAY" and scan[5] == frame[10]  # if not, later headers may define its table
         self._dc_step = steps.get(frame[12]) if first_is_luma else None
-        if frame[1] in _SEQUENTIAL:
+        if self._is_sequential:
             # Some encoders write other numbers there, which mean nothing, but of which libjpeg warns.
             self._header[-3:] = _ALL_COEFFICIENTS
             # Only its slow path, which restart intervals make it take, warns of codes that do not exist.
@@ -93,7 +101,7 @@ class JpegStream:
         """Decode a JPEG of 8 bit to uint8 [height, width].
 
         The pixels are those of Pillow's `draft("L", (min_side, min_side))`. Returns None for colours that are left to
-        Pillow: four of them, after a check of the data, and those whose sampling TurboJPEG does not know.
+        Pillow, after a check of the data: four of them, and those whose sampling TurboJPEG does not know.
         Raises ValueError if the data is damaged.
         """
         if self.colours == "CMYK":
@@ -104,6 +112,7 @@ class JpegStream:
         width, height = (-(-side // scale) for side in self.size) if scale > 1 else (0, 0)
         pixels = _decode(self.strict(), self.colours, min_height=height, min_width=width)
         if pixels is None:
+            self._check_codes()
             return None
         gray: Array = pixels[..., 0]
         # The check reads all codes once more, which would take longer than Pillow's decoding if every file had it.
@@ -113,8 +122,15 @@ class JpegStream:
 
     def check(self) -> None:
         """Raise ValueError if the data is damaged. If `strict` was decoded already, `check_blocks` is enough."""
-        if _decode(self.strict(), self.colours, min_height=1, min_width=1) is not None:
+        if _decode(self.strict(), self.colours, min_height=1, min_width=1) is None:
+            self._check_codes()
+        else:
             self.check_blocks()
+
+    def _check_codes(self) -> None:
+        """Raise ValueError if the codes are damaged of a JPEG that TurboJPEG does not decode; sequential ones alone."""
+        if self._is_sequential:
+            check_codes(bytes(self._header) + self._codes, self._restarts)
 
     def check_blocks(self) -> None:
         """Raise ValueError if no encoder can have written what libjpeg-turbo decoded without a warning.

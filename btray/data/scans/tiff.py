@@ -13,16 +13,17 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+import imagecodecs
 import numpy as np
 from PIL import _imaging
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 
 from btray.data.scans.errors import ScanRejected
 from btray.data.scans.gray import to_uint16
-from btray.data.scans.jpeg import check_jpeg
+from btray.data.scans.jpeg import check_jpeg, stream_of_strip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -34,6 +35,8 @@ _LAST_PIXEL_TAG = _JPEG_TABLES = 347  # tags above it do not say how pixels are 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
 _FILL_ORDER, _SAMPLES, _PLANES, _SUB_DIRECTORIES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 266, 277, 284, 330, 338, 339
 _STRIP_OFFSETS, _TILE_OFFSETS, _SUBSAMPLING = 273, 324, 530
+_ROWS_PER_STRIP, _PREDICTOR, _YCBCR = 278, 317, 6
+_LEAST_ROWS = 32  # of a strip in which damage shows where rows of blocks meet, if it is seen at all
 _IMAGE_DEPTH, _STK_PLANES = 32997, 33629  # by Silicon Graphics and MetaMorph
 _REDUCED_OR_MASK = 0b101  # bits of a page that is a thumbnail or a mask of another one
 _JPEG, _DEFLATE = 7, (8, 32946)
@@ -137,15 +140,19 @@ def open_pages(data: bytes) -> Iterator[TiffImageFile]:
         yield image
 
 
-def check_strips(data: bytes, tags: ImageFileDirectory_v2) -> None:
-    """Raise an exception if strips or tiles of a page are not there, or not whole."""
+def check_strips(data: bytes, image: TiffImageFile) -> None:
+    """Raise an exception if strips or tiles of a page are not there, or not whole.
+
+    If they had to be decoded for that, the page is loaded from what came out, not decoded once more.
+    """
+    tags = image.tag_v2
     bits, samples = tags.get(_BITS, (1,)), tags.get(_SAMPLES, 1)
     planes = samples if tags.get(_PLANES) == 2 else 1
     width, height = tags[_WIDTH], tags[_HEIGHT]
     size = planes * height * -(-width * bits[0] * samples // planes // 8)
     compression = tags.get(_COMPRESSION, 1)
     for offsets, lengths, across, down in (
-        (_STRIP_OFFSETS, 279, width, tags.get(278, height)),
+        (_STRIP_OFFSETS, 279, width, tags.get(_ROWS_PER_STRIP, height)),
         (_TILE_OFFSETS, 325, tags.get(322), tags.get(323)),
     ):
         if offsets not in tags:
@@ -157,16 +164,75 @@ def check_strips(data: bytes, tags: ImageFileDirectory_v2) -> None:
             raise _truncated(data, "pixels lie")
         if compression == 1 and strips and sum(length for _, length in strips) < size:
             raise ScanRejected("truncated", f"a TIFF whose strips have less than the {size} bytes of its pixels")
-        for offset, length in strips:
-            strip = data[offset : offset + length]
-            if compression == _JPEG:
-                check_jpeg(strip, tags.get(_JPEG_TABLES, b""))
-            elif compression in _DEFLATE and tags.get(_FILL_ORDER, 1) == 1:
-                # libtiff stops at the last pixel, before the checksum
-                stream = zlib.decompressobj()
-                stream.decompress(strip, size + 1)
-                if not stream.eof and offsets != _TILE_OFFSETS:  # a tile may be larger than the page
-                    raise zlib.error("a strip has another length than its rows")
+        pieces = [data[offset : offset + length] for offset, length in strips]
+        in_strips = _TILE_OFFSETS not in tags and compression in (_JPEG, *_DEFLATE)
+        if in_strips and (rows := _decode_strips(data, tags, pieces[:count])) is not None:
+            # Behind the file, whose tags Pillow reads once more.
+            image.fp, image.use_load_libtiff = io.BytesIO(data + rows.tobytes()), False
+            layout = image.tile[0].args[0]  # type: ignore[index]  # libtiff's are a tuple
+            image.tile = [image.tile[0]._replace(codec_name="raw", offset=len(data), args=(layout, 0, 1))]
+            continue
+        for piece in pieces:
+            _check_piece(piece, tags, size, is_tile=offsets == _TILE_OFFSETS)
+
+
+def _check_piece(piece: bytes, tags: ImageFileDirectory_v2, size: int, *, is_tile: bool) -> None:
+    """Raise an exception if a strip or tile is damaged in a way that libtiff overlooks; a page has `size` bytes."""
+    if tags.get(_COMPRESSION) == _JPEG:
+        check_jpeg(piece, tags.get(_JPEG_TABLES, b""))
+    elif tags.get(_COMPRESSION) in _DEFLATE and tags.get(_FILL_ORDER, 1) == 1:
+        # libtiff stops at the last pixel, before the checksum
+        stream = zlib.decompressobj()
+        stream.decompress(piece, size + 1)
+        if not stream.eof and not is_tile:  # a tile may be larger than the page
+            raise zlib.error("a strip has another length than its rows")
+
+
+def _decode_strips(data: bytes, tags: ImageFileDirectory_v2, strips: Sequence[bytes]) -> Array | None:
+    """Return the rows of a page as libtiff would, bit by bit, from strips that have exactly these; else None."""
+    width, height, samples, bits = tags[_WIDTH], tags[_HEIGHT], tags.get(_SAMPLES, 1), set(tags.get(_BITS, (1,)))
+    down, depth = min(tags.get(_ROWS_PER_STRIP, height), height), min(bits)
+    rows = np.empty((height, -(-width * depth * samples // 8)), np.uint8)
+    parts = [rows[start : start + down] for start in range(0, height, down)]
+    in_planes = samples > 1 and tags.get(_PLANES) == 2
+    if len(bits) > 1 or in_planes or len(parts) != len(strips):
+        return None
+    if tags.get(_COMPRESSION) == _JPEG:
+        return rows if samples == 1 and _decode_jpegs(strips, tags.get(_JPEG_TABLES, b""), parts) else None
+    predictor = tags.get(_PREDICTOR, 1)
+    is_known = predictor == 1 or (predictor == 2 and depth in (8, 16, 32))
+    if tags.get(_PHOTOMETRIC) == _YCBCR or tags.get(_FILL_ORDER, 1) != 1 or not is_known or not _inflate(strips, parts):
+        return None
+    if depth in (16, 32):  # numbers, which libtiff turns to the order of this machine
+        rows = rows.view(f"{_layout(data)[0]}u{depth // 8}").astype(f"=u{depth // 8}")
+    if predictor == 2:
+        pixels = rows.reshape(height, width, samples)
+        np.add.accumulate(pixels, axis=1, dtype=pixels.dtype, out=pixels)
+    return rows
+
+
+def _decode_jpegs(strips: Sequence[bytes], tables: bytes, parts: Sequence[Array]) -> bool:
+    """Decode gray strips into rows; return False if they have others. Raises ValueError if one is damaged."""
+    for part, strip in zip(parts, strips, strict=True):
+        stream = stream_of_strip(strip, tables)
+        if stream.size != part.shape[::-1] or (gray := stream.decode_gray(None)) is None:
+            return False
+        if len(part) < _LEAST_ROWS:
+            stream.check_blocks()
+        part[:] = gray
+    return True
+
+
+def _inflate(strips: Sequence[bytes], parts: Sequence[Array]) -> bool:
+    """Unpack strips into rows, with their checksums; return False if one is damaged or of another length."""
+    try:
+        unpacked = [
+            len(imagecodecs.deflate_decode(strip, out=part.reshape(-1).data))
+            for strip, part in zip(strips, parts, strict=True)
+        ]
+    except RuntimeError:
+        return False
+    return unpacked == [part.size for part in parts]
 
 
 def read_numbers(image: TiffImageFile) -> Array | None:

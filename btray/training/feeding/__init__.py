@@ -1,0 +1,1 @@
+"""From frames to batches on a worker's device."""

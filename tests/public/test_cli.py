@@ -366,9 +366,9 @@ def test_a_submitted_job_writes_nowhere_where_nobody_looks_and_says_why_data_are
     given = {field.replace("_", "-"): "x" if field == "name" else str(tmp_path / "x") for field in required}
     given.pop("files", None)
     words = []
-    if name == "models":  # its model is an id or a place, and `list` asks for none
+    if name == "models":
         words = ["list"]
-        del given["action"], given["model"]
+        del given["action"]
     given |= {"where": "true"} if name == "erase" else {}
     for flag in OUTPUTS[name]:
         flags = [f"--{key}={value}" for key, value in {**given, flag: "runs/x"}.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -35,6 +36,10 @@ class LocalData:
     def select_columns(self, names: Sequence[str]) -> Self:
         return type(self)([block.select(names) for block in self.blocks])
 
+    def iter_internal_ref_bundles(self) -> Iterator[SimpleNamespace]:
+        blocks = [SimpleNamespace(ref=block, metadata=SimpleNamespace(num_rows=len(block))) for block in self.blocks]
+        yield SimpleNamespace(blocks=blocks)
+
     def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
         return iter(self.blocks)
 
@@ -44,6 +49,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.data, "from_arrow", LocalData)
     monkeypatch.setattr(ray.data, "from_arrow_refs", LocalData)
     monkeypatch.setattr(ray, "put", lambda block: block)
+    monkeypatch.setattr(ray, "get", lambda blocks: blocks)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(prepare, "cpus", lambda: 2.0)
     monkeypatch.setattr(scoring, "cpus", lambda: 2.0)

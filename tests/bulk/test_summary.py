@@ -51,8 +51,9 @@ def test_each_picture_stands_once_on_the_page_with_how_many_are_like_it(
         storage.write_bytes(str(scans / f"{name}.jpg"), phantoms.encoded_phantom("glioma", seed))
     processor = part_classifier(monkeypatch, model)
     objects = list(storage.list_files(str(scans)))
-    rows = processor.rows(objects, [storage.read_bytes(info.uri) for info in objects], defaultdict(float))
-    tally = processor.tally(rows, objects, defaultdict(float))
+    seconds: defaultdict[str, float] = defaultdict(float)
+    rows = [row for lot in processor.lots(objects, seconds) for row in processor.rows(objects, lot, seconds)]
+    tally = processor.tally(rows, objects, seconds)
     assert sorted(frame.alike for frame in tally.least_certain) == [1, 3]
     report = run_report(
         objects=1234,

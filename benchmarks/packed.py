@@ -1,12 +1,12 @@
 """Measure how much faster a packed archive is read than its loose objects, and frames than files.
 
 python benchmarks/packed.py --data ../data/brain-tumor-mri
-python benchmarks/packed.py --data ../data/brain-tumor-mri --feed 16384
+python benchmarks/packed.py --data ../data/brain-tumor-mri --feed 512
 
 Reading only, as in the actors of the classify job, from disk and from a SeaweedFS: lots of 64 objects, read by 16
-threads of one process. With --feed so many images, links to those of `data`, are streamed as training does, and nothing
-is trained: images per CPU second of all processes that take part, Ray's own too, for loose files and for a frame pack
-of them by turns, and the median of three epochs each.
+threads of one process. With --feed it measures what streamed training does with so many images before they reach the
+network: read, decode, preprocess, and hold back for shuffling, in one process and without Ray. CPU time per image of
+loose files and of a frame pack of them, by turns.
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401 - makes `tools` importable
+import numpy as np
 
 from btray import storage
 from btray.bulk.archive import Selection, list_archive
 from btray.bulk.config import PackConfig
 from btray.bulk.pack import pack
 from btray.bulk.worker import Prefetcher
+from btray.data.config import PreprocessConfig
+from btray.data.frames import FrameSource
 from btray.data.labelled import read_labelled
 from btray.data.scans import ScanLimits
-from tools.processes import cpu_seconds, descendants
+from btray.storage import packed
+from btray.training.feeding.stream import FramePool
+from btray.training.feeds import stream_block
 from tools.s3_server import S3Server
 
-_EPOCHS = 3
+_ROUNDS = 6
 
 
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of images, labelled for --feed")
-    parser.add_argument("--feed", type=int, metavar="IMAGES", help="stream so many images, and measure nothing else")
+    parser.add_argument("--feed", type=int, metavar="IMAGES", help="feed so many images, and measure nothing else")
     arguments = parser.parse_args()
     data = storage.resolve(arguments.data)
     with tempfile.TemporaryDirectory(prefix="btray-packed-") as name:
@@ -79,55 +84,36 @@ def _rate(uri: str) -> float:
 
 
 def _fed(data: str, images: int, name: str) -> dict[str, Any]:
-    """Return the images per CPU second that streamed training is fed with, and how often that is more for frames."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from btray.core.cluster import connected
-    from btray.training.config import TrainConfig
-    from btray.training.feeding.stream import StreamFeed
-    from btray.training.prepare import prepare, read_source
-
-    rows = read_labelled(data).to_pylist()
-    rows = [row for row in rows if row["split"] != "test"]
-    for number in range(images):
-        row = rows[number % len(rows)]
-        link = Path(name, "loose", "val" if number % 64 == 0 else "train", row["label"], f"{number}.jpg")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(row["uri"])
-    sources = {"loose": f"{name}/loose", "frames": f"{name}/frames"}
-    rates: dict[str, list[float]] = {kind: [] for kind in sources}
-
-    def measure(settings: dict[str, Any]) -> None:
-        feed = StreamFeed(settings["plan"])
-        for epoch in settings["epochs"]:
-            before = _cpu_seconds()
-            fed = sum(len(batch.labels) for batch in feed.train(epoch))
-            rates[settings["kind"]].append(fed / (_cpu_seconds() - before))
-
-    with connected(dashboard=True):
-        pack(PackConfig(input=sources["loose"], output=sources["frames"], frames=True))
-        prepared = {
-            kind: prepare(read_source(TrainConfig(data=uri, out=f"{name}/out-{kind}", cache_gb=0)))
-            for kind, uri in sources.items()
-        }
-        for epoch in range(_EPOCHS):
-            for kind, data_of_kind in prepared.items():
-                settings = {"plan": data_of_kind.plan, "kind": kind, "epochs": [epoch]}
-                TorchTrainer(
-                    measure,
-                    train_loop_config=settings,
-                    scaling_config=ray.train.ScalingConfig(num_workers=0),
-                    datasets=data_of_kind.datasets(),
-                ).fit()
-    medians = {f"{kind}_images_per_cpu_s": statistics.median(values) for kind, values in rates.items()}
-    loose, frames = medians.values()
-    return {**medians, "ratio": frames / loose, "all": rates}
+    """Return what an image costs, loose and in a pack of frames."""
+    links = Path(name, "loose")
+    links.mkdir()
+    for number, uri in enumerate(read_labelled(data)["uri"].to_pylist()[:images]):
+        (links / f"{number}.jpg").symlink_to(uri)
+    shards = pack(PackConfig(input=str(links), output=f"{name}/frames", frames=True))
+    preprocess = PreprocessConfig()
+    uris = {
+        "loose": [info.uri for info in storage.list_files(str(links))],
+        "frames": [info.place for info in list_archive(shards, Selection(), preprocess=preprocess)],
+    }
+    milliseconds: dict[str, list[float]] = {kind: [] for kind in uris}
+    for _ in range(_ROUNDS):
+        for kind, names in uris.items():
+            milliseconds[kind].append(_feed(names, FrameSource(preprocess)))
+    loose, frames = (statistics.median(values) for values in milliseconds.values())
+    return {"loose_ms": loose, "frames_ms": frames, "ratio": loose / frames, "all": milliseconds}
 
 
-def _cpu_seconds() -> float:
-    """Return the CPU seconds of this process and all that it has started."""
-    return time.process_time() + sum(map(cpu_seconds, descendants(os.getpid())))
+def _feed(uris: list[str], source: FrameSource) -> float:
+    """Return the CPU milliseconds per image."""
+    packed._load_shard.cache_clear()
+    batch = {"row": np.arange(len(uris)), "uri": np.array(uris, object)}
+    pool, started, count = FramePool(len(uris), source.preprocess.size), time.process_time(), 0
+    for block in stream_block(batch, source):
+        pool.put(np.arange(count, count + len(block["frame"])), block["frame"])
+        count += len(block["frame"])
+    for start in range(0, count, 64):
+        pool.take(np.arange(start, min(start + 64, count)))
+    return (time.process_time() - started) / count * 1e3
 
 
 if __name__ == "__main__":

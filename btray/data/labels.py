@@ -33,7 +33,8 @@ def canonical_label(folder_name: str) -> str:
     known. A name has the Unicode form NFC, whatever the file system or editor that wrote it; characters without width
     do not count, and 1.0 is 1, since the same column is text in a CSV file and numbers in a Parquet file.
     """
-    name = unicodedata.normalize("NFC", re.sub("[\u00ad\u200b\u2060\ufeff]", "", folder_name)).strip()
+    visible = "".join(letter for letter in folder_name if unicodedata.category(letter) != "Cf")
+    name = unicodedata.normalize("NFC", visible).strip()
     name = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", name)
     key = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
     return _CANONICAL_BY_ALIAS.get(re.sub(r"tumou?rs?$", "", key), name or folder_name)

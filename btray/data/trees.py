@@ -58,7 +58,7 @@ _MASKS = (
     r"(?:brain|tumou?r|lesion|train(?:ing)?|test(?:ing)?|val|manual|binary|images?|img)*"
     r"(?!labels?\d)(?:masks?|labels?|labelmaps?|annot(?:ation)?s?|seg(?:mentation)?s?|contours?|bbox(?:es)?|groundtruths?|gt|rois?)"
 )
-_PREDICTIONS = r"(?:pred(?:ict|icted|iction)?|output|result|inference|heatmap)s?"
+_PREDICTIONS = r"(?:pred(?:ict|icted|iction)?|output|result|inference|heatmap|overlay|gradcam)s?"
 _FOLDS = r"(?:k|cv|(?:k|cv)?fold|crossval(?:idation)?|part|partition|batch|subset|split|set)\d+|(?:k|\d+(?:th)?)?folds?"
 _IMAGES = r"(?:all|raw|original)?(?:images?|imgs?|pictures?|slices|scans|jpe?gs?|pngs?|dicoms?|dcm|niftis?|nii)"
 _VERSIONS = r"(?:augment(?:ed|ations?)|cropped|resized|(?:pre)?processed|raw|originals?|copy|backup)"
@@ -73,6 +73,8 @@ _NO_CLASSES = _BELOW | {
 }
 _SPLIT_WORD = r"(?:train(?:ing)?|test(?:ing)?|val(?:id|idation)?|dev)"
 _OF_SPLIT = re.compile(rf"^{_SPLIT_WORD}[\W_]+|[\W_]+{_SPLIT_WORD}$", re.I)  # train_glioma, glioma-test
+_COPY_WORD = r"(?:copy|kopie|copie|copia|aug(?:mented|mentations?)?)"
+_COPY = re.compile(rf"(.+?)(?:[\W_]+{_COPY_WORD}|[\W_]*\(\d+\))+", re.I)  # glioma - Copy (2), glioma_aug
 _MASK = r"(?:masks?|seg(?:mentation)?|label|annotation|contour|gt|roi)"
 _MASK_FILE = re.compile(rf"(.+?)[ _.-]{_MASK}(?:[ _.-]?\d+)?|(.*/)?{_MASK}[ _.-]([^/]+)", re.I)  # 1_mask, mask_1
 
@@ -257,6 +259,8 @@ def _doubtful_folders(folders: Mapping[str, tuple[str | None, str]], root: str) 
             doubts.setdefault(place, f"{place} looks like {kind}")
         elif (whole := _OF_SPLIT.sub("", label)) != label and (bare[whole] > 1 or canonical_label(whole) in known):
             doubts.setdefault(place, f"{place} looks like a split of a class")
+        elif (copied := _COPY.fullmatch(name)) and canonical_label(copied[1]) in known:
+            doubts.setdefault(place, f"{place} looks like a copy of {copied[1]}")
         elif in_splits and label not in in_splits.union(CANONICAL):
             doubts.setdefault(place, f"{place} lies beside folders of splits, which have no such class")
         for inner in below:

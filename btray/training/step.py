@@ -6,6 +6,7 @@ its next work when it ends one. What is measured is added up there and read once
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -67,13 +68,15 @@ class TrainingStep:
         if frozen == self._frozen or self.collectives.workers == 1:
             return
         self._frozen = frozen  # DDP fixes early which gradients it reduces: wrap again
-        self._parallel = DistributedDataParallel(
-            self.network,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            # Broadcasting rank 0's batch statistics before every step would change nothing of what is kept: rank 0's.
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which torch 2.6 has not
+            self._parallel = DistributedDataParallel(
+                self.network,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                # Broadcasting rank 0's batch statistics before every step would change nothing of those kept: rank 0's.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def __call__(self, batch: LoadedBatch, *, epoch: int, index: int, rate: float) -> None:
         """Take the step `index` of an epoch at a learning rate, and add to `totals`."""

@@ -80,10 +80,10 @@ def tune(config: TuneConfig) -> str:
         claim_run(data)
         folder = data.plan.run_uri
         trials = _search(config, data)
-        best = by_score(trials)[0]
-        if best.best is None:
+        best = by_score(trials)[0] if trials else None
+        if best is None or best.best is None:
             raise Failed(
-                f"not one of {len(trials)} trials completed an epoch, for the reasons above; the same command tries "
+                f"not one of {config.trials} trials completed an epoch, for the reasons above; the same command tries "
                 f"them again, see {storage.join(folder, 'search')}"
             )
         files = {
@@ -159,7 +159,7 @@ def _eights(width: int, factor: float) -> int:
 
 
 def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
-    """Run the remaining trials and return the records of all."""
+    """Run the remaining trials and return the records of all that completed an epoch, and of some that failed."""
     concurrent = concurrency(config)
     within = cpus_of_a_trial(config, concurrent) - _DRIVER_CPUS
     trial = ray.tune.with_parameters(_run_trial, config=config, data=data, within=within)
@@ -199,10 +199,13 @@ def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
         )
     # The new output prints a table of settings also with verbose=0. Of a trial that fails `Announcer` says why.
     set_environment({"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"})
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+    for name in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with ProgressLine("starting the trials", keep=False, of_workers=False):
         results = tuner.fit()
-    return [_record(config, results[number], len(data.plan.classes)) for number in range(len(results))]
+    # A trial that failed before its first epoch has not even its settings here; its line has said them.
+    reported = (result for result in map(results.__getitem__, range(len(results))) if result.config)
+    return [_record(config, result, len(data.plan.classes)) for result in reported]
 
 
 def concurrency(config: TuneConfig) -> int:

@@ -50,3 +50,8 @@ def test_the_order_of_classes_depends_on_the_set_alone_and_loses_none(labels: li
 
 def test_canonical_classes_come_first_in_their_fixed_order() -> None:
     assert class_order(["abscess", "no_tumor", "glioma", "Zyst", "glioma"]) == ("glioma", "no_tumor", "Zyst", "abscess")
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\u200c", "\u200e", "\u202a", "\u2066", "\ufeff", "\u00ad"])
+def test_what_nobody_sees_in_a_label_makes_no_other_class(mark: str) -> None:
+    assert canonical_label(f"grade{mark} 2{mark}") == "grade 2"

@@ -137,6 +137,10 @@ def test_a_folder_that_is_named_for_no_class_is_named(name: str, beside: str) ->
         ("glioma/1.png|glioma/mask_1.png|no/2.png", "glioma/mask_1.png looks like a mask"),
         ("train_cat/1.jpg|test_cat/1.jpg|train_dog/1.jpg", "test_cat looks like a split of a class"),
         ("glioma-train/1.jpg|other/1.jpg|no/1.jpg", "glioma-train looks like a split of a class"),
+        ("cat/1.jpg|cat - Copy/1.jpg|dog/1.jpg", "cat - Copy looks like a copy of cat"),
+        ("cat/1.jpg|dog (2)/1.jpg|dog/1.jpg", "dog (2) looks like a copy of dog"),
+        ("cat/1.jpg|glioma_aug/1.jpg|dog/1.jpg", "glioma_aug looks like a copy of glioma"),
+        ("cat/1.jpg|dog/1.jpg|Overlays/1.jpg", "Overlays looks like predictions"),
         ("images/1.png|masks/1.png", "masks looks like masks"),
     ],
 )

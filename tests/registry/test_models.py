@@ -160,16 +160,13 @@ def test_a_report_that_is_made_again_by_another_promoted_model_is_not_overwritte
 
 @pytest.mark.cluster
 def test_a_model_that_a_data_set_says_is_worse_is_refused_unless_it_is_forced_with_a_reason(
-    ray_session: None, registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_session: None, registry: str, tmp_path: Path
 ) -> None:
     data = write_tree(str(tmp_path / "data"), {"glioma": 6, "no_tumor": 6})
     first, other = (str(tmp_path / f"random-{seed}") for seed in (1, 2))
     ids = [saved_bundle(uri, seed=seed).manifest.model_id for seed, uri in enumerate((first, other))]
     models("promote", registry, model=first, why="first")
-    models("compare", registry, model=other, require=data)
-    said = capsys.readouterr().out
-    difference = float(said.rpartition(": ")[2].split()[0])
-    asked: dict[str, Any] = {"model": other, "require": data, "at_least": min(1.0, difference + 0.05)}
+    asked: dict[str, Any] = {"model": other, "require": data, "at_least": 1.0}
     with pytest.raises(ThresholdExceeded, match=r"not promoted: on 12 images of .*--force --why"):
         models("promote", registry, why="it is newer", **asked)
     assert promoted(registry) == ids[0]
@@ -177,9 +174,6 @@ def test_a_model_that_a_data_set_says_is_worse_is_refused_unless_it_is_forced_wi
     entry = promotion.current(registry, "production")
     assert entry
     assert (entry.model_id, entry.forced, entry.evidence["data"]) == (ids[1], True, data)
-    models("roll-back", registry, why="to try again")
-    models("promote", registry, why="as good", **asked | {"at_least": -1.0})
-    assert not promotion.history(registry, "production")[-1].forced
 
 
 # ---- MLflow

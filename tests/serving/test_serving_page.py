@@ -168,12 +168,20 @@ def test_a_file_of_more_pages_than_one_request_explains_is_explained_in_parts(
         wait_for_model(browser)
         browser.give_files("#files", [files[0], files[2]])  # together they are refused
         assert classified(browser) == "2 of 2 scans classified."
-        assert [card.splitlines()[0] for card in cards(browser)] == [
-            files[0].name,
-            "pages.tif, page 1",
-            "pages.tif, page 2",
-        ]
+        titles = [files[0].name, "pages.tif, page 1", "pages.tif, page 2"]
+        assert [card.splitlines()[0] for card in cards(browser)] == titles
         assert browser.run("[...document.querySelectorAll('.stack img')].map(image => image.naturalWidth)") == [48] * 6
+        # another model takes over between two requests: all is classified anew, by one model
+        browser.open(service.url)
+        wait_for_model(browser)
+        browser.run(
+            "(() => { const real = fetch; let asked = 0; window.fetch = (path, options) =>"
+            "real(++asked === 2 ? path.replace(/model_id=\\w+/, 'model_id=gone') : path, options); })()"
+        )
+        browser.give_files("#files", files[2:])
+        assert classified(browser) == "1 of 1 scan classified."
+        assert [card.splitlines()[0] for card in cards(browser)] == titles[1:]
+        assert len([url for url in browser.requested() if "model_id=gone" in url]) == 1
 
 
 def test_a_service_with_keys_asks_for_one(browser: Browser, files: list[Path], tmp_path: Path) -> None:

@@ -91,9 +91,9 @@ def with_val_split(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(ray_session: None, unbalanced: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run of six epochs with two workers that has ended."""
+    """A run of six epochs with two workers, which compute their images of a step in two parts, that has ended."""
     limits = {"abstain_target": 0.9, "conformal_error": 0.2}
-    config = tiny(unbalanced, tmp_path_factory.mktemp("finished") / "model", num_workers="2", **limits)
+    config = tiny(unbalanced, tmp_path_factory.mktemp("finished") / "model", num_workers="2", accumulate=2, **limits)
     train(config)
     return config
 

@@ -139,13 +139,13 @@ class Run {
 
   async send(batch) {
     const options = new URLSearchParams({ explain: true, each: true });
-    if (this.model) options.set("model_id", this.model);
     if (batch.length === 1) options.set("first_frame", 0);
     const body = new FormData();
     for (const number of batch) body.append("images", this.files[number].file, "scan");
     const good = new Set();
     try {
       for (;;) {
+        if (this.model) options.set("model_id", this.model);
         const content = await ask("v1/classify?" + options, { method: "POST", body });
         this.model = content.model_id;
         for (const file of this.take(batch, content)) good.add(file);

@@ -124,12 +124,18 @@ def train_here(config: TrainConfig) -> tuple[list[EpochRecord], Checkpoint]:
 
 
 def train_and_collect(settings: dict[str, Any]) -> None:
-    """For Ray Train: train as ever, then write down which samples this worker is fed in two more epochs."""
+    """For Ray Train: train as ever, then write down which samples count of those this worker is fed in two more epochs.
+
+    One that was lost since the survey has a place in its batch, and no weight.
+    """
     plan: Plan = settings["plan"]
     run = Trainer(plan)
     run.run()
     epochs = [
-        [[batch.samples.tolist() for batch in feed] for feed in (run.feed.train(epoch), run.feed.validation())]
+        [
+            [batch.samples[batch.weights > 0].tolist() for batch in run.feed.train(epoch)],
+            [batch.samples.tolist() for batch in run.feed.validation()],
+        ]
         for epoch in (0, 1)
     ]
     Path(plan.run_uri, f"{run.collectives.rank}.json").write_text(json.dumps(epochs))

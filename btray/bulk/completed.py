@@ -11,9 +11,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from itertools import count, groupby, islice
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from btray.bulk.runs import Run, folders, has_ended, run_folder, run_of
 from btray.data.key_set import Keys, keys_of
 from btray.storage import FileInfo, StorageError
 from btray.storage.parquet import read_undamaged
+from btray.storage.read_many import in_threads
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +43,6 @@ _KEYS = "keys"
 _FILE_RECORDS = 1 << 20
 
 COLUMNS = ["uri", "etag", "status", "error_code", "error", "retryable", "classified_at"]
-_READERS = 16  # files at a time
 _SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 
 _IN_MEMORY = 1 << 20  # records
@@ -121,16 +119,11 @@ class CompletedIndex:
 
     def _read(self, files: Iterator[FileInfo]) -> Iterator[Records]:
         """Yield records of the rows in files of the table; memory holds some files at a time."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            while some := list(islice(files, 4 * _READERS)):
-                # In this thread's context, which holds the timeout of retries; Arrow's own threads would not know it.
-                readings = [pool.submit(copy_context().run, _read_file, info) for info in some]
-                for info, reading in zip(some, readings, strict=True):
-                    records = reading.result()
-                    if records is None:
-                        self.damaged.append(info.uri)
-                    else:
-                        yield from records
+        for info, records in in_threads(_read_file, files):
+            if records is None:
+                self.damaged.append(info.uri)
+            else:
+                yield from records
 
 
 class LatestOutcomes:

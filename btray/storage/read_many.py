@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from itertools import islice
 from typing import Any, TypeGuard, TypeVar
 
 from btray import storage
@@ -21,6 +23,7 @@ Result = TypeVar("Result")
 # Seconds a local file may take, on average after the first _GRACE ones, for the next one to be read without a thread.
 _QUICK = 0.001
 _GRACE = 8
+_AT_A_TIME = 16
 _PAUSE = 1.0  # seconds between two looks whether a store is back
 
 
@@ -52,6 +55,17 @@ def read_many(
         with ThreadPoolExecutor(min(threads, left)) as pool:
             results += pool.map(read, uris[-left:], expected[-left:])
     return results
+
+
+def in_threads(read: Callable[[Request], Result], items: Iterable[Request]) -> Iterator[tuple[Request, Result]]:
+    """Yield items with what `read` makes of each, in their order; some are read at a time, and memory holds few."""
+    left = iter(items)
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        while some := list(islice(left, 4 * _AT_A_TIME)):
+            # In this thread's context, which holds the timeout of retries.
+            readings = [pool.submit(copy_context().run, read, item) for item in some]
+            for item, reading in zip(some, readings, strict=True):
+                yield item, reading.result()
 
 
 def until_dead(request: Callable[..., Result]) -> Callable[..., Result | StorageError]:

@@ -11,10 +11,7 @@ import io
 import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from btray.bulk.report import StudyCounts
 from btray.model.studies import FrameAnswers, Reader, Verdict, judge_series, judge_study
 from btray.storage import FileInfo
 from btray.storage.parquet import read_undamaged
+from btray.storage.read_many import in_threads
 
 SCHEMA = pa.schema(
     [
@@ -77,7 +75,6 @@ _SHOWN = ("uri", "frame", "series_uid", "instance_uid", "position_mm")
 _STATE = "_state.json"
 _FILES = 16
 _PILES = 16  # of each file: what is held in memory at a time
-_READERS = 16  # files at a time
 _SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 
 Codes = npt.NDArray[np.int64]
@@ -201,16 +198,8 @@ def _sort_into_piles(files: Iterable[FileInfo], scratch: Path) -> None:
 
 
 def _read(files: Iterable[FileInfo]) -> Iterator[pa.Table]:
-    """Yield the rows of some files of the results table that belong to a series or study."""
-    left = iter(files)
-    with ThreadPoolExecutor(_READERS) as pool:
-        while some := list(islice(left, 4 * _READERS)):
-            # In this thread's context, which holds the timeout of retries.
-            readings = [pool.submit(copy_context().run, _read_file, info) for info in some]
-            for reading in readings:
-                rows = reading.result()
-                if rows is not None and len(rows):
-                    yield rows
+    """Return the rows of some files of the results table that belong to a series or study."""
+    return (rows for _, rows in in_threads(_read_file, files) if rows is not None and len(rows))
 
 
 def _read_file(info: FileInfo) -> pa.Table | None:

@@ -6,9 +6,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,8 +21,8 @@ from btray.core.errors import UserError
 from btray.data import packs
 from btray.storage import FileInfo
 from btray.storage.parquet import read_undamaged
+from btray.storage.read_many import in_threads
 
-_AT_A_TIME = 16  # files
 _SMALL = 4 << 20  # bytes: files below it are read whole, with one request
 _PARTITION = re.compile(r"/(model_id|run_date)=([^/]*)(?=/)")
 _Result = TypeVar("_Result")
@@ -44,17 +41,11 @@ def read_files(
         rows = read_undamaged(info.uri, read_columns, storage.read_bytes(info.uri) if info.size < _SMALL else None)
         return None if rows is None else use(info, rows)
 
-    left = iter(files)
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        while some := list(islice(left, 4 * _AT_A_TIME)):
-            # In this thread's context, which holds the timeout of retries.
-            readings = [pool.submit(copy_context().run, read, info) for info in some]
-            for info, reading in zip(some, readings, strict=True):
-                result = reading.result()
-                if result is None:
-                    damaged.append(info.uri)
-                else:
-                    yield result
+    for info, result in in_threads(read, files):
+        if result is None:
+            damaged.append(info.uri)
+        else:
+            yield result
 
 
 def select_uris(files: Iterable[FileInfo], condition: str, columns: Sequence[str]) -> set[str]:

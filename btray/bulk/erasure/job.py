@@ -85,7 +85,7 @@ def erase(config: EraseConfig) -> str:
             erased = ErasedObjects(config.output)
             uris = _chosen(config, pseudonyms, is_pack=pack is not None)
             if not uris and not erased.interrupted:
-                raise UserError(f"no row of {config.output} is chosen by --study or --where; nothing was erased")
+                raise UserError(f"no row of {config.output} is chosen, and no object is named; nothing was erased")
             name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
             erased.add(uris, name=name, keep=not config.dry_run)
             done = _erase(config, pack, erased, Erasure(objects=len(uris)))

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
@@ -47,6 +48,8 @@ _ENVIRONMENT = (
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+FROM_ENVIRONMENT = object()
+"""Marks a setting that is read from the environment alone: neither a process list nor a file of settings shows it."""
 _POSITIONAL = get_args(CliPositionalArg[str])[1]  # what marks a field as positional
 
 
@@ -144,7 +147,7 @@ class JobConfig(BaseSettings):
                 cli_parse_args=sys.argv[1:] if arguments is None else arguments,
                 root_parser=parser,
                 parse_args_method=parse,
-                add_argument_method=_add_flag,
+                add_argument_method=partial(_add_flag, _from_environment(cls)),
                 add_argument_group_method=_add_group,
             )
             flags.env_vars = {
@@ -223,7 +226,24 @@ def _can_be_unset(model: type[BaseModel], path: list[str]) -> bool:
 # Pydantic's own terms for settings of a component that need not be there, "ifdef" and "undefined", tell a user nothing.
 
 
-def _add_flag(parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
+def _from_environment(cls: type[JobConfig]) -> frozenset[str]:
+    return frozenset(name for name, field in cls.model_fields.items() if FROM_ENVIRONMENT in field.metadata)
+
+
+class _Refused(argparse.Action):
+    """A flag that is none, since its value would stand in the list of processes."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise UserError(f"{self.option_strings[0]} is no flag: set {ENV_PREFIX}{self.dest.upper()} in the environment")
+
+
+def _add_flag(
+    hidden: Collection[str], parser: argparse.ArgumentParser, *names: str, **options: Any
+) -> argparse.Action:
+    if (name := names[0].lstrip("-").replace("-", "_")) in hidden:
+        return parser.add_argument(
+            names[0], dest=name, action=_Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     help_text = options["help"].replace("(ifdef: required)", "(required if one of these is given)")
     return argparse.ArgumentParser.add_argument(parser, *names, **options | {"help": help_text})
 
@@ -258,7 +278,10 @@ def _read(cls: type[JobConfig], path: str | None) -> _ConfigFile:
     try:
         if path is not None:
             Path(path).read_bytes()  # pydantic-settings passes over a file that it cannot find
-        return _ConfigFile(cls, path)
+        file = _ConfigFile(cls, path)
+        if secret := next((name for name in file.yaml_data if name in _from_environment(cls)), None):
+            raise UserError(f"--config {path}: {secret} is read from the environment alone; take it out")
+        return file
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -120,6 +120,11 @@ class Address:
         return all(_matches(key, value, values_of(found, key.tag)) for key, value in terms if key.level == level)
 
 
+def series_of(uri: str) -> str:
+    """Return what the URLs of a series' instances have in common; any other URI as it is."""
+    return uri.rpartition("/instances/")[0] if uri.startswith("http") else uri
+
+
 def values_of(found: Metadata, tag: str) -> list[Any]:
     """Return the values of an element, none if it is absent or empty."""
     element = found.get(tag)

@@ -43,6 +43,7 @@ _AGAIN: Final = 3  # times that a request is made which the PACS fails at, thoug
 _LONGEST_WAIT: Final = 30.0  # seconds that a Retry-After is obeyed
 _JSON: Final = "application/dicom+json"
 _AS_STORED: Final = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+_COUNT: Final = "00201209"  # NumberOfSeriesRelatedInstances
 _SOP_INSTANCE: Final = "00081155"  # as an answer to STOW-RS refers to it
 _INCLUDED: Final[dict[str, tuple[str, ...]]] = {
     "study": (),
@@ -117,6 +118,12 @@ class DicomWeb:
     def instances(self, study: str, series: str) -> Iterator[Metadata]:
         """Yield the instances of a series."""
         return self._query(f"studies/{study}/series/{series}/instances", "instance", INSTANCE)
+
+    def count(self, study: str, series: str) -> int:
+        """Return how many instances the PACS says that a series has; 0 if it does not say."""
+        query = f"SeriesInstanceUID={series}&includefield={_COUNT}"
+        answer = self._json("GET", f"studies/{study}/series", query)
+        return max((int(first_of(found, _COUNT) or 0) for found in answer or ()), default=0)
 
     def _query(self, path: str, level: str, uid_tag: str, address: Address | None = None) -> Iterator[Metadata]:
         """Yield answers until a page is empty; each has a valid UID, and comes once."""

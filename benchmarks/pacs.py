@@ -2,9 +2,9 @@
 
 python benchmarks/pacs.py [--model BUNDLE] [--series 20] [--slices 100] [--side 320] [--rounds 3]
 
-The PACS is Debian's Orthanc with its DICOMweb plugin, on this machine: what it takes of the cores is part of the result.
-The slices are phantoms as uncompressed MR objects. Each rate is that between the first and the last part of a run; the
-ratio is that of the medians. Run it on an otherwise idle machine.
+The PACS is Debian's Orthanc with its DICOMweb plugin, on this machine: what it takes of the cores is part of
+the result. The slices are phantoms as uncompressed MR objects. Each rate is that between the first and the last part of
+a run; the ratio is that of the medians. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def main() -> None:
                 line = {"images_per_s": rates[source][-1], "seconds": stages, "cpu_seconds_of_the_pacs": round(used, 1)}
                 print(source, json.dumps(line), file=sys.stderr, flush=True)
     medians = {source: statistics.median(measured) for source, measured in rates.items()}
-    print(json.dumps({"images_per_s": medians, "pacs_over_disk": round(medians["pacs"] / medians["disk"], 3)}, indent=2))
+    print(
+        json.dumps({"images_per_s": medians, "pacs_over_disk": round(medians["pacs"] / medians["disk"], 3)}, indent=2)
+    )
 
 
 def _archive(folder: Path, server: Orthanc, arguments: argparse.Namespace) -> None:

@@ -76,9 +76,9 @@ class ClassifyConfig(ArchiveConfig, PacsConfig):
     """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
 
     input: Annotated[str, resolved(unless=SCHEME.pattern)]
-    """As for all archives: folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory \
-    (manifest.json), file list (.txt) or packed archive, local or s3://. Or a PACS: dicomweb://HOST/ROOT?KEY=VALUE&..., \
-    with keys such as StudyDate=20261101- and ModalitiesInStudy=MR."""
+    """Folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory (manifest.json), file list \
+    (.txt) or packed archive (the folder that jobs/pack.py wrote), local or s3://. Or a PACS: \
+    dicomweb://HOST/ROOT?KEY=VALUE&..., with keys such as StudyDate=20261101- and ModalitiesInStudy=MR."""
     model: Model = SHIPPED
     """Model bundle: a folder, local or s3://, or the name of the shipped one."""
     model_id: str | None = None

@@ -131,9 +131,7 @@ def run_archive(job: ArchiveJob) -> str:
     with _readable_errors():
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
         listed = job.named(
-            list_archive(
-                config.input, selection, patience=config.patience, preprocess=job.preprocess, pacs=job.pacs
-            )
+            list_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess, pacs=job.pacs)
         )
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)

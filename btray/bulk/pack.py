@@ -136,9 +136,7 @@ class PartPacker:
         """Begin to read `objects`, and return what yields them with their bytes."""
         return self._prefetcher.batches(objects, seconds)
 
-    def rows(
-        self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds
-    ) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds) -> list[Row]:
         """Return one row per object of a lot."""
         numbers, results = lot
         return list(map(self._row, [objects[number] for number in numbers], results))
@@ -174,9 +172,7 @@ class FramePacker(PartPacker):
         *_, cpus = arguments
         self._decoders = ThreadPoolExecutor(cpus)
 
-    def rows(
-        self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds
-    ) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds) -> list[Row]:
         """Return one row per object of a lot; one that gives no frame says why."""
         started = time.perf_counter()
         numbers, results = lot

@@ -56,7 +56,10 @@ class Prefetcher:
         pseudonyms: Pseudonyms | None = None,
         pacs: PacsSource | None = None,
     ) -> None:
-        """Start the thread that reads ahead; `pseudonyms` are those that objects are listed with, from `pacs` or not."""
+        """Start the thread that reads ahead, from `pacs` if there is one.
+
+        `pseudonyms` are those that objects are listed with.
+        """
         self._pseudonyms = pseudonyms
         self._pacs = pacs
         self._threads = threads
@@ -65,9 +68,7 @@ class Prefetcher:
         self._most = max(_BATCH_OBJECTS, least)
         self._reader = ThreadPoolExecutor(1)
 
-    def batches(
-        self, objects: Sequence[FileInfo], seconds: dict[str, float]
-    ) -> Iterator[Batch]:
+    def batches(self, objects: Sequence[FileInfo], seconds: dict[str, float]) -> Iterator[Batch]:
         """Begin to read, and return what yields the numbers of objects with their bytes, each object once.
 
         They come in their order, those of a PACS in its order. `seconds["read"]` grows by the time spent waiting.

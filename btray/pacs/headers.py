@@ -10,8 +10,8 @@ from btray.data.scans import ScanRejected, SliceInfo
 from btray.data.scans.dicom import read_slice_info
 from btray.pacs.address import Metadata
 
-_TEXTS: Final = frozenset("AE AS CS DA DS DT IS LO LT SH ST TM UI".split())
-_LONG_TEXTS: Final = frozenset("UC UR UT".split())
+_TEXTS: Final = frozenset(["AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "SH", "ST", "TM", "UI"])
+_LONG_TEXTS: Final = frozenset(["UC", "UR", "UT"])
 _NUMBERS: Final = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 _PATIENT, _PIXELS = "0010", 0x7FE00010
 _MOST_BYTES: Final = 16 << 20
@@ -26,7 +26,7 @@ def slice_info(metadata: Metadata) -> SliceInfo | ScanRejected:
 
 
 def encode(metadata: Metadata) -> bytes:
-    """Return elements in explicit VR, little endian; without those of the patient, and those that have no value here."""
+    """Return elements in explicit VR, little endian; without the patient's, and those whose values are not given."""
     elements = []
     for tag in sorted(metadata):
         element = metadata[tag]

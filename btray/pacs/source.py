@@ -88,7 +88,7 @@ class PacsSource:
                 continue
             for metadata in of_series:
                 info = slice_info(metadata)
-                infos |= {number: info for number in numbers.get(first_of(metadata, INSTANCE), ())}
+                infos |= dict.fromkeys(numbers.get(first_of(metadata, INSTANCE), ()), info)
         return [infos.get(number) or StorageError("not_found", uri) for number, uri in enumerate(uris)]
 
     def _by_series(self, uris: Sequence[str]) -> dict[tuple[str, str], dict[str, list[int]]]:

@@ -1,4 +1,4 @@
-"""The archive of a PACS is classified as the same files in a folder are; what is written holds no secret and no name."""
+"""The archive of a PACS is classified as the same files in a folder are; no secret and no name is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import yaml
 from btray.bulk import worklist
 from btray.bulk.classify import classify
 from btray.core.errors import UserError
-from btray.data.scans import ScanRejected, read_info
+from btray.data.scans import ScanRejected, decode, read_info
 from btray.data.scans.dicom import WRITER
 from btray.pacs.config import PacsConfig
 from btray.pacs.own import SERIES_DESCRIPTION
@@ -36,7 +35,17 @@ from tests.helpers.tiny_bundle import saved_bundle
 
 STUDY = 50
 """Of this file; others follow."""
-ANSWER = ("label", "confidence", "probabilities", "status", "error_code", "plane", "position_mm", "sequence", "contrast")
+ANSWER = (
+    "label",
+    "confidence",
+    "probabilities",
+    "status",
+    "error_code",
+    "plane",
+    "position_mm",
+    "sequence",
+    "contrast",
+)
 OF_STUDY = ("label", "confidence", "probabilities", "frames", "rejected", "agreement", "rule")
 
 
@@ -48,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def study(number: int) -> dict[str, bytes]:
-    """Return the files of a study by their UIDs: two series, one of a plane of its own; a damaged slice; an enhanced one."""
+    """Return the files of a study by their UIDs: two series of different planes; a damaged slice; an enhanced one."""
     files = {
         f"{ROOT}.{number}.{series}.{n}": instance(
             number, series, n, SeriesDescription=description, ImageOrientationPatient=directions
@@ -118,8 +127,8 @@ def studies(output: str) -> dict[tuple[str, str | None], Any]:
 
 
 def test_a_study_gets_the_same_answers_from_the_pacs_and_from_disk_and_is_read_once(
-    orthanc: Orthanc, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    orthanc: Orthanc, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *,
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     without_ray(monkeypatch)
     monkeypatch.setattr(worklist, "remove", lambda folder: None)  # what is removed in the end was written, too
@@ -147,7 +156,9 @@ def test_a_study_gets_the_same_answers_from_the_pacs_and_from_disk_and_is_read_o
         assert report["not_scans"] == {"a structured report": 1, "an answer of btray": 2}
         rows = {row["instance_uid"]: row for row in plain_rows(pacs).to_pylist()}
         for uid, row in rows.items():
-            assert row["uri"] == f"{url}/dicom-web/studies/{ROOT}.{STUDY}/series/{uid.rpartition('.')[0]}/instances/{uid}"
+            assert (
+                row["uri"] == f"{url}/dicom-web/studies/{ROOT}.{STUDY}/series/{uid.rpartition('.')[0]}/instances/{uid}"
+            )
             assert row["etag"] == uid
         assert sum(path.count("/instances/") for path in paths) < 12, "series come whole; few pictures are read again"
 
@@ -193,7 +204,7 @@ def test_a_choice_of_series_is_that_of_the_same_files_and_retrieves_nothing_else
         classify(settings)
     assert answers(pacs) == answers(disk)
     left_out = {uid for (uid, _), answer in answers(pacs).items() if answer[4] == "not_selected"}
-    assert 0 < len(left_out)
+    assert len(left_out) > 0
     if left_out == set(files):
         assert not [path for path in paths if "?" not in path and not path.endswith("/metadata")]
 
@@ -210,7 +221,11 @@ def test_a_choice_in_the_query_is_made_before_anything_is_listed(
     assert Counter(uids) == {f"{ROOT}.{STUDY + 2}.1": 7}
     (folder := tmp_path / "key").write_bytes(bytes(range(32)))
     folder.chmod(0o600)
-    for nothing in (f"{source}&StudyDate=19990101-19991231", f"{source}&SeriesDescription=none", f"{source}&Modality=SR"):
+    for nothing in (
+        f"{source}&StudyDate=19990101-19991231",
+        f"{source}&SeriesDescription=none",
+        f"{source}&Modality=SR",
+    ):
         with pytest.raises(UserError, match="no image of any study matches"):
             classify(job(model, nothing, str(tmp_path / "empty"), **orthanc.credentials))
     assert not (tmp_path / "empty").exists()
@@ -239,8 +254,6 @@ def test_with_pseudonyms_neither_uid_nor_place_is_written_and_the_answers_are_th
 def test_a_picture_that_btray_wrote_is_no_scan_from_any_archive() -> None:
     picture = others(1)[1]
     with pytest.raises(ScanRejected, match="an answer of btray") as caught:
-        from btray.data.scans import decode
-
         decode(picture)
     assert caught.value.code == "unsupported"
     assert read_info(picture) is not None
@@ -314,9 +327,7 @@ def test_ray_writes_no_credential_down(
 # ---- killing
 
 
-def test_killed_thrice_every_frame_stands_once(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_thrice_every_frame_stands_once(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample of the test below: the driver does the work of the actors."""
     kill_and_count(monkeypatch, model, tmp_path, studies=12, uses_ray=False)
 
@@ -352,7 +363,9 @@ def kill_and_count(patch: pytest.MonkeyPatch, model: str, folder: Path, *, studi
             server.start()
 
         output = str(folder / "out")
-        config = job(model, f"{server.address}?ModalitiesInStudy=MR", output, actors=2, patience=120, **server.credentials)
+        config = job(
+            model, f"{server.address}?ModalitiesInStudy=MR", output, actors=2, patience=120, **server.credentials
+        )
         classify_killed_thrice(patch, config, kill_the_pacs, uses_ray=uses_ray)
         assert kills == 3
         rows = plain_rows(output)

@@ -237,9 +237,7 @@ class _Refused(argparse.Action):
         raise UserError(f"{self.option_strings[0]} is no flag: set {ENV_PREFIX}{self.dest.upper()} in the environment")
 
 
-def _add_flag(
-    hidden: Collection[str], parser: argparse.ArgumentParser, *names: str, **options: Any
-) -> argparse.Action:
+def _add_flag(hidden: Collection[str], parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
     if (name := names[0].lstrip("-").replace("-", "_")) in hidden:
         return parser.add_argument(
             names[0], dest=name, action=_Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS

@@ -107,9 +107,7 @@ class Address:
 
     def sent(self, level: str) -> dict[str, str]:
         """Return the terms of a `level` (study, series) that the PACS is asked for."""
-        return {
-            name: value for name, value in self.query if KEYS[name].level == level and _is_sent(KEYS[name], value)
-        }
+        return {name: value for name, value in self.query if KEYS[name].level == level and _is_sent(KEYS[name], value)}
 
     def matches(self, level: str, found: Metadata) -> bool:
         """Return whether a study or series that was found fulfils all terms of its `level`.
@@ -118,6 +116,11 @@ class Address:
         """
         terms = ((KEYS[name], value) for name, value in self.query)
         return all(_matches(key, value, values_of(found, key.tag)) for key, value in terms if key.level == level)
+
+
+def series_of(uri: str) -> str:
+    """Return what the URLs of a series' instances have in common; any other URI as it is."""
+    return uri.rpartition("/instances/")[0] if uri.startswith("http") else uri
 
 
 def values_of(found: Metadata, tag: str) -> list[Any]:
@@ -140,7 +143,7 @@ def is_dicomweb(uri: str) -> bool:
 def _shown(uri: str) -> str:
     """Return what may be shown of a URI: not its query, and nothing before an @."""
     begin, _, rest = uri.partition("://")
-    return f"{begin}://{rest.partition('?')[0].rpartition('@')[2]}"
+    return f"{begin}://{re.split('[?#]', rest)[0].rpartition('@')[2]}"
 
 
 def _host(uri: str) -> str | None:

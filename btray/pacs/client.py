@@ -43,6 +43,7 @@ _AGAIN: Final = 3  # times that a request is made which the PACS fails at, thoug
 _LONGEST_WAIT: Final = 30.0  # seconds that a Retry-After is obeyed
 _JSON: Final = "application/dicom+json"
 _AS_STORED: Final = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+_COUNT: Final = "00201209"  # NumberOfSeriesRelatedInstances
 _SOP_INSTANCE: Final = "00081155"  # as an answer to STOW-RS refers to it
 _INCLUDED: Final[dict[str, tuple[str, ...]]] = {
     "study": (),
@@ -51,7 +52,8 @@ _INCLUDED: Final[dict[str, tuple[str, ...]]] = {
 }
 """What is asked for by level, besides what every server tells: date, manufacturer, body part and protocol."""
 _UID: Final = re.compile(r"[0-9.]{1,64}")
-_GOOD: Final = (200, 202, 204, 206)
+_NO_CONTENT: Final = 204
+_GOOD: Final = (200, 202, _NO_CONTENT, 206)
 _NOT_ALL: Final = 409  # of STOW-RS: some or all instances were refused, and the answer says which
 _BUSY: Final = (408, 429, 502, 503, 504)
 _BROKEN: Final = (OSError, urllib3.exceptions.HTTPError, CutShort)  # requests' errors are OSErrors
@@ -67,7 +69,7 @@ class Stored:
     """SOP Instance UID -> failure reason (PS3.18 table I.2-2) of those that it refused."""
 
 
-class _Attempt(Exception):  # noqa: N818 - it is no error yet
+class _Attempt(Exception):
     """A request that brought nothing: why, the seconds that the PACS wants to be left alone, and whether it answers."""
 
     def __init__(self, error: StorageError, wait: float = 0.0, *, answers: bool = False) -> None:
@@ -118,9 +120,18 @@ class DicomWeb:
         """Yield the instances of a series."""
         return self._query(f"studies/{study}/series/{series}/instances", "instance", INSTANCE)
 
+    def count(self, study: str, series: str) -> int:
+        """Return how many instances the PACS says that a series has; 0 if it does not say."""
+        query = f"SeriesInstanceUID={series}&includefield={_COUNT}"
+        answer = self._json("GET", f"studies/{study}/series", query)
+        return max((int(first_of(found, _COUNT) or 0) for found in answer or ()), default=0)
+
     def _query(self, path: str, level: str, uid_tag: str, address: Address | None = None) -> Iterator[Metadata]:
         """Yield answers until a page is empty; each has a valid UID, and comes once."""
-        terms = [*(address.sent(level).items() if address else ()), *(("includefield", tag) for tag in _INCLUDED[level])]
+        terms = [
+            *(address.sent(level).items() if address else ()),
+            *(("includefield", tag) for tag in _INCLUDED[level]),
+        ]
         seen: set[str] = set()
         offset = 0
         while True:
@@ -145,11 +156,12 @@ class DicomWeb:
             seen.update(new)
 
     def _json(self, method: str, path: str, query: str = "", **request: Any) -> Any:
-        """Return an answer in JSON; None if it is empty."""
+        """Return an answer in JSON; None if there is nothing to tell."""
 
         def attempt() -> Any:
             with self._open(method, f"{path}?{query}" if query else path, _JSON, **request) as response:
-                return response.json() if response.content else None
+                # a body that is empty though there should be one was cut
+                return None if response.status_code == _NO_CONTENT else response.json()
 
         return self._patiently(path, attempt)
 
@@ -276,7 +288,9 @@ class DicomWeb:
             return error
         uri = f"{self.root}/{path}"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            detail = "its certificate is of no known authority, or of another machine; name the authority, BTRAY_PACS_CA"
+            detail = (
+                "its certificate is of no known authority, or of another machine; name the authority, BTRAY_PACS_CA"
+            )
             return _Attempt(StorageError("withheld", uri, detail))
         return _Attempt(StorageError("unavailable", uri, _reason(error)))
 

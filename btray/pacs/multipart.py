@@ -41,8 +41,7 @@ def read_parts(chunks: Iterable[bytes], boundary: bytes, *, max_bytes: int) -> I
     reader = _Reader(chunks)
     delimiter = b"\r\n--" + boundary
     reader.take_until(b"--" + boundary, 0)
-    while reader.take(2) != b"--":
-        # Blanks may follow the boundary; its line end is also the end of no headers at all.
+    while reader.peek(2) != b"--":
         headers = reader.take_until(b"\r\n\r\n", _LONGEST_HEADERS).body
         length = re.search(rb"(?im)^content-length:[ \t]*(\d+)[ \t]*\r?$", headers)
         if length is None:
@@ -72,10 +71,13 @@ class _Reader:
             raise CutShort("the answer ended before its closing boundary")
         self._held += chunk
 
-    def take(self, count: int) -> bytes:
+    def peek(self, count: int) -> bytes:
         while len(self._held) < count:
             self._more()
-        taken = bytes(self._held[:count])
+        return bytes(memoryview(self._held)[:count])
+
+    def take(self, count: int) -> bytes:
+        taken = self.peek(count)
         del self._held[:count]
         return taken
 

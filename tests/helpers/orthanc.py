@@ -159,6 +159,11 @@ class Orthanc:
             answer = self.session.post(f"{self.url}/instances", data=data, timeout=30)
             answer.raise_for_status()
 
+    def remove(self, uid: str) -> None:
+        """Remove what has a UID: a study, a series or an instance."""
+        for found in self.session.post(f"{self.url}/tools/lookup", data=uid, timeout=30).json():
+            self.session.delete(f"{self.url}{found['Path']}", timeout=30).raise_for_status()
+
     def __enter__(self) -> Self:
         self.start()
         return self

@@ -15,6 +15,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from btray.bulk import table
+from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.clinical.studies import update_studies
 from btray.model.classifier import Classifier
 from btray.model.studies import Reader, StudyCollector
@@ -118,13 +119,21 @@ def read(file: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(file))
 
 
-def write_tables(place: str, files: Sequence[bytes], classifier: Classifier, at: datetime = CLASSIFIED_AT) -> str:
+def write_tables(
+    place: str,
+    files: Sequence[bytes],
+    classifier: Classifier,
+    at: datetime = CLASSIFIED_AT,
+    pseudonyms: Pseudonyms | None = None,
+) -> str:
     """Write what classify writes of the files of some studies, and return its table of studies."""
     rows = []
     for number, data in enumerate(files):
         info = FileInfo(f"s3://b/{number}", len(data), "e", 0.0)
-        predictions = classifier.predict_decoded(classifier.frames([data]), [info.uri])
-        rows += [table.row_of(prediction, info, run_id="1", classified_at=at) for prediction in predictions]
+        shown = pseudonyms.conceal(info) if pseudonyms else info
+        for prediction in classifier.predict_decoded(classifier.frames([data]), [info.uri]):
+            row = table.row_of(prediction, shown, run_id="1", classified_at=at)
+            rows.append(pseudonyms.conceal_row(row) if pseudonyms else row)
     write_rows(place, "1", *rows, model=classifier.model_id)
     reader = Reader.of(classifier.manifest)
     update_studies(place, classifier.model_id, f"{place}-studies", reader, any_new=True)

@@ -90,9 +90,9 @@ def overlay(frame: Frame, heat: Heat, *, strength: float = 0.6) -> npt.NDArray[n
     return np.rint(mixed).astype(np.uint8)
 
 
-def overlay_png(frame: Frame, heat: Heat) -> bytes:
+def overlay_png(frame: Frame, heat: Heat, *, strength: float = 0.6) -> bytes:
     """Return the same as a PNG."""
-    return _png(overlay(frame, heat))
+    return _png(overlay(frame, heat, strength=strength))
 
 
 def _coloured(heat: Heat) -> npt.NDArray[np.uint8]:

@@ -107,7 +107,7 @@ def list_archive(
         StorageError: it cannot be reached, or listing failed half-way.
     """
     if pacs:
-        yield from selection.by_name(_path_below(pacs.root), pacs.list())
+        yield from selection.by_name(_path_below(pacs.root), pacs.list_images())
         return
     root = storage.resolve(uri)
     read = _reader_of(root)

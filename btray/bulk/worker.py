@@ -108,10 +108,12 @@ class Prefetcher:
         results: list[ReadResult] = []
         size = 0
         for number, result in pacs.read([known.place(info.place) if known else info.uri for info in objects]):
-            hidden = known and isinstance(result, StorageError)
             numbers.append(number)
-            results.append(known.conceal_error(result, objects[number]) if hidden else result)
-            size += 0 if isinstance(result, StorageError) else len(result)
+            if isinstance(result, StorageError):
+                results.append(known.conceal_error(result, objects[number]) if known else result)
+            else:
+                results.append(result)
+                size += len(result)
             if len(numbers) == self._most or size > _BATCH_BYTES:
                 yield numbers, results
                 numbers, results, size = [], [], 0

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import requests
 import urllib3.exceptions
 from requests.adapters import HTTPAdapter
+from requests.auth import HTTPBasicAuth
 
 from btray.data.scans.dicom_header import instance_uid
 from btray.pacs.address import Address, InstanceUrl, Metadata, first_of, values_of
@@ -102,7 +103,7 @@ class DicomWeb:
             self._session.cert = (access.pacs_cert, access.pacs_key or access.pacs_cert)
         if access.pacs_user and access.pacs_password:
             user, password = access.pacs_user.get_secret_value(), access.pacs_password.get_secret_value()
-            self._session.auth = (user.encode(), password.encode())
+            self._session.auth = HTTPBasicAuth(user.encode(), password.encode())
         elif access.pacs_token:
             self._session.headers["Authorization"] = f"Bearer {access.pacs_token.get_secret_value()}"
 

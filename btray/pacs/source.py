@@ -29,11 +29,11 @@ class PacsSource:
         """Connect when it is first asked, with the credentials of `access`; wait `patience` seconds for a PACS."""
         self.root = address.root
         self.left_out: Counter[str] = Counter()
-        """Instances that `list` has left out so far, by what they are."""
+        """Instances that `list_images` has left out so far, by what they are."""
         self._address = address
         self._client = DicomWeb(address.root, access, patience=patience, max_bytes=ScanLimits().max_bytes)
 
-    def list(self) -> Iterator[FileInfo]:
+    def list_images(self) -> Iterator[FileInfo]:
         """Yield the images, series by series, each as its URL; its etag is its UID, since an instance never changes.
 
         The size is that of its pixels, uncompressed: a PACS does not tell that of the object. What is no image, and

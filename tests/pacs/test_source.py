@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -26,7 +27,7 @@ from btray.results import current
 from btray.storage import FileInfo
 from tests.conftest import ROOT as CHECKOUT
 from tests.helpers.classify_helpers import classify_killed_thrice, job, keys_of, plain_rows, report_of, without_ray
-from tests.helpers.dicom_files import ENHANCED_MR, IDENTIFIERS, SECONDARY, mr_slice, sequence, write
+from tests.helpers.dicom_files import ENHANCED_MR, IDENTIFIERS, SECONDARY, mr_slice, sequence, slice_file, write
 from tests.helpers.hospital_archive import ROOT, instance, pixels_of
 from tests.helpers.orthanc import Orthanc
 from tests.helpers.privacy import found_in, ray_logs, written
@@ -57,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def study(number: int) -> dict[str, bytes]:
-    """Return the files of a study by their UIDs: two series of different planes; a damaged slice; an enhanced one."""
+    """Return the files of a study by their UIDs: two series of different planes; one too small; an enhanced one."""
     files = {
         f"{ROOT}.{number}.{series}.{n}": instance(
             number, series, n, SeriesDescription=description, ImageOrientationPatient=directions
@@ -67,15 +68,15 @@ def study(number: int) -> dict[str, bytes]:
         )
         for n in range(7)
     }  # fmt: skip
-    files[f"{ROOT}.{number}.0.9"] = instance(number, 0, 9)[:-5000]
+    uids = {"StudyInstanceUID": f"{ROOT}.{number}", "SeriesInstanceUID": f"{ROOT}.{number}.0"}
+    small = np.zeros((8, 8), np.uint16)
+    files[f"{ROOT}.{number}.0.9"] = slice_file(small, SOPInstanceUID=f"{ROOT}.{number}.0.9", **uids)
     files[f"{ROOT}.{number}.2.0"] = enhanced(number)
     return files
 
 
 def enhanced(number: int) -> bytes:
-    import numpy as np
-
-    pixels = np.stack([pixels_of(seed) for seed in range(3)])
+    pixels = np.stack([np.roll(pixels_of(0), 7 * seed, axis=0) for seed in range(3)])
     frame = sequence(
         PlanePositionSequence=sequence(ImagePositionPatient=[0, 0, 1.5]),
         PlaneOrientationSequence=sequence(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
@@ -113,17 +114,27 @@ def of(server: Orthanc, number: int) -> str:
     return f"{server.address}?StudyInstanceUID={ROOT}.{number}"
 
 
+def said(row: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+    return [dict(row[name] or ()) if name == "probabilities" else row[name] for name in names]
+
+
+def near(said_of: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
+    """Return what equals the same but for the last digits of numbers, which differ as batches do."""
+    return {
+        key: [pytest.approx(value, abs=1e-5) if isinstance(value, float | dict) else value for value in values]
+        for key, values in said_of.items()
+    }
+
+
 def answers(output: str) -> dict[tuple[str, int], Any]:
     """Return what is said of each frame, by instance and frame."""
-    return {
-        (row["instance_uid"] or row["etag"], row["frame"]): [row[name] for name in ANSWER]
-        for row in current(output).to_pylist()
-    }
+    rows = current(output).to_pylist()
+    return {(row["instance_uid"] or row["etag"], row["frame"]): said(row, ANSWER) for row in rows}
 
 
 def studies(output: str) -> dict[tuple[str, str | None], Any]:
     rows = plain_rows(f"{output}-studies").to_pylist()
-    return {(row["study_uid"], row["series_uid"]): [row[name] for name in OF_STUDY] for row in rows}
+    return {(row["study_uid"], row["series_uid"]): said(row, OF_STUDY) for row in rows}
 
 
 def test_a_study_gets_the_same_answers_from_the_pacs_and_from_disk_and_is_read_once(
@@ -149,9 +160,9 @@ def test_a_study_gets_the_same_answers_from_the_pacs_and_from_disk_and_is_read_o
         source = of(orthanc, STUDY).replace(f"127.0.0.1:{orthanc.port}", url.rpartition("/")[2])
         settings = job(model, source, pacs, explain=5, **orthanc.credentials)
         classify(settings)
-        assert answers(pacs) == answers(disk)
+        assert answers(pacs) == near(answers(disk))
         assert len(answers(pacs)) == 7 + 7 + 1 + 3
-        assert studies(pacs) == studies(disk)
+        assert studies(pacs) == near(studies(disk))
         report = report_of(pacs)
         assert report["not_scans"] == {"a structured report": 1, "an answer of btray": 2}
         rows = {row["instance_uid"]: row for row in plain_rows(pacs).to_pylist()}
@@ -202,7 +213,7 @@ def test_a_choice_of_series_is_that_of_the_same_files_and_retrieves_nothing_else
         settings = job(model, source, pacs, series=(series,), **orthanc.credentials)
         classify(settings.model_copy(update={"dry_run": True}))
         classify(settings)
-    assert answers(pacs) == answers(disk)
+    assert answers(pacs) == near(answers(disk))
     left_out = {uid for (uid, _), answer in answers(pacs).items() if answer[4] == "not_selected"}
     assert len(left_out) > 0
     if left_out == set(files):

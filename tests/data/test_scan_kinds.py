@@ -130,6 +130,15 @@ def sub_directory(subfile: int) -> bytes:
     return struct.pack("<HHHIII", 1, 254, 4, 1, subfile, 0)
 
 
+def chained(first: bytes, second: bytes) -> bytes:
+    """Return a TIFF of two pages: the directory of `second`, whose pixels are those of `first`, lies behind it."""
+    at = int.from_bytes(second[4:8], "little")
+    directory = second[at:]
+    count = int.from_bytes(first[int.from_bytes(first[4:8], "little") :][:2], "little")
+    link = int.from_bytes(first[4:8], "little") + 2 + 12 * count
+    return first[:link] + struct.pack("<I", len(first)) + first[link + 4 :] + directory
+
+
 STACKS = {
     "imagej": stacked({270: b"ImageJ=1.53t\nimages=5\nslices=5\n\0"}),
     "imagej_hyperstack": stacked({270: b"ImageJ=1.53t\nimages=5\nchannels=1\nframes=5\nhyperstack=true\n\0"}),
@@ -156,6 +165,10 @@ def test_directories_that_hide_nothing_are_read() -> None:
     for tags in ({270: b"ImageJ=1.53t\n\0"}, {32997: [1]}, {33629: [1]}, {270: b'{"shape": [72, 96]}\0'}):
         assert len(decode(stacked(tags)).frames) == 1
     assert len(decode(stacked({330: [8, 8]}, sub_directory(1))).frames) == 1  # smaller copies
+    pages = [{254: [0], 258: [8], 262: [1]}, {254: [4], 258: [1], 262: [4]}]  # the second one is a mask, of 1 bit
+    first, second = (corpus.tiff_of(SHAPE, tags, [PICTURE.tobytes()], order="<") for tags in pages)
+    (frame,) = decode(chained(first, second)).frames
+    np.testing.assert_array_equal(frame, PICTURE)
     alpha = np.dstack([PICTURE, np.full_like(PICTURE, 255)]).tobytes()
     tags = {258: [8, 8], 262: [1], 277: [2], 338: [2]}
     np.testing.assert_array_equal(decode(corpus.tiff_of(SHAPE, tags, [alpha], order="<")).frames[0], PICTURE)
@@ -186,6 +199,11 @@ UNREAD = {
     "MINC 2": b"\x89HDF\r\n\x1a\n",
     "HDF5": bytes(512) + b"\x89HDF\r\n\x1a\n",
     "MATLAB 5": b"MATLAB 5.0 MAT-file, Platform: GLNXA64",
+    "MATLAB 4": struct.pack("<5i", 50, 72, 96, 0, 2) + b"x\0" + bytes(99),
+    "HDF5 behind a block": bytes(2048) + b"\x89HDF\r\n\x1a\n",
+    "MetaImage with a comment": b"Comment = made by hand\nObjectType = Image\n",
+    "LERC": b"Lerc2 \6\0\0\0",
+    "DIB of Windows": struct.pack("<IiiHH", 40, 96, 72, 1, 8) + bytes(99),
     "MATLAB 7.3": b"MATLAB 7.3 MAT-file, Platform: GLNXA64",
     "NumPy": b"\x93NUMPY\1\0v\0{'descr': '<u2'",
     "NPZ": b"PK\3\4" + bytes(26) + b"arr_0.npy",
@@ -254,6 +272,14 @@ def test_a_kind_that_is_not_read_is_refused_by_its_name(name: str) -> None:
     found = outcome(UNREAD[name])
     assert found.startswith("unsupported: ")
     assert name.split(maxsplit=1)[0] in found
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_of_a_gif_the_pictures_are_counted_however_it_was_written(moving: bool) -> None:
+    for shared in (PICTURE, np.where(PICTURE > 90, PICTURE, 0)):  # with colours of its own, or as a difference
+        others = [Image.fromarray(255 - PICTURE), Image.fromarray(shared)] if moving else []
+        said = outcome(corpus.encode(Image.fromarray(PICTURE), "GIF", save_all=moving, append_images=others))
+        assert said == ("animated: a GIF of 3 frames" if moving else "unsupported: a GIF: convert it to PNG")
 
 
 @pytest.mark.parametrize("name", NO_IMAGE)

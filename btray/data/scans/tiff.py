@@ -128,7 +128,10 @@ def open_pages(data: bytes) -> Iterator[TiffImageFile]:
             image = image or TiffImageFile(io.BytesIO(data))
             image.seek(page)
         except SyntaxError as error:
-            raise _explain(error, data, offset, len(directories)) from error
+            tags = _tags_at(data, offset)
+            if page and int(tags.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
+                continue
+            raise _explain(error, data, tags, len(directories)) from error
         if page and int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
             continue
         _check_kind(data, image.tag_v2, len(directories))
@@ -252,12 +255,17 @@ def read_numbers(image: TiffImageFile) -> Array | None:
     return None if number is None else to_uint16(np.asarray(image).view(number))
 
 
-def _explain(error: Exception, data: bytes, offset: int, pages: int) -> Exception:
-    """Return why a page is refused that Pillow cannot open, by its tags, which Pillow then keeps to itself."""
+def _tags_at(data: bytes, offset: int) -> ImageFileDirectory_v2:
+    """Return the tags of a page that Pillow cannot open, and so keeps to itself."""
     tags = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
     stream = io.BytesIO(data)
     stream.seek(offset)
     tags.load(stream)
+    return tags
+
+
+def _explain(error: Exception, data: bytes, tags: ImageFileDirectory_v2, pages: int) -> Exception:
+    """Return why a page is refused that Pillow cannot open."""
     _check_kind(data, tags, pages)
     if "unknown pixel mode" not in str(error):
         return error

@@ -203,7 +203,7 @@ def _decode_strips(data: bytes, tags: ImageFileDirectory_v2, strips: Sequence[by
     if len(bits) > 1 or in_planes or len(parts) != len(strips):
         return None
     if tags.get(_COMPRESSION) == _JPEG:
-        space = _COLOUR_SPACES.get(tags.get(_PHOTOMETRIC)) if samples == 3 else None
+        space = _COLOUR_SPACES.get(tags.get(_PHOTOMETRIC, 0)) if samples == 3 else None
         is_known = samples == 1 or space
         return rows if is_known and _decode_jpegs(strips, tags.get(_JPEG_TABLES, b""), parts, space) else None
     predictor = tags.get(_PREDICTOR, 1)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import json
 import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
@@ -42,7 +43,7 @@ _LASTING = re.compile(r"/|~|[A-Za-z][A-Za-z0-9+.-]*:|databricks$")  # absolute p
 _NESTING = "__"
 _ENVIRONMENT = (
     "Environment variables (--epochs is BTRAY_EPOCHS, --network.dropout is BTRAY_NETWORK__DROPOUT) win over the file, "
-    "and flags over both."
+    "and flags over both; none unsets a setting that is a number or a choice."
 )
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -123,7 +124,7 @@ class JobConfig(BaseSettings):
         )
         parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; it may be nested")
         _refuse_unknown_environment({*cls.model_fields, *others})
-        file_names: dict[str, list[str]] = {}
+        several: dict[str, list[str]] = {}
         config_file = None
 
         def parse(parser: argparse.ArgumentParser, flags: list[str], _: Any = None) -> argparse.Namespace:
@@ -132,10 +133,12 @@ class JobConfig(BaseSettings):
             parsed = (parser.parse_args if "--" in flags else parser.parse_intermixed_args)(flags)
             values = vars(parsed)
             config_file = values.pop("config")
-            # Positional values are file names: pydantic-settings would split them at commas and unquote them.
+            # pydantic-settings would take [a] for a, true and none for no text, and split file names at commas.
             for name, field in cls.model_fields.items():
                 if _POSITIONAL in field.metadata:
-                    file_names[name] = values.pop(name)
+                    several[name] = values.pop(name)
+                elif get_origin(field.annotation) is tuple and (given := values.pop(name, None)):
+                    several[name] = [value for text in given for value in _split(text)]
             return parsed
 
         try:
@@ -152,7 +155,7 @@ class JobConfig(BaseSettings):
                 for name, value in flags.env_vars.items()
             }
             # The first one wins.
-            sources = (InitSettingsSource(cls, file_names), flags, _Environment(cls), _read(cls, config_file))
+            sources = (InitSettingsSource(cls, several), flags, _Environment(cls), _read(cls, config_file))
             return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings, which mypy overlooks
         except ValidationError as error:
             raise UserError(_explain(error)) from error
@@ -210,14 +213,35 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def _can_be_unset(model: type[BaseModel], path: list[str]) -> bool:
-    """Return whether a setting may be None. For others the flag's `none`, a subclass of str, is a text like any."""
+    """Return whether a flag's `none`, a subclass of str, unsets a setting: it may be None, and cannot be a text.
+
+    A folder, a label or a model may be called none.
+    """
     field = model.model_fields.get(path[0])
     options = () if field is None else get_args(field.annotation) or (field.annotation,)
     if len(path) == 1:
-        return not options or type(None) in options
+        kinds = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options]
+        return not kinds or (type(None) in kinds and str not in kinds)
     return any(
         _can_be_unset(part, path[1:]) for part in options if isinstance(part, type) and issubclass(part, BaseModel)
     )
+
+
+def _split(text: str) -> list[str]:
+    """Return the values of a setting that takes several: a list of texts in JSON, or else what stands between commas.
+
+    One that holds a comma stands between double quotes. A single one is taken as it is, spaces included.
+    """
+    with suppress(ValueError):
+        listed = json.loads(text)
+        if isinstance(listed, list) and all(isinstance(value, str) for value in listed):
+            return listed
+    with suppress(csv.Error):
+        values = next(csv.reader([text], skipinitialspace=True), [])
+        if len(values) > 1:
+            return [value.strip() for value in values]
+        return next(csv.reader([text]), []) or [text]
+    return [text]
 
 
 # Pydantic's own terms for settings of a component that need not be there, "ifdef" and "undefined", tell a user nothing.
@@ -225,6 +249,7 @@ def _can_be_unset(model: type[BaseModel], path: list[str]) -> bool:
 
 def _add_flag(parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
     help_text = options["help"].replace("(ifdef: required)", "(required if one of these is given)")
+    help_text = help_text.removesuffix("(default: none)").rstrip()  # to most flags, none is a name like any
     return argparse.ArgumentParser.add_argument(parser, *names, **options | {"help": help_text})
 
 
@@ -237,8 +262,8 @@ class _Environment(EnvSettingsSource):
     """Environment variables; several values stand between commas, as in flags, or in a list of JSON."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        if get_origin(field.annotation) is tuple and not value.lstrip().startswith("["):
-            return next(csv.reader([value], skipinitialspace=True), [])
+        if get_origin(field.annotation) is tuple:
+            return _split(value) if value else []
         return super().decode_complex_value(field_name, field, value)
 
 

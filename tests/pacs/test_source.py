@@ -16,7 +16,8 @@ import yaml
 
 from btray.bulk import worklist
 from btray.bulk.classify import classify
-from btray.bulk.config import ClassifyConfig
+from btray.bulk.config import ClassifyConfig, EraseConfig
+from btray.bulk.erasure.job import erase
 from btray.core.errors import UserError
 from btray.data.scans import ScanRejected, decode, read_info
 from btray.data.scans.dicom import WRITER
@@ -259,6 +260,23 @@ def test_with_pseudonyms_neither_uid_nor_place_is_written_and_the_answers_are_th
     assert sorted(map(str, answers(hidden).values())) == sorted(map(str, answers(plain).values()))
     secrets = (f"{ROOT}.{number}", orthanc.password, str(orthanc.port), *IDENTIFIERS)
     assert found_in(written(hidden, f"{hidden}-studies"), secrets) == set()
+
+
+def test_a_study_that_was_erased_is_not_taken_again_from_the_pacs(
+    orthanc: Orthanc, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    number, output = STUDY + 5, str(tmp_path / "out")
+    orthanc.upload([instance(number, 0, 0), instance(number, 1, 1), instance(number + 1, 0, 0)])
+    both = f"{of(orthanc, number)},{ROOT}.{number + 1}"
+    settings = job(model, both, output, **orthanc.credentials)
+    classify(settings)
+    erase(EraseConfig(output=output, study=f"{ROOT}.{number}"))
+    orthanc.upload([instance(number + 1, 0, 1)])
+    classify(settings)
+    report = report_of(output)
+    assert (report["objects"], report["unchanged"], report["erased"]) == (1, 1, 2)
+    assert set(current(output)["study_uid"].to_pylist()) == {f"{ROOT}.{number + 1}"}
 
 
 def test_a_picture_that_btray_wrote_is_no_scan_from_any_archive() -> None:

@@ -80,7 +80,14 @@ def deploy(replicas: ReplicasConfig, service: ServiceConfig) -> None:
         "route_prefix": "/",
         "import_path": "btray.serving:application",
         "args": replicas.model_dump(mode="json", exclude_unset=True),
-        "deployments": [{"name": DEPLOYMENT, "user_config": service.model_dump(mode="json")}],
+        "deployments": [
+            {
+                "name": DEPLOYMENT,
+                "user_config": service.model_dump(mode="json"),
+                "max_ongoing_requests": service.limits.places,
+                "max_queued_requests": service.limits.places,
+            }
+        ],
     }
     deploy_config(ServeDeploySchema.model_validate({"applications": [application]}))
 

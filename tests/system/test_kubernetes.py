@@ -27,7 +27,6 @@ from referencing import Registry, Resource
 from btray.bulk.config import ClassifyConfig
 from btray.core.config import ENV_PREFIX, JobConfig
 from btray.serving.config import ReplicasConfig, ServiceConfig
-from btray.serving.gate import proxy_middlewares
 from btray.serving.ray_serve_private import haproxy_environment, serve_environment
 from btray.training.config import TrainConfig
 from tests.conftest import ROOT
@@ -408,7 +407,7 @@ def test_a_pod_of_the_endpoint_is_ready_once_serve_answers_there() -> None:
 def test_all_pods_of_the_endpoint_have_haproxy_as_btray_mends_it_and_others_reach_its_port_alone() -> None:
     (variables,) = (one["data"] for one in of_kind("ConfigMap") if one["metadata"]["name"] == "haproxy")
     binary = Path("/usr/local/bin/btray-haproxy")
-    expected = serve_environment(proxy_middlewares) | haproxy_environment(Path("/tmp"), binary)
+    expected = serve_environment() | haproxy_environment(Path("/tmp"), binary)
     assert variables == {name: value for name, value in expected.items() if not value.startswith("/tmp")}
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, name = scripts[binary.name].partition(":")

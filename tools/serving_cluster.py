@@ -31,11 +31,11 @@ def serving_cluster(model: str, folder: Path) -> Iterator[tuple[str, LoopbackClu
     listen on the same port.
     """
     port, *fixed = free_ports(4)
-    settings = haproxy_environment(folder)
-    for name, free in zip(
-        ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT"), fixed, strict=True
-    ):
-        settings[f"RAY_SERVE_{name}"] = str(free)
+    names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
+    settings = haproxy_environment(folder) | {
+        **{f"RAY_SERVE_{name}": str(free) for name, free in zip(names, fixed, strict=True)},
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine
+    }
     content = yaml.safe_load((ROOT / "serve.yaml").read_text(encoding="utf-8"))
     content |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
     (deployment,) = content["applications"][0]["deployments"]
@@ -52,10 +52,19 @@ def serving_cluster(model: str, folder: Path) -> Iterator[tuple[str, LoopbackClu
 
 
 def deploy(cluster: LoopbackCluster, config: Path) -> None:
-    """Run `serve deploy`."""
+    """Run `serve deploy`, again if Serve's proxies are not there within its minute, as on a busy machine."""
     address = f"http://127.0.0.1:{cluster.dashboard}"
     command = [str(BIN / "serve"), "deploy", str(config), "--address", address]
-    subprocess.run(command, env=cluster.environment, check=True, capture_output=True, timeout=120)
+
+    def deployed() -> bool:
+        ended = subprocess.run(
+            command, env=cluster.environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        if ended.returncode and "not available after" not in ended.stderr:
+            raise RuntimeError(f"serve deploy failed: {ended.stderr[-2000:]}")
+        return ended.returncode == 0
+
+    until(deployed, "serve deploy", 240)
 
 
 def haproxy_environment(folder: Path) -> dict[str, str]:

@@ -32,10 +32,8 @@ def serving_cluster(model: str, folder: Path) -> Iterator[tuple[str, LoopbackClu
     """
     port, *fixed = free_ports(4)
     names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
-    settings = haproxy_environment(folder) | {
-        **{f"RAY_SERVE_{name}": str(free) for name, free in zip(names, fixed, strict=True)},
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine
-    }
+    ports = {f"RAY_SERVE_{name}": str(free) for name, free in zip(names, fixed, strict=True)}
+    settings = haproxy_environment(folder) | ports
     content = yaml.safe_load((ROOT / "serve.yaml").read_text(encoding="utf-8"))
     content |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
     (deployment,) = content["applications"][0]["deployments"]

@@ -36,6 +36,7 @@ from btray.core.errors import Failed, UserError
 from btray.data.config import PreprocessConfig
 from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected, require_found
+from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, lease
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class ArchiveJob(ABC):
         self.config = config
         self.output = config.output
         self.outputs: Sequence[str] = (config.output,)
+        self.pacs: PacsSource | None = None
+        """What lists the input if it is that of a PACS."""
         self.group = group
         self.reason = ""
         """Why objects were left out that are completed for that reason alone."""
@@ -127,7 +130,9 @@ def run_archive(job: ArchiveJob) -> str:
     config = job.config
     with _readable_errors():
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
-        listed = job.named(list_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess))
+        listed = job.named(
+            list_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess, pacs=job.pacs)
+        )
         # An archive that is not there is refused now, before anything is written.
         listed = chain(list(islice(listed, 1)), listed)
         if config.dry_run:
@@ -214,6 +219,7 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, che
         report = totals.report(
             unchanged=listing.unchanged,
             erased=erased.left_out,
+            not_scans=dict(job.pacs.left_out) if job.pacs else None,
             run_id=run.run_id,
             started_at=started.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

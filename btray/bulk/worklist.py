@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from btray import storage
 from btray.core.errors import UserError
+from btray.pacs.address import series_of
 from btray.storage import FileInfo
 
 SCHEMA = pa.schema(
@@ -85,12 +86,16 @@ def cut_into_parts(objects: Sequence[FileInfo], *, taper: bool) -> list[int]:
 
     None has more than PART_OBJECTS or PART_BYTES, which its worker holds as rows. With `taper` each part is an eighth
     of what is left: the last ones are small, so that no worker idles long while another ends (guided self-scheduling,
-    Polychronopoulos & Kuck, IEEE Trans. Comput. 1987).
+    Polychronopoulos & Kuck, IEEE Trans. Comput. 1987). A series of a PACS, which is retrieved whole, is not cut, if
+    that can be avoided.
     """
     parts: list[int] = []
     part = count = size = most = 0
+    series = ""
     for number, info in enumerate(objects):
-        if count in (0, most) or size + info.size > PART_BYTES:
+        before, series = series, series_of(info.uri)
+        full = count >= most and (series != before or count >= PART_OBJECTS)
+        if not count or full or size + info.size > PART_BYTES:
             left = len(objects) - number * taper
             most = min(PART_OBJECTS, max(_LEAST_PART, -(-left // 8)))
             part, count, size = part + (count > 0), 0, 0

@@ -236,8 +236,8 @@ def study_rows(frames: pa.Table, reader: Reader) -> list[dict[str, Any]]:
 
 
 def _runs(codes: Codes, positions: Codes) -> list[Codes]:
-    """Cut `positions` where the code there changes."""
-    return np.split(positions, np.flatnonzero(np.diff(codes[positions])) + 1)
+    """Cut `positions` where the code there changes; of none there is no run."""
+    return [] if not len(positions) else np.split(positions, np.flatnonzero(np.diff(codes[positions])) + 1)
 
 
 class _Pile:

@@ -100,7 +100,7 @@ class Replica:
                 if good is None:
                     raise
                 try:
-                    await self.service.models.configure(good)
+                    await self.service.models.configure(good, kept=True)
                 except Exception as another:
                     raise error from another
             self.service.models.refuse(str(user_config.get("model")), error)

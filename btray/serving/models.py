@@ -262,15 +262,17 @@ class ServedModels:
         self._changed = asyncio.Event()
         self._switching: asyncio.Task[None] | None = None
 
-    async def configure(self, config: ServiceConfig) -> None:
+    async def configure(self, config: ServiceConfig, *, kept: bool = False) -> None:
         """Serve `config`, keys and limits and all. The first one is waited for, and raises UserError if it is bad.
 
         A later one takes over once it is ready, without this call waiting for it; if it is bad the one before it
-        stays and `switch` says why, and while its store is unavailable it is tried again.
+        stays and `switch` says why, and while its store is unavailable it is tried again. One that was `kept` by
+        `ConfigStore` is taken as it is, and is not the config that was read last.
         """
         self._latest += 1
         if self.split is None:
-            self._take_over(self._latest, await asyncio.to_thread(self._load, config))
+            load = self._load_pinned if kept else self._load
+            self._take_over(self._latest, await asyncio.to_thread(load, config))
             return
         self._pending = self._latest, config
         self._changed.set()
@@ -324,7 +326,9 @@ class ServedModels:
         _log.log(level, "bundle %s: %s%s", model, state, reason and f": {reason}; the one before it continues to serve")
 
     def _load(self, config: ServiceConfig) -> TrafficSplit:
-        config = self.configs.pin(config)
+        return self._load_pinned(self.configs.pin(config))
+
+    def _load_pinned(self, config: ServiceConfig) -> TrafficSplit:
         keys = KeyRing.of(config.keys) if config.keys is not None else None
         models = [self._served(entry.model, entry.model_id, config) for entry in (config, config.canary) if entry]
         self.configs.keep(config)

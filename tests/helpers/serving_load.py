@@ -36,7 +36,7 @@ class Served:
         deploy(replicas or ReplicasConfig(min_replicas=2, max_replicas=2), config)
 
     def wait(self) -> None:
-        until(lambda: replica_states() == {"RUNNING": 2}, seconds=90)
+        until(lambda: replica_states() == {"RUNNING": 2}, seconds=180)
 
     def classify(self, data: bytes) -> requests.Response:
         return self.session.post(self.url + "/v1/classify", data, headers=self.headers, timeout=60)

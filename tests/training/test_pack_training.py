@@ -28,27 +28,30 @@ COUNTS = {
 
 @pytest.fixture
 def sources(tmp_path: Path) -> tuple[str, str]:
-    """Return a labelled tree, and the pack of its frames."""
+    """Return a manifest, which says in which order images are numbered, and the pack of its frames."""
     tree, output = write_tree(tmp_path / "tree", COUNTS), str(tmp_path / "packed")
+    names = [info.uri.removeprefix(f"{tree}/") for info in storage.list_files(tree)]
+    lines = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in names]
+    storage.write_text(manifest := f"{tree}/labels.csv", "\n".join(["uri,label,split", *lines]))
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        return tree, pack(PackConfig(input=tree, output=output, frames=True, preprocess=PREPROCESS))
+        return manifest, pack(PackConfig(input=manifest, output=output, frames=True, preprocess=PREPROCESS))
 
 
 def test_a_run_on_ray_streams_the_frames_of_files_that_are_gone_and_makes_a_bundle(
     ray_session: None, sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    tree, packed = sources
-    shutil.rmtree(tree)
+    manifest, packed = sources
+    shutil.rmtree(Path(manifest).parent)
     config = tiny(packed, tmp_path / "model", epochs=2, cache_gb=0)
     train(config)
     assert [record.images for record in history_of(config)] == [80, 80]
-    manifest = load_bundle(config.out).manifest
-    assert {part: sum(labels.values()) for part, labels in manifest.data.counts.items()} == {
+    bundle = load_bundle(config.out)
+    assert {part: sum(labels.values()) for part, labels in bundle.manifest.data.counts.items()} == {
         "train": 80, "validation": 16, "test": 10
     }  # fmt: skip
-    assert manifest.data.rejected == 0
+    assert bundle.manifest.data.rejected == 0
     assert storage.read_json(storage.join(config.out, "metrics.json"))["n"] == 10
 
 

@@ -122,10 +122,12 @@ class DicomWeb:
         return self._query(f"studies/{study}/series/{series}/instances", "instance", INSTANCE)
 
     def count(self, study: str, series: str) -> int:
-        """Return how many instances the PACS says that a series has; 0 if it does not say."""
-        query = f"SeriesInstanceUID={series}&includefield={_COUNT}"
-        answer = self._json("GET", f"studies/{study}/series", query)
-        return max((int(first_of(found, _COUNT) or 0) for found in answer or ()), default=0)
+        """Return how many instances the PACS says that a series has; 0 if it does not say, and without patience."""
+        path = f"studies/{study}/series?SeriesInstanceUID={series}&includefield={_COUNT}"
+        try:
+            return max((int(first_of(found, _COUNT) or 0) for found in self._parsed("GET", path) or ()), default=0)
+        except (*_BROKEN, _Attempt, ValueError):
+            return 0
 
     def _query(self, path: str, level: str, uid_tag: str, address: Address | None = None) -> Iterator[Metadata]:
         """Yield answers until a page is empty; each has a valid UID, and comes once."""
@@ -158,13 +160,13 @@ class DicomWeb:
 
     def _json(self, method: str, path: str, query: str = "", **request: Any) -> Any:
         """Return an answer in JSON; None if there is nothing to tell."""
+        return self._patiently(path, lambda: self._parsed(method, f"{path}?{query}" if query else path, **request))
 
-        def attempt() -> Any:
-            with self._open(method, f"{path}?{query}" if query else path, _JSON, **request) as response:
-                # a body that is empty though there should be one was cut
-                return None if response.status_code == _NO_CONTENT else response.json()
-
-        return self._patiently(path, attempt)
+    def _parsed(self, method: str, path: str, **request: Any) -> Any:
+        """Return one answer. Raises _Attempt, one of _BROKEN or ValueError."""
+        with self._open(method, path, _JSON, **request) as response:
+            # a body that is empty though there should be one was cut
+            return None if response.status_code == _NO_CONTENT else response.json()
 
     # ---- WADO-RS
 
@@ -268,6 +270,16 @@ class DicomWeb:
         return Stored(frozenset(stored), failed)
 
     # ---- one request
+
+    def answers(self) -> bool:
+        """Return whether the PACS answers now, with whatever status but those of one that is busy: no waiting."""
+        try:
+            self._open("GET", "studies?limit=1", _JSON).close()
+        except _Attempt as attempt:
+            return attempt.answers
+        except _BROKEN:
+            return False
+        return True
 
     def _patiently(self, path: str, attempt: Callable[[], Result]) -> Result:
         """Return what `attempt` gives, made again while the PACS is away or busy. Raises StorageError."""

@@ -69,7 +69,7 @@ def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | N
 
 
 def studies(uri: str, model_id: str) -> Iterator[pa.Table]:
-    """Yield the table of series and studies of one model, file by file: all rows of a study are in one of them."""
+    """Yield the table of series and studies of one model, file by file: all rows of a study are next to each other."""
     folder = storage.join(storage.resolve(uri), f"model_id={model_id}")
     with storage.suppress_missing():
         for info in storage.list_files(folder):

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -25,7 +25,7 @@ from btray.data.scans.dicom_header import instance_uid
 from btray.pacs.address import Address, InstanceUrl, Metadata, first_of, values_of
 from btray.pacs.config import PacsConfig
 from btray.pacs.multipart import CutShort, Part, boundary_of, read_parts, write_parts
-from btray.storage import StorageError
+from btray.storage import StorageError, suppress_missing
 from btray.storage.errors import code_of_response
 from btray.storage.read_many import ReadResult, until_dead
 from btray.storage.retry import DEFAULT_TIMEOUT, backoff_delays
@@ -130,7 +130,7 @@ class DicomWeb:
             return 0
 
     def _query(self, path: str, level: str, uid_tag: str, address: Address | None = None) -> Iterator[Metadata]:
-        """Yield answers until a page is empty; each has a valid UID, and comes once."""
+        """Yield answers until a page is empty; each has a valid UID, and comes once. Of what is gone there are none."""
         terms = [
             *(address.sent(level).items() if address else ()),
             *(("includefield", tag) for tag in _INCLUDED[level]),
@@ -140,7 +140,9 @@ class DicomWeb:
         while True:
             # not by `params`, which would encode what some servers do not decode
             query = "&".join(f"{name}={value}" for name, value in (*terms, ("limit", _PAGE), ("offset", offset)))
-            page = self._json("GET", path, query)
+            page = None
+            with suppress_missing() if level != "study" else nullcontext():  # removed since it was found
+                page = self._json("GET", path, query)
             if not page:
                 return
             if not isinstance(page, list):

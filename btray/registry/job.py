@@ -13,6 +13,7 @@ from btray.model import promotion
 from btray.model.bundle_files import own_names, read_files
 from btray.model.config import MANIFEST
 from btray.model.promotion import Promotion
+from btray.model.shipped import SHIPPED, locate
 from btray.registry.config import ModelsConfig
 
 _log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def _added(config: ModelsConfig) -> str:
     given = str(config.model)
     if not _is_place(given):
         return _find(config, given)
-    source = storage.resolve(given)
+    source = locate(given)
     manifest, _ = read_files(source)
     uri = promotion.bundle_uri(config.registry, manifest.model_id)
     if source != uri:
@@ -151,11 +152,14 @@ def _added(config: ModelsConfig) -> str:
 def _find(config: ModelsConfig, model: str) -> str:
     """Return the one bundle of the registry whose model_id begins with `model`, or the bundle that lies there."""
     if _is_place(model):
-        return storage.resolve(model)
+        return locate(model)
     found = [model_id for model_id in _model_ids(config.registry) if model_id.startswith(model)]
     if len(found) != 1:
         known = ", ".join(_model_ids(config.registry)) or "none"
-        raise UserError(f"--model {model}: {len(found)} models of {config.registry} begin so; it has {known}")
+        raise UserError(
+            f"--model {model}: {len(found)} models of {config.registry} begin so; it has {known} (a folder beside you: "
+            f"./{model})"
+        )
     return promotion.bundle_uri(config.registry, found[0])
 
 
@@ -166,7 +170,7 @@ def _against(config: ModelsConfig) -> str:
 
 
 def _is_place(model: str) -> bool:
-    return "/" in model or storage.is_remote(model)
+    return "/" in model or storage.is_remote(model) or model == SHIPPED
 
 
 def _model_ids(registry: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A request's body -> the images in it: multipart, JSON with base64, or the image itself. All of it in memory."""
+"""A request's body -> the images in it: a form, DICOM objects, JSON with base64, or the image itself; all in memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import base64
 import re
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
-from python_multipart.multipart import parse_options_header
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -20,6 +21,8 @@ Content = TypeVar("Content", bound=BaseModel)
 
 _VARIANTS = str.maketrans("-_", "+/", " \t\r\n")
 """Base64 as encoders write it -> in one line, with the usual alphabet."""
+DICOM: Final = "application/dicom"
+RELATED: Final = "multipart/related"
 _CHUNK = 256 * 1024
 """Bytes of a multipart body that are parsed at once; other requests come between."""
 
@@ -79,19 +82,68 @@ async def images_in(content_type: str, body: bytes, limits: LimitsConfig) -> lis
     kind = parse_options_header(content_type)[0]
     if kind == b"multipart/form-data":
         uploads = await _from_multipart(content_type, body, limits.max_images)
+    elif kind == RELATED.encode():
+        uploads = [Upload(data=data) for data in await related_objects(content_type, body, limits)]
     elif kind == b"application/json":
         uploads = parse_json(ClassifyRequest, body, limits, "send the images as multipart/form-data").images
-    elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
+    elif kind.startswith(b"image/") or kind in (b"application/octet-stream", DICOM.encode()):
         uploads = [Upload(data=body)]
     else:
-        others = "send multipart/form-data, application/json, or an image as image/* or application/octet-stream"
-        detail = f"content type {content_type[:80]!r} is not supported; {others}"
-        raise Problem(415, "unsupported_media_type", detail)
+        others = "multipart/form-data, application/json, or an image as image/* or application/octet-stream"
+        raise _unsupported(content_type, others)
     if len(uploads) > limits.max_images:
         raise too_many_images(limits.max_images)
     if not uploads:
         raise Problem(400, "bad_body", "there is no image in the request")
     return uploads
+
+
+async def related_objects(content_type: str, body: bytes, limits: LimitsConfig) -> list[bytes]:
+    """Return the DICOM objects of a body that is multipart/related (RFC 2387), up to `limits.max_images`.
+
+    Raises Problem if the body is of another type, is damaged or cut short, or has no object or too many.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind != RELATED.encode() or options.get(b"type", DICOM.encode()).lower() != DICOM.encode():
+        raise _unsupported(content_type, f'{RELATED}; type="{DICOM}"')
+    objects: list[bytearray] = []
+    ended = False
+
+    def begin() -> None:
+        if len(objects) == limits.max_images:
+            raise too_many_images(limits.max_images)
+        objects.append(bytearray())
+
+    def end() -> None:
+        nonlocal ended
+        ended = True
+
+    def add(data: bytes, start: int, stop: int) -> None:
+        objects[-1] += memoryview(data)[start:stop]
+
+    try:
+        parser = MultipartParser(
+            options.get(b"boundary", b""), {"on_part_begin": begin, "on_part_data": add, "on_end": end}
+        )
+        for start in range(0, len(body), _CHUNK):
+            parser.write(body[start : start + _CHUNK])
+            await asyncio.sleep(0)
+    except (FormParserError, ValueError) as error:
+        raise Problem(400, "bad_body", f"the body is not valid {RELATED}: {error}") from error
+    if not ended:
+        raise _cut_short()
+    if not objects:
+        raise Problem(400, "bad_body", "there is no object in the request")
+    return list(map(bytes, objects))
+
+
+def _unsupported(content_type: str, others: str) -> Problem:
+    detail = f"content type {content_type[:80]!r} is not supported; send {others}"
+    return Problem(415, "unsupported_media_type", detail)
+
+
+def _cut_short() -> Problem:
+    return Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")
 
 
 def too_many_images(most: int) -> Problem:
@@ -150,7 +202,7 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
             raise too_many_images(most) from error
         raise Problem(400, "bad_body", f"the body is not valid multipart/form-data: {error.message}") from error
     if not parser.ended:
-        raise Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")
+        raise _cut_short()
     uploads = []
     for field, part in form.multi_items():
         if isinstance(part, UploadFile):

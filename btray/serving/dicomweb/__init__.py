@@ -1,0 +1,1 @@
+"""What a PACS speaks: instances pushed to the service (STOW-RS)."""

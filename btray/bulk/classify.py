@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +79,14 @@ class ClassifyJob(ArchiveJob):
                 raise UserError(f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}")
         super().__init__(config, group=self.manifest.model_id)
         self.config: ClassifyConfig = config
+        self.pacs = config.pacs_source()
         self.pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
         check_table(self.output, self.pseudonyms)
         self.completed = CompletedIndex(self.output, self.group)
         self.outputs = (self.output, config.studies_uri)
         self.preprocess = self.manifest.preprocess
         choice = config.series_filter
-        if choice and is_pack(config.input) and describe_pack(config.input).preprocess:
+        if choice and not self.pacs and is_pack(config.input) and describe_pack(config.input).preprocess:
             raise UserError(
                 f"--series: {config.input} is a pack of frames, which have no headers; give what was packed"
             )
@@ -93,7 +95,7 @@ class ClassifyJob(ArchiveJob):
         self.part_limits = PartLimits(_STAGED_OBJECTS if config.stages == 2 else PartLimits().objects, _PART_BYTES)
         self.worst = CLASSIFIED if config.retry_rejected else REJECTED
         reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
-        self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms) if choice else None
+        self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms, pacs=self.pacs) if choice else None
         self._series: Counter[tuple[str | None, str, str]] = Counter()
 
     def begin(self) -> None:
@@ -202,6 +204,8 @@ class ClassifyJob(ArchiveJob):
         profiles, drift = summary.compare(run, report, self.bundle)
         report = report.model_copy(update={"drift": drift})
         classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
+        if self.pacs:
+            classifier.source = replace(classifier.source, read=self.pacs.read_many)
         uids = {str(frame.study_uid) for frame in report.most_tumor}
         rows = read_studies(studies, self.group, uids)
         page = summary.write_summary(run, report, profiles, classifier, studies=rows, pseudonyms=self.pseudonyms)

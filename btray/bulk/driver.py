@@ -46,6 +46,7 @@ from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
 from btray.data.config import PreprocessConfig
 from btray.data.rejections import enforce_max_rejected, require_found
+from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, lease
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class ArchiveJob(ABC):
         self.config = config
         self.output = config.output
         self.outputs: Sequence[str] = (config.output,)
+        self.pacs: PacsSource | None = None
+        """What lists the input if it is that of a PACS."""
         self.group = group
         self.reason = ""
         """Why objects were left out that are completed for that reason alone."""
@@ -142,7 +145,9 @@ def run_archive(job: ArchiveJob) -> str:
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
         # An archive that is not there is refused now, before anything is written.
         with job.pseudonyms.listing_errors() if job.pseudonyms else nullcontext():
-            archive = open_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess)
+            archive = open_archive(
+                config.input, selection, patience=config.patience, preprocess=job.preprocess, pacs=job.pacs
+            )
             archive = replace(archive, chunks=chain(list(islice(archive.chunks, 1)), archive.chunks))
         if config.dry_run:
             _estimate(job, archive, ErasedObjects(job.output))
@@ -175,7 +180,7 @@ def _estimate(job: ArchiveJob, archive: Archive, erased: ErasedObjects) -> None:
     with _listing_tasks(job, archive) as (tasks, scratch):
         new = _new_objects(job, tasks, scratch)
         objects = size = 0
-        for some in new_batches(new, archive, erased, job.config.limit):
+        for some in new_batches(new, archive, erased.without, job.config.limit):
             objects, size = objects + len(some), size + sum(info.size for info in some)
             for start in range(0, len(some), _PREVIEWED):
                 job.preview(some[start : start + _PREVIEWED])
@@ -230,7 +235,7 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
         if resumed:
             _log.info("resuming run %s, which was interrupted", run.run_id)
         found = partial(_new_objects, job, tasks, scratch)
-        listing = Listing(run.worklist, config, archive, found, erased, job.part_limits, check)
+        listing = Listing(run.worklist, config, archive, found, erased.without, job.part_limits, check)
         done = Done(totals, RunKeys(run.folder))
         listing.start()
         try:
@@ -250,6 +255,7 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
         report = totals.report(
             unchanged=listing.unchanged,
             erased=erased.left_out,
+            not_scans=dict(job.pacs.left_out) if job.pacs else None,
             run_id=run.run_id,
             started_at=started.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -27,7 +27,7 @@ from btray.bulk.progress import summarize_counts
 from btray.bulk.report import PartTally, RunReport
 from btray.bulk.runs import Run
 from btray.bulk.table import RETRIED
-from btray.bulk.worker import Prefetcher, Row, Seconds
+from btray.bulk.worker import Batch, Prefetcher, Row, Seconds
 from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.config import PreprocessConfig
@@ -148,11 +148,10 @@ class PartPacker:
         """Begin to read `objects`, and return what yields them with their bytes."""
         return self._prefetcher.batches(objects, seconds)
 
-    def rows(
-        self, objects: Sequence[FileInfo], lot: tuple[Sequence[FileInfo], Sequence[ReadResult]], seconds: Seconds
-    ) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds) -> list[Row]:
         """Return one row per object of a lot."""
-        return list(map(self._row, *lot))
+        numbers, results = lot
+        return list(map(self._row, [objects[number] for number in numbers], results))
 
     def records(self, rows: Sequence[Row]) -> Records:
         """Return none: what a pack holds is read from its shards."""
@@ -189,12 +188,11 @@ class FramePacker(PartPacker):
         *_, cpus = arguments
         self._decoders = ThreadPoolExecutor(cpus)
 
-    def rows(
-        self, objects: Sequence[FileInfo], lot: tuple[Sequence[FileInfo], Sequence[ReadResult]], seconds: Seconds
-    ) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds) -> list[Row]:
         """Return one row per object of a lot; one that gives no frame says why."""
         started = time.perf_counter()
-        rows = list(self._decoders.map(self._row, *lot))
+        numbers, results = lot
+        rows = list(self._decoders.map(self._row, [objects[number] for number in numbers], results))
         seconds["decode"] += time.perf_counter() - started
         return rows
 

@@ -136,6 +136,7 @@ class RunReport(BaseModel, frozen=True):
     objects: int
     unchanged: int
     erased: int = 0
+    not_scans: dict[str, int] | None = _optional
     taken_from_earlier_attempt: int
     frames: int
     rejected: int

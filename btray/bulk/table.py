@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
 
+from btray import storage
 from btray.data.slice_facts import UIDS
 from btray.model.prediction import ADDED, COLUMNS, Prediction, arrow_field, as_row
 from btray.storage import FileInfo
@@ -50,3 +52,11 @@ def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at
         "run_id": run_id,
         "classified_at": classified_at,
     }
+
+
+def table_files(folder: str) -> Iterator[FileInfo]:
+    """Yield the files of the table below `folder`; below `_` is what is no data."""
+    with storage.suppress_missing():
+        for info in storage.list_files(folder):
+            if info.uri.endswith(".parquet") and "/_" not in info.uri.removeprefix(folder):
+                yield info

@@ -26,6 +26,7 @@ from btray.bulk.listing.key_files import Records, latest
 from btray.bulk.report import PartTally
 from btray.bulk.runs import Run, read_rows, read_tally, write_part
 from btray.core.cluster import own_cpus
+from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult, read_many, read_patiently
 
@@ -37,6 +38,8 @@ _BATCH_BYTES = 64 << 20
 _AHEAD_BYTES = 256 << 20
 
 Row = dict[str, Any]
+Batch = tuple[list[int], list[ReadResult]]
+"""Numbers of objects, and what each of them holds."""
 Seconds = defaultdict[str, float]
 """Time spent by stage."""
 
@@ -52,42 +55,71 @@ class Prefetcher:
         max_bytes: int,
         least: int = 1,
         pseudonyms: Pseudonyms | None = None,
+        pacs: PacsSource | None = None,
     ) -> None:
-        """Start the thread that reads ahead; `pseudonyms` are those that objects are listed with."""
+        """Start the thread that reads ahead, from `pacs` if there is one.
+
+        `pseudonyms` are those that objects are listed with.
+        """
         self._pseudonyms = pseudonyms
+        self._pacs = pacs
         self._threads = threads
         self._patience = patience
         self._max_bytes = max_bytes
         self._most = max(_BATCH_OBJECTS, least)
         self._reader = ThreadPoolExecutor(1)
 
-    def batches(
-        self, objects: Sequence[FileInfo], seconds: dict[str, float]
-    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
-        """Begin to read, and return what yields objects with their bytes, in their order.
+    def batches(self, objects: Sequence[FileInfo], seconds: dict[str, float]) -> Iterator[Batch]:
+        """Begin to read, and return what yields the numbers of objects with their bytes, each object once.
 
-        `seconds["read"]` grows by the time spent waiting for them.
+        They come in their order, those of a PACS in its order. `seconds["read"]` grows by the time spent waiting.
         """
-        batches: list[list[FileInfo]] = []
-        size = 0
-        for info in objects:
-            if not batches or len(batches[-1]) == self._most or size + info.size > _BATCH_BYTES:
-                batches.append([])
-                size = 0
-            batches[-1].append(info)
-            size += info.size
-        return self._read_ahead(batches, [self._reader.submit(self._read, batch) for batch in batches[:1]], seconds)
+        reading = self._from_pacs(objects) if self._pacs else self._from_files(objects)
+        return self._read_ahead(reading, self._reader.submit(next, reading, None), seconds)
 
     def _read_ahead(
-        self, batches: list[list[FileInfo]], reading: list[Future[list[ReadResult]]], seconds: dict[str, float]
-    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
-        """Yield the batches, of which the first is being read already, and read the next one meanwhile."""
-        for number, batch in enumerate(batches):
+        self, reading: Iterator[Batch], ahead: Future[Batch | None], seconds: dict[str, float]
+    ) -> Iterator[Batch]:
+        """Yield the batches of `reading`, of which the first is being read already, and read the next one meanwhile."""
+        while True:
             started = time.perf_counter()
-            results = reading.pop().result()
+            batch = ahead.result()
             seconds["read"] += time.perf_counter() - started
-            reading += [self._reader.submit(self._read, following) for following in batches[number + 1 : number + 2]]
-            yield batch, results
+            if batch is None:
+                return
+            ahead = self._reader.submit(next, reading, None)
+            yield batch
+
+    def _from_files(self, objects: Sequence[FileInfo]) -> Iterator[Batch]:
+        numbers: list[int] = []
+        size = 0
+        for number, info in enumerate(objects):
+            if numbers and (len(numbers) == self._most or size + info.size > _BATCH_BYTES):
+                yield numbers, self._read([objects[one] for one in numbers])
+                numbers, size = [], 0
+            numbers.append(number)
+            size += info.size
+        if numbers:
+            yield numbers, self._read([objects[one] for one in numbers])
+
+    def _from_pacs(self, objects: Sequence[FileInfo]) -> Iterator[Batch]:
+        known, pacs = self._pseudonyms, self._pacs
+        assert pacs is not None  # noqa: S101 - as `batches` has seen
+        numbers: list[int] = []
+        results: list[ReadResult] = []
+        size = 0
+        for number, result in pacs.read([known.place(info.place) if known else info.uri for info in objects]):
+            numbers.append(number)
+            if isinstance(result, StorageError):
+                results.append(known.conceal_error(result, objects[number]) if known else result)
+            else:
+                results.append(result)
+                size += len(result)
+            if len(numbers) == self._most or size > _BATCH_BYTES:
+                yield numbers, results
+                numbers, results, size = [], [], 0
+        if numbers:
+            yield numbers, results
 
     def _read(self, batch: Sequence[FileInfo]) -> list[ReadResult]:
         def read(objects: Sequence[FileInfo]) -> list[ReadResult]:

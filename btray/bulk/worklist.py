@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from btray import storage
 from btray.core.errors import UserError
+from btray.pacs.address import series_of
 from btray.storage import FileInfo
 
 SCHEMA = pa.schema(
@@ -111,14 +112,17 @@ def cut_into_parts(objects: Sequence[FileInfo], limits: PartLimits, *, listed: i
     None has more than its `limits` or, above PART_OBJECTS, a 256th of what was `listed`, these objects included, so
     that a large archive has no millions of files. With `taper` each part is an eighth of what is left: the last ones
     are small, so that no worker idles long while another ends (guided self-scheduling, Polychronopoulos & Kuck, IEEE
-    Trans. Comput. 1987).
+    Trans. Comput. 1987). A series of a PACS, which is retrieved whole, is not cut, if that can be avoided.
     """
     largest = min(limits.objects, max(PART_OBJECTS, listed // _SHARE))
     eighths = taper or largest <= PART_OBJECTS
     parts: list[int] = []
     part = count = size = most = 0
+    series = ""
     for number, info in enumerate(objects):
-        if count in (0, most) or size + info.size > limits.bytes:
+        before, series = series, series_of(info.uri)
+        full = count >= most and (series != before or count >= largest)
+        if not count or full or size + info.size > limits.bytes:
             left = len(objects) - number * taper
             most = min(largest, max(_LEAST_PART, -(-left // 8))) if eighths else largest
             part, count, size = part + (count > 0), 0, 0

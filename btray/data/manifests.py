@@ -1,7 +1,8 @@
 """Manifests and lists: files that name objects, one per row or line, streamed.
 
-Each may also be the folder of part files that Spark makes of one. Text is UTF-8, or UTF-16 with a byte-order mark as
-Windows writes it, and may be packed by gzip. A CSV is separated by commas, semicolons, tabs or bars.
+Each may also be the folder of part files that Spark makes of one. Text is UTF-8 or UTF-16, with a byte-order mark or
+without one, its lines end as on Unix, Windows or old Macs, and it may be packed by gzip. A CSV is separated by commas,
+semicolons, tabs or bars.
 
 A name counts as it is given, since keys may hold spaces, quotes and backslashes. Only if nothing is there, it counts
 without the spaces and quotes around it, and then with slashes for its backslashes.
@@ -43,6 +44,12 @@ ENDINGS: dict[str, Kind] = {
 """How files that name objects are called, in lower case."""
 _SEPARATORS = ",;\t|"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Without a mark it shows by three Latin letters in a row, such as those of a suffix.
+_UTF16 = {
+    "utf-16-le": re.compile(rb"(?:..)*?(?:[^\0]\0){3}", re.DOTALL),
+    "utf-16-be": re.compile(rb"(?:..)*?(?:\0[^\0]){3}", re.DOTALL),
+}
+_HEAD = 1 << 16  # bytes in which they are looked for
 _LOOKED_UP_AT_A_TIME = 1024
 _LOOKERS = 32  # threads
 
@@ -303,15 +310,31 @@ def open_for_arrow(uri: str) -> Any:
 
 
 def _open_text(uri: str) -> Any:
-    """Open a text file as UTF-8 without a byte-order mark: unpacked if it is gzip, transcoded if it is UTF-16."""
+    """Open a text file as UTF-8 without a byte-order mark, unpacked and transcoded, whose lines end with newlines.
+
+    Raises UserError if it is in another encoding that shows.
+    """
     file = io.BufferedReader(open_for_arrow(uri), _BLOCK)
     if file.peek(2).startswith(b"\x1f\x8b"):
         file = io.BufferedReader(gzip.GzipFile(fileobj=file), _BLOCK)
-    if file.peek(2).startswith(_UTF16_MARKS):
-        return pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), "utf-16", "utf-8")
-    if file.peek(3).startswith(codecs.BOM_UTF8):
+    if encoding := _utf16_of(file.peek(_HEAD)[:_HEAD]):
+        if encoding == "unknown":
+            raise UserError(f"{uri} holds NUL characters, as text does not; write it as UTF-8.")
+        file = io.BufferedReader(pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), encoding, "utf-8"), _BLOCK)
+    while file.peek(3).startswith(codecs.BOM_UTF8):
         file.read(3)
+    if b"\r" in (head := file.peek(_HEAD)) and b"\n" not in head:  # as old Macs end lines
+        return pa.TransformInputStream(pa.PythonFile(file, mode="r"), lambda block: bytes(block).replace(b"\r", b"\n"))
     return file
+
+
+def _utf16_of(head: bytes) -> str | None:
+    """Return how a text is encoded that begins so, if it is UTF-16; "unknown" if it is neither that nor UTF-8."""
+    if b"\0" not in head:
+        return None
+    if head.startswith(_UTF16_MARKS) and head[2:4] != b"\0\0":  # UTF-32 begins so
+        return "utf-16"
+    return next((encoding for encoding, pattern in _UTF16.items() if pattern.match(head)), "unknown")
 
 
 def csv_batches(

@@ -34,7 +34,10 @@ def _list(config: ModelsConfig) -> None:
     from btray.registry.description import line_of  # takes seconds to import, which a promotion does without
 
     promoted = {stage: promotion.current(config.registry, stage) for stage in promotion.stages(config.registry)}
-    for model_id in _model_ids(config.registry):
+    model_ids = _model_ids(config.registry)
+    if not model_ids:
+        raise UserError(f"--registry {config.registry}: no model is there; btray models promote makes a registry")
+    for model_id in model_ids:
         marks = [stage for stage, entry in promoted.items() if entry and entry.model_id == model_id]
         print(line_of(promotion.bundle_uri(config.registry, model_id), marks))
     for stage in promoted:
@@ -55,8 +58,8 @@ def _compare(config: ModelsConfig) -> None:
     from btray.registry.description import describe
 
     uri, other = _find(config, str(config.model)), _against(config)
-    for one in (uri, other):
-        print("\n".join(describe(one)), end="\n\n")
+    for name, one in (("the model", uri), ("what it is compared with", other)):
+        print("\n".join([f"{name}:", *describe(one)]), end="\n\n")
     if config.require is not None:
         from btray.registry.requirement import measure
 
@@ -112,7 +115,7 @@ def _record(
     uri = promotion.bundle_uri(config.registry, model_id)
     read_files(uri, model_id=model_id)
     if before is not None and before.model_id == model_id:
-        raise UserError(f"{config.registry}@{config.stage} is model {before} already; nothing is changed")
+        raise UserError(f"{config.registry}@{config.stage} is already model {before}; nothing is changed")
     entry = Promotion(
         number=before.number + 1 if before else 1,
         model_id=model_id,
@@ -149,7 +152,7 @@ def _added(config: ModelsConfig) -> str:
     return uri
 
 
-def _find(config: ModelsConfig, model: str) -> str:
+def _find(config: ModelsConfig, model: str, setting: str = "--model") -> str:
     """Return the one bundle of the registry whose model_id begins with `model`, or the bundle that lies there."""
     if _is_place(model):
         return locate(model)
@@ -157,15 +160,15 @@ def _find(config: ModelsConfig, model: str) -> str:
     if len(found) != 1:
         known = ", ".join(_model_ids(config.registry)) or "none"
         raise UserError(
-            f"--model {model}: {len(found)} models of {config.registry} begin so; it has {known} (a folder beside you: "
-            f"./{model})"
+            f"{setting} {model}: the model_id of {len(found)} models of {config.registry} begins so; it has {known} "
+            f"(a folder beside you: ./{model})"
         )
     return promotion.bundle_uri(config.registry, found[0])
 
 
 def _against(config: ModelsConfig) -> str:
     if config.against is not None:
-        return _find(config, config.against)
+        return _find(config, config.against, "--against")
     return promotion.resolve(f"{config.registry}@{config.stage}", log=False)[0]
 
 

@@ -47,6 +47,8 @@ def serve_environment(middlewares: Callable[..., Any]) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",  # 10 as it comes: too late for upscale_delay 5
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{middlewares.__module__}:{middlewares.__qualname__}",
+        # 5 as it comes: on a busy machine Serve kills the proxy that it waits for, and does not start.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     }
 
 

@@ -63,7 +63,7 @@ def run_with(place: str, *parts: list[dict[str, Any]]) -> runs.Run:
 def leave_key_files(run: runs.Run) -> None:
     """As the driver of a run does with what its actors return."""
     keys = RunKeys(run.folder)
-    files = [info for info in completed.table_files(run.output) if runs.run_of(info.uri) == run.run_id]
+    files = [info for info in table.table_files(run.output) if runs.run_of(info.uri) == run.run_id]
     for info in files:
         for records in completed._read_file(info) or []:
             keys.add(records)

@@ -51,13 +51,17 @@ ENCODED = {
     "utf-8 mark": lambda text: text.encode("utf-8-sig"),
     "utf-16 le": lambda text: codecs.BOM_UTF16_LE + text.encode("utf-16-le"),
     "utf-16 be": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "utf-16 le, no mark": lambda text: text.encode("utf-16-le"),
+    "utf-16 be, no mark": lambda text: text.encode("utf-16-be"),
+    "two marks": lambda text: codecs.BOM_UTF8 + text.encode("utf-8-sig"),
+    "gzip, utf-16": lambda text: gzip.compress(text.encode("utf-16")),
     "gzip": lambda text: gzip.compress(text.encode("utf-8-sig")),
 }
 
 
 @pytest.mark.parametrize("encoded", ENCODED.values(), ids=ENCODED)
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
-def test_text_is_read_in_the_encodings_that_windows_writes(tmp_path: Path, encoded, end: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r"])
+def test_text_is_read_as_systems_old_and_new_write_it(tmp_path: Path, encoded, end: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "list.TXT").write_bytes(encoded(end.join(["# of today", *NAMES, f'"{NAMES[0]}"', ""])))
     assert listed(tmp_path / "list.TXT") == [*expected(tmp_path), expected(tmp_path)[0]]
     for separator in (",", ";", "\t"):
@@ -140,7 +144,10 @@ def test_the_folder_that_spark_makes_of_a_table_is_one(tmp_path: Path, name: str
     ("name", "body", "match"),
     [
         ("m.csv", csv_text().encode("cp1252"), "UTF-8"),
-        ("m.csv", csv_text().encode("utf-16-le"), "no column uri"),
+        ("m.csv", csv_text().encode("utf-32"), "NUL"),
+        ("m.csv", csv_text().encode("utf-32-be"), "NUL"),
+        ("l.txt", "\n".join(NAMES).encode("utf-32-le"), "NUL"),
+        ("l.txt", "\0".join(NAMES).encode(), "NUL"),
         ("m.csv.gz", gzip.compress(csv_text().encode() * 99, mtime=0)[:-40], "cannot be read"),
         ("m.csv", b"", "no column uri"),
         ("l.txt", "\n".join(NAMES).encode("cp1252"), "UTF-8"),

@@ -169,12 +169,12 @@ def start(config: ClassifyConfig, *, address: str | None = None, uses_ray: bool 
     """The job as a driver of its own, on the test's Ray cluster or that at `address`, or `without_ray`."""
     if uses_ray:
         address = address or ray.get_runtime_context().gcs_address
-    process = _forks.Process(target=_drive, args=(config.model_dump(), address, dict(os.environ)))
+    process = _forks.Process(target=_drive, args=(config, address, dict(os.environ)))
     process.start()
     return process
 
 
-def _drive(config: dict[str, Any], address: str | None, environment: dict[str, str]) -> None:
+def _drive(config: ClassifyConfig, address: str | None, environment: dict[str, str]) -> None:
     from btray.bulk.classify import classify
 
     os.environ.update(environment | ({"RAY_ADDRESS": address} if address else {}))
@@ -182,7 +182,7 @@ def _drive(config: dict[str, Any], address: str | None, environment: dict[str, s
         without_ray(pytest.MonkeyPatch())
     lease.HEARTBEAT, lease.EXPIRY = QUICK_LEASE
     storage.reconnect()
-    classify(ClassifyConfig(**config))
+    classify(config)
 
 
 def classify_killed_thrice(

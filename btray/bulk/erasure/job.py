@@ -24,7 +24,8 @@ from btray.bulk.config import EraseConfig
 from btray.bulk.erasure.erased import ErasedObjects
 from btray.bulk.erasure.rows import held, read_files, select_uris, take_out
 from btray.bulk.erasure.traces import erase_from_manifest, erase_from_reports, erase_pictures
-from btray.bulk.listing.completed import COLUMNS, forget, records_of, table_files
+from btray.bulk.listing.completed import COLUMNS, forget, records_of
+from btray.bulk.table import table_files
 from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.key_set import keys_of

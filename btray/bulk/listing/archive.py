@@ -21,6 +21,7 @@ from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
 from btray.data.manifests import kind_of, named_in_list, named_in_manifest
 from btray.data.packs import describe_pack, is_pack, list_pack, require_preprocessing
+from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, StorageError
 from btray.storage.errors import storage_errors_for
 from btray.storage.read_many import read_patiently, until_dead
@@ -60,9 +61,16 @@ class Archive:
 
 
 def open_archive(
-    uri: str, selection: Selection, *, patience: float = DEFAULT_TIMEOUT, preprocess: PreprocessConfig | None = None
+    uri: str,
+    selection: Selection,
+    *,
+    patience: float = DEFAULT_TIMEOUT,
+    preprocess: PreprocessConfig | None = None,
+    pacs: PacsSource | None = None,
 ) -> Archive:
     """Return the objects of an archive in chunks. Raises as `list_archive` does, now or when a chunk is taken."""
+    if pacs:
+        return Archive(chunks_of(list_archive(uri, selection, pacs=pacs)))
     root = storage.resolve(uri)
     if _is_inventory(root):
         inventory = Inventory.read(root)
@@ -73,17 +81,26 @@ def open_archive(
 
 
 def list_archive(
-    uri: str, selection: Selection, *, patience: float = DEFAULT_TIMEOUT, preprocess: PreprocessConfig | None = None
+    uri: str,
+    selection: Selection,
+    *,
+    patience: float = DEFAULT_TIMEOUT,
+    preprocess: PreprocessConfig | None = None,
+    pacs: PacsSource | None = None,
 ) -> Iterator[FileInfo]:
     """Yield every object of the archive that `selection` chooses, as it is listed; one may come twice from a manifest.
 
     What cannot be examined, although a store that is away is waited for `patience` seconds, has size 0 and an empty
-    etag: reading it tells why. A pack of frames serves who needs no more than the frames that `preprocess` gives.
+    etag: reading it tells why. A pack of frames serves who needs no more than the frames that `preprocess` gives. If
+    `uri` is the address of a PACS, `pacs` lists it.
 
     Raises, when the first item is requested or later:
         UserError: the archive is of no known kind, its manifest cannot be read, or it is a pack of other frames.
         StorageError: it cannot be reached, or listing failed half-way.
     """
+    if pacs:
+        yield from selection.by_name(_path_below(pacs.root), pacs.list_images())
+        return
     root = storage.resolve(uri)
     if _is_inventory(root):
         yield from _list_inventory(open_archive(uri, selection))

@@ -35,6 +35,7 @@ from btray.bulk.listing.key_files import (
 )
 from btray.bulk.listing.tasks import Tasks
 from btray.bulk.runs import folders, has_ended, run_folder, run_of
+from btray.bulk.table import table_files
 from btray.data.key_set import Keys, keys_of
 from btray.storage import FileInfo, StorageError
 from btray.storage.parquet import read_undamaged
@@ -150,14 +151,6 @@ def forget(output: str, keys: Keys) -> None:
 
 
 # ---- the table
-
-
-def table_files(folder: str) -> Iterator[FileInfo]:
-    """Yield the files of the table below `folder`; below `_` is what is no data."""
-    with storage.suppress_missing():
-        for info in storage.list_files(folder):
-            if info.uri.endswith(".parquet") and "/_" not in info.uri.removeprefix(folder):
-                yield info
 
 
 def _read_file(info: FileInfo) -> list[Records] | None:

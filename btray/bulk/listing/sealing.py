@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 from btray import storage
 from btray.bulk import worklist
 from btray.bulk.config import ArchiveConfig
-from btray.bulk.erasure.erased import ErasedObjects
 from btray.bulk.listing.archive import Archive
 from btray.bulk.listing.new_objects import NewObjects
 from btray.bulk.worklist import PartLimits, WorklistWriter
 from btray.storage import FileInfo, StorageError
 
+Filter = Callable[[Iterator[FileInfo]], Iterator[FileInfo]]
 _AGAIN = 5.0  # seconds
 
 
 def new_batches(
-    new: NewObjects, archive: Archive, erased: ErasedObjects, limit: int | None, before: int = 0
+    new: NewObjects, archive: Archive, without_erased: Filter, limit: int | None, before: int = 0
 ) -> Iterator[list[FileInfo]]:
     """Yield the new objects of an archive that were not erased, batch by batch, up to `limit` less those `before`."""
     left = None if limit is None else max(0, limit - before)
     for found in new.among(archive) if left != 0 else ():
-        objects = list(erased.without(iter(found)))[:left]
+        objects = list(without_erased(iter(found)))[:left]
         yield objects
         if left is not None:
             left -= len(objects)
@@ -43,7 +43,7 @@ class Listing(threading.Thread):
     archive: Archive
     new_objects: Callable[[], NewObjects]
     """Called in the thread, since it may read a large table."""
-    erased: ErasedObjects
+    without_erased: Filter
     limits: PartLimits
     check: Callable[[], None]
     """Nothing is sealed once it raises: another run has the lease."""
@@ -94,7 +94,7 @@ class Listing(threading.Thread):
     def _seal(self, new: NewObjects, writer: WorklistWriter) -> None:
         before = self.objects
         try:
-            for objects in new_batches(new, self.archive, self.erased, self.config.limit, before):
+            for objects in new_batches(new, self.archive, self.without_erased, self.config.limit, before):
                 if self.cancelled.is_set():
                     return
                 if writer.add(objects):

@@ -35,8 +35,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _NATIVE: Final = ("", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 _STORAGE: Final = "1.2.840.10008.5.1.4.1.1."
 _JPEG_XL: Final = "1.2.840.10008.1.2.4.11"  # and a digit
-_SOP_CLASS, _MODALITY, _DIRECTORY = 0x00080016, 0x00080060, 0x00041220
+_SOP_CLASS, _MODALITY, _MANUFACTURER, _DIRECTORY = 0x00080016, 0x00080060, 0x00080070, 0x00041220
 _SOP_INSTANCE, _STUDY = 0x00080018, 0x0020000D
+WRITER: Final = "btray"
+"""Manufacturer of every object that btray writes: a picture of an answer is never taken for a scan."""
 # Objects that are no slices, though some have pixels: by class or what its UID begins with, and by modality.
 _OTHER_CLASSES: Final = {
     "1.2.840.10008.1.3.10": "a DICOMDIR",
@@ -170,12 +172,15 @@ def _silently() -> Iterator[None]:
         raise ScanRejected("decode_failed", "a damaged DICOM object") from None
 
 
-def _check_class(uid: str, modality: str) -> None:
-    """Raise ScanRejected, `unsupported`, if objects of a class are no slices; of none, those of a modality."""
+def other_kind(uid: str, modality: str) -> str:
+    """Return what the objects of a class are if they are no slices, else nothing; of no class, those of a modality."""
     name = next((name for begin, name in _OTHER_CLASSES.items() if f"{uid}.".startswith(f"{begin}.")), "")
-    if not name and not uid and modality in _OTHER_MODALITIES:
-        name = "of another kind"
-    if name:
+    return "of another kind" if not name and not uid and modality in _OTHER_MODALITIES else name
+
+
+def _check_class(uid: str, modality: str) -> None:
+    """Raise ScanRejected, `unsupported`, if objects of a class or modality are no slices."""
+    if name := other_kind(uid, modality):
         raise NoSlice("unsupported", f"a DICOM object that is no slice, but {name}: leave it out")
 
 
@@ -183,6 +188,8 @@ def _check_kind(elements: Dataset, meta: FileMeta) -> None:
     """Raise ScanRejected if an object is of a kind that is not read, or has no pixels."""
     sop_class = elements.text(_SOP_CLASS) or meta.media_class
     _check_class(sop_class, elements.text(_MODALITY).upper())
+    if elements.text(_MANUFACTURER) == WRITER:
+        raise NoSlice("unsupported", "a DICOM object that is no slice, but an answer of btray: leave it out")
     if _DIRECTORY in elements:
         _check_class("1.2.840.10008.1.3.10", "")
     if any(tag in elements for tag in FLOAT_PIXELS):

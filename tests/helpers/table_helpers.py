@@ -41,11 +41,11 @@ def write(place: str, name: str, *rows: dict[str, Any], model: str = "1e10") -> 
 
 def done_of(place: str, *, retry_rejected: bool = False, write_missing: bool = False) -> set[str]:
     """Names of the objects of the table that no later run reads again."""
-    names = {uri.rpartition("/")[2] for uri in results.current(place)["uri"].to_pylist()} | {"new"}
-    listed = [FileInfo(f"s3://b/{name}", 7, "e", 0.0) for name in names]
     with tempfile.TemporaryDirectory() as scratch:
         tasks = LocalTasks(Path(scratch))
         sources = CompletedIndex(place, "1e10").sources(tasks, write_missing=write_missing)
+        names = {uri.rpartition("/")[2] for uri in results.current(place)["uri"].to_pylist()} | {"new"}
+        listed = [FileInfo(f"s3://b/{name}", 7, "e", 0.0) for name in names]
         new = NewObjects(sources, tasks, scratch, worst=CLASSIFIED if retry_rejected else REJECTED)
         found = {info.uri.rpartition("/")[2] for some in new.among(Archive(chunks_of(listed))) for info in some}
     assert new.unchanged == len(names) - len(found)

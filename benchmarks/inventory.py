@@ -5,7 +5,8 @@ python benchmarks/inventory.py --objects 2000000 [20000000] --new 1000 [--nights
 Makes, for each number of objects, an inventory (Parquet, as S3 writes it) and a results table with the key files of
 all objects but the new ones, and runs the job on archives on it: Ray, its tasks, the worklist and the actors are those
 of a night; only that the actors read and classify nothing. Prints seconds, objects per second, the peak memory of the
-driver and of the largest task, and when the first shard of the worklist was sealed. The goals: with ten times as many
+driver and of the largest task, and when the first shard of the worklist was sealed; and, by these rates, what 10^8 and
+10^9 objects take (two sizes tell what a start costs from what an object costs). The goals: with ten times as many
 objects the driver takes at most 1.1 times the memory, and an object 1.2 times the time.
 """
 
@@ -45,6 +46,7 @@ _MODEL = "benchmark"
 _FILE_ROWS, _GROUP_ROWS = 1 << 21, 1 << 18  # of the inventory
 _PART_OBJECTS = 32_768
 _LOOK = 0.25  # seconds
+_GET, _LIST, _INVENTORY = 0.0004 / 1000, 0.005 / 1000, 0.0025 / 1e6  # dollars: S3 Standard in us-east-1
 
 
 def main() -> None:
@@ -64,6 +66,39 @@ def main() -> None:
             make(Path(folder), objects, objects - arguments.new, arguments.nights)
             results[f"{objects} objects"] = measured(Path(folder), objects)
     print(json.dumps(results, indent=2))
+    print(projection(results, arguments.new))
+
+
+def projection(results: dict[str, dict[str, Any]], new: int) -> str:
+    """Return a table of what a night takes at larger archives by the measured rates, here and on ten such nodes."""
+    sizes = sorted((result["objects"], result["seconds"]) for result in results.values())
+    (first, few), (last, many) = sizes[0], sizes[-1]
+    each = (many - few) / (last - first) if last > first else many / last
+    fixed = max(0.0, many - each * last)
+    lines = [
+        f"Measured: {1e6 * each:.2f} us per object and {fixed:.0f} s besides; {new} new objects.",
+        "",
+        "| objects | nodes | time to find what is new | S3 requests | requests, $ | inventory, $ |",
+        "|---|---|---|---|---|---|",
+    ]
+    for objects in (10**8, 10**9):
+        for nodes in (1, 10):
+            minutes = (fixed + each * objects / nodes) / 60
+            gets, lists = _requests(objects, nodes * (os.cpu_count() or 1))
+            dollars = gets * _GET + lists * _LIST
+            lines.append(
+                f"| {objects:.0e} | {nodes} | {minutes:.0f} min | {gets + lists:,.0f} | {dollars:.2f} "
+                f"| {objects * _INVENTORY:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _requests(objects: int, tasks: int) -> tuple[float, float]:
+    """Return GETs and LISTs of a night: the inventory by column and row group, a piece of each key file, the table."""
+    columns, groups = 5, 4  # of the 2^20 rows that a task reads
+    key_files, rounds = objects / (1 << 20), 3 + objects / (tasks << 21)
+    gets = objects / (1 << 20) * (3 + columns * groups) + key_files * (2 + rounds * tasks)
+    return gets, objects / _PART_OBJECTS / 1000
 
 
 # ---- the archive
@@ -187,6 +222,7 @@ def measured(folder: Path, objects: int) -> dict[str, Any]:
         sys.exit(job.returncode)
     told = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     return {
+        "objects": objects,
         "new": told["new"],
         "unchanged": told["unchanged"],
         "seconds": round(seconds, 1),

@@ -157,7 +157,7 @@ def _read_names(root: str, read: Reader) -> Iterator[FileInfo]:
 
 def _list_folder(root: str) -> Iterator[FileInfo]:
     info: FileInfo | None = None
-    for info in storage.list_files(root):
+    for info in storage.list_files_unordered(root):
         yield info
     if info is None:
         raise UserError(f"{root} holds no file; give {_KINDS}.")

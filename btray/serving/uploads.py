@@ -23,6 +23,7 @@ _VARIANTS = str.maketrans("-_", "+/", " \t\r\n")
 """Base64 as encoders write it -> in one line, with the usual alphabet."""
 DICOM: Final = "application/dicom"
 RELATED: Final = "multipart/related"
+_DATA_URL = re.compile(r"\Adata:[^,]*;base64,", re.IGNORECASE)
 _CHUNK = 256 * 1024
 """Bytes of a multipart body that are parsed at once; other requests come between."""
 
@@ -44,7 +45,7 @@ def _decode_base64(value: Any) -> bytes:
     if not isinstance(value, str):
         raise ValueError("expected text in base64")
     # As encoders write it: in lines (RFC 2045), with either alphabet (RFC 4648), unpadded, or as a browser's data URL.
-    text = re.sub("^data:[^,]*;base64,", "", value.translate(_VARIANTS), flags=re.IGNORECASE)
+    text = _DATA_URL.sub("", value.translate(_VARIANTS))
     # pydantic's own Base64Bytes skips what is not base64
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
@@ -211,8 +212,18 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
                 uploads.append(Upload(data=part.file.read(), name=name))
             part.file.close()  # a body's bytes are held once less
         elif field == "images" or not _is_text(part):
-            uploads.append(Upload(data=part.encode("latin-1")))  # curl can send images so
+            uploads.append(Upload(data=_bytes_of(part)))  # curl can send images so
     return uploads
+
+
+def _bytes_of(part: str) -> bytes:
+    """Return the bytes of a part that has no file name; a page sends the picture of its canvas as a data URL."""
+    if not _DATA_URL.match(part):
+        return part.encode("latin-1")
+    try:
+        return _decode_base64(part)
+    except ValueError as error:
+        raise Problem(400, "bad_body", f"a data URL in the form is not valid: {error}") from error
 
 
 def _is_text(part: str) -> bool:

@@ -77,12 +77,10 @@ def list_files(uri: str) -> Iterator[FileInfo]:
         yield describe(uri)
 
 
-def files_of(uri: str, page: dict[str, Any], last: str | None = None) -> Iterator[FileInfo]:
-    """Yield the objects of a page of a listing of `uri`, up to the key `last`, but no markers and hidden ones."""
+def files_of(uri: str, page: dict[str, Any]) -> Iterator[FileInfo]:
+    """Yield the objects of a page of a listing of what lies below `uri`, but no markers and hidden ones."""
     bucket, prefix = split(uri)[0], prefix_of(uri)
     for item in page.get("Contents", ()):
-        if last is not None and item["Key"] > last:
-            return
         below = item["Key"].removeprefix(prefix)
         # `_$folder$` is how Hadoop marks an empty folder
         marker = item["Size"] == 0 and (item["Key"].endswith("/") or below.endswith("_$folder$"))

@@ -1,7 +1,7 @@
 """Listing a large prefix by many requests at a time; use `btray.storage` instead.
 
-The keys are cut into stretches at sub-prefixes, which are discovered while the first stretches are listed already. The
-stretches leave out no key, whether or not it lies below one of the sub-prefixes.
+Sub-prefixes are discovered and listed in threads, each by itself: so no key is lost in stores that do not list in the
+order of bytes either, as SeaweedFS does not.
 """
 
 from __future__ import annotations
@@ -20,38 +20,39 @@ from btray.storage.s3 import describe, files_of, pages_of, prefix_of, split
 
 _FIRST_PAGES = 16  # that are listed one after the other: a prefix of few objects needs no more
 _LISTERS = 16  # threads
-_WIDE = 32  # sub-prefixes of a prefix whose own sub-prefixes need not be looked at
+_WIDE = 32  # sub-prefixes of a prefix whose own sub-prefixes need not be looked for
 _DEPTH = 3
-_EACH = 64  # of the sub-prefixes of a wide prefix one is a bound
 
 
 def list_files_unordered(uri: str) -> Iterator[FileInfo]:
-    """Yield what `s3.list_files` does, in any order. Memory holds some pages."""
-    last: str | None = ""
+    """Yield what `s3.list_files` does, in any order. Memory holds some pages, and the names of sub-prefixes."""
+    first: set[str] = set()
+    more = False
     for page in islice(pages_of(uri), _FIRST_PAGES):
-        contents = page.get("Contents", ())
-        if not (contents or last) and split(uri)[1]:
+        more = bool(page.get("IsTruncated"))
+        if not page.get("Contents") and not first and split(uri)[1]:
             yield describe(uri)
-        yield from files_of(uri, page)
-        last = contents[-1]["Key"] if page.get("IsTruncated") else None
-    if last:
-        yield from _Lister(uri, last)
+        for info in files_of(uri, page):
+            first.add(info.uri)
+            yield info
+    if more:
+        yield from (info for info in _Lister(uri) if info.uri not in first)
 
 
 class _Lister:
-    """Lists the keys below `uri` that come after one in threads, a stretch each."""
+    """Lists what is below `uri` in threads, each sub-prefix by itself."""
 
-    def __init__(self, uri: str, after: str) -> None:
-        self._uri, self._after = uri, after
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
         self._pages: queue.Queue[list[FileInfo] | BaseException | None] = queue.Queue(2 * _LISTERS)
         self._ended = threading.Event()
         self._pool = ThreadPoolExecutor(_LISTERS)
-        self._started = 0
+        self._started, self._lock = 0, threading.Lock()
 
     def __iter__(self) -> Iterator[FileInfo]:
         """Yield the objects as pages of them come."""
         try:
-            self._submit(self._cut)
+            self._submit(self._folder, prefix_of(self._uri), _DEPTH)
             done = 0
             while done < self._started:
                 page = self._pages.get()
@@ -63,24 +64,24 @@ class _Lister:
             self._ended.set()
             self._pool.shutdown(cancel_futures=True)
 
-    def _cut(self) -> None:
-        """Have each stretch listed as soon as it is known where it ends, and then list the last one."""
-        after = self._after
-        for bound in _bounds(self._uri, prefix_of(self._uri), after, _DEPTH):
-            self._submit(self._list, after, bound)
-            after = bound
-        self._list(after, None)
+    def _folder(self, prefix: str, depth: int) -> None:
+        """List what is directly below a prefix, and have its sub-prefixes listed: those of a narrow one like itself."""
+        for number, page in enumerate(pages_of(self._uri, Prefix=prefix, Delimiter="/")):
+            self._put(list(files_of(self._uri, page)))
+            below = [item["Prefix"] for item in page.get("CommonPrefixes", ())]
+            narrow = depth > 1 and number == 0 and len(below) < _WIDE and not page.get("IsTruncated")
+            for name in below:
+                self._submit(self._folder, name, depth - 1) if narrow else self._submit(self._all, name)
 
-    def _list(self, after: str, last: str | None) -> None:
-        for page in pages_of(self._uri, StartAfter=after):
-            self._put(list(files_of(self._uri, page, last)))
-            contents = page.get("Contents", ())
-            if last is not None and contents and contents[-1]["Key"] > last:
-                return
+    def _all(self, prefix: str) -> None:
+        for page in pages_of(self._uri, Prefix=prefix):
+            self._put(list(files_of(self._uri, page)))
 
     def _submit(self, function: Callable[..., None], *arguments: Any) -> None:
-        self._started += 1
-        self._pool.submit(copy_context().run, self._run, function, *arguments)  # it holds the timeout of retries
+        with self._lock:
+            self._started += 1
+        with contextlib.suppress(RuntimeError):  # the pool is shut down: nobody takes more
+            self._pool.submit(copy_context().run, self._run, function, *arguments)
 
     def _run(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(_Ended):
@@ -101,15 +102,3 @@ class _Lister:
 
 class _Ended(Exception):
     """Nobody takes pages any more."""
-
-
-def _bounds(uri: str, prefix: str, after: str, depth: int) -> Iterator[str]:
-    """Yield sub-prefixes of `prefix` that come after the key `after`, in their order."""
-    for number, page in enumerate(pages_of(uri, Prefix=prefix, Delimiter="/", StartAfter=after)):
-        below = [item["Prefix"] for item in page.get("CommonPrefixes", ())]
-        wide = number or page.get("IsTruncated") or len(below) >= _WIDE
-        for name in below[::_EACH] if wide else below:
-            if name > after:
-                yield name
-            if not wide and depth > 1:
-                yield from _bounds(uri, name, max(name, after), depth - 1)

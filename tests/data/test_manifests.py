@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,7 +63,9 @@ ENCODED = {
 @pytest.mark.parametrize("encoded", ENCODED.values(), ids=ENCODED)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r"])
 def test_text_is_read_as_systems_old_and_new_write_it(tmp_path: Path, encoded, end: str) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "list.TXT").write_bytes(encoded(end.join(["# of today", *NAMES, f'"{NAMES[0]}"', ""])))
+    (tmp_path / "list.TXT").write_bytes(
+        encoded(end.join(["# of today", *NAMES, f'"{NAMES[0]}"', "  # the end", "\x1a"]))
+    )
     assert listed(tmp_path / "list.TXT") == [*expected(tmp_path), expected(tmp_path)[0]]
     for separator in (",", ";", "\t"):
         (tmp_path / "m.CSV").write_bytes(encoded(csv_text(separator, end)))
@@ -88,6 +91,9 @@ def test_the_mark_of_excel_for_its_separator_is_no_header(tmp_path: Path) -> Non
         lambda name: f"\ufeff{name}\u00a0",
         lambda name: " ./" + name.replace("/", "\\"),
         lambda name: f" '{name}' ",
+        lambda name: f"\u201c{name}\u201d",
+        lambda name: f"\u202a{name}\u202c\u200b",
+        lambda name: unicodedata.normalize("NFD", name),
         lambda name: f" {{folder}}/{name}",
         lambda name: "{folder}\\" + name.replace("/", "\\"),
     ],
@@ -160,6 +166,13 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, body: bytes,
     with pytest.raises(UserError, match=match) as caught:
         listed(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["l.jsonl", "l.XLSX", "l.csv.bz2", "l.lst", "l.pq", "all.zip", "all.tar.gz"])
+def test_a_list_or_archive_of_another_kind_is_refused_and_not_taken_for_a_scan(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("\n".join(NAMES))
+    with pytest.raises(UserError, match=f"{name} is of a kind that names no objects here; give a folder"):
+        listed(tmp_path / name)
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"CASES ABSENT: {CASES} does not exist, so they are NOT shown here")

@@ -72,6 +72,7 @@ def test_dicom_names_of_every_kind_may_be_images() -> None:
         "wrap/per/glioma/1.jpg|wrap/per/abscess/1.jpg|wrap/README.md|__MACOSX/wrap/1.jpg",
         "glioma/1_mask.jpg|no/1.jpg|no/unmasked.jpg|no/2 label.jpg",
         "glioma/1.jpg|glioma/2_mask.jpg|glioma/length 1.jpg|no/Te-no_0010.jpg|no/gg (1).jpg|no/segment 7.jpg",
+        "glioma_images/1.jpg|no_images/1.jpg|raw glioma/1.jpg|glioma 2/1.jpg",
         "grade -1/1.jpg|grade 1/1.jpg|T1/1.jpg|T1+/1.jpg|etiqueta_1/1.jpg|old stroke/1.jpg|imagination/1.jpg",
         "_NORMAL T1/_1.jpg|_NORMAL T2/_1.jpg",
         "Pituitary/1.jpg|PITUITARY/2.jpg|glioma/1.jpg",
@@ -129,6 +130,11 @@ OTHER_NAMES = [
     "samples",
     "figures",
     "New folder (2)",
+    "crops",
+    "aug",
+    "unlabelled",
+    "dataset",
+    "all",
     "Neuer Ordner",
 ]
 
@@ -145,7 +151,7 @@ def test_a_folder_that_is_named_for_no_class_is_named(name: str, beside: str) ->
     [
         ("yes/1.jpg|no/1.jpg|Br35H/TRAIN/1.jpg|Br35H/VAL/1.jpg", "Br35H holds TRAIN"),
         ("yes/1.jpg|no/1.jpg|brain_tumor_dataset/yes/1.jpg|brain_tumor_dataset/no/1.jpg", "brain_tumor_dataset holds"),
-        ("cat/1.jpg|dog/1.jpg|archive/deep/cat/1.jpg", "archive holds cat"),
+        ("cat/1.jpg|dog/1.jpg|stuff/deep/cat/1.jpg", "stuff holds cat"),
         ("Training/no/1.jpg|Training/yes/1.jpg|Training/Training/no/1.jpg", "Training/Training looks like a split"),
         ("Training/no/1.jpg|Training/yes/1.jpg|copy/Training/no/1.jpg", "copy"),
         ("Training/a/1.jpg|Training/b/1.jpg|samples of ours/1.jpg", "samples of ours lies beside"),
@@ -173,6 +179,11 @@ def test_a_folder_that_is_named_for_no_class_is_named(name: str, beside: str) ->
         ("glioma/a.png|glioma/a_\u6807\u6ce8.png|no/2.png", "glioma/a_\u6807\u6ce8.png looks like a mask"),
         ("glioma/1.png|glioma/thumbnails/1.png|no/2.png", "glioma holds thumbnails, which looks like previews"),
         ("cat/1.jpg|dog/1.jpg|Entra\u00eenement/cat/1.jpg", "Entra\u00eenement"),
+        ("glioma/1.jpg|glioma_mask/1.jpg|no/1.jpg", "glioma_mask looks like masks of glioma"),
+        ("cat/1.jpg|masks-cat/1.jpg|dog/1.jpg", "masks-cat looks like masks of cat"),
+        ("cat/1.jpg|augmented cat/1.jpg|dog/1.jpg", "augmented cat looks like a version of cat"),
+        ("cat/1.jpg|cat_old/1.jpg|dog/1.jpg", "cat_old looks like what was put aside of cat"),
+        ("imagesTr/1.nii|labelsTr/1.nii|imagesTs/1.nii", "labelsTr looks like masks"),
         ("A/cat/1.jpg|A/dog/1.jpg|A/cow/1.jpg|B/cat/1.jpg|B/dog/1.jpg", "A and B hold the same"),
         ("train_cat/1.jpg|test_cat/1.jpg|train_dog/1.jpg", "test_cat looks like a split of a class"),
         ("glioma-train/1.jpg|other/1.jpg|no/1.jpg", "glioma-train looks like a split of a class"),
@@ -228,6 +239,7 @@ def test_a_class_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path
 
 JUNK = [
     "Thumbs.db", "desktop.ini", "ehthumbs.db", "Icon\r", "README", "LICENSE", "labels.csv", "@eaDir/1.jpg",
+    "1.jpg.crdownload", "1.jpg~", "1.jpg.bak", "1.xmp", "@__thumb/1.jpg", "sums.md5",
     "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "lost+found/1.jpg", "DICOMDIR", "1.jpg:Zone.Identifier",
 ]  # fmt: skip
 HIDDEN = [".DS_Store", "._1.jpg", ".directory", "__MACOSX/1.jpg", ".Trashes/1.jpg"]
@@ -318,6 +330,7 @@ def test_a_label_has_one_form_whatever_wrote_it() -> None:
         "Glioma T1/1.jpg|Glioma_T1/2.jpg",
         "grade-1/1.jpg|grade\u20131/2.jpg",
         "cyst/1.jpg|\u0441yst/2.jpg",
+        "cyst/1.jpg|cyst./2.jpg",
         "patient's/1.jpg|patient\u2019s/2.jpg",
     ],
 )

@@ -65,6 +65,24 @@ class Running:
         return [model["model_id"] for model in self.get("/v1/models").json()["models"]]
 
 
+class TextsInMemory:
+    """What `ClusterTexts` keeps in a Ray cluster, for replicas of one process without one."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def names(self, start: str) -> list[str]:
+        return sorted(name for name in self.texts if name.startswith(start))
+
+    def get(self, name: str) -> str:
+        return self.texts.get(name, "")
+
+    def put(self, name: str, text: str, *, replace: bool) -> None:
+        if replace:
+            self.texts[name] = text
+        self.texts.setdefault(name, text)
+
+
 @contextmanager
 def running(*, port: int = 0, **config: Any) -> Iterator[Running]:
     """The service of a ServiceConfig, on a port of loopback, by default a free one."""
@@ -120,6 +138,14 @@ def scan(seed: int = 1, label: str = "glioma") -> bytes:
 def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def pages(count: int) -> bytes:
+    """A TIFF of so many small pages."""
+    file = io.BytesIO()
+    first, *others = [Image.fromarray(np.full((16, 16), number % 256, np.uint8)) for number in range(count)]
+    first.save(file, "TIFF", save_all=True, append_images=others)
     return file.getvalue()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from btray.pacs.address import Address, first_of
 from btray.pacs.client import INSTANCE, SERIES, STUDY, DicomWeb
 from btray.pacs.config import PacsConfig
 from btray.storage import StorageError
+from tests.helpers.authority import private_authority
 from tests.helpers.dicom_files import slice_file
 from tests.helpers.hospital_archive import ROOT, instance
 from tests.helpers.orthanc import Orthanc
@@ -210,6 +212,34 @@ def test_without_its_credentials_nothing_is_given_and_the_line_names_the_variabl
     with pytest.raises(StorageError, match=r"forbidden|refused.*BTRAY_PACS_USER") as caught:
         next(service.studies())
     assert (caught.value.code, caught.value.exit_code) == ("forbidden", 2)
+
+
+def test_https_is_verified_and_a_certificate_of_the_client_is_shown(
+    orthanc: Orthanc, access: PacsConfig, tmp_path: Path
+) -> None:
+    folder = private_authority(tmp_path)
+    files = {name: str(folder / name) for name in ("ca.crt", "ca.key", "server.crt", "server.key")}
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files["server.crt"], files["server.key"])
+    tls.load_verify_locations(files["ca.crt"])
+    tls.verify_mode = ssl.CERT_REQUIRED
+    known = {"pacs_ca": files["ca.crt"], "pacs_cert": files["server.crt"], "pacs_key": files["server.key"]}
+    with http_proxy(orthanc.url, Request.forward, tls) as url:
+        root = f"{url}/dicom-web"
+        assert root.startswith("https://")
+        for missing in (None, "pacs_ca", "pacs_cert"):
+            settings = {name: file for name, file in known.items() if missing is None or not name.startswith(missing)}
+            if missing == "pacs_cert":
+                del settings["pacs_key"]
+            service = DicomWeb(root, PacsConfig(**orthanc.credentials, **settings), patience=0.5)
+            if missing is None:
+                assert service.retrieve_instance(STUDY_UID, SERIES_UID, f"{SERIES_UID}.0") == FILES[f"{SERIES_UID}.0"]
+                continue
+            with pytest.raises(StorageError, match="BTRAY_PACS_CA" if missing == "pacs_ca" else "unavailable|answer"):
+                next(service.studies())
+        other = url.replace("127.0.0.1", "localhost")
+        with pytest.raises(StorageError, match="of another machine"):
+            next(DicomWeb(f"{other}/dicom-web", PacsConfig(**orthanc.credentials, **known)).studies())
 
 
 def test_what_is_stored_is_counted_and_what_is_refused_named(service: DicomWeb, orthanc: Orthanc) -> None:

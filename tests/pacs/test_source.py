@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
-import subprocess
-import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,16 @@ import yaml
 
 from btray.bulk import worklist
 from btray.bulk.classify import classify
+from btray.bulk.config import ClassifyConfig, EraseConfig
+from btray.bulk.erasure.job import erase
 from btray.core.errors import UserError
 from btray.data.scans import ScanRejected, decode, read_info
 from btray.data.scans.dicom import WRITER
+from btray.launch import read_config
 from btray.pacs.config import PacsConfig
 from btray.pacs.own import SERIES_DESCRIPTION
 from btray.results import current
 from btray.storage import FileInfo
-from tests.conftest import ROOT as CHECKOUT
 from tests.helpers.classify_helpers import classify_killed_thrice, job, keys_of, plain_rows, report_of, without_ray
 from tests.helpers.dicom_files import ENHANCED_MR, IDENTIFIERS, SECONDARY, mr_slice, sequence, slice_file, write
 from tests.helpers.hospital_archive import ROOT, instance, pixels_of
@@ -262,6 +262,23 @@ def test_with_pseudonyms_neither_uid_nor_place_is_written_and_the_answers_are_th
     assert found_in(written(hidden, f"{hidden}-studies"), secrets) == set()
 
 
+def test_a_study_that_was_erased_is_not_taken_again_from_the_pacs(
+    orthanc: Orthanc, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    number, output = STUDY + 5, str(tmp_path / "out")
+    orthanc.upload([instance(number, 0, 0), instance(number, 1, 1), instance(number + 1, 0, 0)])
+    both = f"{of(orthanc, number)},{ROOT}.{number + 1}"
+    settings = job(model, both, output, **orthanc.credentials)
+    classify(settings)
+    erase(EraseConfig(output=output, study=f"{ROOT}.{number}"))
+    orthanc.upload([instance(number + 1, 0, 1)])
+    classify(settings)
+    report = report_of(output)
+    assert (report["objects"], report["unchanged"], report["erased"]) == (1, 1, 2)
+    assert set(current(output)["study_uid"].to_pylist()) == {f"{ROOT}.{number + 1}"}
+
+
 def test_a_picture_that_btray_wrote_is_no_scan_from_any_archive() -> None:
     picture = others(1)[1]
     with pytest.raises(ScanRejected, match="an answer of btray") as caught:
@@ -287,12 +304,6 @@ def test_parts_hold_whole_series_where_they_can() -> None:
 # ---- credentials
 
 
-def run_job(*words: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    base = {name: value for name, value in os.environ.items() if not name.startswith("BTRAY_")}
-    command = [sys.executable, "jobs/classify.py", *words]
-    return subprocess.run(command, cwd=CHECKOUT, env=base | environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize(
     ("words", "environment", "reason"),
     [
@@ -307,16 +318,32 @@ def run_job(*words: str, environment: dict[str, str]) -> subprocess.CompletedPro
     ],
 )
 def test_credentials_anywhere_but_in_the_environment_end_with_2_and_are_not_repeated(
-    model: str, tmp_path: Path, words: list[str], environment: dict[str, str], reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], environment: dict[str, str], reason: str
 ) -> None:
     (tmp_path / "file.yaml").write_text(yaml.safe_dump({"pacs_password": "SECRET"}))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     words = [word.format(folder=tmp_path) for word in words]
-    ended = run_job("--model", model, "--output", str(tmp_path / "out"), *words, environment=environment)
-    assert ended.returncode == 2, ended.stderr
-    assert reason in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
-    assert "SECRET" not in ended.stdout + ended.stderr
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=reason) as caught:
+        read_config(ClassifyConfig, ["--output", str(tmp_path / "out"), *words]).check()
+    assert caught.value.exit_code == 2
+    assert "SECRET" not in "".join(traceback.format_exception_only(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_credentials_in_the_environment_are_taken_and_no_help_shows_a_flag_for_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("USER", "PASSWORD"):
+        monkeypatch.setenv(f"BTRAY_PACS_{name}", "SECRET")
+    config = read_config(ClassifyConfig, ["--input", "dicomweb://pacs/r", "--output", "out"])
+    assert config.pacs_password is not None
+    assert config.pacs_password.get_secret_value() == "SECRET"
+    with pytest.raises(SystemExit):
+        read_config(ClassifyConfig, ["--help"])
+    assert "dicomweb://HOST/ROOT" in (shown := capsys.readouterr().out)
+    assert "--pacs" not in shown
+    assert "SECRET" not in shown
 
 
 def test_a_config_neither_shows_nor_writes_its_credentials() -> None:
@@ -343,7 +370,7 @@ def test_ray_writes_no_credential_down(
 
 def test_killed_thrice_every_frame_stands_once(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample of the test below: the driver does the work of the actors."""
-    kill_and_count(monkeypatch, model, tmp_path, studies=12, uses_ray=False)
+    kill_and_count(monkeypatch, model, tmp_path, studies=5, uses_ray=False)
 
 
 @pytest.mark.cluster

@@ -24,7 +24,6 @@ def archive(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     call = s3.call
     monkeypatch.setattr(s3, "call", lambda uri, method, **more: call(uri, method, **({"MaxKeys": 3} | more)))
     monkeypatch.setattr(s3_listing, "_FIRST_PAGES", 2)
-    monkeypatch.setattr(s3_listing, "_EACH", 7)
     return bucket
 
 
@@ -34,7 +33,7 @@ def test_it_gives_what_a_listing_one_page_after_the_other_does(archive: str, mon
         for wide in (2, 1000):
             monkeypatch.setattr(s3_listing, "_WIDE", wide)
             found = list(storage.list_files_unordered(archive + below))
-            assert sorted(found, key=lambda info: info.uri.encode()) == expected
+            assert sorted(found, key=lambda info: info.uri) == sorted(expected, key=lambda info: info.uri)
             assert len(found) == len({info.uri for info in found}) > 0
 
 
@@ -50,7 +49,7 @@ def test_it_raises_what_a_request_does_and_ends_if_nobody_takes_more(
     call = s3.call
 
     def failing(uri: str, method: str, **more: object) -> object:
-        if "StartAfter" in more and "Delimiter" not in more:
+        if more.get("Prefix"):
             raise storage.StorageError("forbidden", uri)
         return call(uri, method, **more)
 

@@ -221,7 +221,7 @@ def test_systemd_finds_the_units_valid(tmp_path: Path) -> None:
 
 
 def test_a_wheelhouse_installs_production_without_an_index_and_without_tools_of_development(tmp_path: Path) -> None:
-    """`make -n` shows the commands; that they work takes gigabytes and is not run here."""
+    """`make -n` shows the commands; that they work takes gigabytes, and was run by hand (docs/operations.md)."""
     shown = subprocess.run(["make", "-n", "wheelhouse", f"WHEELHOUSE={tmp_path}"], cwd=ROOT, capture_output=True,
                            text=True, check=True).stdout  # fmt: skip
     assert "-c constraints.txt" in shown

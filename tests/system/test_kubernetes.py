@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from referencing import Registry, Resource
 
 from btray.bulk.config import ClassifyConfig
 from btray.core.config import ENV_PREFIX, JobConfig
-from btray.serving.config import ServiceConfig
+from btray.serving.config import ReplicasConfig, ServiceConfig
+from btray.serving.ray_serve_private import haproxy_environment, serve_environment
 from btray.training.config import TrainConfig
 from tests.conftest import ROOT
 from tests.helpers import kuberay_schema, operator_schemas
@@ -444,13 +446,38 @@ def test_a_pod_of_the_endpoint_is_ready_once_serve_answers_there() -> None:
         assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}
         assert container["readinessProbe"]["failureThreshold"] == 1, "KubeRay's own value for pods that serve requests"
         assert container["livenessProbe"]["httpGet"]["port"] != 8000, "a pod without a replica is alive"
-    head, worker = (
-        {one["name"]: one["value"] for one in group["template"]["spec"]["containers"][0]["env"]}
-        for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0])
-    )
-    assert worker.items() <= head.items()
-    module, _, name = worker["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+
+
+def test_all_pods_of_the_endpoint_have_haproxy_as_btray_mends_it_and_others_reach_its_port_alone() -> None:
+    (variables,) = (one["data"] for one in of_kind("ConfigMap") if one["metadata"]["name"] == "haproxy")
+    binary = Path("/usr/local/bin/btray-haproxy")
+    expected = serve_environment() | haproxy_environment(Path("/tmp"), binary)
+    assert variables == {name: value for name, value in expected.items() if not value.startswith("/tmp")}
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts[binary.name].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+    cluster = cluster_of(one_of("RayService", "btray-serve"))
+    assert cluster
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"configMapRef": {"name": "haproxy"}} in container["envFrom"]
+    policies = [one["spec"] for one in of_kind("NetworkPolicy") if one["metadata"]["namespace"] == "btray-serve"]
+    rules = [rule for policy in policies for rule in policy.get("ingress", [])]
+    others = [rule for rule in rules if rule["from"] != [{"podSelector": {}}]]
+    assert {port["port"] for rule in others for port in rule["ports"]} == {8000, 8080, 8265}
+
+
+def test_replicas_leave_a_pod_a_cpu_and_the_largest_cluster_has_room_for_all() -> None:
+    service = one_of("RayService", "btray-serve")
+    cluster = cluster_of(service)
+    assert cluster
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    (group,) = cluster["workerGroupSpecs"]
+    replicas = int(group["rayStartParams"]["num-cpus"]) / ReplicasConfig(**application["args"]).cpus
+    (container,) = group["template"]["spec"]["containers"]
+    assert cores_of(container["resources"]["requests"]["cpu"]) == replicas + 1
+    most = application["deployments"][0]["autoscaling_config"]["max_replicas"]
+    assert replicas * group["maxReplicas"] >= most
 
 
 def test_replicas_log_to_their_pods_by_rays_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:

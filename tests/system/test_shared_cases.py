@@ -66,7 +66,7 @@ def test_an_archive_of_another_method_is_not_called_damaged(tmp_path: Path) -> N
     assert "damaged" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["br35h", "nested_copy"])
+@pytest.mark.parametrize("name", ["br35h", pytest.param("nested_copy", marks=pytest.mark.soak)])
 def test_trees_that_hold_more_than_classes_are_refused_or_named(ray_session: None, tmp_path: Path, name: str) -> None:
     named = {"br35h": ("pred", "Br35H-Mask-RCNN"), "nested_copy": ("brain_tumor_dataset",)}[name]
     data, out = str(CASES / "trees" / name), str(tmp_path / "out")
@@ -82,6 +82,7 @@ def test_trees_that_hold_more_than_classes_are_refused_or_named(ray_session: Non
     assert all(folder in (tmp_path / "out" / "report.html").read_text() for folder in named)
 
 
+@pytest.mark.soak
 def test_junk_beside_the_images_is_in_no_figure(ray_session: None, tmp_path: Path) -> None:
     saved_bundle(tmp_path / "model", classes=("glioma", "no_tumor"))
     config = EvaluateConfig(

@@ -34,6 +34,13 @@ _KINDS = (
     "packed archive"
 )
 
+# Lists, tables and archives that people may take for one of these; as a scan, each would be one rejected row.
+_OTHER_LISTS = (
+    ".jsonl", ".ndjson", ".json", ".yaml", ".yml", ".xlsx", ".xls", ".ods", ".lst", ".list", ".pq", ".parquet.gz",
+    ".feather", ".arrow", ".orc", ".avro", ".csv.bz2", ".csv.zst", ".csv.xz", ".csv.zip", ".txt.bz2", ".txt.xz", ".zip",
+    ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z",
+)  # fmt: skip
+
 Reader = Callable[[str], Iterator[FileInfo]]
 """From the URI of a file that names objects, or of a pack, to those objects."""
 _LARGE = 64 << 20  # bytes of an inventory: some 10^6 objects
@@ -107,6 +114,8 @@ def list_archive(
         return
     read = _reader_of(root)
     if read is None:
+        if root.lower().endswith(_OTHER_LISTS) and not storage.is_folder(root):
+            raise UserError(f"{root} is of a kind that names no objects here; give {_KINDS}.")
         if selection.is_outside(root):
             raise selection.refusal()
         yield from selection.by_time(selection.by_name(_path_below(root), _list_folder(root)))

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.parquet
 
 from btray import storage
@@ -42,17 +41,19 @@ def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | N
     `model_id` and `columns` narrow it down; what is left is held in memory, so a table too large for that is better
     read with the view of docs/classify.md. Raises UserError if there is no table.
     """
+    from pyarrow import dataset  # it loads pandas, which nobody needs who only writes
+
     root = storage.resolve(uri)
     filesystem, path = storage.arrow_filesystem(root)
     with storage_errors_for(root):
         try:
-            table = pa.dataset.dataset(
+            table = dataset.dataset(
                 path,
                 # older files lack the columns that were added since: they are null
                 schema=pa.schema([*SCHEMA, *PARTITIONS]),
                 filesystem=filesystem,
                 format="parquet",
-                partitioning=pa.dataset.partitioning(PARTITIONS, flavor="hive"),
+                partitioning=dataset.partitioning(PARTITIONS, flavor="hive"),
                 ignore_prefixes=[".", "_"],
             )
         except FileNotFoundError:
@@ -69,7 +70,7 @@ def current(uri: str, *, model_id: str | None = None, columns: Sequence[str] | N
 
 
 def studies(uri: str, model_id: str) -> Iterator[pa.Table]:
-    """Yield the table of series and studies of one model, file by file: all rows of a study are in one of them."""
+    """Yield the table of series and studies of one model, file by file: all rows of a study are next to each other."""
     folder = storage.join(storage.resolve(uri), f"model_id={model_id}")
     with storage.suppress_missing():
         for info in storage.list_files(folder):

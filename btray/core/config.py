@@ -340,5 +340,7 @@ def _explain(error: ValidationError) -> str:
             parts.append(f"{flag} is required")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_type" and isinstance(item["input"], bool):
+                message += " (YAML reads yes, no, on and off as true and false: put the word between quotes)"
             parts.append(f"{flag}: {item['input']!r} is refused: {message}" if key else message)
     return "; ".join(dict.fromkeys(parts))

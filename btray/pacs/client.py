@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -25,7 +25,7 @@ from btray.data.scans.dicom_header import instance_uid
 from btray.pacs.address import Address, InstanceUrl, Metadata, first_of, values_of
 from btray.pacs.config import PacsConfig
 from btray.pacs.multipart import CutShort, Part, boundary_of, read_parts, write_parts
-from btray.storage import StorageError
+from btray.storage import StorageError, suppress_missing
 from btray.storage.errors import code_of_response
 from btray.storage.read_many import ReadResult, until_dead
 from btray.storage.retry import DEFAULT_TIMEOUT, backoff_delays
@@ -122,13 +122,15 @@ class DicomWeb:
         return self._query(f"studies/{study}/series/{series}/instances", "instance", INSTANCE)
 
     def count(self, study: str, series: str) -> int:
-        """Return how many instances the PACS says that a series has; 0 if it does not say."""
-        query = f"SeriesInstanceUID={series}&includefield={_COUNT}"
-        answer = self._json("GET", f"studies/{study}/series", query)
-        return max((int(first_of(found, _COUNT) or 0) for found in answer or ()), default=0)
+        """Return how many instances the PACS says that a series has; 0 if it does not say, and without patience."""
+        path = f"studies/{study}/series?SeriesInstanceUID={series}&includefield={_COUNT}"
+        try:
+            return max((int(first_of(found, _COUNT) or 0) for found in self._parsed("GET", path) or ()), default=0)
+        except (*_BROKEN, _Attempt, ValueError):
+            return 0
 
     def _query(self, path: str, level: str, uid_tag: str, address: Address | None = None) -> Iterator[Metadata]:
-        """Yield answers until a page is empty; each has a valid UID, and comes once."""
+        """Yield answers until a page is empty; each has a valid UID, and comes once. Of what is gone there are none."""
         terms = [
             *(address.sent(level).items() if address else ()),
             *(("includefield", tag) for tag in _INCLUDED[level]),
@@ -138,7 +140,9 @@ class DicomWeb:
         while True:
             # not by `params`, which would encode what some servers do not decode
             query = "&".join(f"{name}={value}" for name, value in (*terms, ("limit", _PAGE), ("offset", offset)))
-            page = self._json("GET", path, query)
+            page = None
+            with suppress_missing() if level != "study" else nullcontext():  # removed since it was found
+                page = self._json("GET", path, query)
             if not page:
                 return
             if not isinstance(page, list):
@@ -158,13 +162,13 @@ class DicomWeb:
 
     def _json(self, method: str, path: str, query: str = "", **request: Any) -> Any:
         """Return an answer in JSON; None if there is nothing to tell."""
+        return self._patiently(path, lambda: self._parsed(method, f"{path}?{query}" if query else path, **request))
 
-        def attempt() -> Any:
-            with self._open(method, f"{path}?{query}" if query else path, _JSON, **request) as response:
-                # a body that is empty though there should be one was cut
-                return None if response.status_code == _NO_CONTENT else response.json()
-
-        return self._patiently(path, attempt)
+    def _parsed(self, method: str, path: str, **request: Any) -> Any:
+        """Return one answer. Raises _Attempt, one of _BROKEN or ValueError."""
+        with self._open(method, path, _JSON, **request) as response:
+            # a body that is empty though there should be one was cut
+            return None if response.status_code == _NO_CONTENT else response.json()
 
     # ---- WADO-RS
 
@@ -268,6 +272,16 @@ class DicomWeb:
         return Stored(frozenset(stored), failed)
 
     # ---- one request
+
+    def answers(self) -> bool:
+        """Return whether the PACS answers now, with whatever status but those of one that is busy: no waiting."""
+        try:
+            self._open("GET", "studies?limit=1", _JSON).close()
+        except _Attempt as attempt:
+            return attempt.answers
+        except _BROKEN:
+            return False
+        return True
 
     def _patiently(self, path: str, attempt: Callable[[], Result]) -> Result:
         """Return what `attempt` gives, made again while the PACS is away or busy. Raises StorageError."""

@@ -62,15 +62,26 @@ class PacsSource:
     def read(self, uris: Sequence[str]) -> Iterator[tuple[int, ReadResult]]:
         """Yield the number of each of `uris` once, as they come, with the instance's file or why it cannot be read.
 
-        A series is retrieved whole if half of it or more is wanted.
+        A series is retrieved whole if half of it or more is wanted. Once a PACS was waited for in vain, it is not asked
+        for the series that are left.
         """
+        away: StorageError | None = None
         for (study, series), numbers in self._by_series(uris).items():
             wanted = list(numbers)
-            whole = len(wanted) > 1 and 2 * len(wanted) >= self._count(study, series)
-            retrieve = self._client.retrieve_series if whole else self._client.retrieve_instances
-            for uid, result in retrieve(study, series, wanted):
+            if away is None:
+                whole = len(wanted) > 1 and 2 * len(wanted) >= self._client.count(study, series)
+                results = (self._client.retrieve_series if whole else self._client.retrieve_instances)(
+                    study, series, wanted
+                )
+            else:
+                results = ((uid, _not_tried(away, uris[numbers[uid][0]])) for uid in wanted)
+            failed: StorageError | None = None
+            for uid, result in results:
+                failed = result if isinstance(result, StorageError) and result.retryable else failed
                 for number in numbers[uid]:
                     yield number, result
+            if away is None and failed is not None and not self._client.answers():
+                away = failed
 
     def read_many(self, uris: Sequence[str], **_: object) -> list[ReadResult]:
         """Return the same in the order of `uris`, as `btray.storage.read_many` does."""
@@ -80,16 +91,19 @@ class PacsSource:
     def headers(self, uris: Sequence[str]) -> list[SliceInfo | ScanRejected | StorageError]:
         """Return what the PACS says of each instance, in their order: nothing is retrieved."""
         infos: dict[int, SliceInfo | ScanRejected | StorageError] = {}
+        away: StorageError | None = None
         for (study, series), numbers in self._by_series(uris).items():
             try:
-                of_series = self._client.metadata(study, series)
+                of_series = [] if away else self._client.metadata(study, series)
             except StorageError as error:
                 infos |= {number: error for some in numbers.values() for number in some}
+                away = error if error.retryable and not self._client.answers() else None
                 continue
             for metadata in of_series:
                 info = slice_info(metadata)
                 infos |= dict.fromkeys(numbers.get(first_of(metadata, INSTANCE), ()), info)
-        return [infos.get(number) or StorageError("not_found", uri) for number, uri in enumerate(uris)]
+        missing = [_not_tried(away, uri) if away else StorageError("not_found", uri) for uri in uris]
+        return [infos.get(number) or missing[number] for number in range(len(uris))]
 
     def _by_series(self, uris: Sequence[str]) -> dict[tuple[str, str], dict[str, list[int]]]:
         """Return the numbers of `uris` by study and series, and by the UIDs of the instances."""
@@ -101,12 +115,9 @@ class PacsSource:
             groups[url.study, url.series][url.instance].append(number)
         return groups
 
-    def _count(self, study: str, series: str) -> int:
-        """Return how many instances a series has; 0 if the PACS does not tell."""
-        try:
-            return self._client.count(study, series)
-        except StorageError:
-            return 0  # retrieving them tells what is wrong
+
+def _not_tried(after: StorageError, uri: str) -> StorageError:
+    return StorageError(after.code, uri, f"not tried after {after}")
 
 
 def _pixel_bytes(instance: Metadata) -> int:

@@ -194,6 +194,16 @@ def test_a_server_that_does_not_page_is_an_error_and_no_loop(orthanc: Orthanc, a
         list(service.instances(STUDY_UID, SERIES_UID))
 
 
+def test_a_study_that_is_removed_while_it_is_listed_has_nothing_and_a_wrong_root_is_an_error(
+    orthanc: Orthanc, access: PacsConfig
+) -> None:
+    with behind(orthanc, access, lambda request, _: request.answer(404, b"", {})) as (service, _):
+        assert [*service.series(STUDY_UID), *service.instances(STUDY_UID, SERIES_UID)] == []
+        with pytest.raises(StorageError) as caught:
+            next(service.studies())
+        assert caught.value.code == "not_found"
+
+
 def test_a_redirect_is_not_followed_with_credentials(orthanc: Orthanc, access: PacsConfig) -> None:
     def elsewhere(request: Request, _: int) -> None:
         request.answer(302, b"", {"Location": orthanc.root + "/studies"})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import tritonclient.http as triton
 import yaml
 
 from btray.bulk.classify import classify
-from btray.core.errors import UserError
+from btray.core.errors import Failed, UserError
 from btray.model.classifier import Classifier
 from btray.model.manifest import Thresholds
 from btray.model.network import build_network
@@ -248,6 +249,22 @@ def test_wrong_use_is_told_before_anything_starts(tmp_path: Path) -> None:
         ):
             with pytest.raises(UserError, match=said):
                 run_service(ServeConfig(**flags), lambda: ServeConfig(model=model))
+
+
+def test_a_machine_too_busy_for_serve_to_start_is_a_failure_that_a_restart_may_mend(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from btray.serving import job as serving
+
+    def start(**options: Any) -> None:
+        raise TimeoutError("HTTP proxies not available\nafter 60s.")
+
+    monkeypatch.setattr(serving, "_local_ray", lambda config: nullcontext())
+    monkeypatch.setattr(serving, "_put_into", lambda signals: None)
+    monkeypatch.setattr(serving.serve, "start", start)
+    with pytest.raises(Failed, match="not available after 60s") as caught:
+        serving.run_service(ServeConfig(model=model, port=serving.free_port()), lambda: ServeConfig(model=model))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_service_that_never_starts_ends_when_it_is_told_to(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -29,7 +31,8 @@ from btray.storage.read_many import in_threads
 
 _log = logging.getLogger(__name__)
 
-_PSEUDONYM = "hmac:"
+_ROWS: Final = 512  # as Python objects at a time, which take much more than as Arrow's
+_PSEUDONYM: Final = "hmac:"
 """What the URI of an object begins with if classify wrote pseudonyms."""
 
 
@@ -68,7 +71,7 @@ def _answers(studies: str, manifest: Manifest) -> Iterator[tuple[str, StudyAnswe
     reader = Reader.of(manifest)
     found = False
     for table in results.studies(studies, manifest.model_id):
-        for uid, rows in _by_study(table).items():
+        for uid, rows in _by_study(table):
             found = True
             _require_names(rows, studies)
             if rows[0]["rule"] != str(reader):
@@ -81,12 +84,10 @@ def _answers(studies: str, manifest: Manifest) -> Iterator[tuple[str, StudyAnswe
         raise UserError(f"--studies {studies} has no study of model {manifest.model_id}; name its model with --model")
 
 
-def _by_study(table: pa.Table) -> Mapping[str, list[dict[str, Any]]]:
-    by_study: dict[str, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        if row["study_uid"] is not None:  # a series that names no study cannot be reported with it
-            by_study.setdefault(row["study_uid"], []).append(row)
-    return by_study
+def _by_study(table: pa.Table) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the rows of each study, which stand next to each other; a series that names none cannot be reported."""
+    rows = (row for batch in table.to_batches(max_chunksize=_ROWS) for row in batch.to_pylist())
+    yield from ((uid, list(some)) for uid, some in groupby(rows, key=itemgetter("study_uid")) if uid is not None)
 
 
 def _require_names(rows: list[dict[str, Any]], studies: str) -> None:

@@ -57,7 +57,9 @@ class Reporter:
             return "there"
         sources = Sources.read(self._archive, answer)
         pictures = self._send_heat_maps(answer, sources)
-        self._send(make_report(answer, self._manifest, sources, pictures))
+        report = make_report(answer, self._manifest, sources, pictures)
+        self._send(report)
+        _require(says(self._taken(answer, report), answer), answer, uid)
         return "sent"
 
     def _send_heat_maps(self, answer: StudyAnswer, sources: Sources) -> list[Dataset]:
@@ -68,11 +70,10 @@ class Reporter:
         pictures: list[Dataset] = []
         pictures += make_heat_maps(self._archive, answer, sources.patient, self._classifier, self._heat_maps)
         for picture in pictures:
-            held = self._held(answer, picture.SeriesInstanceUID, picture.SOPInstanceUID)
-            if held is None:
+            if self._held(answer, picture.SeriesInstanceUID, picture.SOPInstanceUID) is None:
                 self._send(picture)
-            else:
-                _require(shows_the_same(held, picture), answer, picture.SOPInstanceUID)
+            made = dcmread(BytesIO(as_file(picture)))
+            _require(shows_the_same(self._taken(answer, picture), made), answer, picture.SOPInstanceUID)
         return pictures
 
     def _held(self, answer: StudyAnswer, series: str, uid: str) -> Dataset | None:
@@ -82,6 +83,13 @@ class Reporter:
             if error.code == "not_found":
                 return None
             raise
+
+    def _taken(self, answer: StudyAnswer, made: Dataset) -> Dataset:
+        """Return what the PACS holds of an object that it was sent: some answer success, and throw it away."""
+        held = self._held(answer, made.SeriesInstanceUID, made.SOPInstanceUID)
+        if held is None:
+            raise Refused(f"{made.SOPInstanceUID}: the archive does not have what it was sent; see its log")
+        return held
 
     def _send(self, made: Dataset) -> None:
         uid = made.SOPInstanceUID

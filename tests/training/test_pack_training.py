@@ -15,7 +15,7 @@ from btray.training.job import train
 from tests.helpers.classify_helpers import without_ray
 from tests.helpers.training_helpers import PREPROCESS, history_of, tiny, train_here, write_tree
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
 COUNTS = {
     "train/glioma": 40,
     "train/no_tumor": 40,

@@ -26,7 +26,7 @@ from btray.pacs.own import is_own
 from btray.pacs.report.config import ReportConfig
 from btray.pacs.report.identity import heat_map_uid, report_uid, series_uid
 from btray.pacs.report.job import report
-from btray.pacs.report.reporter import OtherContent, Reporter, as_file
+from btray.pacs.report.reporter import OtherContent, Refused, Reporter, as_file
 from btray.storage import StorageError
 from tests.helpers.orthanc import Orthanc
 from tests.helpers.privacy import found_in, written
@@ -35,11 +35,16 @@ from tests.helpers.tiny_bundle import saved_bundle
 from tools.processes import until
 
 ROOT = Path(__file__).resolve().parents[3]
+REFUSED = "NOREPORT"
 
 
 @pytest.fixture(scope="module")
 def pacs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
-    with Orthanc(tmp_path_factory.mktemp("orthanc")) as running:
+    """Run an Orthanc that takes no report of studies with a certain StudyID."""
+    folder = tmp_path_factory.mktemp("orthanc")
+    taken = f"return dicom.Modality ~= 'SR' or dicom.StudyID ~= '{REFUSED}'"
+    (folder / "filter.lua").write_text(f"function ReceivedInstanceFilter(dicom, origin)\n{taken}\nend\n")
+    with Orthanc(folder, LuaScripts=[str(folder / "filter.lua")]) as running:
         yield running
 
 
@@ -92,8 +97,12 @@ def test_a_report_and_its_heat_maps_are_sent_once_and_others_read_them(
         assert np.ptp(shown) > 100, "a slice"
         assert isinstance(classifier.source.from_bytes(file), Rejection), "and no input"
     assert sum(map(is_own, archive.series(answer.study_uid))) == 2
-    reporter = Reporter(archive, classifier.manifest, classifier)
-    assert reporter.report(answer) == "there", "with the heat maps that it was sent with"
+    plain = Reporter(archive, classifier.manifest)
+    assert plain.report(answer) == "there", "with the heat maps that it was sent with"
+    (of_pacs,) = pacs.session.post(f"{pacs.url}/tools/lookup", data=uid, timeout=30).json()
+    pacs.session.delete(f"{pacs.url}/instances/{of_pacs['ID']}", timeout=30).raise_for_status()
+    assert reporter.report(answer) == "sent", "as after a kill between heat maps and report"
+    assert held(pacs) == before + 4
 
 
 def test_a_uid_that_is_held_with_other_content_is_an_error(
@@ -116,6 +125,15 @@ def test_a_uid_that_is_held_with_other_content_is_an_error(
     forged.SOPInstanceUID = forged.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
     pacs.upload([as_file(forged)])
     assert held(pacs) == before + 1
+
+
+def test_a_report_that_the_pacs_throws_away_is_an_error_whatever_it_answers(
+    pacs: Orthanc, archive: DicomWeb, classifier: Classifier
+) -> None:
+    files = classic(study=9, slices=1, StudyID=REFUSED)
+    pacs.upload(files)
+    with pytest.raises(Refused, match=r"2\.25\."):
+        Reporter(archive, classifier.manifest).report(answer_of(files, classifier))
 
 
 def test_a_study_of_which_the_pacs_lacks_a_source_is_not_reported(

@@ -165,6 +165,14 @@ class JobConfig(BaseSettings):
         except SettingsError as error:
             raise UserError(f"{str(error).removeprefix('error parsing CLI: ')} (see --help)") from error
 
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Fill the config from the environment alone, for a process without a command line. Raises UserError."""
+        try:
+            return cls(_build_sources=((_Environment(cls),), {}))  # type: ignore[call-arg]
+        except (ValidationError, SettingsError) as error:
+            raise UserError(_explain(error) if isinstance(error, ValidationError) else str(error)) from error
+
     def to_yaml(self) -> str:
         """Return the resolved config as YAML that `--config` reads again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

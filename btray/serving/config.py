@@ -14,6 +14,8 @@ from btray.core.errors import UserError
 from btray.core.uris import Uri
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
+from btray.pacs.address import Address
+from btray.pacs.config import PacsConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 
@@ -93,6 +95,24 @@ class ServiceConfig(ComponentConfig):
     least two."""
     limits: LimitsConfig = LimitsConfig()
     """What callers may ask of one replica."""
+    report_to: str | None = None
+    """Archive, dicomweb://HOST/ROOT, to which the report of each pushed study (STOW-RS) is sent; it is read from there,
+    with the access of BTRAY_PACS_USER and so on."""
+    report_after_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a push of a study after which it is reported; a study that grows later is reported again."""
+    pending: Uri | None = None
+    """Folder, local or s3://, that keeps which studies wait for their report; one for each service."""
+
+    @model_validator(mode="after")
+    def _pending_is_kept(self) -> Self:
+        if self.report_to is not None and self.pending is None:
+            raise ValueError("report_to needs pending, a folder that keeps which studies wait: give --pending too")
+        return self
+
+    def require_archive(self) -> None:
+        """Raise UserError, which quotes no credentials, unless `report_to` is an archive or None."""
+        if self.report_to is not None:
+            Address.parse(self.report_to)
 
 
 class ReplicasConfig(ComponentConfig):
@@ -169,6 +189,10 @@ class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds 
             require_bundle(self.canary.model)
         if self.keys is not None:
             storage.require_input(self.keys, "--keys")
+        self.require_archive()
+        if self.pending is not None:
+            PacsConfig.from_environment().check()
+            storage.require_writable(self.pending, "--pending")
         try:
             address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             with socket.socket(address[0], socket.SOCK_STREAM) as probe:

@@ -22,6 +22,7 @@ from btray.core.config import ComponentConfig
 from btray.core.errors import UserError
 from btray.serving.app import build_app
 from btray.serving.config import ApplicationConfig, LimitsConfig, ServiceConfig, is_loopback
+from btray.serving.dicomweb.job import keep_reporting
 from btray.serving.gate import Gate
 from btray.serving.models import ConfigStore
 from btray.serving.problems import first_error
@@ -79,6 +80,7 @@ class Replica:
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.
         self.configs = SharedConfigs(deployed)
         self.service = Service(sees_callers=host is None or is_loopback(host), configs=self.configs)
+        self._reporting: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Return the app that this replica answers with; `serve.ingress()` without an app calls it."""
@@ -104,6 +106,8 @@ class Replica:
                 except Exception as another:
                     raise error from another
             self.service.models.refuse(str(user_config.get("model")), error)
+        if self._reporting is None:
+            self._reporting = asyncio.create_task(keep_reporting(self.service.models))
 
 
 def application(arguments: dict[str, Any]) -> Application:

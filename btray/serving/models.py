@@ -326,6 +326,7 @@ class ServedModels:
         _log.log(level, "bundle %s: %s%s", model, state, reason and f": {reason}; the one before it continues to serve")
 
     def _load(self, config: ServiceConfig) -> TrafficSplit:
+        config.require_archive()
         return self._load_pinned(self.configs.pin(config))
 
     def _load_pinned(self, config: ServiceConfig) -> TrafficSplit:

@@ -29,15 +29,20 @@ from btray.model.network import build_network
 from btray.model.ood import Distribution
 from btray.results import current
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig, is_loopback
+from btray.serving.dicomweb.pending import PendingStudies
 from btray.serving.ray_serve_private import ClusterTexts
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import job, write_objects
+from tests.helpers.hospital_archive import ROOT as UIDS
+from tests.helpers.hospital_archive import instance
 from tests.helpers.hostile_bodies import hostile_bodies
+from tests.helpers.orthanc import Orthanc
+from tests.helpers.pushes import RELATED, STOW, related, reports
 from tests.helpers.scan_corpus import bad_scans, good_scans
 from tests.helpers.serving_helpers import bundle_at, pages, problem, scan, status_of
 from tests.helpers.serving_load import Served, replica_states, replicas, under_load
 from tests.helpers.tiny_bundle import NETWORK
-from tools.processes import until
+from tools.processes import named, until
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,32 @@ def test_a_switch_under_load_costs_no_request_and_a_bad_bundle_changes_nothing(s
         served.deploy()
     assert (load.retried, load.lost) == (0, 0)
     assert sorted(replicas()) == before, "a switch is no restart"
+
+
+@pytest.mark.cluster
+def test_one_process_reports_what_is_pushed_to_any_replica_and_comes_back_when_it_is_killed(
+    served: Served, tmp_path: Path
+) -> None:
+    pending = PendingStudies(str(tmp_path / "pending"))
+    with Orthanc(tmp_path / "pacs", AuthenticationEnabled=False) as pacs:
+        served.deploy(report_to=pacs.address, report_after_seconds=0.5, pending=pending.folder)
+        for study in (1, 2):
+            study_uid, files = f"{UIDS}.{study}", [instance(study, 0, place) for place in range(2)]
+            pacs.upload(files)
+
+            def noted(files: list[bytes] = files) -> bool:  # a replica may not have the config yet
+                answer = served.session.post(
+                    served.url + STOW, related(files), headers={"Content-Type": RELATED}, timeout=60
+                )
+                return answer.status_code == 200 and bool(pending.marks())
+
+            until(noted, seconds=60)
+            until(lambda: not pending.marks(), seconds=120)
+            assert len(reports(pacs, study_uid)) == 1
+            (process,) = named(b"ReportJob", os.getpid())
+            os.kill(process, signal.SIGKILL)
+        served.deploy()
+        until(lambda: not named(b"ReportJob", os.getpid()), seconds=60)
 
 
 @pytest.mark.cluster

@@ -1,14 +1,14 @@
 """The routes /dicomweb/studies: what an archive pushes by STOW-RS (DICOM PS3.18, 10.5) is classified, and not kept.
 
 The answer says of each instance whether it could be classified, in the standard's terms. It has no labels, for which
-the standard has no place: these are in the answer of /v1/classify to the same body.
+the standard has no place: these are in the study's report, or in the answer of /v1/classify to the same body.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,18 +18,18 @@ from starlette.responses import Response
 
 from btray.data.scans import ScanRejected
 from btray.data.scans.dicom import ObjectNames, name_object
+from btray.serving.config import ServiceConfig
+from btray.serving.dicomweb.pending import UID, PendingStudies
 from btray.serving.gate import read_body
 from btray.serving.openapi import BINARY
 from btray.serving.problems import Problem, problem_responses
 from btray.serving.service import Service
 from btray.serving.uploads import RELATED, related_objects
+from btray.storage import StorageError
 
 _log = logging.getLogger(__name__)
 
 ANSWER_TYPE: Final = "application/dicom+json"
-UID: Final = re.compile(r"[0-9][0-9.]{0,63}")
-"""A UID; those of real archives may have zeros in front, which the standard forbids."""
-
 # PS3.18, tables I.2-1 and I.2-2.
 DISCARDED: Final = 0xB006
 """Warning: nothing of the instance was used."""
@@ -104,9 +104,23 @@ async def _store(service: Service, request: Request, study_uid: str | None) -> R
             for prediction in predictions:
                 if prediction.error_code is not None:
                     slices[prediction.index].failure = _REASONS.get(prediction.error_code, NOT_UNDERSTOOD)
+        await _mark(split.config, slices)
     good = [instance for instance in instances if not instance.failure]
     status = 409 if not good else 200 if all(not each.failure and not each.warning for each in instances) else 202
     return Response(json.dumps(_answer(instances)), status, media_type=ANSWER_TYPE)
+
+
+async def _mark(config: ServiceConfig, slices: Sequence[Instance]) -> None:
+    """Note that the studies of classified slices wait for a report. Raises Problem if that cannot be written down."""
+    if config.report_to is None or config.pending is None:
+        return
+    pending = PendingStudies(config.pending)
+    try:
+        for study_uid in {slice_.names.study_uid for slice_ in slices if slice_.names and not slice_.failure}:
+            await asyncio.to_thread(pending.add, study_uid)
+    except StorageError as error:
+        _log.error("a pushed study cannot be marked: %s", error)
+        raise Problem(503, "unavailable", "what is pushed cannot be noted for its report", retry_after=10) from error
 
 
 def _require_json_taken(accepted: Sequence[str]) -> None:

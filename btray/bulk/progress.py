@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from btray.bulk.listing import Listing
+from btray.bulk.listing.sealing import Listing
 from btray.bulk.report import RATE_SECONDS, PartTally, RunReport, Totals
 from btray.core import metrics
 from btray.model.drift import RUNS_BEFORE

@@ -226,6 +226,11 @@ class Totals(Generic[Tally]):
         return counts
 
     @property
+    def parts(self) -> int:
+        """Number of the parts."""
+        return len(self._parts)
+
+    @property
     def rate_seconds(self) -> float:
         """Seconds between the first part and the last."""
         return self.last - (self.first or self.last)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from btray import storage
 from btray.model.prediction import Prediction, as_row
 from btray.results import KEY, PARTITIONS, SCHEMA
 from btray.storage import FileInfo
 
-__all__ = ["KEY", "PARTITIONS", "RETRIED", "SCHEMA", "folder", "row_of"]
+__all__ = ["KEY", "PARTITIONS", "RETRIED", "SCHEMA", "folder", "row_of", "table_files"]
 
 RETRIED = frozenset({"not_found", "forbidden", "archived", "withheld", "throttled", "unavailable", "changed"})
 """Codes of rejections that are due to the store or its permissions, not to the bytes: a later run tries again.
@@ -33,3 +35,11 @@ def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at
         "run_id": run_id,
         "classified_at": classified_at,
     }
+
+
+def table_files(folder: str) -> Iterator[FileInfo]:
+    """Yield the files of the table below `folder`; below `_` is what is no data."""
+    with storage.suppress_missing():
+        for info in storage.list_files(folder):
+            if info.uri.endswith(".parquet") and "/_" not in info.uri.removeprefix(folder):
+                yield info

@@ -22,8 +22,9 @@ import ray
 from btray import storage
 from btray.bulk import runs
 from btray.bulk.clinical.pseudonyms import Pseudonyms
+from btray.bulk.listing.key_files import Records, latest
 from btray.bulk.report import PartTally
-from btray.bulk.runs import Run, read_tally, write_part
+from btray.bulk.runs import Run, read_rows, read_tally, write_part
 from btray.core.cluster import own_cpus
 from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, StorageError
@@ -182,6 +183,13 @@ class PartProcessor(PartReader, Protocol):
     def tally(self, rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -> PartTally:
         """Return the counts of a whole part."""
 
+    @property
+    def key_columns(self) -> Sequence[str]:
+        """Return the columns that `records` needs."""
+
+    def records(self, rows: Sequence[Row]) -> Records:
+        """Return what became of the objects of a part, for the key files of the run; none if it has no such files."""
+
 
 @dataclass(frozen=True)
 class _Reading:
@@ -268,21 +276,26 @@ class PartActor(_Actor):
         self.processor = make_processor(run, own_cpus(actors, gpu_share))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Turn parts as `worklist.read_parts` or a ReadActor gives them into columns part, tally (JSON)."""
+        """Turn parts as `worklist.read_parts` or a ReadActor gives them into columns part, tally (JSON) and records."""
         readings = batch["read"] if "read" in batch.column_names else [None] * len(batch)
         parts = batch.select([name for name in batch.column_names if name != "read"]).to_pylist()
-        tallies = []
+        tallies, records = [], []
         with storage.retry_timeout(self._patience):
             runs.require_visible(self.run)
             for part, read in zip(parts, readings, strict=True):
                 objects = self._objects_of(part)
                 # made by a ReadActor of this job: as trustworthy as all that Ray hands over, which is pickled too
                 reading = pickle.loads(read.as_buffer()) if read is not None and read.is_valid else None  # noqa: S301
-                tallies.append(self._part(self.run.part_uri(part["part"]), objects, reading).model_dump_json())
-        return pa.table({"part": batch["part"], "tally": pa.array(tallies, pa.string())})
+                tally, of_objects = self._part(self.run.part_uri(part["part"]), objects, reading)
+                tallies.append(tally.model_dump_json())
+                records.append(latest(of_objects).tobytes())
+        columns = {"tally": pa.array(tallies, pa.string()), "records": pa.array(records, pa.binary())}
+        return pa.table({"part": batch["part"], **columns})
 
-    def _part(self, uri: str, objects: Sequence[FileInfo], reading: _Reading | None = None) -> PartTally:
-        """Write the file of one part and return its tally, or that of the file if an earlier attempt has written it."""
+    def _part(
+        self, uri: str, objects: Sequence[FileInfo], reading: _Reading | None = None
+    ) -> tuple[PartTally, Records]:
+        """Write the file of one part; return its tally and records, or those of the file of an earlier attempt."""
         processor = self.processor
         written = read_tally(uri, processor.tally_type)
         if written is None:
@@ -294,10 +307,12 @@ class PartActor(_Actor):
             tally = processor.tally(rows, objects, seconds)
             started = time.perf_counter()
             if write_part(uri, rows, processor.schema, tally, **processor.write_options):
-                return tally.model_copy(update={"seconds": seconds | {"write": time.perf_counter() - started}})
+                seconds["write"] += time.perf_counter() - started
+                return tally.model_copy(update={"seconds": seconds}), processor.records(rows)
             # another attempt at this part, whose tally is lost, was quicker
             written = read_tally(uri, processor.tally_type) or tally
-        return written.model_copy(update={"reused": True})
+        rows = read_rows(uri, processor.key_columns)
+        return written.model_copy(update={"reused": True}), processor.records(rows)
 
 
 def objects_of(part: dict[str, Any]) -> list[FileInfo]:

@@ -11,9 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from btray import storage
-from btray.bulk.archive import Selection, list_archive
 from btray.bulk.classify import classify
 from btray.bulk.config import PackConfig
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.bulk.pack import pack
 from btray.bulk.worker import PartActor
 from btray.core.errors import UserError

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from btray import storage
-from btray.bulk.archive import Selection, list_archive
 from btray.bulk.classify import classify
 from btray.bulk.config import PackConfig
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.bulk.pack import pack
 from btray.bulk.worker import Prefetcher
 from btray.core.errors import UserError

@@ -13,7 +13,8 @@ import pytest
 
 from btray import storage
 from btray.acquire.config import AcquireConfig
-from btray.bulk.archive import Selection, list_archive
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
 from tests.helpers.flat_store import flat_store

@@ -27,8 +27,8 @@ from btray import phantoms, storage
 from btray.bulk import worklist
 from btray.bulk.classify_worker import PartClassifier
 from btray.bulk.config import ArchiveConfig, ClassifyConfig
-from btray.bulk.driver import ArchiveJob
-from btray.bulk.listing import Listing
+from btray.bulk.driver import ArchiveJob, Done
+from btray.bulk.listing.sealing import Listing
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import RUN, Run
 from btray.bulk.worker import PartActor, ReadActor
@@ -151,13 +151,13 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         vars(actor).update(run=run, _patience=1.0, _died_before=False, **attributes)
         return actor
 
-    def process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
+    def process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Callable[[], None]) -> None:
         listing.join()
         writer, make_reader = bare(PartActor, run, processor=job.processor()(run, 1)), job.reader()
         reader = make_reader and bare(ReadActor, run, reader=make_reader(run), _decoding=Lock())
         for parts in worklist.read_parts(run.worklist):
             for row in writer(reader(parts) if reader else parts).to_pylist():
-                totals.add(row["part"], row["tally"])
+                done.add(row)
 
     patch.setattr("btray.bulk.driver._process", process)
     for module in ("btray.bulk.classify_worker.logs", "btray.core.logs"):

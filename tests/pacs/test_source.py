@@ -319,14 +319,17 @@ def test_a_picture_that_btray_wrote_is_no_scan_from_any_archive() -> None:
 
 
 def test_parts_hold_whole_series_where_they_can() -> None:
+    def cut(objects: list[FileInfo]) -> list[int]:
+        return worklist.cut_into_parts(objects, worklist.PartLimits(), listed=len(objects), taper=True)
+
     uris = [f"https://p/studies/1/series/{series}/instances/{n}" for series in range(20) for n in range(100)]
-    parts = worklist.cut_into_parts([FileInfo(uri, 1000, "", 0.0) for uri in uris], taper=True)
+    parts = cut([FileInfo(uri, 1000, "", 0.0) for uri in uris])
     assert all(len(set(parts[start : start + 100])) == 1 for start in range(0, 2000, 100))
     assert parts[-1] + 1 >= 6
     long = [FileInfo(f"https://p/studies/1/series/1/instances/{n}", 1000, "", 0.0) for n in range(2000)]
-    assert max(Counter(worklist.cut_into_parts(long, taper=True)).values()) == worklist.PART_OBJECTS
+    assert max(Counter(cut(long)).values()) == worklist.PART_OBJECTS
     files = [FileInfo(f"/folder/{n}", 1000, "", 0.0) for n in range(2000)]
-    assert max(Counter(worklist.cut_into_parts(files, taper=True)).values()) == 250
+    assert max(Counter(cut(files)).values()) == 250
 
 
 # ---- credentials

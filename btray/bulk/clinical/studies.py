@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from btray import storage
-from btray.bulk.completed import table_files
 from btray.bulk.report import StudyCounts
+from btray.bulk.table import table_files
 from btray.model.studies import FrameAnswers, Reader, Verdict, judge_series, judge_study
 from btray.storage import FileInfo
 from btray.storage.parquet import read_undamaged

@@ -21,10 +21,11 @@ import checkout  # noqa: F401 - makes `tools` importable
 import numpy as np
 
 from btray import storage
-from btray.bulk.archive import Selection, list_archive
 from btray.bulk.clinical import headers
 from btray.bulk.clinical.headers import HeaderReader
 from btray.bulk.clinical.series import SeriesFilter
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.bulk.worker import Prefetcher
 from btray.data.scans import ScanLimits, SliceInfo
 from tools.s3_server import S3Server

@@ -24,8 +24,9 @@ import checkout  # noqa: F401 - makes `tools` importable
 import numpy as np
 
 from btray import storage
-from btray.bulk.archive import Selection, list_archive
 from btray.bulk.config import PackConfig
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.bulk.pack import pack
 from btray.bulk.worker import Prefetcher
 from btray.data.config import PreprocessConfig

@@ -1,6 +1,7 @@
 """Compare the service with its lower bound: the same Classifier behind bare uvicorn and FastAPI.
 
 python benchmarks/serving.py --model BUNDLE                       # all but the soak test
+python benchmarks/serving.py --model BUNDLE --only cluster        # `serve deploy` on two nodes beside one machine
 python benchmarks/serving.py --model BUNDLE --only overload       # 5 times capacity
 python benchmarks/serving.py --model BUNDLE --only autoscale      # replicas 1 -> 2 -> 1
 python benchmarks/serving.py --model BUNDLE --only soak --seconds 600
@@ -22,11 +23,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +40,8 @@ import requests
 from fastapi import FastAPI, Request
 from PIL import Image
 
-from tools.processes import descendants, named
+from tools.processes import cpu_seconds, descendants, named
+from tools.serving_cluster import serving_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = {"Content-Type": "image/jpeg"}
@@ -194,6 +197,13 @@ def plain_serve(model: str, port: int) -> None:
 
 
 @contextmanager
+def two_nodes(model: str) -> Iterator[tuple[str, list[int]]]:
+    """Run `serve deploy` on a loopback cluster; yield the URL and the process ids of its two nodes."""
+    with tempfile.TemporaryDirectory() as folder, serving_cluster(model, Path(folder)) as (url, cluster):
+        yield url, [node.process.pid for node in cluster.nodes]
+
+
+@contextmanager
 def server(kind: str, model: str, *flags: str) -> Iterator[tuple[str, int]]:
     """Run a server; yield its URL and process id. `kind` is bare, plain, or a --proxy of jobs/serve.py."""
     from btray.serving.job import free_port
@@ -265,12 +275,37 @@ def side_by_side(model: str, seconds: float, kinds: list[str]) -> None:
                 print(f"{kind:8} {connections:3} connections  {result}  {load_average()}", flush=True)
 
 
+def cluster(model: str, seconds: float) -> None:
+    """Print the rate and the CPU time per answer of two replicas on two nodes, on one machine, and the ratio.
+
+    They take turns, two each, with the same cores for replicas, proxies, Ray and clients, so the ratio of the rates is
+    that per core.
+    """
+    rates: dict[str, list[float]] = {"machine": [], "cluster": []}
+    for kind in ("machine", "cluster") * 2:
+        with ExitStack() as stack:
+            if kind == "cluster":
+                url, roots = stack.enter_context(two_nodes(model))
+            else:
+                url, pid = stack.enter_context(server("haproxy", model, "--replicas.min-replicas", "2"))
+                roots = [pid]
+            measure(url + "/v1/classify", 8, 5)
+            pids = {pid for root in roots for pid in (root, *descendants(root))}
+            before = sum(map(cpu_seconds, pids))
+            result = measure(url + "/v1/classify", 32, seconds)
+            cost = 1000 * (sum(map(cpu_seconds, pids)) - before) / max(1, len(result.latencies))
+            rates[kind].append(result.rate)
+            print(f"{kind:8}  32 connections  {result}  {cost:.1f} ms of CPU per answer  {load_average()}", flush=True)
+    ratio = sum(rates["cluster"]) / sum(rates["machine"])
+    print(f"ratio     cluster / machine {ratio:.2f}, {'kept' if ratio >= 0.9 else 'NOT KEPT'} above 0.9")
+
+
 def overload(model: str, seconds: float) -> None:
     """Print the capacity, the behaviour at five times that load, and the latency afterwards.
 
     The flooding client is itself overloaded, so a separate client with few connections measures how long answers take.
-    An accepted request waits for a slot in HAProxy, and then for the requests that its replica is processing. Half of
-    the machine is used by the clients and the refusals, hence the factor 2 in the bound.
+    An accepted request waits for a slot in HAProxy, then for a place in its replica, and then for the requests that the
+    replica is processing. Half of the machine is used by the clients and the refusals, hence the factor 2 in the bound.
     """
     from btray.serving.config import LimitsConfig
     from btray.serving.haproxy import QUEUE_SECONDS
@@ -291,7 +326,7 @@ def overload(model: str, seconds: float) -> None:
         print(
             f"  refused     {len(beside_it.refusals):7.0f} requests    {quantiles_of(beside_it.refusals)}", flush=True
         )
-        bound = QUEUE_SECONDS + 2 * replicas * LimitsConfig().max_requests / capacity.rate
+        bound = 2 * QUEUE_SECONDS + 2 * replicas * LimitsConfig().max_requests / capacity.rate
         slowest = quantile(beside_it.latencies, 0.99) / 1000
         print(f"bound         p99 {slowest:.1f} s, {'kept' if slowest <= bound else 'NOT KEPT'} below {bound:.1f} s")
         print(f"afterwards    {measure(post, 1, 5)}  {load_average()}", flush=True)
@@ -342,7 +377,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--seconds", type=float, default=20.0, help="duration of each measurement")
     parser.add_argument("--kinds", nargs="+", default=["bare", "haproxy", "ray", "plain"])
-    parser.add_argument("--only", choices=["compare", "overload", "autoscale", "soak"])
+    parser.add_argument("--only", choices=["compare", "cluster", "overload", "autoscale", "soak"])
     parser.add_argument("--serve", choices=["bare", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -351,7 +386,7 @@ def main() -> None:
     if options.serve:
         {"bare": bare, "plain": plain_serve}[options.serve](model, options.port)
         return
-    shows = {"overload": overload, "autoscale": autoscale, "soak": soak}
+    shows = {"cluster": cluster, "overload": overload, "autoscale": autoscale, "soak": soak}
     if options.only in (None, "compare"):
         side_by_side(model, options.seconds, options.kinds)
     for name, show in shows.items():

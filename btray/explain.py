@@ -80,14 +80,19 @@ def heat_png(heat: Heat) -> bytes:
     return _png(np.dstack([_coloured(heat), alpha]))
 
 
-def overlay_png(frame: Frame, heat: Heat, *, strength: float = 0.6) -> bytes:
-    """Return a frame, uint8 [height, width], under its heat map, float [height, width] in 0 to 1, as a PNG.
+def overlay(frame: Frame, heat: Heat, *, strength: float = 0.6) -> npt.NDArray[np.uint8]:
+    """Return a frame, uint8 [height, width], under its heat map, float [height, width] in 0 to 1: [height, width, 3].
 
     `strength` in 0 to 1 is the opacity of the hottest place; without heat the slice stays as it is.
     """
     share = (strength * heat)[..., None]
     mixed = frame[..., None] * (1 - share) + _coloured(heat) * share
-    return _png(np.rint(mixed).astype(np.uint8))
+    return np.rint(mixed).astype(np.uint8)
+
+
+def overlay_png(frame: Frame, heat: Heat, *, strength: float = 0.6) -> bytes:
+    """Return the same as a PNG."""
+    return _png(overlay(frame, heat, strength=strength))
 
 
 def _coloured(heat: Heat) -> npt.NDArray[np.uint8]:

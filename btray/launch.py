@@ -20,6 +20,7 @@ from btray.core.config import JobConfig, OneLineParser, is_submitted
 from btray.core.errors import Failed, Stopped, ThresholdExceeded, UserError
 from btray.evaluation.config import EvaluateConfig, PublishConfig
 from btray.model.config import ExportConfig, PredictConfig
+from btray.pacs.report.config import ReportConfig
 from btray.registry.config import ModelsConfig
 from btray.serving.config import KeyConfig, ServeConfig
 from btray.training.config import TrainConfig, TuneConfig
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[type[JobConfig], str]] = {
     "export": (ExportConfig, "btray.model.export:export"),
     "predict": (PredictConfig, "btray.cli:predict"),
     "classify": (ClassifyConfig, "btray.bulk.classify:classify"),
+    "report": (ReportConfig, "btray.pacs.report.job:report"),
     "pack": (PackConfig, "btray.bulk.pack:pack"),
     "erase": (EraseConfig, "btray.bulk.erasure.job:erase"),
     "serve": (ServeConfig, "btray.cli:serve"),

@@ -54,9 +54,12 @@ class AcquireConfig(JobConfig):
     @classmethod
     def _known_encoding(cls, value: str) -> str:
         try:
-            b"".decode(value)
-        except LookupError as error:
-            raise ValueError(f"{value!r} is not a text encoding: write utf-8, gbk, shift_jis or cp437, say") from error
+            if b"a/1.jpg".decode(value, "surrogateescape") != "a/1.jpg":
+                raise ValueError("of other letters")
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"{value!r} is no encoding that names in archives have: write utf-8, gbk, shift_jis or cp437, say"
+            ) from error
         return value
 
     @field_validator("cache")

@@ -216,8 +216,9 @@ def _read_tree(folder: str, shown: str, classes: Sequence[str]) -> Contents:
     Unlike `read_labelled` this takes one class too, for other sources may bring the others, and no manifest: one inside
     a downloaded archive could name any file of this machine.
     """
-    names = [info.uri[len(folder) + 1 :] for info in storage.list_files(folder)]
-    tree = read_tree(names, shown, classes)
+    # a key in S3 may begin or end with a slash, which joining would take away
+    uris = {info.uri[len(folder) + 1 :]: info.uri for info in storage.list_files(folder)}
+    tree = read_tree(uris, shown, classes)
     files = []
     folders: dict[str, str] = {}  # glioma/ beside Glioma/: one class, but on some file systems one folder as well
     taken: set[str] = set()
@@ -225,8 +226,8 @@ def _read_tree(folder: str, shown: str, classes: Sequence[str]) -> Contents:
         above, _, last = name.removeprefix(f"{tree.root}/").rpartition("/")
         if above not in folders:
             folders[above] = _unused(above, "", taken)
-        files.append(LabelledFile(storage.join(folder, name), f"{folders[above]}/{last}", label=label, split=split))
-    left_out = [*tree.left_out.items(), *((name, "hidden") for name in _hidden(folder, names))]
+        files.append(LabelledFile(uris[name], f"{folders[above]}/{last}", label=label, split=split))
+    left_out = [*tree.left_out.items(), *((name, "hidden") for name in _hidden(folder, uris))]
     return Contents(files, [LeftOut(name, reason) for name, reason in left_out], warnings=tree.warnings)
 
 

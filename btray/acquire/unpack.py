@@ -45,7 +45,7 @@ _OTHER_FORMATS = {
     b"LZIP": "lzip", b"\x1f\x9d": "compress (.Z)", b"MSCF": "cabinet", b"PK\x07\x08": "split zip",
 }  # fmt: skip
 _METHODS = {1: "shrink", 6: "implode", 9: "Deflate64", 93: "Zstandard", 95: "xz", 97: "WavPack", 98: "PPMd"}
-_UTF8_NAME = 0x800  # flag of a zip's member
+_UTF8_NAME, _PATCHED = 0x800, 0x20  # flags of a zip's member
 _UNICODE_PATH = 0x7075  # extra field of Info-ZIP: version, CRC of the other name, name in UTF-8
 
 
@@ -187,9 +187,13 @@ def unpack(
         # by content: servers and people misname archives
         opener = next((opener for magic, opener in _DECOMPRESSORS.items() if start.startswith(magic)), nullcontext)
         with opener(file) as stream:
-            members = _zip_members(file, state) if start.startswith(b"PK") else _tar_members(stream, state)
+            is_zip = start.startswith(b"PK") or (start.startswith(b"MZ") and zipfile.is_zipfile(file))  # unpacks itself
+            members = _zip_members(file, state) if is_zip else _tar_members(stream, state)
             while member := state.undamaged(lambda: next(members, None)):
                 state.take(member)
+    inside = [item.name for item in state.left_out if item.reason == "archive_inside"]
+    if inside and not state.paths.files:
+        raise UserError(f"{shown} holds archives alone, such as {inside[0]}; unpack it and give these, or their folder")
     unknown = [item.name for item in state.left_out if item.reason == "unknown_encoding"]
     if unknown:
         message = (
@@ -224,7 +228,8 @@ def _open_in_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
     try:
         return archive.open(info)
     except NotImplementedError as error:
-        method = _METHODS.get(info.compress_type, str(error))
+        named = error if info.flag_bits & _PATCHED else f"method {info.compress_type}"
+        method = _METHODS.get(info.compress_type, named)
         raise NotImplementedError(f"a compression that is not read ({method}, member {info.filename!r})") from error
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,16 @@ from btray.bulk.clinical.headers import HeaderReader
 from btray.bulk.clinical.pseudonyms import Pseudonyms, check_table, claim_table
 from btray.bulk.clinical.series import DERIVED, UNKNOWN
 from btray.bulk.clinical.studies import read_studies, update_studies
-from btray.bulk.completed import CompletedIndex
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.driver import ArchiveJob, run_archive
+from btray.bulk.listing.completed import CompletedIndex
+from btray.bulk.listing.key_files import CLASSIFIED, REJECTED, KeySource
+from btray.bulk.listing.tasks import Tasks
 from btray.bulk.progress import summarize
 from btray.bulk.report import ClassifyTotals, RunReport
 from btray.bulk.runs import Run
+from btray.bulk.worklist import PartLimits
 from btray.core.errors import UserError
-from btray.data.key_set import Keys
 from btray.data.packs import describe_pack, is_pack
 from btray.data.scans import SliceInfo
 from btray.model.bundle_files import read_files
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_PART_BYTES = 1 << 30
+_STAGED_OBJECTS = 4096
+
 
 def classify(config: ClassifyConfig) -> str:
     """Classify what is new in the archive and return the URI of the table.
@@ -57,6 +63,7 @@ class ClassifyJob(ArchiveJob):
 
     name = "classify"
     schema = table.SCHEMA
+    has_key_files = True
     choices = frozenset({"reclassify", "retry_rejected", "explain_labels", "series", "series_preset"})
 
     def __init__(self, config: ClassifyConfig) -> None:
@@ -72,28 +79,28 @@ class ClassifyJob(ArchiveJob):
                 raise UserError(f"--explain-labels {label}: the model does not know it; it knows {', '.join(classes)}")
         super().__init__(config, group=self.manifest.model_id)
         self.config: ClassifyConfig = config
+        self.pacs = config.pacs_source()
         self.pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
         check_table(self.output, self.pseudonyms)
         self.completed = CompletedIndex(self.output, self.group)
         self.outputs = (self.output, config.studies_uri)
         self.preprocess = self.manifest.preprocess
         choice = config.series_filter
-        if choice and is_pack(config.input) and describe_pack(config.input).preprocess:
+        if choice and not self.pacs and is_pack(config.input) and describe_pack(config.input).preprocess:
             raise UserError(
                 f"--series: {config.input} is a pack of frames, which have no headers; give what was packed"
             )
         self.reason = choice.reason if choice else ""
+        # Bytes are not held with the rows. Of two stages, the first decodes a part ahead as far as memory goes.
+        self.part_limits = PartLimits(_STAGED_OBJECTS if config.stages == 2 else PartLimits().objects, _PART_BYTES)
+        self.worst = CLASSIFIED if config.retry_rejected else REJECTED
         reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
-        self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms) if choice else None
+        self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms, pacs=self.pacs) if choice else None
         self._series: Counter[tuple[str | None, str, str]] = Counter()
 
     def begin(self) -> None:
         """Keep what tells later runs whether they have the same key."""
         claim_table(self.output, self.pseudonyms)
-
-    def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
-        """Return the listed objects, under their pseudonyms with --pseudonymize."""
-        return self.pseudonyms.conceal_all(listed) if self.pseudonyms else listed
 
     def settings(self) -> dict[str, Any]:
         """Return the settings; with --pseudonymize those that name objects are pseudonyms."""
@@ -121,11 +128,9 @@ class ClassifyJob(ArchiveJob):
         """Return the folder of this model's rows of a day."""
         return table.folder(self.group, run_date)
 
-    def completed_keys(self) -> Iterator[Keys]:
-        """Yield the keys of what the model has classified before."""
-        if not self.config.reclassify:
-            retry_rejected, write_missing = self.config.retry_rejected, not self.config.dry_run
-            yield from self.completed.keys(retry_rejected=retry_rejected, write_missing=write_missing)
+    def outcomes(self, tasks: Tasks) -> Sequence[KeySource]:
+        """Return what became of the objects that the model has seen before; of none, if all are read again."""
+        return [] if self.config.reclassify else self.completed.sources(tasks, write_missing=not self.config.dry_run)
 
     @cached_property
     def bundle(self) -> Bundle:
@@ -173,10 +178,8 @@ class ClassifyJob(ArchiveJob):
         return ClassifyTotals(count=self.config.least_certain)
 
     def conclude(self, run: Run, report: RunReport) -> RunReport:
-        """Write key files, the page and the pictures of the least certain frames; print what was classified."""
+        """Write the page and the pictures of the least certain frames; print what was classified."""
         report = report.model_copy(update={"model_id": self.group, "drift": {}})
-        if report.objects:
-            self.completed.write(run)
         for uri in self.completed.damaged:
             set_aside(uri)  # now that what it held is classified anew
         reader = Reader.of(self.manifest)
@@ -201,6 +204,8 @@ class ClassifyJob(ArchiveJob):
         profiles, drift = summary.compare(run, report, self.bundle)
         report = report.model_copy(update={"drift": drift})
         classifier = Classifier(self.bundle, device="cpu", engine="eager")  # it explains; nothing is answered
+        if self.pacs:
+            classifier.source = replace(classifier.source, read=self.pacs.read_many)
         uids = {str(frame.study_uid) for frame in report.most_tumor}
         rows = read_studies(studies, self.group, uids)
         page = summary.write_summary(run, report, profiles, classifier, studies=rows, pseudonyms=self.pseudonyms)

@@ -11,11 +11,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from btray import storage
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ClassifyConfig
 from btray.bulk.explanations import FOLDER, write_explanations
+from btray.bulk.listing.completed import COLUMNS, records_of
+from btray.bulk.listing.key_files import Records
 from btray.bulk.report import ClassifiedFrame, ClassifyTally, least_certain, most_tumor
 from btray.bulk.runs import Run
 from btray.bulk.scan_reader import Piece, ScanReader
@@ -38,6 +41,7 @@ class PartClassifier:
     schema = SCHEMA
     write_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     tally_type = ClassifyTally
+    key_columns = COLUMNS
 
     def __init__(
         self, config: ClassifyConfig, model_id: str, pseudonyms: Pseudonyms | None, run: Run, cpus: int
@@ -90,6 +94,11 @@ class PartClassifier:
         shares = np.array([[dict(row["probabilities"])[label] for label in self.classifier.classes]])
         tumor = float(self._reader.tumor(shares)[0])
         return replace(_frame_of(row, place), study_uid=row["study_uid"], tumor=tumor)
+
+    def records(self, rows: Sequence[Row]) -> Records:
+        """Return what became of the objects of a part."""
+        schema = pa.schema([SCHEMA.field(name) for name in COLUMNS])
+        return records_of(pa.RecordBatch.from_pylist(list(rows), schema))
 
     def rows(self, objects: Sequence[FileInfo], lot: Sequence[Piece], seconds: Seconds) -> list[Row]:
         """Return one row per frame, or one for an object that gives none; each frame with the digest of its pixels."""

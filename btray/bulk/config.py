@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,11 @@ from btray.core.uris import Uri, resolved
 from btray.data.config import PreprocessConfig
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
+from btray.pacs.address import SCHEME, Address, is_dicomweb
+from btray.pacs.config import PacsConfig
+
+if TYPE_CHECKING:
+    from btray.pacs.source import PacsSource
 
 SHOWN = 24
 """Number of the least certain frames that summary.html shows."""
@@ -55,7 +60,9 @@ class ArchiveConfig(JobConfig):
         """Refuse an input that is not there, and an output that cannot be written to."""
         from btray import storage
 
-        storage.require_input(self.input, "--input")
+        super().check()
+        if not is_dicomweb(self.input):
+            storage.require_input(self.input, "--input")
         if not storage.is_remote(self.output) and not self.dry_run:  # the lease tells whether a store takes objects
             storage.require_writable(self.output, "--output")
 
@@ -65,9 +72,13 @@ class ArchiveConfig(JobConfig):
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
 
-class ClassifyConfig(ArchiveConfig):
+class ClassifyConfig(ArchiveConfig, PacsConfig):
     """Classify every scan of an archive into a Parquet table; what is in it already is not read again."""
 
+    input: Annotated[str, resolved(unless=SCHEME.pattern)]
+    """Folder or prefix, manifest (.parquet or .csv with the column uri), S3 Inventory (manifest.json), file list \
+    (.txt) or packed archive (the folder that jobs/pack.py wrote), local or s3://. Or a PACS: \
+    dicomweb://HOST/ROOT?KEY=VALUE&..., with keys such as StudyDate=20261101- and ModalitiesInStudy=MR."""
     model: Model = SHIPPED
     """Model bundle: a folder, local or s3://, or the name of the shipped one."""
     model_id: str | None = None
@@ -110,7 +121,7 @@ classify and write (two); auto: two with --use-gpu, so that no GPU waits."""
         from btray import storage
 
         require_bundle(self.model)
-        if self.pseudonymize is not None and not storage.may_exist(self.input):
+        if self.pseudonymize is not None and not is_dicomweb(self.input) and not storage.may_exist(self.input):
             raise UserError("--input: nothing is there; check the spelling")  # its name may be that of a patient
         super().check()
         if self.studies is not None and not self.dry_run and not storage.is_remote(self.studies):
@@ -119,6 +130,14 @@ classify and write (two); auto: two with --use-gpu, so that no GPU waits."""
             from btray.bulk.clinical.pseudonyms import Pseudonyms
 
             Pseudonyms.from_file(self.pseudonymize)
+
+    def pacs_source(self) -> PacsSource | None:
+        """Return what lists and reads the archive if it is that of a PACS."""
+        if not is_dicomweb(self.input):
+            return None
+        from btray.pacs.source import PacsSource
+
+        return PacsSource(Address.parse(self.input, insecure=self.insecure), self, patience=self.patience)
 
     @property
     def studies_uri(self) -> str:
@@ -145,6 +164,17 @@ classify and write (two); auto: two with --use-gpu, so that no GPU waits."""
     def _terms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         SeriesFilter.parse(value)
         return value
+
+    @model_validator(mode="after")
+    def _pacs(self) -> Self:
+        if is_dicomweb(self.input):
+            try:
+                Address.parse(self.input, insecure=self.insecure)
+            except UserError as error:
+                raise ValueError(f"--input {error}") from error
+            if self.since:
+                raise ValueError("--since is for files: choose studies of a PACS by StudyDate=YYYYMMDD- in --input")
+        return self
 
     @model_validator(mode="after")
     def _studies_beside_the_output(self) -> Self:

@@ -13,29 +13,40 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from btray import storage
 from btray.bulk import progress, runs
-from btray.bulk.archive import Selection, list_archive
+from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ArchiveConfig
 from btray.bulk.erasure.erased import ErasedObjects
-from btray.bulk.listing import Listing, NewObjects
+from btray.bulk.listing.archive import Archive, open_archive
+from btray.bulk.listing.completed import RunKeys
+from btray.bulk.listing.key_files import RECORD, REJECTED, KeySource
+from btray.bulk.listing.new_objects import NewObjects
+from btray.bulk.listing.sealing import Listing, new_batches
+from btray.bulk.listing.selection import Selection
+from btray.bulk.listing.tasks import LocalTasks, RayTasks, Tasks
 from btray.bulk.progress import duration
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import Run
+from btray.bulk.worklist import PartLimits
 from btray.core import logs, metrics
 from btray.core.console import ProgressLine
 from btray.core.errors import Failed, UserError
 from btray.data.config import PreprocessConfig
-from btray.data.key_set import Keys
 from btray.data.rejections import enforce_max_rejected, require_found
+from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, lease
 
 if TYPE_CHECKING:
@@ -55,6 +66,8 @@ class ArchiveJob(ABC):
     """Of its files."""
     preprocess: PreprocessConfig | None = None
     """If frames that are made so will do for files, in a pack; None: the job needs the files."""
+    has_key_files = False
+    """Whether the records of its actors are kept, in key files beside run.json."""
     choices: frozenset[str] = frozenset()
     """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
@@ -64,9 +77,16 @@ class ArchiveJob(ABC):
         self.config = config
         self.output = config.output
         self.outputs: Sequence[str] = (config.output,)
+        self.pacs: PacsSource | None = None
+        """What lists the input if it is that of a PACS."""
         self.group = group
         self.reason = ""
         """Why objects were left out that are completed for that reason alone."""
+        self.worst = REJECTED
+        """The worst outcome with which an object is completed."""
+        self.part_limits = PartLimits()
+        self.pseudonyms: Pseudonyms | None = None
+        """Those that objects are listed with."""
 
     def begin(self) -> None:  # noqa: B027 - most jobs have nothing to do
         """Do what must be done before anything else is written to the output; called with its lease."""
@@ -78,10 +98,6 @@ class ArchiveJob(ABC):
         """Return lines for a terminal on all objects of `preview`."""
         return ()
 
-    def named(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
-        """Return the listed objects by the names that they have in all that is written."""
-        return listed
-
     def settings(self) -> dict[str, Any]:
         """Return the settings as they are written."""
         return self.config.model_dump(mode="json")
@@ -91,8 +107,8 @@ class ArchiveJob(ABC):
         """Return the folder, below the output, of the files of a run that began on a day (YYYY-MM-DD, UTC)."""
 
     @abstractmethod
-    def completed_keys(self) -> Iterator[Keys]:
-        """Yield the keys of the objects that earlier runs have completed."""
+    def outcomes(self, tasks: Tasks) -> Sequence[KeySource]:
+        """Return what became of the objects in earlier runs; `tasks` keep what is not in files."""
 
     def prepare(self) -> None:  # noqa: B027 - as above
         """Load what the run will need; called, if there is anything to do, in a thread while Ray starts."""
@@ -127,15 +143,18 @@ def run_archive(job: ArchiveJob) -> str:
     config = job.config
     with _readable_errors():
         selection = Selection(include=config.include, exclude=config.exclude, since=config.since, outside=job.outputs)
-        listed = job.named(list_archive(config.input, selection, patience=config.patience, preprocess=job.preprocess))
         # An archive that is not there is refused now, before anything is written.
-        listed = chain(list(islice(listed, 1)), listed)
+        with job.pseudonyms.listing_errors() if job.pseudonyms else nullcontext():
+            archive = open_archive(
+                config.input, selection, patience=config.patience, preprocess=job.preprocess, pacs=job.pacs
+            )
+            archive = replace(archive, chunks=chain(list(islice(archive.chunks, 1)), archive.chunks))
         if config.dry_run:
-            _estimate(job, listed, ErasedObjects(job.output))
+            _estimate(job, archive, ErasedObjects(job.output))
             return job.output
         with lease.hold(job.output) as check:
             job.begin()
-            report = _run(job, listed, ErasedObjects(job.output), check)
+            report = _run(job, archive, ErasedObjects(job.output), check)
     if not (report.unchanged or report.erased):
         require_found(report.rejected_by_code, report.objects, report.config["input"])
     if config.max_rejected is not None:
@@ -156,15 +175,15 @@ def _readable_errors() -> Iterator[None]:
         raise cause from error
 
 
-def _estimate(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects) -> None:
+def _estimate(job: ArchiveJob, archive: Archive, erased: ErasedObjects) -> None:
     """Print how much there is to do; write nothing."""
-    with tempfile.TemporaryDirectory() as scratch:
-        new = NewObjects(job.completed_keys(), scratch, job.reason)
-        found = islice(new.among(erased.without(listed)), job.config.limit)
+    with _listing_tasks(job, archive) as (tasks, scratch):
+        new = _new_objects(job, tasks, scratch)
         objects = size = 0
-        for some in iter(lambda: list(islice(found, _PREVIEWED)), []):
+        for some in new_batches(new, archive, erased.without, job.config.limit):
             objects, size = objects + len(some), size + sum(info.size for info in some)
-            job.preview(some)
+            for start in range(0, len(some), _PREVIEWED):
+                job.preview(some[start : start + _PREVIEWED])
     last = next(runs.reports(job.output, job.group), None)
     time_needed = "unknown time: no earlier run was long enough to tell"
     if last and last.has_rate and (rate := last.images_per_second):
@@ -179,30 +198,50 @@ def _estimate(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects
     )
 
 
-def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, check: Callable[[], None]) -> RunReport:
+@contextmanager
+def _listing_tasks(job: ArchiveJob, archive: Archive) -> Iterator[tuple[Tasks, str]]:
+    """Give what lists the archive, and a folder for what it keeps: Ray's tasks only if there is much to do.
+
+    Ray takes seconds to start, which a night with nothing new does without.
+    """
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(storage.retry_timeout(job.config.patience))
+        if not archive.large:
+            yield LocalTasks(Path(scratch)), scratch
+            return
+        from btray.core.cluster import connected
+
+        stack.enter_context(connected())
+        yield RayTasks(job.config.patience), scratch
+
+
+def _new_objects(job: ArchiveJob, tasks: Tasks, scratch: str) -> NewObjects:
+    return NewObjects(
+        job.outcomes(tasks), tasks, scratch, worst=job.worst, reason=job.reason, pseudonyms=job.pseudonyms
+    )
+
+
+def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callable[[], None]) -> RunReport:
     """Begin or resume a run and see it to its end; `check` raises if this process has lost the lease."""
     config = job.config
     started = datetime.now(UTC)
     totals = job.totals()
     settings = job.settings()
     request = {name: settings[name] for name in ("input", "include", "exclude", "since", "limit", *sorted(job.choices))}
-    with storage.retry_timeout(config.patience), tempfile.TemporaryDirectory() as scratch:
+    with _listing_tasks(job, archive) as (tasks, scratch):
         run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
         logs.bind(run_id=run.run_id)
         if resumed:
             _log.info("resuming run %s, which was interrupted", run.run_id)
-        listing = Listing(
-            run.worklist,
-            config,
-            erased.without(listed),
-            lambda: NewObjects(job.completed_keys(), scratch, job.reason),
-            check,
-        )
+        found = partial(_new_objects, job, tasks, scratch)
+        listing = Listing(run.worklist, config, archive, found, erased.without, job.part_limits, check)
+        done = Done(totals, RunKeys(run.folder))
         listing.start()
         try:
             listing.begun.wait()
             if not (listing.complete and listing.objects == 0) and listing.error is None:
-                _process(job, run, totals, listing, check)
+                _process(job, run, done, listing, check)
         finally:
             listing.cancelled.set()
             listing.join()
@@ -211,9 +250,12 @@ def _run(job: ArchiveJob, listed: Iterator[FileInfo], erased: ErasedObjects, che
         check()
         if totals.objects != listing.objects:
             raise Failed(f"run {run.run_id} counted {totals.objects} objects of {listing.objects}; run it again")
+        if job.has_key_files and totals.objects:
+            done.keys.conclude(totals.parts)
         report = totals.report(
             unchanged=listing.unchanged,
             erased=erased.left_out,
+            not_scans=dict(job.pacs.left_out) if job.pacs else None,
             run_id=run.run_id,
             started_at=started.isoformat(timespec="seconds"),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -239,13 +281,28 @@ def _started(task: Callable[[], None]) -> Iterator[Future[None]]:
         yield pool.submit(copy_context().run, task)
 
 
-def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class Done:
+    """What actors have done: the counts of their parts, and the records of these for the key files of the run."""
+
+    totals: Totals[Any]
+    keys: RunKeys
+
+    def add(self, row: dict[str, Any]) -> PartTally | None:
+        """Count a part by what its actor returns; return its tally, or None if it was counted before."""
+        tally: PartTally | None = self.totals.add(row["part"], row["tally"])
+        if tally is not None:
+            self.keys.add(np.frombuffer(row["records"], RECORD))
+        return tally
+
+
+def _process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
     # Ray takes seconds to import, which a night with nothing new does without.
     from btray.bulk.pipeline import process_parts
     from btray.core.cluster import connected
 
-    config = job.config
+    config, totals = job.config, done.totals
     with (
         _started(job.prepare) as prepared,
         connected(),
@@ -266,7 +323,7 @@ def _process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, c
         for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()
             for row in pa.Table.to_pylist(batch):
-                tally = totals.add(row["part"], row["tally"])
+                tally = done.add(row)
                 if tally is not None:
                     progress.report_part(job.name, run.run_id, tally)
             progress.report_progress(job.name, run.run_id, totals, queue=listing.objects - totals.objects)

@@ -14,16 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from btray import storage
 from btray.bulk.config import PackConfig
 from btray.bulk.driver import ArchiveJob, run_archive
 from btray.bulk.erasure.erased import ErasedObjects
 from btray.bulk.erasure.traces import copy_manifest
+from btray.bulk.listing.key_files import CLASSIFIED, RECORD, KeySource, Records, concatenated
+from btray.bulk.listing.tasks import Tasks
 from btray.bulk.progress import summarize_counts
 from btray.bulk.report import PartTally, RunReport
 from btray.bulk.runs import Run
 from btray.bulk.table import RETRIED
-from btray.bulk.worker import Prefetcher, Row, Seconds
+from btray.bulk.worker import Batch, Prefetcher, Row, Seconds
 from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.config import PreprocessConfig
@@ -96,9 +100,10 @@ class PackJob(ArchiveJob):
         """Return the folder of the shards."""
         return self._pack().folder
 
-    def completed_keys(self) -> Iterator[Keys]:
-        """Yield the keys of what the pack holds."""
-        return packs.packed_keys(self.output, self._pack().folder, self.damaged)
+    def outcomes(self, tasks: Tasks) -> Sequence[KeySource]:
+        """Return that what the pack holds is completed."""
+        keys = packs.packed_keys(self.output, self._pack().folder, self.damaged)
+        return [tasks.keep(records) for records in concatenated(map(_packed, keys))]
 
     def processor(self) -> Callable[[Run, int], PartPacker]:
         """Return what makes the packer of an actor."""
@@ -119,6 +124,12 @@ class PackJob(ArchiveJob):
         return report
 
 
+def _packed(keys: Keys) -> Records:
+    records = np.zeros(len(keys), RECORD)
+    records["key"], records["outcome"] = keys, CLASSIFIED
+    return records
+
+
 class PartPacker:
     """Makes rows of a shard."""
 
@@ -126,6 +137,7 @@ class PartPacker:
     write_options = packs.write_options(packs.SCHEMA)
     tally_type = PartTally
     tally = staticmethod(PartTally.of)
+    key_columns = ()
 
     def __init__(self, root: str, threads: int, patience: float, run: Run, cpus: int) -> None:
         """Read `threads` objects at a time; paths in the shard start from `root`."""
@@ -136,11 +148,14 @@ class PartPacker:
         """Begin to read `objects`, and return what yields them with their bytes."""
         return self._prefetcher.batches(objects, seconds)
 
-    def rows(
-        self, objects: Sequence[FileInfo], lot: tuple[Sequence[FileInfo], Sequence[ReadResult]], seconds: Seconds
-    ) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds) -> list[Row]:
         """Return one row per object of a lot."""
-        return list(map(self._row, *lot))
+        numbers, results = lot
+        return list(map(self._row, [objects[number] for number in numbers], results))
+
+    def records(self, rows: Sequence[Row]) -> Records:
+        """Return none: what a pack holds is read from its shards."""
+        return np.empty(0, RECORD)
 
     def _row(self, info: FileInfo, result: ReadResult) -> Row:
         path = info.uri.removeprefix(self._below).removeprefix("s3://").lstrip("/")
@@ -173,12 +188,11 @@ class FramePacker(PartPacker):
         *_, cpus = arguments
         self._decoders = ThreadPoolExecutor(cpus)
 
-    def rows(
-        self, objects: Sequence[FileInfo], lot: tuple[Sequence[FileInfo], Sequence[ReadResult]], seconds: Seconds
-    ) -> list[Row]:
+    def rows(self, objects: Sequence[FileInfo], lot: Batch, seconds: Seconds) -> list[Row]:
         """Return one row per object of a lot; one that gives no frame says why."""
         started = time.perf_counter()
-        rows = list(self._decoders.map(self._row, *lot))
+        numbers, results = lot
+        rows = list(self._decoders.map(self._row, [objects[number] for number in numbers], results))
         seconds["decode"] += time.perf_counter() - started
         return rows
 

@@ -19,10 +19,7 @@ from btray.core.cluster import cpus, gpus, require_gpus, started_ray_here
 _ACTOR_CPUS = 0.9
 _READER_CPUS = 0.05
 
-# Ray Data polls its tasks ten times per second and takes what waits in their buffers, by default two blocks of each:
-# 20 parts per second for all actors of a cluster, however many. A block here is a list of objects, some 50 kB.
 _FEED = {
-    "_max_num_blocks_in_streaming_gen_buffer": 32,
     "target_max_block_size": 1,  # bytes: each row its own block, or the first parts would wait for 128 MiB of them
     "raise_original_map_exception": True,
     "override_object_store_memory_limit_fraction": 0.2,  # for what is decoded and not yet classified

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from btray.bulk.listing import Listing
+from btray.bulk.listing.sealing import Listing
 from btray.bulk.report import RATE_SECONDS, PartTally, RunReport, Totals
 from btray.core import metrics
 from btray.model.drift import RUNS_BEFORE
@@ -44,6 +44,8 @@ def summarize(report: RunReport) -> str:
     for title, counts in (("labels", report.labels), ("rejected", report.rejected_by_code)):
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    if report.not_scans:
+        lines.append("left out: " + ", ".join(f"{count} x {kind}" for kind, count in report.not_scans.items()))
     if report.studies:
         lines.append(f"{report.studies.studies} studies, {report.studies.series} series: {report.studies.rule}")
     spent = report.seconds_by_stage

@@ -136,6 +136,7 @@ class RunReport(BaseModel, frozen=True):
     objects: int
     unchanged: int
     erased: int = 0
+    not_scans: dict[str, int] | None = _optional
     taken_from_earlier_attempt: int
     frames: int
     rejected: int
@@ -223,6 +224,11 @@ class Totals(Generic[Tally]):
         if self.first is None:
             self.first, self._of_first = self.last, counts.objects
         return counts
+
+    @property
+    def parts(self) -> int:
+        """Number of the parts."""
+        return len(self._parts)
 
     @property
     def rate_seconds(self) -> float:

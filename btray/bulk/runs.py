@@ -252,3 +252,12 @@ def read_tally(uri: str, tally_type: type[Tally]) -> Tally | None:
             return tally_type.model_validate_json(footer)
         set_aside(uri)
     return None
+
+
+def read_rows(uri: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return some columns of the rows of a part's file; without `columns` no rows. Raises StorageError."""
+    if not columns:
+        return []
+    table = pa.parquet.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=columns)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows

@@ -13,7 +13,7 @@ from typing import Any
 from btray.bulk.clinical.headers import HeaderReader
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ClassifyConfig
-from btray.bulk.worker import Prefetcher, Seconds
+from btray.bulk.worker import Batch, Prefetcher, Seconds
 from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.scans import Scan, ScanRejected
 from btray.storage import FileInfo, StorageError
@@ -56,7 +56,12 @@ class ScanReader:
         self.source = source
         self.most_frames = batch_size * math.ceil(_FRAMES / batch_size)
         choice = config.series_filter
-        reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience, "pseudonyms": pseudonyms}
+        reading: dict[str, Any] = {
+            "threads": config.threads,
+            "patience": config.patience,
+            "pseudonyms": pseudonyms,
+            "pacs": config.pacs_source(),
+        }
         self._headers = HeaderReader(choice, **reading) if choice else None
         self._prefetcher = Prefetcher(**reading, max_bytes=source.limits.max_bytes, least=batch_size)
         # One decoder is the thread that asks: nothing else is done meanwhile.
@@ -71,7 +76,7 @@ class ScanReader:
         left_out = self._left_out(objects, seconds)
         chosen = sorted(set(range(len(objects))) - {piece.index for piece in left_out})
         batches = self._prefetcher.batches([objects[index] for index in chosen], seconds)
-        return self._lots(left_out, iter(chosen), batches, seconds)
+        return self._lots(left_out, chosen, batches, seconds)
 
     def _left_out(self, objects: Sequence[FileInfo], seconds: Seconds) -> list[Piece]:
         """Return the objects whose series are not chosen."""
@@ -91,15 +96,15 @@ class ScanReader:
     def _lots(
         self,
         left_out: list[Piece],
-        indexes: Iterator[int],
-        batches: Iterator[tuple[list[FileInfo], list[ReadResult]]],
+        indexes: Sequence[int],
+        batches: Iterator[Batch],
         seconds: Seconds,
     ) -> Iterator[list[Piece]]:
         if left_out:
             yield left_out
-        for _, results in batches:
+        for numbers, results in batches:
             started = time.perf_counter()
-            decoded = ((next(indexes), of_object) for of_object in self.decode(results))
+            decoded = zip((indexes[number] for number in numbers), self.decode(results), strict=True)
             for pieces in pieces_of(decoded, self.source, most=self.most_frames):
                 seconds["decode"] += time.perf_counter() - started
                 yield pieces

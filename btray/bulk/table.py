@@ -1,32 +1,17 @@
-"""The results table as it is written: one row per frame in Parquet files below `model_id=.../run_date=...`."""
+"""The rows of the results table as they are written; `btray.results` says what its columns are."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-import pyarrow as pa
-
-from btray.data.slice_facts import UIDS
-from btray.model.prediction import ADDED, COLUMNS, Prediction, arrow_field, as_row
+from btray import storage
+from btray.model.prediction import Prediction, as_row
+from btray.results import KEY, PARTITIONS, SCHEMA
 from btray.storage import FileInfo
 
-SCHEMA = pa.schema(
-    [
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("etag", pa.string(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        arrow_field("frame"),
-        *(arrow_field(name) for name in UIDS),
-        *(arrow_field(name) for name in COLUMNS if name not in ("frame", *UIDS, *ADDED)),
-        pa.field("run_id", pa.string(), nullable=False),
-        pa.field("classified_at", pa.timestamp("us", "UTC"), nullable=False),
-        *(arrow_field(name) for name in ADDED),
-    ]
-)
-"""Columns of the files, in their order; `model_id` and `run_date` stand in their paths."""
-PARTITIONS = pa.schema([("model_id", pa.string()), ("run_date", pa.string())])
-KEY = ("uri", "frame", "etag", "model_id")
+__all__ = ["KEY", "PARTITIONS", "RETRIED", "SCHEMA", "folder", "row_of", "table_files"]
 
 RETRIED = frozenset({"not_found", "forbidden", "archived", "withheld", "throttled", "unavailable", "changed"})
 """Codes of rejections that are due to the store or its permissions, not to the bytes: a later run tries again.
@@ -50,3 +35,11 @@ def row_of(prediction: Prediction, info: FileInfo, *, run_id: str, classified_at
         "run_id": run_id,
         "classified_at": classified_at,
     }
+
+
+def table_files(folder: str) -> Iterator[FileInfo]:
+    """Yield the files of the table below `folder`; below `_` is what is no data."""
+    with storage.suppress_missing():
+        for info in storage.list_files(folder):
+            if info.uri.endswith(".parquet") and "/_" not in info.uri.removeprefix(folder):
+                yield info

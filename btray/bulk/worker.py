@@ -22,9 +22,11 @@ import ray
 from btray import storage
 from btray.bulk import runs
 from btray.bulk.clinical.pseudonyms import Pseudonyms
+from btray.bulk.listing.key_files import Records, latest
 from btray.bulk.report import PartTally
-from btray.bulk.runs import Run, read_tally, write_part
+from btray.bulk.runs import Run, read_rows, read_tally, write_part
 from btray.core.cluster import own_cpus
+from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, StorageError
 from btray.storage.read_many import ReadResult, read_many, read_patiently
 
@@ -36,6 +38,8 @@ _BATCH_BYTES = 64 << 20
 _AHEAD_BYTES = 256 << 20
 
 Row = dict[str, Any]
+Batch = tuple[list[int], list[ReadResult]]
+"""Numbers of objects, and what each of them holds."""
 Seconds = defaultdict[str, float]
 """Time spent by stage."""
 
@@ -51,42 +55,71 @@ class Prefetcher:
         max_bytes: int,
         least: int = 1,
         pseudonyms: Pseudonyms | None = None,
+        pacs: PacsSource | None = None,
     ) -> None:
-        """Start the thread that reads ahead; `pseudonyms` are those that objects are listed with."""
+        """Start the thread that reads ahead, from `pacs` if there is one.
+
+        `pseudonyms` are those that objects are listed with.
+        """
         self._pseudonyms = pseudonyms
+        self._pacs = pacs
         self._threads = threads
         self._patience = patience
         self._max_bytes = max_bytes
         self._most = max(_BATCH_OBJECTS, least)
         self._reader = ThreadPoolExecutor(1)
 
-    def batches(
-        self, objects: Sequence[FileInfo], seconds: dict[str, float]
-    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
-        """Begin to read, and return what yields objects with their bytes, in their order.
+    def batches(self, objects: Sequence[FileInfo], seconds: dict[str, float]) -> Iterator[Batch]:
+        """Begin to read, and return what yields the numbers of objects with their bytes, each object once.
 
-        `seconds["read"]` grows by the time spent waiting for them.
+        They come in their order, those of a PACS in its order. `seconds["read"]` grows by the time spent waiting.
         """
-        batches: list[list[FileInfo]] = []
-        size = 0
-        for info in objects:
-            if not batches or len(batches[-1]) == self._most or size + info.size > _BATCH_BYTES:
-                batches.append([])
-                size = 0
-            batches[-1].append(info)
-            size += info.size
-        return self._read_ahead(batches, [self._reader.submit(self._read, batch) for batch in batches[:1]], seconds)
+        reading = self._from_pacs(objects) if self._pacs else self._from_files(objects)
+        return self._read_ahead(reading, self._reader.submit(next, reading, None), seconds)
 
     def _read_ahead(
-        self, batches: list[list[FileInfo]], reading: list[Future[list[ReadResult]]], seconds: dict[str, float]
-    ) -> Iterator[tuple[list[FileInfo], list[ReadResult]]]:
-        """Yield the batches, of which the first is being read already, and read the next one meanwhile."""
-        for number, batch in enumerate(batches):
+        self, reading: Iterator[Batch], ahead: Future[Batch | None], seconds: dict[str, float]
+    ) -> Iterator[Batch]:
+        """Yield the batches of `reading`, of which the first is being read already, and read the next one meanwhile."""
+        while True:
             started = time.perf_counter()
-            results = reading.pop().result()
+            batch = ahead.result()
             seconds["read"] += time.perf_counter() - started
-            reading += [self._reader.submit(self._read, following) for following in batches[number + 1 : number + 2]]
-            yield batch, results
+            if batch is None:
+                return
+            ahead = self._reader.submit(next, reading, None)
+            yield batch
+
+    def _from_files(self, objects: Sequence[FileInfo]) -> Iterator[Batch]:
+        numbers: list[int] = []
+        size = 0
+        for number, info in enumerate(objects):
+            if numbers and (len(numbers) == self._most or size + info.size > _BATCH_BYTES):
+                yield numbers, self._read([objects[one] for one in numbers])
+                numbers, size = [], 0
+            numbers.append(number)
+            size += info.size
+        if numbers:
+            yield numbers, self._read([objects[one] for one in numbers])
+
+    def _from_pacs(self, objects: Sequence[FileInfo]) -> Iterator[Batch]:
+        known, pacs = self._pseudonyms, self._pacs
+        assert pacs is not None  # noqa: S101 - as `batches` has seen
+        numbers: list[int] = []
+        results: list[ReadResult] = []
+        size = 0
+        for number, result in pacs.read([known.place(info.place) if known else info.uri for info in objects]):
+            numbers.append(number)
+            if isinstance(result, StorageError):
+                results.append(known.conceal_error(result, objects[number]) if known else result)
+            else:
+                results.append(result)
+                size += len(result)
+            if len(numbers) == self._most or size > _BATCH_BYTES:
+                yield numbers, results
+                numbers, results, size = [], [], 0
+        if numbers:
+            yield numbers, results
 
     def _read(self, batch: Sequence[FileInfo]) -> list[ReadResult]:
         def read(objects: Sequence[FileInfo]) -> list[ReadResult]:
@@ -149,6 +182,13 @@ class PartProcessor(PartReader, Protocol):
 
     def tally(self, rows: Sequence[Row], objects: Sequence[FileInfo], seconds: Seconds) -> PartTally:
         """Return the counts of a whole part."""
+
+    @property
+    def key_columns(self) -> Sequence[str]:
+        """Return the columns that `records` needs."""
+
+    def records(self, rows: Sequence[Row]) -> Records:
+        """Return what became of the objects of a part, for the key files of the run; none if it has no such files."""
 
 
 @dataclass(frozen=True)
@@ -236,21 +276,26 @@ class PartActor(_Actor):
         self.processor = make_processor(run, own_cpus(actors, gpu_share))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Turn parts as `worklist.read_parts` or a ReadActor gives them into columns part, tally (JSON)."""
+        """Turn parts as `worklist.read_parts` or a ReadActor gives them into columns part, tally (JSON) and records."""
         readings = batch["read"] if "read" in batch.column_names else [None] * len(batch)
         parts = batch.select([name for name in batch.column_names if name != "read"]).to_pylist()
-        tallies = []
+        tallies, records = [], []
         with storage.retry_timeout(self._patience):
             runs.require_visible(self.run)
             for part, read in zip(parts, readings, strict=True):
                 objects = self._objects_of(part)
                 # made by a ReadActor of this job: as trustworthy as all that Ray hands over, which is pickled too
                 reading = pickle.loads(read.as_buffer()) if read is not None and read.is_valid else None  # noqa: S301
-                tallies.append(self._part(self.run.part_uri(part["part"]), objects, reading).model_dump_json())
-        return pa.table({"part": batch["part"], "tally": pa.array(tallies, pa.string())})
+                tally, of_objects = self._part(self.run.part_uri(part["part"]), objects, reading)
+                tallies.append(tally.model_dump_json())
+                records.append(latest(of_objects).tobytes())
+        columns = {"tally": pa.array(tallies, pa.string()), "records": pa.array(records, pa.binary())}
+        return pa.table({"part": batch["part"], **columns})
 
-    def _part(self, uri: str, objects: Sequence[FileInfo], reading: _Reading | None = None) -> PartTally:
-        """Write the file of one part and return its tally, or that of the file if an earlier attempt has written it."""
+    def _part(
+        self, uri: str, objects: Sequence[FileInfo], reading: _Reading | None = None
+    ) -> tuple[PartTally, Records]:
+        """Write the file of one part; return its tally and records, or those of the file of an earlier attempt."""
         processor = self.processor
         written = read_tally(uri, processor.tally_type)
         if written is None:
@@ -262,10 +307,12 @@ class PartActor(_Actor):
             tally = processor.tally(rows, objects, seconds)
             started = time.perf_counter()
             if write_part(uri, rows, processor.schema, tally, **processor.write_options):
-                return tally.model_copy(update={"seconds": seconds | {"write": time.perf_counter() - started}})
+                seconds["write"] += time.perf_counter() - started
+                return tally.model_copy(update={"seconds": seconds}), processor.records(rows)
             # another attempt at this part, whose tally is lost, was quicker
             written = read_tally(uri, processor.tally_type) or tally
-        return written.model_copy(update={"reused": True})
+        rows = read_rows(uri, processor.key_columns)
+        return written.model_copy(update={"reused": True}), processor.records(rows)
 
 
 def objects_of(part: dict[str, Any]) -> list[FileInfo]:

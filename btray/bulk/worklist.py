@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +17,7 @@ import pyarrow.parquet
 
 from btray import storage
 from btray.core.errors import UserError
+from btray.pacs.address import series_of
 from btray.storage import FileInfo
 
 SCHEMA = pa.schema(
@@ -23,17 +25,27 @@ SCHEMA = pa.schema(
 )
 """Columns of a shard. `part` counts from 0 within the shard, `place` is where the bytes are if that is not `uri`."""
 _PART_SCHEMA = pa.schema([("part", pa.string()), *((field.name, pa.list_(field.type)) for field in [*SCHEMA][1:])])
-PART_BYTES = 256 << 20
 PART_OBJECTS = 512
+"""Objects of a part that are always welcome; parts grow above that with the archive."""
+_SHARE = 256  # of what was listed so far, a part is at most this one, so that there are many for all workers
 # Objects. The first shards are small, so that the first rows do not wait for the listing.
 _FIRST_SHARD = 1024
 _LARGEST_SHARD = 32_768
+_LONGEST_WAIT = 10.0  # seconds for a shard to fill, if the listing is slow
 _LEAST_PART = 32  # objects
 _POLL = 0.5  # seconds
 
 _SUFFIX = ".segment"  # Parquet, but not by name: readers of OUTPUT/**/*.parquet do not skip folders that begin with _
 _END = "end.json"
 _CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class PartLimits:
+    """The most that a part has, whose rows its worker holds until it writes them."""
+
+    objects: int = _LARGEST_SHARD
+    bytes: int = 256 << 20
 
 
 class WorklistWriter:
@@ -43,18 +55,31 @@ class WorklistWriter:
     another process has sealed a shard.
     """
 
-    def __init__(self, folder: str, first: int = 0, *, check: Callable[[], None] = lambda: None) -> None:
-        """Continue after the `first` shards that are sealed already."""
+    def __init__(
+        self,
+        folder: str,
+        first: int = 0,
+        *,
+        listed: int = 0,
+        limits: PartLimits = PartLimits(),
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Continue after the `first` shards that are sealed already and have so many objects that were `listed`."""
         self.folder = folder
         self.shards = first
+        self._listed = listed
+        self._limits = limits
         self._check = check
         self._waiting: list[FileInfo] = []
+        self._since = time.monotonic()
 
     def add(self, objects: Sequence[FileInfo]) -> bool:
-        """Add objects; return True if that sealed a shard."""
+        """Add objects, or none, as time passes; return True if that sealed a shard."""
+        if not self._waiting:
+            self._since = time.monotonic()
         self._waiting += objects
         size = min(_FIRST_SHARD << min(self.shards, 16), _LARGEST_SHARD)
-        if len(self._waiting) < size:
+        if len(self._waiting) < size and not (self._waiting and time.monotonic() - self._since > _LONGEST_WAIT):
             return False
         self._seal(last=False)
         return True
@@ -68,7 +93,8 @@ class WorklistWriter:
 
     def _seal(self, *, last: bool) -> None:
         columns = {name: [getattr(info, name) for info in self._waiting] for name in SCHEMA.names[1:]}
-        parts = cut_into_parts(self._waiting, taper=last)
+        self._listed += len(self._waiting)
+        parts = cut_into_parts(self._waiting, self._limits, listed=self._listed, taper=last)
         body = io.BytesIO()
         pa.parquet.write_table(pa.table({"part": parts, **columns}, schema=SCHEMA), body, compression="zstd")
         self._check()
@@ -80,19 +106,25 @@ class WorklistWriter:
         self._waiting = []
 
 
-def cut_into_parts(objects: Sequence[FileInfo], *, taper: bool) -> list[int]:
+def cut_into_parts(objects: Sequence[FileInfo], limits: PartLimits, *, listed: int, taper: bool) -> list[int]:
     """Return the part of each object: many parts, so that a small archive keeps all workers busy.
 
-    None has more than PART_OBJECTS or PART_BYTES, which its worker holds as rows. With `taper` each part is an eighth
-    of what is left: the last ones are small, so that no worker idles long while another ends (guided self-scheduling,
-    Polychronopoulos & Kuck, IEEE Trans. Comput. 1987).
+    None has more than its `limits` or, above PART_OBJECTS, a 256th of what was `listed`, these objects included, so
+    that a large archive has no millions of files. With `taper` each part is an eighth of what is left: the last ones
+    are small, so that no worker idles long while another ends (guided self-scheduling, Polychronopoulos & Kuck, IEEE
+    Trans. Comput. 1987). A series of a PACS, which is retrieved whole, is not cut, if that can be avoided.
     """
+    largest = min(limits.objects, max(PART_OBJECTS, listed // _SHARE))
+    eighths = taper or largest <= PART_OBJECTS
     parts: list[int] = []
     part = count = size = most = 0
+    series = ""
     for number, info in enumerate(objects):
-        if count in (0, most) or size + info.size > PART_BYTES:
+        before, series = series, series_of(info.uri)
+        full = count >= most and (series != before or count >= largest)
+        if not count or full or size + info.size > limits.bytes:
             left = len(objects) - number * taper
-            most = min(PART_OBJECTS, max(_LEAST_PART, -(-left // 8)))
+            most = min(largest, max(_LEAST_PART, -(-left // 8))) if eighths else largest
             part, count, size = part + (count > 0), 0, 0
         parts.append(part)
         count, size = count + 1, size + info.size

@@ -25,7 +25,7 @@ from btray.core.ray_private import (
     without_false_errors,
 )
 
-__all__ = ["connected", "cpus", "gpus", "own_cpus", "own_device", "require_gpus", "started_ray_here"]
+__all__ = ["connected", "cpus", "given_cpus", "gpus", "own_cpus", "own_device", "require_gpus", "started_ray_here"]
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +106,16 @@ def own_cpus(workers: int, gpu_share: float = 0.0) -> int:
     node: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
     own, devices = node.get("CPU", 1.0), node.get("GPU", 0.0)
     return max(1, int(own * gpu_share / devices if gpu_share and devices else min(own, cpus() / workers)))
+
+
+def given_cpus() -> float:
+    """Return the CPUs that Ray gave this worker; with a GPU, or a share of one, the same share of those of its node.
+
+    Outside of Ray it is one.
+    """
+    given = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
+    share = given.get("GPU", 0.0)
+    return own_cpus(1, share) if share else given.get("CPU", 1.0)
 
 
 def own_device() -> str | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import json
 import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, get_args, get_origin
 
@@ -42,11 +44,13 @@ _LASTING = re.compile(r"/|~|[A-Za-z][A-Za-z0-9+.-]*:|databricks$")  # absolute p
 _NESTING = "__"
 _ENVIRONMENT = (
     "Environment variables (--epochs is BTRAY_EPOCHS, --network.dropout is BTRAY_NETWORK__DROPOUT) win over the file, "
-    "and flags over both."
+    "and flags over both; none unsets a setting that is a number or a choice."
 )
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+FROM_ENVIRONMENT = object()
+"""Marks a setting that is read from the environment alone: neither a process list nor a file of settings shows it."""
 _POSITIONAL = get_args(CliPositionalArg[str])[1]  # what marks a field as positional
 
 
@@ -123,7 +127,7 @@ class JobConfig(BaseSettings):
         )
         parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; it may be nested")
         _refuse_unknown_environment({*cls.model_fields, *others})
-        file_names: dict[str, list[str]] = {}
+        several: dict[str, list[str]] = {}
         config_file = None
 
         def parse(parser: argparse.ArgumentParser, flags: list[str], _: Any = None) -> argparse.Namespace:
@@ -132,10 +136,12 @@ class JobConfig(BaseSettings):
             parsed = (parser.parse_args if "--" in flags else parser.parse_intermixed_args)(flags)
             values = vars(parsed)
             config_file = values.pop("config")
-            # Positional values are file names: pydantic-settings would split them at commas and unquote them.
+            # pydantic-settings would take [a] for a, true and none for no text, and split file names at commas.
             for name, field in cls.model_fields.items():
                 if _POSITIONAL in field.metadata:
-                    file_names[name] = values.pop(name)
+                    several[name] = values.pop(name)
+                elif get_origin(field.annotation) is tuple and (given := values.pop(name, None)):
+                    several[name] = [value for text in given for value in _split(text)]
             return parsed
 
         try:
@@ -144,7 +150,7 @@ class JobConfig(BaseSettings):
                 cli_parse_args=sys.argv[1:] if arguments is None else arguments,
                 root_parser=parser,
                 parse_args_method=parse,
-                add_argument_method=_add_flag,
+                add_argument_method=partial(_add_flag, _from_environment(cls)),
                 add_argument_group_method=_add_group,
             )
             flags.env_vars = {
@@ -152,12 +158,20 @@ class JobConfig(BaseSettings):
                 for name, value in flags.env_vars.items()
             }
             # The first one wins.
-            sources = (InitSettingsSource(cls, file_names), flags, _Environment(cls), _read(cls, config_file))
+            sources = (InitSettingsSource(cls, several), flags, _Environment(cls), _read(cls, config_file))
             return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings, which mypy overlooks
         except ValidationError as error:
             raise UserError(_explain(error)) from error
         except SettingsError as error:
             raise UserError(f"{str(error).removeprefix('error parsing CLI: ')} (see --help)") from error
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Fill the config from the environment alone, for a process without a command line. Raises UserError."""
+        try:
+            return cls(_build_sources=((_Environment(cls),), {}))  # type: ignore[call-arg]
+        except (ValidationError, SettingsError) as error:
+            raise UserError(_explain(error) if isinstance(error, ValidationError) else str(error)) from error
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML that `--config` reads again."""
@@ -210,21 +224,58 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def _can_be_unset(model: type[BaseModel], path: list[str]) -> bool:
-    """Return whether a setting may be None. For others the flag's `none`, a subclass of str, is a text like any."""
+    """Return whether a flag's `none`, a subclass of str, unsets a setting: it may be None, and cannot be a text.
+
+    A folder, a label or a model may be called none.
+    """
     field = model.model_fields.get(path[0])
     options = () if field is None else get_args(field.annotation) or (field.annotation,)
     if len(path) == 1:
-        return not options or type(None) in options
+        kinds = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options]
+        return not kinds or (type(None) in kinds and str not in kinds)
     return any(
         _can_be_unset(part, path[1:]) for part in options if isinstance(part, type) and issubclass(part, BaseModel)
     )
 
 
+def _split(text: str) -> list[str]:
+    """Return the values of a setting that takes several: a list of texts in JSON, or else what stands between commas.
+
+    One that holds a comma stands between double quotes. A single one is taken as it is, spaces included.
+    """
+    with suppress(ValueError):
+        listed = json.loads(text)
+        if isinstance(listed, list) and all(isinstance(value, str) for value in listed):
+            return listed
+    with suppress(csv.Error):
+        values = next(csv.reader([text], skipinitialspace=True), [])
+        if len(values) > 1:
+            return [value.strip() for value in values]
+        return next(csv.reader([text]), []) or [text]
+    return [text]
+
+
 # Pydantic's own terms for settings of a component that need not be there, "ifdef" and "undefined", tell a user nothing.
 
 
-def _add_flag(parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
+def _from_environment(cls: type[JobConfig]) -> frozenset[str]:
+    return frozenset(name for name, field in cls.model_fields.items() if FROM_ENVIRONMENT in field.metadata)
+
+
+class _Refused(argparse.Action):
+    """A flag that is none, since its value would stand in the list of processes."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise UserError(f"{self.option_strings[0]} is no flag: set {ENV_PREFIX}{self.dest.upper()} in the environment")
+
+
+def _add_flag(hidden: Collection[str], parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
+    if (name := names[0].lstrip("-").replace("-", "_")) in hidden:
+        return parser.add_argument(
+            names[0], dest=name, action=_Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     help_text = options["help"].replace("(ifdef: required)", "(required if one of these is given)")
+    help_text = help_text.removesuffix("(default: none)").rstrip()  # to most flags, none is a name like any
     return argparse.ArgumentParser.add_argument(parser, *names, **options | {"help": help_text})
 
 
@@ -237,8 +288,8 @@ class _Environment(EnvSettingsSource):
     """Environment variables; several values stand between commas, as in flags, or in a list of JSON."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        if get_origin(field.annotation) is tuple and not value.lstrip().startswith("["):
-            return next(csv.reader([value], skipinitialspace=True), [])
+        if get_origin(field.annotation) is tuple:
+            return _split(value) if value else []
         return super().decode_complex_value(field_name, field, value)
 
 
@@ -258,7 +309,10 @@ def _read(cls: type[JobConfig], path: str | None) -> _ConfigFile:
     try:
         if path is not None:
             Path(path).read_bytes()  # pydantic-settings passes over a file that it cannot find
-        return _ConfigFile(cls, path)
+        file = _ConfigFile(cls, path)
+        if secret := next((name for name in file.yaml_data if name in _from_environment(cls)), None):
+            raise UserError(f"--config {path}: {secret} is read from the environment alone; take it out")
+        return file
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -294,5 +348,7 @@ def _explain(error: ValidationError) -> str:
             parts.append(f"{flag} is required")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_type" and isinstance(item["input"], bool):
+                message += " (YAML reads yes, no, on and off as true and false: put the word between quotes)"
             parts.append(f"{flag}: {item['input']!r} is refused: {message}" if key else message)
     return "; ".join(dict.fromkeys(parts))

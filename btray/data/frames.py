@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from btray.data.preprocess import Frame, decode_side, make_frame, preprocessing_
 from btray.data.scans import Scan, ScanLimits, ScanRejected, SliceInfo, decode
 from btray.storage import StorageError
 from btray.storage.packed import PackedFrames
-from btray.storage.read_many import read_many
+from btray.storage.read_many import ReadResult, read_many
 
 # A scan's number times this, plus the frame within it, is the sample number: the key of all that is random about it.
 FRAMES_PER_SCAN = 1024
@@ -78,6 +78,8 @@ class FrameSource:
 
     preprocess: PreprocessConfig
     limits: ScanLimits = field(default_factory=ScanLimits)
+    read: Callable[..., Iterable[ReadResult]] = read_many
+    """What reads stored scans, called as `read_many` is."""
 
     def from_bytes(self, data: bytes) -> Frames | Rejection:
         """Return the frames of one encoded scan, in their order, or why there are none."""
@@ -89,7 +91,7 @@ class FrameSource:
 
     def scans(self, uris: Sequence[str]) -> Iterator[Scan | Rejection]:
         """Yield stored scans before preprocessing, read concurrently and decoded one by one, one for each URI."""
-        for data in read_many(uris, max_bytes=self.limits.max_bytes):
+        for data in self.read(uris, max_bytes=self.limits.max_bytes):
             yield Rejection.of(data) if isinstance(data, StorageError) else self.decode(data)
 
     def decode(self, data: bytes) -> Scan | Rejection:

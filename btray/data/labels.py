@@ -23,6 +23,12 @@ _ALIASES = {
     "no_tumor": ("no", "non", "none", "normal", "healthy"),
 }
 _CANONICAL_BY_ALIAS = {alias: label for label, aliases in _ALIASES.items() for alias in aliases}
+# small Cyrillic and Greek letters that look like Latin ones, dashes and quotes
+_LOOKALIKES = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u04bb\u0501\u051b\u051d\u03bf\u03bd\u03b9"
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2018\u2019\u02bc",
+    "aeopcyxijshdqwovi" + "-" * 7 + "'" * 3,
+)
 
 
 @lru_cache(4096)
@@ -31,11 +37,13 @@ def canonical_label(folder_name: str) -> str:
 
     Case, spaces, `-`, `_` and a closing "tumor" or "tumour" do not count: `Glioma_Tumor`, `no tumour` and `notumor` are
     known. A name has the Unicode form NFC, whatever the file system or editor that wrote it; characters without width
-    do not count, and 1.0 is 1, since the same column is text in a CSV file and numbers in a Parquet file.
+    do not count, 1.0 is 1 and True is true, since the same column is text in a CSV file, and numbers in a Parquet file.
     """
     visible = "".join(letter for letter in folder_name if unicodedata.category(letter) != "Cf")
     name = unicodedata.normalize("NFC", visible).strip()
     name = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", name)
+    if name.casefold() in ("true", "false"):
+        name = name.casefold()
     key = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
     return _CANONICAL_BY_ALIAS.get(re.sub(r"tumou?rs?$", "", key), name or folder_name)
 
@@ -45,10 +53,11 @@ Label = Annotated[str, AfterValidator(canonical_label)]
 
 
 def label_twins(labels: Iterable[str]) -> list[str]:
-    """Name labels that a reader would take for the same: they differ in case, spaces or width only."""
+    """Name labels that a reader takes for the same: only case, spaces, dashes, width, script or a last dot differ."""
     alike: dict[str, list[str]] = {}
     for label in sorted(set(labels)):
-        alike.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), []).append(label)
+        plain = unicodedata.normalize("NFKC", label).casefold().translate(_LOOKALIKES).rstrip(" .")
+        alike.setdefault(re.sub(r"(?<=\w)(?:[\s_]+|-)(?=\w)", " ", plain.replace("_", " ")), []).append(label)
     return [
         f"{' and '.join(map(repr, names))} are labels that look alike" for names in alike.values() if len(names) > 1
     ]

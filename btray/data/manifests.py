@@ -1,10 +1,11 @@
 """Manifests and lists: files that name objects, one per row or line, streamed.
 
-Each may also be the folder of part files that Spark makes of one. Text is UTF-8, or UTF-16 with a byte-order mark as
-Windows writes it, and may be packed by gzip. A CSV is separated by commas, semicolons, tabs or bars.
+Each may also be the folder of part files that Spark makes of one. Text is UTF-8 or UTF-16, with a byte-order mark or
+without one, its lines end as on Unix, Windows or old Macs, and it may be packed by gzip. A CSV is separated by commas,
+semicolons, tabs or bars.
 
 A name counts as it is given, since keys may hold spaces, quotes and backslashes. Only if nothing is there, it counts
-without the spaces and quotes around it, and then with slashes for its backslashes.
+without the spaces and quotes around it, then with slashes for its backslashes, and then in Unicode's other form.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gzip
 import io
 import posixpath
 import re
+import unicodedata
 import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +45,17 @@ ENDINGS: dict[str, Kind] = {
 """How files that name objects are called, in lower case."""
 _SEPARATORS = ",;\t|"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Without a mark it shows by three Latin letters in a row, such as those of a suffix.
+_UTF16 = {
+    "utf-16-le": re.compile(rb"(?:..)*?(?:[^\0]\0){3}", re.DOTALL),
+    "utf-16-be": re.compile(rb"(?:..)*?(?:\0[^\0]){3}", re.DOTALL),
+}
+_QUOTED = re.compile(r"""(["'`]).+\1|\u201c.+\u201d|\u2018.+\u2019|<.+>""")
+# spaces, and marks without width, around a name
+_UNSEEN = re.compile(
+    r"^[\s\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069]+|[\s\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069]+$"
+)
+_HEAD = 1 << 16  # bytes in which they are looked for
 _LOOKED_UP_AT_A_TIME = 1024
 _LOOKERS = 32  # threads
 
@@ -104,7 +117,8 @@ def _lines(listing: str) -> Iterator[list[str | None]]:
     folder = listing.rpartition("/")[0]
     for part in parts_of(listing):
         with _manifest_errors(part), _open_text(part) as file:
-            lines = (line.rstrip(b"\r\n") for line in io.BufferedReader(file, _BLOCK) if line.strip())
+            # DOS ends a text with the byte 1A
+            lines = (line.rstrip(b"\r\n") for line in io.BufferedReader(file, _BLOCK) if line.strip(b"\x1a \t\r\n"))
             for number, line in enumerate(lines, start=1):
                 try:
                     name = line.decode()
@@ -112,7 +126,7 @@ def _lines(listing: str) -> Iterator[list[str | None]]:
                     raise UserError(
                         f"{part}: the line {line!r} is not UTF-8; write the list as UTF-8, one URI per line."
                     ) from error
-                yield [*_spellings(part, number, folder, name), *([None] if name.startswith("#") else [])]
+                yield [*_spellings(part, number, folder, name), *([None] if name.lstrip().startswith("#") else [])]
 
 
 def read_manifest(
@@ -272,9 +286,10 @@ def _as_found(
 
 def _spellings(source: str, number: int, folder: str, given: str) -> list[str]:
     """Return the absolute URIs that a name may mean, the name as given first. Raises UserError."""
-    trimmed = given.replace("\ufeff", "").strip()
-    unquoted = trimmed[1:-1].strip() if re.fullmatch(r"""(["']).+\1""", trimmed) else trimmed
-    names = dict.fromkeys((given, trimmed, unquoted, unquoted.replace("\\", "/")))
+    trimmed = _UNSEEN.sub("", given)
+    unquoted = trimmed[1:-1].strip() if _QUOTED.fullmatch(trimmed) else trimmed
+    forms = (given, trimmed, unquoted, unquoted.replace("\\", "/"))
+    names = dict.fromkeys((*forms, *(unicodedata.normalize(form, forms[-1]) for form in ("NFC", "NFD"))))
     return list(dict.fromkeys(_locate(source, number, folder, name) for name in names if name))
 
 
@@ -303,15 +318,31 @@ def open_for_arrow(uri: str) -> Any:
 
 
 def _open_text(uri: str) -> Any:
-    """Open a text file as UTF-8 without a byte-order mark: unpacked if it is gzip, transcoded if it is UTF-16."""
+    """Open a text file as UTF-8 without a byte-order mark, unpacked and transcoded, whose lines end with newlines.
+
+    Raises UserError if it is in another encoding that shows.
+    """
     file = io.BufferedReader(open_for_arrow(uri), _BLOCK)
     if file.peek(2).startswith(b"\x1f\x8b"):
         file = io.BufferedReader(gzip.GzipFile(fileobj=file), _BLOCK)
-    if file.peek(2).startswith(_UTF16_MARKS):
-        return pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), "utf-16", "utf-8")
-    if file.peek(3).startswith(codecs.BOM_UTF8):
+    if encoding := _utf16_of(file.peek(_HEAD)[:_HEAD]):
+        if encoding == "unknown":
+            raise UserError(f"{uri} holds NUL characters, as text does not; write it as UTF-8.")
+        file = io.BufferedReader(pa.transcoding_input_stream(pa.PythonFile(file, mode="r"), encoding, "utf-8"), _BLOCK)
+    while file.peek(3).startswith(codecs.BOM_UTF8):
         file.read(3)
+    if b"\r" in (head := file.peek(_HEAD)) and b"\n" not in head:  # as old Macs end lines
+        return pa.TransformInputStream(pa.PythonFile(file, mode="r"), lambda block: bytes(block).replace(b"\r", b"\n"))
     return file
+
+
+def _utf16_of(head: bytes) -> str | None:
+    """Return how a text is encoded that begins so, if it is UTF-16; "unknown" if it is neither that nor UTF-8."""
+    if b"\0" not in head:
+        return None
+    if head.startswith(_UTF16_MARKS) and head[2:4] != b"\0\0":  # UTF-32 begins so
+        return "utf-16"
+    return next((encoding for encoding, pattern in _UTF16.items() if pattern.match(head)), "unknown")
 
 
 def csv_batches(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from posixpath import splitext
 
 from btray.core.errors import UserError
+from btray.data.folder_names import class_meant, mask_files, name_key, no_class, no_images, odd_below_class, split_meant
 from btray.data.labels import CANONICAL, canonical_label, label_twins
 from btray.storage import is_hidden
 
@@ -37,46 +37,25 @@ _NO_IMAGES = {
     ".py", ".pyc", ".ipynb", ".m", ".r", ".sh", ".bat", ".exe", ".dll",
     ".mat", ".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".pth", ".onnx", ".keras", ".safetensors",
     ".db", ".ini", ".lnk", ".url", ".bib", ".tex", ".mp4", ".avi", ".mov", ".svg", ".identifier",
+    ".crdownload", ".part", ".partial", ".tmp", ".bak", ".xmp", ".md5", ".sha1", ".sha256", ".htt",
 }  # fmt: skip
 # The same without a suffix, in lower case; operating systems and network drives make the folders.
 _NO_IMAGE_FILES = {
     "readme", "license", "licence", "copying", "changelog", "authors", "notice", "citation", "version", "checksums",
     "md5sums", "sha1sums", "sha256sums", "dicomdir", "icon\r", "thumbs.db:encryptable", "_success",
+    "zbthumbnail.info", "synctoy.dat",
 }  # fmt: skip
 _NO_IMAGE_FOLDERS = {
     "@eadir", "@recycle", "#recycle", "$recycle.bin", "recycler", "recycled", "system volume information",
     "lost+found", "network trash folder", "temporary items", "__pycache__",
+    "@__thumb",
 }  # fmt: skip
 
-# Folder names that are no diagnosis, without case, spaces and punctuation: `_key`. `test_tumor` is none of them.
-_FILLER = r"(?:data|set|sets|split|fold|images?|imgs?|scans?|slices?|samples?|files?|folder|cases|mri|png|jpe?g|\d)*"
-_SPLIT = re.compile(
-    rf"{_FILLER}(?:(?P<train>train(?:ing)?(?:val)?)|(?P<val>val(?:id|idation)?|dev(?:elopment)?)"
-    rf"|(?P<test>test(?:s|ing)?|hold(?:ing)?out|heldout|eval(?:uation)?)){_FILLER}"
-)
-_MASKS = (
-    r"(?:brain|tumou?r|lesion|train(?:ing)?|test(?:ing)?|val|manual|binary|images?|img)*"
-    r"(?!labels?\d)(?:masks?|labels?|labelmaps?|annot(?:ation)?s?|seg(?:mentation)?s?|contours?|bbox(?:es)?|groundtruths?|gt|rois?)"
-)
-_PREDICTIONS = r"(?:pred(?:ict|icted|iction)?|output|result|inference|heatmap|overlay|gradcam)s?"
-_FOLDS = r"(?:k|cv|(?:k|cv)?fold|crossval(?:idation)?|part|partition|batch|subset|split|set)\d+|(?:k|\d+(?:th)?)?folds?"
-_IMAGES = r"(?:all|raw|original)?(?:images?|imgs?|pictures?|slices|scans|jpe?gs?|pngs?|dicoms?|dcm|niftis?|nii)"
-_VERSIONS = r"(?:augment(?:ed|ations?)|cropped|resized|(?:pre)?processed|raw|originals?|copy|backup)"
-_PATIENTS = r"(?:patient|subject|sub|case|participant|study|series|session)s?\d+"
 _SERIES = re.compile(r".*\d.*|axial|coronal|sagittal|flair|dwi|adc|swi|pre|post|left|right")
-_BELOW = {"a split": _SPLIT, "masks": re.compile(_MASKS + _FILLER), "predictions": re.compile(_PREDICTIONS + _FILLER)}
-_NO_CLASSES = _BELOW | {
-    "a fold": re.compile(_FOLDS),
-    "a folder of images": re.compile(_IMAGES),
-    "a version of the images": re.compile(_VERSIONS + _FILLER),
-    "a patient": re.compile(_PATIENTS),
-}
 _SPLIT_WORD = r"(?:train(?:ing)?|test(?:ing)?|val(?:id|idation)?|dev)"
 _OF_SPLIT = re.compile(rf"^{_SPLIT_WORD}[\W_]+|[\W_]+{_SPLIT_WORD}$", re.I)  # train_glioma, glioma-test
 _COPY_WORD = r"(?:copy|kopie|copie|copia|aug(?:mented|mentations?)?)"
 _COPY = re.compile(rf"(.+?)(?:[\W_]+{_COPY_WORD}|[\W_]*\(\d+\))+", re.I)  # glioma - Copy (2), glioma_aug
-_MASK = r"(?:masks?|seg(?:mentation)?|label|annotation|contour|gt|roi)"
-_MASK_FILE = re.compile(rf"(.+?)[ _.-]{_MASK}(?:[ _.-]?\d+)?|(.*/)?{_MASK}[ _.-]([^/]+)", re.I)  # 1_mask, mask_1
 
 
 @dataclass(frozen=True)
@@ -99,8 +78,8 @@ def read_tree(paths: Iterable[str], shown: str, classes: Sequence[str] = ()) -> 
     Args:
         paths: Relative, without hidden ones.
         shown: What errors call the folder.
-        classes: The class folders that are meant, by any name that means their label; the others, and masks beside
-            images, are then left out. None: all, and what does not look like a class is warned of.
+        classes: The class folders that are meant, by any name that means their label; the others, and what looks like
+            masks or the like in these, are then left out. None: all, and what does not look like a class is warned of.
 
     Raises:
         UserError: there are no images, no class folders, or several trees of them.
@@ -114,15 +93,17 @@ def read_tree(paths: Iterable[str], shown: str, classes: Sequence[str] = ()) -> 
         besides = f" ({len(left_out)} other files, such as {next(iter(left_out))})" if left_out else ""
         raise UserError(f"{shown} holds no images{besides}; give {LAYOUT}.")
     root = class_root(images.values(), shown, wanted)
-    masks = _mask_files(images)
+    masks = mask_files(images)
     labelled: dict[str, tuple[str | None, str]] = {}
     for path, plain in images.items():
         is_below = _is_below(plain, root)
         place = _class_of(plain.removeprefix(f"{root}/"), wanted) if is_below else None
         if place is None:
             left_out[path] = "no_class_folder" if is_below else "outside_class_tree"
-        elif wanted and (place[1] not in wanted or path in masks):
-            left_out[path] = "mask" if place[1] in wanted else "not_in_classes"
+        elif wanted and place[1] not in wanted:
+            left_out[path] = "not_in_classes"
+        elif wanted and (reason := "mask" if path in masks else _no_image_below(plain, root, place[0])):
+            left_out[path] = reason
         else:
             labelled[path] = place
     if not labelled:
@@ -166,13 +147,13 @@ def reason_to_leave_out(path: str) -> str | None:
     suffix = splitext(name)[1]
     if suffix in _ARCHIVES and not name.endswith(".nii.gz"):
         return "archive_inside"
-    is_other = suffix in _NO_IMAGES or name in _NO_IMAGE_FILES or not _NO_IMAGE_FOLDERS.isdisjoint(folders)
+    is_other = (
+        suffix in _NO_IMAGES
+        or name.endswith("~")
+        or name in _NO_IMAGE_FILES
+        or not _NO_IMAGE_FOLDERS.isdisjoint(folders)
+    )
     return "no_image" if is_other else None
-
-
-def no_class(name: str) -> str | None:
-    """Return what a class folder or label of this name looks like, if that is no class."""
-    return _looks_like(name, _NO_CLASSES)
 
 
 def class_root(names: Iterable[str], shown: str, wanted: Collection[str] = ()) -> str:
@@ -222,15 +203,10 @@ def _is_below(path: str, folder: str) -> bool:
     return not folder or path.startswith(f"{folder}/")
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
-
-
 def _split_of(folder: str, *, loosely: bool = False) -> str | None:
     """Return the split that a folder is named for; loosely, Train_Set and 01_dev are named for one too."""
     name = folder.rpartition("/")[2]
-    match = _SPLIT.fullmatch(_key(name)) if loosely else None
-    return SPLITS.get(name.casefold()) or (match and match.lastgroup)
+    return SPLITS.get(name.casefold()) or (split_meant(name) if loosely else None)
 
 
 def _class_of(path: str, wanted: Collection[str]) -> tuple[str | None, str] | None:
@@ -261,10 +237,12 @@ def _doubtful_folders(folders: Mapping[str, tuple[str | None, str]], root: str) 
             doubts.setdefault(place, f"{place} looks like a split of a class")
         elif (copied := _COPY.fullmatch(name)) and canonical_label(copied[1]) in known:
             doubts.setdefault(place, f"{place} looks like a copy of {copied[1]}")
+        elif (meant := class_meant(name)) and canonical_label(meant[0]) in labels:
+            doubts.setdefault(place, f"{place} looks like {meant[1]} of {meant[0]}")
         elif in_splits and label not in in_splits.union(CANONICAL):
             doubts.setdefault(place, f"{place} lies beside folders of splits, which have no such class")
         for inner in below:
-            kind = "a class" if canonical_label(inner) in known - {label} else _looks_like(inner, _BELOW)
+            kind = "a class" if canonical_label(inner) in known - {label} else odd_below_class(inner)
             # glioma/test alone: a patient, say; no split is lost
             is_harmless = kind == "a split" and len(inner_splits) == 1 and label in CANONICAL and place not in folders
             if kind and not is_harmless:
@@ -277,12 +255,17 @@ def _alike(cuts: Collection[tuple[str, str, list[str]]], images: Collection[str]
     children: dict[str, set[str]] = {}
     for place, name, below in cuts:
         if place not in images and canonical_label(name) not in CANONICAL:
-            children.setdefault(place, set()).update(key for key in map(_key, below[:1]) if not _SERIES.fullmatch(key))
+            children.setdefault(place, set()).update(
+                key for key in map(name_key, below[:1]) if not _SERIES.fullmatch(key)
+            )
     alike: dict[frozenset[str], dict[str, str]] = {}
     for place, names in children.items():
         alike.setdefault(frozenset(names), {}).setdefault(place.rpartition("/")[2], place)
+    for fewer, places in alike.items():
+        if len(fewer) > 1:
+            places |= {name: place for more, others in alike.items() if fewer < more for name, place in others.items()}
     return {
-        place: f"{' and '.join(places.values())} hold the same folders, which look like classes"
+        place: f"{' and '.join(sorted(places.values()))} hold the same folders, which look like classes"
         for names, places in alike.items()
         if len(names) > 1 and len(places) > 1
         for place in [min(places.values())]
@@ -296,15 +279,7 @@ def _cut(folder: str, root: str, split: str | None) -> tuple[str, str, list[str]
     return "/".join(parts[: above + 1]), parts[above], parts[above + 1 :]
 
 
-def _looks_like(name: str, kinds: Mapping[str, re.Pattern[str]]) -> str | None:
-    return next((kind for kind, pattern in kinds.items() if pattern.fullmatch(_key(name))), None)
-
-
-def _mask_files(paths: Iterable[str]) -> set[str]:
-    """Return those of `paths` that are named for a mask and whose image lies beside them: 1.png and 1_mask.png."""
-    stems = {path: re.sub(r"(\.nii)?\.[^./]*$", "", path, flags=re.IGNORECASE) for path in paths}
-    matches = {path: match for path, stem in stems.items() if (match := _MASK_FILE.fullmatch(stem))}
-    masks = {path: match[1] or (match[2] or "") + match[3] for path, match in matches.items()}
-    # the image may have a word of its own: 1_t1.nii beside 1_seg.nii
-    beside = {part for path, stem in stems.items() if path not in masks for part in (stem, stem.rpartition("_")[0])}
-    return {path for path, image in masks.items() if image in beside}
+def _no_image_below(path: str, root: str, split: str | None) -> str | None:
+    """Return what a folder between a class folder and the file at `path` looks like, if it holds no images to take."""
+    *_, below = _cut(path.rpartition("/")[0], root, split)
+    return next((f"looks like {kind}".replace(" ", "_") for kind in map(no_images, below) if kind), None)

@@ -117,8 +117,13 @@ def summary(metrics: Evaluation) -> str:
         precision, recall, f1, auroc = (number(value, "-") for value in (row.precision, row.recall, row.f1, row.auroc))
         lines.append(f"{label:<16}{precision:>10}{recall:>8}{f1:>8}{auroc:>8}{row.support:>8}")
     for kind, rows in _part_tables(metrics).items():
-        lines += [f"{kind}: {name}: {n} images, {headline}" for name, n, _, headline, *_ in rows]
+        lines += [f"{kind} {name}: {n} images, {_named(headline)}" for name, n, _, headline, *_ in rows]
     return "\n".join(lines)
+
+
+def _named(headline: str) -> str:
+    """Return a figure of a part with what it is, which in tables the head of the column says."""
+    return f"macro-F1 {headline}" if headline[:1].isdigit() else headline
 
 
 def _with_intervals(metrics: Metrics) -> str:

@@ -74,10 +74,15 @@ class Network(nn.Module):
             previous, images = images, part(images)
             # the image itself, of one channel, is not a feature map
             if images.shape[2:] != previous.shape[2:] and previous.shape[1] > 1:
-                means.append(previous.mean((2, 3), dtype=torch.float32))
-        means.append(images.mean((2, 3), dtype=torch.float32))
+                means.append(_means(previous))
+        means.append(_means(images))
         logits: Tensor = self.head(self.dropout(self.embed(images.float())))
         return logits, torch.cat(means, 1)
+
+
+def _means(feature_map: Tensor) -> Tensor:
+    """Return the mean of each channel, float32 [n, channels], in the order in which channels last lie in memory."""
+    return feature_map.permute(0, 2, 3, 1).flatten(1, 2).float().mean(1)
 
 
 class Block(nn.Module):

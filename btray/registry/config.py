@@ -26,7 +26,7 @@ class ModelsConfig(JobConfig):
     registry: Uri
     """Folder of the models of one name, such as s3://bucket/models/brain-mri; `promote` makes it."""
     model: str | None = None
-    """The model: its model_id or the beginning of it, or the folder of a bundle, which `promote` adds."""
+    """The model: its model_id or the beginning of it, or a bundle (folder, or brain-mri), which `promote` adds."""
     against: str | None = None
     """What it is compared with: another model of the registry; default: the promoted one."""
     stage: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")] = "production"

@@ -13,6 +13,7 @@ from btray.model import promotion
 from btray.model.bundle_files import own_names, read_files
 from btray.model.config import MANIFEST
 from btray.model.promotion import Promotion
+from btray.model.shipped import SHIPPED, locate
 from btray.registry.config import ModelsConfig
 
 _log = logging.getLogger(__name__)
@@ -33,7 +34,10 @@ def _list(config: ModelsConfig) -> None:
     from btray.registry.description import line_of  # takes seconds to import, which a promotion does without
 
     promoted = {stage: promotion.current(config.registry, stage) for stage in promotion.stages(config.registry)}
-    for model_id in _model_ids(config.registry):
+    model_ids = _model_ids(config.registry)
+    if not model_ids:
+        raise UserError(f"--registry {config.registry}: no model is there; btray models promote makes a registry")
+    for model_id in model_ids:
         marks = [stage for stage, entry in promoted.items() if entry and entry.model_id == model_id]
         print(line_of(promotion.bundle_uri(config.registry, model_id), marks))
     for stage in promoted:
@@ -54,8 +58,8 @@ def _compare(config: ModelsConfig) -> None:
     from btray.registry.description import describe
 
     uri, other = _find(config, str(config.model)), _against(config)
-    for one in (uri, other):
-        print("\n".join(describe(one)), end="\n\n")
+    for name, one in (("the model", uri), ("what it is compared with", other)):
+        print("\n".join([f"{name}:", *describe(one)]), end="\n\n")
     if config.require is not None:
         from btray.registry.requirement import measure
 
@@ -111,7 +115,7 @@ def _record(
     uri = promotion.bundle_uri(config.registry, model_id)
     read_files(uri, model_id=model_id)
     if before is not None and before.model_id == model_id:
-        raise UserError(f"{config.registry}@{config.stage} is model {before} already; nothing is changed")
+        raise UserError(f"{config.registry}@{config.stage} is already model {before}; nothing is changed")
     entry = Promotion(
         number=before.number + 1 if before else 1,
         model_id=model_id,
@@ -136,7 +140,7 @@ def _added(config: ModelsConfig) -> str:
     given = str(config.model)
     if not _is_place(given):
         return _find(config, given)
-    source = storage.resolve(given)
+    source = locate(given)
     manifest, _ = read_files(source)
     uri = promotion.bundle_uri(config.registry, manifest.model_id)
     if source != uri:
@@ -148,25 +152,28 @@ def _added(config: ModelsConfig) -> str:
     return uri
 
 
-def _find(config: ModelsConfig, model: str) -> str:
+def _find(config: ModelsConfig, model: str, setting: str = "--model") -> str:
     """Return the one bundle of the registry whose model_id begins with `model`, or the bundle that lies there."""
     if _is_place(model):
-        return storage.resolve(model)
+        return locate(model)
     found = [model_id for model_id in _model_ids(config.registry) if model_id.startswith(model)]
     if len(found) != 1:
         known = ", ".join(_model_ids(config.registry)) or "none"
-        raise UserError(f"--model {model}: {len(found)} models of {config.registry} begin so; it has {known}")
+        raise UserError(
+            f"{setting} {model}: the model_id of {len(found)} models of {config.registry} begins so; it has {known} "
+            f"(a folder beside you: ./{model})"
+        )
     return promotion.bundle_uri(config.registry, found[0])
 
 
 def _against(config: ModelsConfig) -> str:
     if config.against is not None:
-        return _find(config, config.against)
+        return _find(config, config.against, "--against")
     return promotion.resolve(f"{config.registry}@{config.stage}", log=False)[0]
 
 
 def _is_place(model: str) -> bool:
-    return "/" in model or storage.is_remote(model)
+    return "/" in model or storage.is_remote(model) or model == SHIPPED
 
 
 def _model_ids(registry: str) -> list[str]:

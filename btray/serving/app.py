@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from btray.serving import openapi
 from btray.serving.classify_api import classify_routes
+from btray.serving.dicomweb.stow import stow_routes
 from btray.serving.gate import CLIENT_CLOSED, PAGE, Gate
 from btray.serving.metrics import exported_pages, merged
 from btray.serving.oip import protocol_routes
@@ -70,6 +71,7 @@ def build_app(service: Service) -> Gate:
     app.include_router(classify_routes(service))
     app.include_router(studies_routes(service))
     app.include_router(protocol_routes(service))
+    app.include_router(stow_routes(service))
     openapi.define(app, ProblemAnswer, ClassifyRequest, StudiesRequest, InferBody)
     template = resources.files("btray").joinpath("serving/static/docs.html").read_text(encoding="utf-8")
     docs = jinja2.Template(template, autoescape=True).render(api=app.openapi()).encode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 Work = TypeVar("Work")
@@ -16,13 +16,23 @@ Result = TypeVar("Result")
 Answer = TypeVar("Answer")
 
 
+class SharedThread(ThreadPoolExecutor):
+    """One thread for the batches of several batchers of one event loop, each of which knows whether it is at work."""
+
+    def __init__(self, name: str) -> None:
+        """Start without work; `name` is that of the thread."""
+        super().__init__(1, name)
+        self.batches = 0
+        """Batches that run there or wait for it."""
+
+
 class Batcher(Generic[Work, Result]):
-    """Hands lists of work to `run`, one list at a time, on a thread of `executor`. Belongs to one event loop."""
+    """Hands lists of work to `run`, one list at a time, on a thread that it may share. Belongs to one event loop."""
 
     def __init__(
         self,
         run: Callable[[Sequence[Work]], Sequence[Result]],
-        executor: Executor,
+        thread: SharedThread,
         *,
         largest: int,
         weight: Callable[[Work], int],
@@ -34,7 +44,7 @@ class Batcher(Generic[Work, Result]):
         continues to wait.
         """
         self.run = run
-        self.executor = executor
+        self.thread = thread
         self.largest = largest
         self.weight = weight
         self.watch = watch
@@ -43,8 +53,8 @@ class Batcher(Generic[Work, Result]):
 
     @property
     def idle(self) -> bool:
-        """Return whether nothing runs and nothing waits."""
-        return self._running is None and not self._waiting
+        """Return whether nothing runs on the thread, for this batcher or another, and nothing waits."""
+        return not self.thread.batches and not self._waiting
 
     async def alone(self, function: Callable[[], Answer]) -> Answer:
         """Run `function` on the thread, as a batch of one. Only for a batcher that is idle."""
@@ -82,6 +92,7 @@ class Batcher(Generic[Work, Result]):
 
         def finish(done: asyncio.Future[Sequence[Answer]]) -> None:
             self._running = None
+            self.thread.batches -= 1
             for place, future in enumerate(futures):
                 if future.done():  # its caller is gone
                     continue
@@ -93,5 +104,6 @@ class Batcher(Generic[Work, Result]):
                     future.set_result(done.result()[place])
             self._start()
 
-        self._running = asyncio.get_running_loop().run_in_executor(self.executor, function)
+        self._running = asyncio.get_running_loop().run_in_executor(self.thread, function)
+        self.thread.batches += 1
         self._running.add_done_callback(finish)

@@ -23,7 +23,7 @@ from btray.serving.models import DecodedImage, ModelFacts, ServedModel, SwitchRe
 from btray.serving.openapi import BINARY, EXAMPLE_PNG, request_body
 from btray.serving.problems import REJECTION_STATUS, Answer, Problem, problem_responses
 from btray.serving.service import Service
-from btray.serving.uploads import ClassifyRequest, Upload, images_in
+from btray.serving.uploads import DICOM, RELATED, ClassifyRequest, Upload, images_in
 
 
 class Explanation(Answer):
@@ -117,7 +117,7 @@ _BODY: Final = request_body(
     ClassifyRequest,
     {"images": [{"name": "scan.png", "data": EXAMPLE_PNG}]},
     **{"multipart/form-data": _FORM},
-    **dict.fromkeys(("image/jpeg", "image/png", "image/tiff", "application/octet-stream"), BINARY),
+    **dict.fromkeys(("image/jpeg", "image/png", "image/tiff", "application/octet-stream", DICOM, RELATED), BINARY),
 )
 
 

@@ -14,6 +14,8 @@ from btray.core.errors import UserError
 from btray.core.uris import Uri
 from btray.model.config import EngineName, Precision, require_bundle
 from btray.model.shipped import SHIPPED, Model
+from btray.pacs.address import Address
+from btray.pacs.config import PacsConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 
@@ -43,9 +45,9 @@ class LimitsConfig(ComponentConfig):
     max_megapixels: Annotated[float, Field(gt=0)] = 64.0
     """Most pixels of one image, all its pages or slices together, in millions; counted before anything is decoded."""
     max_requests: Positive = 32
-    """Requests in work at a time, from when they are read; the next ones are answered 503 with Retry-After."""
+    """Requests in work at a time; those that are read meanwhile wait up to a second, then get 503 with Retry-After."""
     max_reading: Positive = 64
-    """Requests whose bodies are on their way at a time; they take no place of a request in work."""
+    """Requests whose bodies are on their way, or that wait, at a time; they take no place of a request in work."""
     timeout: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that reading a body may take, and as many again for the answer."""
 
@@ -61,8 +63,8 @@ class LimitsConfig(ComponentConfig):
 
     @property
     def places(self) -> int:
-        """Return how many requests HAProxy gives a replica at a time; the next ones wait or are refused in HAProxy."""
-        return max(64, 2 * self.max_requests)
+        """Return how many requests proxies give a replica at a time; the next ones wait or are refused in the proxy."""
+        return self.max_requests + self.max_reading
 
 
 class ServiceConfig(ComponentConfig):
@@ -88,30 +90,58 @@ class ServiceConfig(ComponentConfig):
     """In what the network computes; bf16, bfloat16, takes less time on CPUs with AVX512_BF16 or AMX and on GPUs."""
     max_batch: Positive = 16
     """Most frames of one forward pass; they are those that wait while the one before it runs."""
-    decoders: Positive = 2
-    """Images that a replica decodes at a time."""
+    decoders: Positive | None = None
+    """Images that a replica decodes at a time; default: its CPUs, with a GPU its share of those of the node, and at
+    least two."""
     limits: LimitsConfig = LimitsConfig()
     """What callers may ask of one replica."""
+    report_to: str | None = None
+    """Archive, dicomweb://HOST/ROOT, to which the report of each pushed study (STOW-RS) is sent; it is read from there,
+    with the access of BTRAY_PACS_USER and so on."""
+    report_after_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a push of a study after which it is reported; a study that grows later is reported again."""
+    pending: Uri | None = None
+    """Folder, local or s3://, that keeps which studies wait for their report; one for each service."""
+
+    @model_validator(mode="after")
+    def _pending_is_kept(self) -> Self:
+        if self.report_to is not None and self.pending is None:
+            raise ValueError("report_to needs pending, a folder that keeps which studies wait: give --pending too")
+        return self
+
+    def require_archive(self) -> None:
+        """Raise UserError, which quotes no credentials, unless `report_to` is an archive or None."""
+        if self.report_to is not None:
+            Address.parse(self.report_to)
 
 
 class ReplicasConfig(ComponentConfig):
-    """How many processes answer; each takes one CPU."""
+    """How many processes answer, and what each takes."""
 
     min_replicas: Positive = 1
     """Replicas that are always there."""
     max_replicas: Positive | None = None
-    """Replicas under load; default: one per CPU of the machine that starts the service."""
+    """Replicas under load; default: as many as the CPUs of the machine that starts the service are enough for."""
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs that each replica takes, of those that Ray has on a node."""
     upscale_delay: Annotated[float, Field(ge=0)] = 5.0
     """Seconds of load before a replica is added."""
     downscale_delay: Annotated[float, Field(ge=0)] = 120.0
     """Seconds without it before one is taken away."""
     use_gpu: bool = False
-    """Give each replica a GPU."""
+    """Give each replica a GPU, or a share of one."""
+    replicas_per_gpu: Positive = 1
+    """Replicas that share a GPU: one that decodes and answers over HTTP in a single process leaves most of it idle."""
 
     @property
     def most(self) -> int:
         """Return `max_replicas`, or its default."""
-        return self.max_replicas or max(self.min_replicas, os.cpu_count() or 1)
+        return self.max_replicas or max(self.min_replicas, int((os.cpu_count() or 1) / self.cpus))
+
+    @property
+    def gpu_share(self) -> float:
+        """Return the share of a GPU that each replica takes; 0 on CPUs."""
+        return 1 / self.replicas_per_gpu if self.use_gpu else 0.0
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -159,6 +189,10 @@ class ServeConfig(ServiceConfig, JobConfig):  # type: ignore[misc]  # two kinds 
             require_bundle(self.canary.model)
         if self.keys is not None:
             storage.require_input(self.keys, "--keys")
+        self.require_archive()
+        if self.pending is not None:
+            PacsConfig.from_environment().check()
+            storage.require_writable(self.pending, "--pending")
         try:
             address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             with socket.socket(address[0], socket.SOCK_STREAM) as probe:

@@ -7,26 +7,26 @@ routes.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import json
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from btray.core import logs
 from btray.core.config import ComponentConfig
 from btray.core.errors import UserError
-from btray.model.promotion import pinned, split
 from btray.serving.app import build_app
-from btray.serving.config import ApplicationConfig, ServiceConfig, is_loopback
+from btray.serving.config import ApplicationConfig, LimitsConfig, ServiceConfig, is_loopback
+from btray.serving.dicomweb.job import keep_reporting
 from btray.serving.gate import Gate
+from btray.serving.models import ConfigStore
 from btray.serving.problems import first_error
-from btray.serving.ray_serve_private import haproxy_host
+from btray.serving.ray_serve_private import ClusterTexts, haproxy_host
 from btray.serving.service import Service
 from btray.storage import StorageError
 
@@ -34,24 +34,53 @@ Config = TypeVar("Config", bound=ComponentConfig)
 
 DEPLOYMENT = "Classifier"
 
-# Serve counts the requests to a replica in its own queue; the gate refuses long before it is full, with a problem to
-# read.
-_MAX_ONGOING = 256
-_PEERS_TIMEOUT = 20.0  # seconds that other replicas have to say what they serve; if there are none, none answers
 _DRAIN = 20.0  # seconds that a replica that is stopped has for the requests it holds
+
+
+class SharedConfigs(ConfigStore):
+    """What the replicas of one deployed application have made of its configs, kept in the cluster for later ones."""
+
+    def __init__(self, deployed: str) -> None:
+        """Share with the replicas that are given the same `deployed`, an id of no other deployment."""
+        self.texts = ClusterTexts(deployed)
+
+    def pin(self, config: ServiceConfig) -> ServiceConfig:
+        """Return `config` with the models that it meant to the replica that read it first.
+
+        A bundle may have been replaced at its place since, or another one promoted. When the config changes, and when
+        it changes back, it is read anew.
+        """
+        given = config.model_dump(mode="json")
+        while True:
+            names = self.texts.names("pinned ")
+            latest = json.loads(self.texts.get(names[-1])) if names else {}
+            if latest.get("given") == given:
+                return ServiceConfig.model_validate(latest["pinned"])
+            record = {"given": given, "pinned": super().pin(config).model_dump(mode="json")}
+            # Of several replicas that come here at a time one is first; the others find its record.
+            self.texts.put(f"pinned {len(names):08d}", json.dumps(record), replace=False)
+
+    def keep(self, config: ServiceConfig) -> None:
+        """Keep `config` as what is served."""
+        self.texts.put("served", config.model_dump_json(), replace=True)
+
+    def kept(self) -> ServiceConfig | None:
+        """Return what was served last; None if nothing was."""
+        text = self.texts.get("served")
+        return ServiceConfig.model_validate_json(text) if text else None
 
 
 class Replica:
     """One process with its models."""
 
-    def __init__(self) -> None:
-        """Start without a model; Serve calls `reconfigure` next."""
+    def __init__(self, deployed: str) -> None:
+        """Start without a model; Serve calls `reconfigure` next. `deployed` is the id of `SharedConfigs`."""
         logs.begin_in_worker("text", job="serve")  # the driver turns lines into JSON if it logs JSON
         host = haproxy_host()
         # Behind an HAProxy that Ray set up every request comes from HAProxy: only its own address says who may ask.
-        self.service = Service(sees_callers=host is None or is_loopback(host))
-        # The latest config as it was given, and with the bundles that its promoted models were then.
-        self._named: tuple[ServiceConfig, ServiceConfig] | None = None
+        self.configs = SharedConfigs(deployed)
+        self.service = Service(sees_callers=host is None or is_loopback(host), configs=self.configs)
+        self._reporting: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Return the app that this replica answers with; `serve.ingress()` without an app calls it."""
@@ -60,58 +89,25 @@ class Replica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve `user_config`, or continue with what is served if that is not possible; see `ServedModels.configure`.
 
-        A replica that starts then takes over what the others serve: else one bad bundle would keep a service from
-        growing under load, and from replacing replicas that die. Raises the error of the config if there are no others.
+        A replica that starts then serves what was served last: else one bad bundle would keep a service from growing
+        under load, and from replacing replicas that die. Raises the error of the config if nothing was served yet.
         """
-        config = None
         try:
-            config = await self._pinned(_validated(ServiceConfig, user_config))
-            await self.service.models.configure(config)
+            await self.service.models.configure(_validated(ServiceConfig, user_config))
         except Exception as error:
             if self.service.models.split is None:
                 if isinstance(error, StorageError) and error.retryable:
                     raise  # Serve starts a replica again, and the store may have come back by then
-                good = await _served_by_others()
-                if good is None or good == config:
+                good = await asyncio.to_thread(self.configs.kept)
+                if good is None:
                     raise
                 try:
-                    await self.service.models.configure(good)
+                    await self.service.models.configure(good, kept=True)
                 except Exception as another:
                     raise error from another
             self.service.models.refuse(str(user_config.get("model")), error)
-
-    async def serving(self, given: ServiceConfig | None = None) -> ServiceConfig | None:
-        """Return the config that is served, or what `given` was taken for, for a replica that starts."""
-        if given is not None:
-            return self._named[1] if self._named and self._named[0] == given else None
-        split = self.service.models.split
-        return split.config if split else None
-
-    async def _pinned(self, given: ServiceConfig) -> ServiceConfig:
-        """Return `given` with the bundles that its promoted models are now.
-
-        A replica that starts takes what the others took: another one may have been promoted since.
-        """
-        if any(split(entry.model) for entry in (given, given.canary) if entry):
-            config = await _served_by_others(given) if self.service.models.split is None else None
-            if config is None:
-                config = await asyncio.to_thread(_as_promoted, given)
-            self._named = given, config
-            return config
-        return given
-
-
-def _as_promoted(config: ServiceConfig) -> ServiceConfig:
-    canary = pinned(config.canary) if config.canary else None
-    return pinned(config).model_copy(update={"canary": canary})
-
-
-async def _served_by_others(given: ServiceConfig | None = None) -> ServiceConfig | None:
-    """Return what another replica of this application serves, or took `given` for; None if none answers."""
-    handle = serve.get_deployment_handle(DEPLOYMENT, serve.get_replica_context().app_name)
-    with suppress(TimeoutError, RayError, RayServeException):
-        return await asyncio.wait_for(handle.serving.remote(given), _PEERS_TIMEOUT)
-    return None
+        if self._reporting is None:
+            self._reporting = asyncio.create_task(keep_reporting(self.service.models))
 
 
 def application(arguments: dict[str, Any]) -> Application:
@@ -122,18 +118,19 @@ def application(arguments: dict[str, Any]) -> Application:
     config = _validated(ApplicationConfig, arguments)
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        max_ongoing_requests=_MAX_ONGOING,
-        max_queued_requests=_MAX_ONGOING,
+        # As many as HAProxy gives a replica, all of which its gate takes: what waits is counted by the autoscaler.
+        max_ongoing_requests=LimitsConfig().places,
+        max_queued_requests=LimitsConfig().places,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         graceful_shutdown_timeout_s=_DRAIN,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         logging_config=LoggingConfig(enable_access_log=False),  # who asked for what is the proxy's to log
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if config.use_gpu else 0},
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpu_share},
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.min_replicas,
             max_replicas=config.most,
-            # Six requests in work keep one CPU busy; if more wait, another replica helps.
+            # Six requests keep one CPU busy; if more are in work or wait for it, another replica helps.
             target_ongoing_requests=6,
             look_back_period_s=20,
             upscale_delay_s=config.upscale_delay,
@@ -141,7 +138,7 @@ def application(arguments: dict[str, Any]) -> Application:
         ),
         user_config={"model": config.model},
     )
-    return deployment(serve.ingress()(Replica)).bind()
+    return deployment(serve.ingress()(Replica)).bind(uuid4().hex)
 
 
 def _validated(kind: type[Config], values: Any) -> Config:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btray.serving.config import LimitsConfig
+from btray.serving.haproxy import QUEUE_SECONDS
 from btray.serving.problems import Problem, problem_of
 from btray.serving.service import Service
 
@@ -57,9 +58,10 @@ class Gate:
         self.service = service
         self.metrics = service.metrics
         self.reading = 0
-        """Requests whose bodies are on their way."""
+        """Requests whose bodies are on their way, or that wait for a place in work."""
         self.working = 0
-        """Requests whose bodies are read, and that are not answered yet."""
+        """Requests that are read, and not answered yet."""
+        self._left = asyncio.Condition()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -93,7 +95,7 @@ class Gate:
             self.metrics.request(route_of(scope), status or CLIENT_CLOSED, time.perf_counter() - started)
 
     async def _admit(self, scope: Scope, receive: Receive, answer: Send) -> None:
-        """Pass a request on if its caller may ask and, for a POST, if there is a place for it."""
+        """Pass a request on if its caller may ask and, for a POST, once there is a place for it."""
         if scope["path"] not in OPEN_PATHS:
             await self.service.access.check(scope)
         if scope["method"] != "POST":
@@ -103,10 +105,10 @@ class Gate:
         for length in Headers(scope=scope).getlist("content-length"):
             if len(length) > 18 or not length.isdecimal() or int(length) > limits.max_body:
                 raise _too_large(limits.max_body)
-        self._require_place(limits)
         if self.reading >= limits.max_reading:
             raise Problem(503, "busy", f"{self.reading} requests are being read already", retry_after=1)
-        # A request is read, then in work, each in a place of its own: a slow upload keeps nobody from working.
+        # A request is read, then in work, each in a place of its own: a slow upload keeps nobody from working. One that
+        # is read waits where it is: Serve's autoscaler counts it, which it would not if it were refused.
         reading, working = True, False
         self.reading += 1
 
@@ -114,11 +116,9 @@ class Gate:
             nonlocal reading, working
             message = await receive()
             if reading and message["type"] == "http.request" and not message.get("more_body"):
-                reading = False
+                await self._take_place()
+                reading, working = False, True
                 self.reading -= 1
-                self._require_place(limits)
-                working = True
-                self._count_work(1)
             return message
 
         try:
@@ -128,10 +128,17 @@ class Gate:
                 self.reading -= 1
             if working:
                 self._count_work(-1)
+                async with self._left:
+                    self._left.notify()
 
-    def _require_place(self, limits: LimitsConfig) -> None:
-        if self.working >= limits.max_requests:
-            raise Problem(503, "busy", f"{self.working} requests are in work already", retry_after=1)
+    async def _take_place(self) -> None:
+        """Count a request as in work, once there is a place. Raises Problem if none is free in time."""
+        try:
+            async with asyncio.timeout(QUEUE_SECONDS), self._left:
+                await self._left.wait_for(lambda: self.working < self.service.limits.max_requests)
+                self._count_work(1)
+        except TimeoutError as error:
+            raise Problem(503, "busy", f"{self.working} requests are in work already", retry_after=1) from error
 
     def _count_work(self, change: int) -> None:
         self.working += change

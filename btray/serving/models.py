@@ -12,24 +12,27 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 
 from btray import storage
-from btray.core.cluster import own_device
+from btray.core.cluster import given_cpus, own_device
 from btray.core.errors import UserError
 from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.preprocess import Frame
 from btray.data.scans import ScanLimits, count_pages
 from btray.explain import Heat, heat_maps
 from btray.model.bundle import Bundle, load_bundle
+from btray.model.bundle_files import read_manifest
 from btray.model.classifier import Classifier, interpret
 from btray.model.prediction import Prediction
+from btray.model.promotion import pinned
+from btray.model.shipped import locate
 from btray.serving.access import KeyRing
-from btray.serving.batching import Batcher
-from btray.serving.config import ServiceConfig
+from btray.serving.batching import Batcher, SharedThread
+from btray.serving.config import CanaryConfig, ServiceConfig
 from btray.serving.metrics import Metrics
 from btray.serving.problems import Answer, Problem
 from btray.storage import StorageError
@@ -188,7 +191,7 @@ class ServedModel:
         for start in range(0, len(frames), size):
             part = slice(start, start + size)
             draw = partial(heat_maps, self.classifier, np.stack(frames[part]), labels[part])
-            heats.append(await loop.run_in_executor(self.batcher.executor, draw))
+            heats.append(await loop.run_in_executor(self.batcher.thread, draw))
         return np.concatenate(heats)
 
 
@@ -223,13 +226,35 @@ class TrafficSplit:
         raise Problem(404, "not_found", f"no version {version[:80]!r} is served; there are {served}")
 
 
+class ConfigStore:
+    """Says which models a config means, and keeps what was served. This one is of a service with a single process."""
+
+    def pin(self, config: ServiceConfig) -> ServiceConfig:
+        """Return `config` with the bundles and ids of the models that it means now. Raises UserError."""
+        canary = _pinned(config.canary) if config.canary else None
+        return _pinned(config).model_copy(update={"canary": canary})
+
+    def keep(self, config: ServiceConfig) -> None:
+        """Keep `config`, which is pinned and loaded, as what is served."""
+
+
+Entry = TypeVar("Entry", ServiceConfig, CanaryConfig)
+
+
+def _pinned(entry: Entry) -> Entry:
+    entry = pinned(entry)
+    model_id = entry.model_id or read_manifest(locate(entry.model)).model_id
+    return entry.model_copy(update={"model_id": model_id})
+
+
 class ServedModels:
     """Loads what a config names, in threads, and switches to it once it is ready."""
 
-    def __init__(self, executor: Executor, metrics: Metrics) -> None:
-        """Start without a model; forward passes run on `executor` and are counted in `metrics`."""
-        self.executor = executor
+    def __init__(self, thread: SharedThread, metrics: Metrics, configs: ConfigStore) -> None:
+        """Start without a model; forward passes run on `thread` and are counted in `metrics`."""
+        self.thread = thread
         self.metrics = metrics
+        self.configs = configs
         self.split: TrafficSplit | None = None
         self.switch: SwitchReport | None = None
         self._latest = 0  # configs so far: the outcome of any but the last one is not reported
@@ -237,15 +262,17 @@ class ServedModels:
         self._changed = asyncio.Event()
         self._switching: asyncio.Task[None] | None = None
 
-    async def configure(self, config: ServiceConfig) -> None:
+    async def configure(self, config: ServiceConfig, *, kept: bool = False) -> None:
         """Serve `config`, keys and limits and all. The first one is waited for, and raises UserError if it is bad.
 
         A later one takes over once it is ready, without this call waiting for it; if it is bad the one before it
-        stays and `switch` says why, and while its store is unavailable it is tried again.
+        stays and `switch` says why, and while its store is unavailable it is tried again. One that was `kept` by
+        `ConfigStore` is taken as it is, and is not the config that was read last.
         """
         self._latest += 1
         if self.split is None:
-            self._take_over(self._latest, await asyncio.to_thread(self._load, config))
+            load = self._load_pinned if kept else self._load
+            self._take_over(self._latest, await asyncio.to_thread(load, config))
             return
         self._pending = self._latest, config
         self._changed.set()
@@ -299,9 +326,15 @@ class ServedModels:
         _log.log(level, "bundle %s: %s%s", model, state, reason and f": {reason}; the one before it continues to serve")
 
     def _load(self, config: ServiceConfig) -> TrafficSplit:
+        config.require_archive()
+        return self._load_pinned(self.configs.pin(config))
+
+    def _load_pinned(self, config: ServiceConfig) -> TrafficSplit:
         keys = KeyRing.of(config.keys) if config.keys is not None else None
         models = [self._served(entry.model, entry.model_id, config) for entry in (config, config.canary) if entry]
-        return TrafficSplit(config, ThreadPoolExecutor(config.decoders, "decode"), keys, models)
+        self.configs.keep(config)
+        decoders = config.decoders or max(2, math.ceil(given_cpus()))
+        return TrafficSplit(config, ThreadPoolExecutor(decoders, "decode"), keys, models)
 
     def _served(self, uri: str, model_id: str | None, config: ServiceConfig) -> ServedModel:
         """Return the model of a bundle; one that is served already is kept, with the new limits."""
@@ -322,7 +355,7 @@ class ServedModels:
         _warm(classifier, config.max_batch)
         batcher: Batcher[Sequence[DecodedImage], list[Prediction]] = Batcher(
             partial(_predict, classifier),
-            self.executor,
+            self.thread,
             largest=config.max_batch,
             weight=len,  # each is a single frame, or a rejection
             watch=self.metrics.batch,

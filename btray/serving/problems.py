@@ -34,6 +34,7 @@ _MEANINGS: Final = {
     401: "A key is needed.",
     403: "The service answers its own machine alone.",
     404: "There is no such model or version.",
+    406: "The Accept header leaves out the kind of the answer.",
     408: "The body did not arrive in time.",
     413: "Too many bytes, images, frames or pixels.",
     415: "A content type, encoding or kind of image that is not supported.",

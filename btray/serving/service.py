@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -12,9 +11,10 @@ from btray.data.frames import Rejection
 from btray.data.scans import count_pages
 from btray.model.prediction import Prediction
 from btray.serving.access import Access
+from btray.serving.batching import SharedThread
 from btray.serving.config import LimitsConfig
 from btray.serving.metrics import Metrics
-from btray.serving.models import DecodedImage, ServedModel, ServedModels, TrafficSplit
+from btray.serving.models import ConfigStore, DecodedImage, ServedModel, ServedModels, TrafficSplit
 from btray.serving.problems import Problem
 
 Result = TypeVar("Result")
@@ -26,12 +26,12 @@ _SMALL = 256 * 1024
 class Service:
     """What a replica holds: its models, its threads, and who may ask for what."""
 
-    def __init__(self, *, sees_callers: bool = True) -> None:
-        """Start without a model; for `sees_callers` see `Access`."""
+    def __init__(self, *, sees_callers: bool = True, configs: ConfigStore | None = None) -> None:
+        """Start without a model; for `sees_callers` see `Access`, for `configs` `ServedModels`."""
         self.sees_callers = sees_callers
         self.metrics = Metrics()
         # One thread, since each replica has one CPU: a second forward pass would only slow the first one down.
-        self.models = ServedModels(ThreadPoolExecutor(1, "predict"), self.metrics)
+        self.models = ServedModels(SharedThread("predict"), self.metrics, configs or ConfigStore())
 
     @property
     def access(self) -> Access:

@@ -1,4 +1,4 @@
-"""A request's body -> the images in it: multipart, JSON with base64, or the image itself. All of it in memory."""
+"""A request's body -> the images in it: a form, DICOM objects, JSON with base64, or the image itself; all in memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import base64
 import re
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
-from python_multipart.multipart import parse_options_header
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -20,6 +21,9 @@ Content = TypeVar("Content", bound=BaseModel)
 
 _VARIANTS = str.maketrans("-_", "+/", " \t\r\n")
 """Base64 as encoders write it -> in one line, with the usual alphabet."""
+DICOM: Final = "application/dicom"
+RELATED: Final = "multipart/related"
+_DATA_URL = re.compile(r"\Adata:[^,]*;base64,", re.IGNORECASE)
 _CHUNK = 256 * 1024
 """Bytes of a multipart body that are parsed at once; other requests come between."""
 
@@ -41,7 +45,7 @@ def _decode_base64(value: Any) -> bytes:
     if not isinstance(value, str):
         raise ValueError("expected text in base64")
     # As encoders write it: in lines (RFC 2045), with either alphabet (RFC 4648), unpadded, or as a browser's data URL.
-    text = re.sub("^data:[^,]*;base64,", "", value.translate(_VARIANTS), flags=re.IGNORECASE)
+    text = _DATA_URL.sub("", value.translate(_VARIANTS))
     # pydantic's own Base64Bytes skips what is not base64
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
@@ -79,19 +83,68 @@ async def images_in(content_type: str, body: bytes, limits: LimitsConfig) -> lis
     kind = parse_options_header(content_type)[0]
     if kind == b"multipart/form-data":
         uploads = await _from_multipart(content_type, body, limits.max_images)
+    elif kind == RELATED.encode():
+        uploads = [Upload(data=data) for data in await related_objects(content_type, body, limits)]
     elif kind == b"application/json":
         uploads = parse_json(ClassifyRequest, body, limits, "send the images as multipart/form-data").images
-    elif kind.startswith(b"image/") or kind in (b"application/octet-stream", b"application/dicom"):
+    elif kind.startswith(b"image/") or kind in (b"application/octet-stream", DICOM.encode()):
         uploads = [Upload(data=body)]
     else:
-        others = "send multipart/form-data, application/json, or an image as image/* or application/octet-stream"
-        detail = f"content type {content_type[:80]!r} is not supported; {others}"
-        raise Problem(415, "unsupported_media_type", detail)
+        others = "multipart/form-data, application/json, or an image as image/* or application/octet-stream"
+        raise _unsupported(content_type, others)
     if len(uploads) > limits.max_images:
         raise too_many_images(limits.max_images)
     if not uploads:
         raise Problem(400, "bad_body", "there is no image in the request")
     return uploads
+
+
+async def related_objects(content_type: str, body: bytes, limits: LimitsConfig) -> list[bytes]:
+    """Return the DICOM objects of a body that is multipart/related (RFC 2387), up to `limits.max_images`.
+
+    Raises Problem if the body is of another type, is damaged or cut short, or has no object or too many.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind != RELATED.encode() or options.get(b"type", DICOM.encode()).lower() != DICOM.encode():
+        raise _unsupported(content_type, f'{RELATED}; type="{DICOM}"')
+    objects: list[bytearray] = []
+    ended = False
+
+    def begin() -> None:
+        if len(objects) == limits.max_images:
+            raise too_many_images(limits.max_images)
+        objects.append(bytearray())
+
+    def end() -> None:
+        nonlocal ended
+        ended = True
+
+    def add(data: bytes, start: int, stop: int) -> None:
+        objects[-1] += memoryview(data)[start:stop]
+
+    try:
+        parser = MultipartParser(
+            options.get(b"boundary", b""), {"on_part_begin": begin, "on_part_data": add, "on_end": end}
+        )
+        for start in range(0, len(body), _CHUNK):
+            parser.write(body[start : start + _CHUNK])
+            await asyncio.sleep(0)
+    except (FormParserError, ValueError) as error:
+        raise Problem(400, "bad_body", f"the body is not valid {RELATED}: {error}") from error
+    if not ended:
+        raise _cut_short()
+    if not objects:
+        raise Problem(400, "bad_body", "there is no object in the request")
+    return list(map(bytes, objects))
+
+
+def _unsupported(content_type: str, others: str) -> Problem:
+    detail = f"content type {content_type[:80]!r} is not supported; send {others}"
+    return Problem(415, "unsupported_media_type", detail)
+
+
+def _cut_short() -> Problem:
+    return Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")
 
 
 def too_many_images(most: int) -> Problem:
@@ -150,7 +203,7 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
             raise too_many_images(most) from error
         raise Problem(400, "bad_body", f"the body is not valid multipart/form-data: {error.message}") from error
     if not parser.ended:
-        raise Problem(400, "bad_body", "the multipart body ends too early: its last boundary is missing")
+        raise _cut_short()
     uploads = []
     for field, part in form.multi_items():
         if isinstance(part, UploadFile):
@@ -159,8 +212,18 @@ async def _from_multipart(content_type: str, body: bytes, most: int) -> list[Upl
                 uploads.append(Upload(data=part.file.read(), name=name))
             part.file.close()  # a body's bytes are held once less
         elif field == "images" or not _is_text(part):
-            uploads.append(Upload(data=part.encode("latin-1")))  # curl can send images so
+            uploads.append(Upload(data=_bytes_of(part)))  # curl can send images so
     return uploads
+
+
+def _bytes_of(part: str) -> bytes:
+    """Return the bytes of a part that has no file name; a page sends the picture of its canvas as a data URL."""
+    if not _DATA_URL.match(part):
+        return part.encode("latin-1")
+    try:
+        return _decode_base64(part)
+    except ValueError as error:
+        raise Problem(400, "bad_body", f"a data URL in the form is not valid: {error}") from error
 
 
 def _is_text(part: str) -> bool:

@@ -20,6 +20,7 @@ from btray.storage.files import is_folder as is_folder
 from btray.storage.files import is_remote as is_remote
 from btray.storage.files import join as join
 from btray.storage.files import list_files as list_files
+from btray.storage.files import list_files_unordered as list_files_unordered
 from btray.storage.files import list_names as list_names
 from btray.storage.files import name as name
 from btray.storage.files import open_ranges as open_ranges

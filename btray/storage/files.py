@@ -20,7 +20,7 @@ import pyarrow.fs
 from btray.core.errors import UserError
 from btray.core.uris import resolve
 from btray.storage import local as local_files
-from btray.storage import packed, s3
+from btray.storage import packed, s3, s3_listing
 from btray.storage.errors import StorageError, storage_errors_for, suppress_missing
 from btray.storage.file_info import FileInfo
 
@@ -83,6 +83,11 @@ def list_files(uri: str) -> Iterator[FileInfo]:
         StorageError: not_found for a missing folder or bucket, forbidden for an unreadable (sub)folder, and so on.
     """
     return s3.list_files(uri) if is_remote(uri) else local_files.list_files(uri)
+
+
+def list_files_unordered(uri: str) -> Iterator[FileInfo]:
+    """Yield what `list_files` does, in any order; many requests at a time, if it lies in object storage."""
+    return s3_listing.list_files_unordered(uri) if is_remote(uri) else local_files.list_files(uri)
 
 
 def list_names(uri: str, *, missing_ok: bool = False) -> list[str]:

@@ -36,9 +36,9 @@ def call(uri: str, method: str, **arguments: Any) -> dict[str, Any]:
         return response
 
 
-def _pages(uri: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+def pages_of(uri: str, **arguments: Any) -> Iterator[dict[str, Any]]:
     """Yield the pages of a listing of what lies below `uri`, one request each. Raises StorageError."""
-    arguments["Prefix"] = prefix_of(uri)
+    arguments.setdefault("Prefix", prefix_of(uri))
     while True:
         page = call(uri, "list_objects_v2", **arguments)
         yield page
@@ -69,19 +69,23 @@ def describe(uri: str) -> FileInfo:
 
 def list_files(uri: str) -> Iterator[FileInfo]:
     """List an object, or all objects below a prefix, as `btray.storage.list_files` says."""
-    bucket, key = split(uri)
-    prefix = prefix_of(uri)
     empty = True
-    for page in _pages(uri):
-        for item in page.get("Contents", ()):
-            empty = False
-            below = item["Key"].removeprefix(prefix)
-            # `_$folder$` is how Hadoop marks an empty folder
-            marker = item["Size"] == 0 and (item["Key"].endswith("/") or below.endswith("_$folder$"))
-            if not marker and not is_hidden(below):
-                yield _info(f"s3://{bucket}/{item['Key']}", item["Size"], item)
-    if empty and key:
+    for page in pages_of(uri):
+        empty = empty and not page.get("Contents")
+        yield from files_of(uri, page)
+    if empty and split(uri)[1]:
         yield describe(uri)
+
+
+def files_of(uri: str, page: dict[str, Any]) -> Iterator[FileInfo]:
+    """Yield the objects of a page of a listing of what lies below `uri`, but no markers and hidden ones."""
+    bucket, prefix = split(uri)[0], prefix_of(uri)
+    for item in page.get("Contents", ()):
+        below = item["Key"].removeprefix(prefix)
+        # `_$folder$` is how Hadoop marks an empty folder
+        marker = item["Size"] == 0 and (item["Key"].endswith("/") or below.endswith("_$folder$"))
+        if not marker and not is_hidden(below):
+            yield _info(f"s3://{bucket}/{item['Key']}", item["Size"], item)
 
 
 def _info(uri: str, size: int, item: dict[str, Any]) -> FileInfo:
@@ -92,7 +96,7 @@ def list_names(uri: str) -> list[str]:
     """Return the names directly below a prefix, sorted. Raises StorageError."""
     prefix = prefix_of(uri)
     keys: list[str] = []
-    for page in _pages(uri, Delimiter="/"):
+    for page in pages_of(uri, Delimiter="/"):
         keys += [item["Key"] for item in page.get("Contents", ())]
         keys += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
     if prefix and not keys:

@@ -80,21 +80,20 @@ def tune(config: TuneConfig) -> str:
         claim_run(data)
         folder = data.plan.run_uri
         trials = _search(config, data)
-        best = by_score(trials)[0] if trials else None
-        if best is None or best.best is None:
+        files = {"trials.csv": table_csv(trials)}
+        table, plot = (storage.join(folder, name) for name in ("trials.csv", "trials.png"))
+        storage.write_bytes(table, files["trials.csv"])
+        best = by_score(trials)[0]
+        if best.best is None:
             raise Failed(
                 f"not one of {config.trials} trials completed an epoch, for the reasons above; the same command tries "
-                f"them again, see {storage.join(folder, 'search')}"
+                f"them again, see {table} and {storage.join(folder, 'search')}"
             )
-        files = {
-            "trials.csv": table_csv(trials),
-            "trials.png": accuracy_against_cost(trials, best, images=len(data.plan.validation)),
-        }
-        for name, body in files.items():
-            storage.write_bytes(storage.join(folder, name), body)
+        files["trials.png"] = accuracy_against_cost(trials, best, images=len(data.plan.validation))
+        storage.write_bytes(plot, files["trials.png"])
         files[config.record] = record
         print(table_text(trials, varied_settings(config.space)), flush=True)
-        print(f"trial {best.trial} is the best; trials: {storage.join(folder, 'trials.csv')}", flush=True)
+        print(f"trial {best.trial} is the best; trials: {table}", flush=True)
         return train(trial_config(config, best.settings, best.trial), files=files)
 
 
@@ -159,7 +158,7 @@ def _eights(width: int, factor: float) -> int:
 
 
 def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
-    """Run the remaining trials and return the records of all that completed an epoch, and of some that failed."""
+    """Run the remaining trials and return the records of all."""
     concurrent = concurrency(config)
     within = cpus_of_a_trial(config, concurrent) - _DRIVER_CPUS
     trial = ray.tune.with_parameters(_run_trial, config=config, data=data, within=within)
@@ -203,9 +202,12 @@ def _search(config: TuneConfig, data: TrainingData) -> list[TrialRecord]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with ProgressLine("starting the trials", keep=False, of_workers=False):
         results = tuner.fit()
-    # A trial that failed before its first epoch has not even its settings here; its line has said them.
-    reported = (result for result in map(results.__getitem__, range(len(results))) if result.config)
-    return [_record(config, result, len(data.plan.classes)) for result in reported]
+    # The results have no settings of a trial that failed before its first epoch.
+    settings = ray.tune.ExperimentAnalysis(folder, storage_filesystem=filesystem).get_all_configs()
+    return [
+        _record(config, result, settings[storage.name(result.path)], len(data.plan.classes))
+        for result in map(results.__getitem__, range(len(results)))
+    ]
 
 
 def concurrency(config: TuneConfig) -> int:
@@ -309,19 +311,23 @@ class Announcer(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Log why the trial failed."""
-        # The last line of a traceback; processes and threads between the trial and here add theirs above it.
-        cause = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
+        cause = _cause(Path(trial.error_file).read_text(encoding="utf-8"))
         settings = ", ".join(f"{name} {short(trial.config[name])}" for name in self._varied)
         _log.error(
             "trial %s (%s) failed after %d epochs: %s; the search goes on without it, see %s/%s/%s",
-            *(trial.trial_id, settings, (trial.last_result or {}).get("epoch", 0), cause.removeprefix(_OWN_ERROR)),
+            *(trial.trial_id, settings, (trial.last_result or {}).get("epoch", 0), cause),
             *(self._folder, trial.trial_id, Path(trial.error_file).name),
         )
 
 
-def _record(config: TuneConfig, result: Any, classes: int) -> TrialRecord:
+def _cause(error: object) -> str:
+    """Return the last line of a traceback; processes and threads between the trial and here add theirs above it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix(_OWN_ERROR)
+
+
+def _record(config: TuneConfig, result: Any, point: Settings, classes: int) -> TrialRecord:
     """Return the record of a trial, from the history that its run keeps; a failed one may have none."""
-    settings = {name: result.config[name] for name in SpaceConfig.model_fields}
+    settings = {name: point[name] for name in SpaceConfig.model_fields}
     trained = trial_config(config, settings, storage.name(result.path))
     history = read_history(run_folder(trained))
     network = build_network(trained.network, classes)
@@ -333,5 +339,6 @@ def _record(config: TuneConfig, result: Any, classes: int) -> TrialRecord:
         gflop=count_flops(network, config.preprocess.size) / 1e9,
         parameters=count_parameters(network),
         seconds=sum(record.seconds for record in history),
+        error=_cause(result.error) if result.error else None,
         settings=settings,
     )

@@ -16,7 +16,7 @@ from btray.training.history import EpochRecord
 
 _COLUMNS = (
     "trial", "state", "epochs", "score", "val_macro_f1", "val_accuracy", "val_loss", "gflop", "parameters",
-    "images_per_second", "seconds",
+    "images_per_second", "seconds", "error",
 )  # fmt: skip
 _SHOWN = ("trial", "state", "epochs", "val_macro_f1", "val_accuracy", "gflop", "parameters", "images_per_second")
 
@@ -37,6 +37,8 @@ class TrialRecord:
     parameters: int
     seconds: float
     """Of all epochs."""
+    error: str | None = None
+    """Why it failed."""
     settings: dict[str, Any]
     """A value for each setting of the space."""
 

@@ -467,6 +467,9 @@ def test_keys_that_no_file_system_holds_are_left_out_by_name(
         "glioma/u\u0308.jpg": None,
         "glioma/\xfc.jpg": "colliding_name",
         "no_tumor//2.jpg": None,
+        "/no_tumor/4.jpg": None,
+        "//no_tumor//5.jpg": None,
+        "no_tumor/6.jpg/": None,
         "no_tumor/c\\d.jpg": None,
         "glioma/../no_tumor/3.jpg": "hidden",
     }

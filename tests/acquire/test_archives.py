@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from btray.acquire.config import AcquireConfig
 from btray.acquire.unpack import LeftOut, UnpackLimits, unpack
 from btray.core.errors import UserError
+from btray.data.trees import reason_to_leave_out
 
 LIMITS = UnpackLimits(max_bytes=1 << 30, max_files=100, max_ratio=200)
 
@@ -308,6 +311,25 @@ def test_the_other_compressions_are_read(tmp_path: Path, compression: int) -> No
     archive = make_zip(tmp_path / "z.zip", [("a.png", b"1" * 50)], compression)
     assert run(archive) == []
     assert unpacked(archive) == {"a.png": b"1" * 50}
+
+
+def test_a_zip_that_unpacks_itself_is_read(tmp_path: Path) -> None:
+    zipped = make_zip(tmp_path / "z.zip", [("a.png", b"1" * 50)]).read_bytes()
+    (tmp_path / "z.exe").write_bytes(b"MZ" + bytes(500) + zipped)
+    assert run(tmp_path / "z.exe") == []
+    assert unpacked(tmp_path / "z.exe") == {"a.png": b"1" * 50}
+
+
+def test_an_archive_of_archives_alone_says_so(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "z.zip", [("part 1.zip", b"PK"), ("README", b"")])
+    with pytest.raises(UserError, match=r"archives alone, such as part 1\.zip; unpack it"):
+        run(archive, leave_out=reason_to_leave_out)
+
+
+@pytest.mark.parametrize("encoding", ["hex", "rot13", "idna", "undefined", "utf-16", "mbcs", "klingon"])
+def test_what_is_no_encoding_of_names_is_refused_and_no_archive_called_damaged(encoding: str) -> None:
+    with pytest.raises(ValidationError, match="no encoding that names in archives have"):
+        AcquireConfig(source=("z.zip",), out="o", archive_encoding=encoding)
 
 
 def legacy_zip(path: Path, name: bytes, extra: bytes = b"") -> Path:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from btray import storage
-from btray.bulk.archive import Selection, list_archive
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.bulk.table import RETRIED
 from btray.bulk.worker import Prefetcher
 from btray.core.errors import UserError

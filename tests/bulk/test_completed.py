@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import botocore.exceptions
-import numpy as np
 import pytest
 import s3fs
 
 from btray import storage
-from btray.bulk import completed, runs, table
-from btray.bulk.completed import CompletedIndex, LatestOutcomes
+from btray.bulk import runs, table
+from btray.bulk.listing import completed, key_files
+from btray.bulk.listing.completed import CompletedIndex, RunKeys
+from btray.bulk.listing.tasks import LocalTasks
 from btray.bulk.report import AbandonedRun, PartTally
 from btray.bulk.runs import write_part
 from btray.data.key_set import keys_of
@@ -23,8 +24,8 @@ from tests.helpers.classify_helpers import run_report
 from tests.helpers.table_helpers import done_of, row, write
 
 
-def test_what_is_completed_is_what_no_later_run_need_read(place: str) -> None:
-    assert list(CompletedIndex(place, "1e10").keys()) == []
+def test_what_is_completed_is_what_no_later_run_need_read(place: str, tmp_path: Path) -> None:
+    assert CompletedIndex(place, "1e10").sources(LocalTasks(tmp_path)) == []
     write(place, "1", row("ok"), row("bad", "truncated"), row("gone", "not_found"), row("again", "throttled"))
     write(place, "2", row("again", night=1))
     assert done_of(place) == {"ok", "bad", "again"}
@@ -37,7 +38,7 @@ def test_a_store_that_is_away_is_waited_for_as_long_as_the_job_says(
 ) -> None:
     write(bucket, "1", row("a"), row("b"))
     monkeypatch.setattr("btray.storage.retry.DEFAULT_TIMEOUT", 0.2)
-    monkeypatch.setattr("btray.bulk.completed._SMALL", 0)
+    monkeypatch.setattr("btray.bulk.listing.completed._SMALL", 0)
     answer, down_until = s3fs.S3FileSystem._call_s3, time.monotonic() + 1.5
 
     async def away(client: Any, method: str, *options: Any, **arguments: Any) -> Any:
@@ -59,6 +60,16 @@ def run_with(place: str, *parts: list[dict[str, Any]]) -> runs.Run:
     return run
 
 
+def leave_key_files(run: runs.Run) -> None:
+    """As the driver of a run does with what its actors return."""
+    keys = RunKeys(run.folder)
+    files = [info for info in table.table_files(run.output) if runs.run_of(info.uri) == run.run_id]
+    for info in files:
+        for records in completed._read_file(info) or []:
+            keys.add(records)
+    keys.conclude(len(files))
+
+
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """URIs of the table's files that are opened from now on."""
     seen: list[str] = []
@@ -70,10 +81,10 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_later_run_reads_the_key_files_of_a_run_and_not_its_files(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completed, "_FILE_RECORDS", 2)
+    monkeypatch.setattr(key_files, "FILE_RECORDS", 2)
     run = run_with(place, [row("ok"), row("bad", "empty")], [row("again", "throttled")], [row("pages"), row("pages")])
     before = done_of(place)
-    CompletedIndex(run.output, run.group).write(run)
+    leave_key_files(run)
     runs.finish(run, run_report(objects=4))
     write(place, "by hand", row("again", night=1), row("ok", "throttled", night=1))
     seen = opened(monkeypatch)
@@ -104,32 +115,11 @@ def test_a_run_that_was_killed_while_it_wrote_its_key_files_is_read_from_its_fil
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_with(str(tmp_path), [row("a")], [row("b")])
-    monkeypatch.setattr(completed, "_FILE_RECORDS", 1)
+    monkeypatch.setattr(key_files, "FILE_RECORDS", 1)
     monkeypatch.setattr("btray.storage.write_json", None)
     with pytest.raises(TypeError):
-        CompletedIndex(run.output, run.group).write(run)
+        leave_key_files(run)
     assert done_of(str(tmp_path)) == {"a", "b"}
-
-
-@pytest.mark.parametrize("held", [3, 1 << 20])
-def test_the_latest_outcome_counts_whatever_the_order_and_is_found_on_disk_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
-) -> None:
-    monkeypatch.setattr(completed, "_IN_MEMORY", held)
-    names = [(f"s3://b/{number}", "e") for number in range(200)]
-    seen = LatestOutcomes(tmp_path)
-    chance = np.random.default_rng(3)
-    records = np.empty(1000, completed.RECORD)
-    records["key"], records["at"] = keys_of(names * 5), np.repeat(np.arange(5), 200)
-    records["outcome"] = chance.integers(0, 3, 1000)
-    for some in np.array_split(chance.permutation(records), 40):
-        seen.add(some)
-    for worst in (completed.CLASSIFIED, completed.REJECTED):
-        expected = {
-            key for key, outcome in zip(keys_of(names), records["outcome"][-200:], strict=True) if outcome <= worst
-        }
-        assert set(np.concatenate(list(seen.keys(worst)))) == expected
-    assert bool(list(tmp_path.iterdir())) == (held == 3)
 
 
 @pytest.mark.parametrize("body", [b"", b"PAR1", b"PAR1" + bytes(500) + b"PAR1", None])
@@ -142,8 +132,8 @@ def test_a_damaged_file_of_the_table_is_named_and_its_objects_are_not_completed(
     damaged = tmp_path / "out" / table.folder("1e10", "2026-11-22") / "2.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9] if body is None else body)
     index = CompletedIndex(place, "1e10")
-    keys = np.concatenate([*index.keys(), keys_of([])])
-    assert keys.tolist() == keys_of([("s3://b/kept", "e")]).tolist()
+    (source,) = index.sources(LocalTasks(tmp_path))
+    assert source.read(0, 256)["key"].tolist() == keys_of([("s3://b/kept", "e")]).tolist()
     assert index.damaged == [str(damaged)]
     assert str(damaged) in caplog.text
     set_aside(index.damaged[0])
@@ -151,18 +141,17 @@ def test_a_damaged_file_of_the_table_is_named_and_its_objects_are_not_completed(
     assert not damaged.exists()
 
 
-@pytest.mark.parametrize("name", ["keys.json", "keys/00000.npy"])
+@pytest.mark.parametrize("name", ["keys.json", "keys/00000.keys"])
 @pytest.mark.parametrize("body", [b"", b"{", b"\x93NUMPY\x01\x00v\x00", None])
 def test_damaged_key_files_are_made_anew(tmp_path: Path, name: str, body: bytes | None) -> None:
     place = str(tmp_path / "out")
     run = run_with(place, [row("ok"), row("bad", "empty")], [row("again", "throttled")])
-    CompletedIndex(place, "1e10").write(run)
+    leave_key_files(run)
     runs.finish(run, run_report(objects=3))
     damaged = Path(run.folder, name)
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-3] if body is None else body)
-    index = CompletedIndex(place, "1e10")
-    assert len(np.concatenate(list(index.keys(write_missing=True)))) == 2
+    assert done_of(place, write_missing=True) == {"ok", "bad"}
     assert damaged.read_bytes() == whole
 
 

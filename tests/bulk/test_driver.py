@@ -17,6 +17,7 @@ from ray.exceptions import RayTaskError
 from btray import storage
 from btray.bulk import classify as classify_module
 from btray.bulk import driver, pipeline, runs, summary, table, worklist
+from btray.bulk.listing.completed import records_of
 from btray.bulk.report import ClassifyTally
 from btray.bulk.runs import Run, write_part
 from btray.bulk.worker import objects_of
@@ -57,7 +58,8 @@ def parts_of(run: Run) -> Iterator[pa.Table]:
         rows = [table.row_of(prediction, info, run_id=run.run_id, classified_at=NIGHT) for info in objects]
         tally = ClassifyTally.of(rows, objects, {}, labels={"glioma": len(rows)}, profile=Profile.of(rows))
         write_part(run.part_uri(part["part"][0].as_py()), rows, table.SCHEMA, tally)
-        yield pa.table({"part": part["part"], "tally": [tally.model_dump_json()]})
+        records = records_of(pa.RecordBatch.from_pylist(rows, table.SCHEMA)).tobytes()
+        yield pa.table({"part": part["part"], "tally": [tally.model_dump_json()], "records": [records]})
 
 
 def test_a_run_whose_summary_fails_ends_and_the_next_one_lists_what_is_new(

@@ -11,9 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from btray import storage
-from btray.bulk.archive import Selection, list_archive
 from btray.bulk.classify import classify
 from btray.bulk.config import PackConfig
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.bulk.pack import pack
 from btray.bulk.worker import PartActor
 from btray.core.errors import UserError
@@ -85,6 +86,32 @@ def test_the_same_rows_come_out_of_frames_and_of_files_and_a_later_run_finds_not
     capsys.readouterr()
     classify(job(model, shards, str(tmp_path / "loose")))
     assert f"{len({row['uri'] for row in loose}) - 1} unchanged" in capsys.readouterr().out  # gone.jpg is tried again
+
+
+def test_a_later_model_of_the_same_preprocessing_classifies_what_was_packed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, table = tmp_path / "scans", str(tmp_path / "table")
+    models = [str(tmp_path / f"model{seed}") for seed in range(2)]
+    ids = [saved_bundle(model, seed=seed).manifest.model_id for seed, model in enumerate(models)]
+    pictures = {name: data for name, data in good_scans().items() if name.startswith(("png", "tiff"))}
+    write_objects(str(scans), pictures | {"bad.png": b"no picture"})
+    shards = packed(scans, tmp_path / "packed")
+    expected = [Classifier.load(model).predict(sorted(map(str, scans.iterdir()))) for model in models]
+    without_decoding(monkeypatch)
+    for model in models:
+        classify(job(model, shards, table))
+    rows = {(row["model_id"], row["uri"], row["frame"]): row for row in plain_rows(table).to_pylist()}
+    assert len(rows) == len(plain_rows(table)) == sum(map(len, expected))
+    assert expected[0] != expected[1]
+    for model_id, predictions in zip(ids, expected, strict=True):
+        for wanted in predictions:
+            row = rows[model_id, str(wanted.uri), wanted.frame]
+            assert (row["label"], row["error_code"]) == (wanted.label, wanted.error_code)
+            assert row["confidence"] == pytest.approx(wanted.confidence, abs=1e-5)
+    capsys.readouterr()
+    classify(job(models[1], shards, table))
+    assert f"{len(pictures) + 1} unchanged" in capsys.readouterr().out
 
 
 def test_a_pack_of_frames_holds_no_free_text_and_names_object_and_preprocessing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,33 @@ import pyarrow.parquet as pq
 import pytest
 
 from btray import storage
-from btray.bulk.archive import Selection, list_archive
 from btray.bulk.classify import classify
 from btray.bulk.config import PackConfig
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.bulk.pack import pack
 from btray.bulk.worker import Prefetcher
 from btray.core.errors import UserError
 from btray.data import packs
+from btray.data.frames import Frames, FrameSource
 from btray.data.labelled import read_labelled
 from btray.data.splits import hold_out
-from btray.storage import FileInfo, local
+from btray.storage import FileInfo, lease, local
 from btray.storage.packed import is_member, member_uri, path_of
 from btray.storage.read_many import read_many
-from tests.helpers.classify_helpers import job, mixed_objects, plain_rows, write_objects
-from tests.helpers.tiny_bundle import saved_bundle
+from tests.helpers.classify_helpers import (
+    QUICK_LEASE,
+    actors,
+    job,
+    mixed_objects,
+    part_files,
+    plain_rows,
+    start,
+    write_objects,
+)
+from tests.helpers.tiny_bundle import PREPROCESS, saved_bundle
 from tests.helpers.training_helpers import write_tree
+from tools.processes import until
 
 pytestmark = pytest.mark.cluster
 
@@ -112,6 +125,38 @@ def test_a_pack_that_was_killed_is_continued_and_holds_each_object_once(
     listed = [(info.uri, storage.read_bytes(info.place)) for info in packs.list_pack(str(output))]
     assert sorted(listed) == sorted((str(path), path.read_bytes()) for path in scans.iterdir())
     assert sum(pq.read_metadata(path).num_rows for path in shards) == 100
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_a_frame_pack_holds_each_scan_once_whichever_actor_or_driver_is_killed(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRY", QUICK_LEASE[1])
+    scans, output = tmp_path / "scans", str(tmp_path / "out")
+    write_objects(str(scans), mixed_objects(40))
+    for number in range(3000):
+        os.link(scans / "day" / f"{number % 40:04d}.jpg", scans / f"{number:05d}.jpg")
+    config = PackConfig(input=str(scans), output=output, frames=True, preprocess=PREPROCESS, actors=2)
+    driver = start(config)
+    until(lambda: part_files(output) or not driver.is_alive(), "a shard", 300)
+    os.kill(actors()[0], signal.SIGKILL)
+    before = len(part_files(output))
+    until(lambda: len(part_files(output)) > before or not driver.is_alive(), "a shard after the kill", 300)
+    assert driver.is_alive(), "the job ended before it could be killed"
+    driver.kill()
+    driver.join()
+    written = {shard: Path(shard).stat().st_mtime_ns for shard in part_files(output)}
+    pack(config)
+    assert {shard: Path(shard).stat().st_mtime_ns for shard in written} == written
+    members = {info.uri: info.place for info in packs.list_pack(output)}
+    assert sum(pq.read_metadata(shard).num_rows for shard in part_files(output)) == len(members)
+    assert members.keys() == {info.uri for info in storage.list_files(str(scans))}
+    source, some = FrameSource(PREPROCESS), sorted(members)[::10]
+    for of_file, of_member in zip(
+        source.from_uris(some), source.from_uris([members[uri] for uri in some]), strict=True
+    ):
+        assert np.array_equal(of_file, of_member) if isinstance(of_file, Frames) else of_file == of_member
 
 
 @pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside", "of Spark"])

@@ -16,11 +16,13 @@ from btray.bulk import runs, table, worklist
 from btray.bulk.pipeline import WorklistSource
 from btray.bulk.report import PartTally
 from btray.bulk.runs import write_part
-from btray.bulk.worklist import PART_OBJECTS, WorklistWriter
+from btray.bulk.worklist import PART_OBJECTS, PartLimits, WorklistWriter
 from btray.core.errors import Failed, UserError
 from btray.storage import FileInfo
 from tests.helpers.classify_helpers import run_report
 from tests.helpers.table_helpers import row
+
+LIMITS = PartLimits()
 
 
 def begin(place: str, model: str, request: dict[str, Any]) -> tuple[runs.Run, bool]:
@@ -31,8 +33,8 @@ def objects(count: int, size: int = 7) -> list[FileInfo]:
     return [FileInfo(f"s3://b/{number}", size, "e", 0.0) for number in range(count)]
 
 
-def part_sizes(listed: list[FileInfo], *, taper: bool) -> list[int]:
-    parts = worklist.cut_into_parts(listed, taper=taper)
+def part_sizes(listed: list[FileInfo], *, taper: bool, before: int = 0, limits: PartLimits = LIMITS) -> list[int]:
+    parts = worklist.cut_into_parts(listed, limits, listed=before + len(listed), taper=taper)
     assert sorted(set(parts)) == list(range(parts[-1] + 1))
     return np.bincount(parts).tolist()
 
@@ -65,6 +67,15 @@ def test_parts_are_many_and_the_last_ones_of_an_archive_small() -> None:
         assert sizes == sorted(sizes, reverse=True), "a large part at the end keeps one worker busy while others idle"
         assert sizes[-1] <= 32
         assert sizes[0] <= PART_OBJECTS
+
+
+def test_parts_grow_with_the_archive_until_a_shard_is_one_part() -> None:
+    for before in (10**6, 10**9):
+        sizes = part_sizes(objects(32_768), taper=False, before=before)
+        assert max(sizes) == min(32_768, max(PART_OBJECTS, (before + 32_768) // 256))
+        assert max(part_sizes(objects(32_768, size=1 << 20), taper=False, before=before)) <= 256
+        assert max(part_sizes(objects(32_768), taper=False, before=before, limits=PartLimits(objects=4096))) <= 4096
+        assert part_sizes(objects(32_768), taper=True, before=before)[-1] <= 32
 
 
 def test_a_run_is_resumed_by_the_same_request_and_abandoned_by_another(place: str) -> None:

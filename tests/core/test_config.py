@@ -79,6 +79,31 @@ def test_several_values_stand_in_a_variable_as_in_a_flag(monkeypatch: pytest.Mon
     assert config.fail_on == ("leak", "conflict")
 
 
+@pytest.mark.parametrize("by", ["flag", "variable"])
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ("[0-9]*.jpg", ("[0-9]*.jpg",)),
+        ("*.jpg, [a-c]*", ("*.jpg", "[a-c]*")),
+        ("[x]", ("[x]",)),
+        ("{a}", ("{a}",)),
+        ("true,null,none,1,1.0,nan", ("true", "null", "none", "1", "1.0", "nan")),
+        ('"a,b",c', ("a,b", "c")),
+        ('say "x"', ('say "x"',)),
+        (" x ", (" x ",)),
+        ('["a,b", "c"]', ("a,b", "c")),
+    ],
+)
+def test_a_value_of_several_stays_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, given: str, values: tuple[str, ...], by: str
+) -> None:
+    if by == "variable":
+        monkeypatch.setenv("BTRAY_INCLUDE", given)
+    flags = [] if by == "variable" else ["--include", given]
+    config = ClassifyConfig.from_command_line(["--model", "m", "--input", "i", "--output", "o", *flags])
+    assert config.include == values
+
+
 def test_a_config_made_in_python_does_not_see_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BTRAY_EPOCHS", "2")
     monkeypatch.setenv("EPOCHS", "2")
@@ -89,20 +114,45 @@ def test_a_config_made_in_python_does_not_see_the_environment(monkeypatch: pytes
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     config = TrainConfig.from_command_line(
         [*NEEDED, "--network.widths", "8,16", "--network.depths", "1,1", "--no-augment.enabled", "--num-workers", "1:4",
-         "--optimiser.learning-rate", "1e-05", "--init-from", "none"]
+         "--optimiser.learning-rate", "1e-05", "--batch-size", "none"]
     )  # fmt: skip
     assert (config.network.widths, config.augment.enabled, config.worker_range) == ((8, 16), False, (1, 4))
-    assert config.init_from is None
+    assert config.batch_size is None
     assert TrainConfig.from_command_line(["--config", written(tmp_path, config.to_yaml())]) == config
 
 
-def test_none_is_a_text_where_a_setting_cannot_be_unset() -> None:
+def test_none_is_a_name_like_any_wherever_a_user_could_mean_it() -> None:
     arguments = ["--data", "none", "--out", "none", "--network.norm", "none", "--optimiser.class-balance", "none"]
-    config = TrainConfig.from_command_line(arguments)
-    assert config.data == config.out == os.path.abspath("none")
-    assert (config.network.norm, config.optimiser.class_balance) == ("none", "none")
-    assert TrainConfig.from_command_line([*NEEDED, "--init-from", "none"]).init_from is None
-    assert PredictConfig.from_command_line(["--model", "none", "x.jpg"]).model == os.path.abspath("none")
+    config = TrainConfig.from_command_line(
+        [*arguments, "--storage", "none", "--init-from", "none", "--mlflow", "none", "--classes", "none,yes"]
+    )
+    here = os.path.abspath("none")
+    assert config.data == config.out == config.storage == config.init_from == config.mlflow == here
+    assert (config.network.norm, config.optimiser.class_balance, config.classes) == ("none", "none", ("none", "yes"))
+    assert TrainConfig.from_command_line([*NEEDED, "--outliers", "none"]).outliers == "no_tumor"
+    assert "--num-workers: 'none' is refused" in refusal([*NEEDED, "--num-workers", "none"])
+    assert PredictConfig.from_command_line(["--model", "none", "x.jpg"]).model == here
+
+
+@pytest.mark.parametrize("config", launch.COMMANDS.values(), ids=launch.COMMANDS)
+def test_none_unsets_numbers_and_choices_alone(config: tuple[type[JobConfig], str]) -> None:
+    cls = config[0]
+    words = {"action": "list", "files": "x.png"}  # positional ones
+    needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+    flags = [name for name in needed if name not in words]
+    given = [word for name in flags for word in (f"--{name}", "dicomweb://host/root" if name == "to" else "x")]
+    given += [words[name] for name in needed if name in words]
+    given += ["--uris", "x"] * ("uris" in cls.model_fields)
+    for name, field in cls.model_fields.items():
+        kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in get_args(field.annotation)]
+        if type(None) not in kinds or name == "uris":
+            continue
+        try:
+            value = getattr(cls.from_command_line([*given, f"--{name.replace('_', '-')}", "none"], "job"), name)
+        except UserError as error:
+            assert re.search(f"none|give one of|--{name.replace('_', '-')}", str(error)), f"{name}: {error}"  # noqa: PT017
+        else:
+            assert (value is None) == (str not in kinds), name
 
 
 @pytest.mark.parametrize(
@@ -145,6 +195,8 @@ def test_a_wrong_flag_is_named_in_one_line(arguments: list[str], named: str) -> 
         ("!!python/object/apply:os.mkdir [trace]", "YAML"),
         ("\x00", "YAML"),
         ("no: 3", "False"),
+        ("classes: [yes, no]", "between quotes"),
+        ("outliers: no", "between quotes"),
         ("1: 3", "1"),
         ("network: {on: 3}", "True"),
         ("network: {1: 3}", "config.yaml: the key 1 is not the name"),
@@ -292,7 +344,8 @@ def test_a_storage_error_that_no_one_caught_is_one_line(
 
 
 def test_only_the_config_layer_reads_arguments_and_environment() -> None:
-    allowed = {Path(module.__file__ or "") for module in (config_layer, launch)}
+    # a program of its own, which HAProxy's binary becomes
+    allowed = {*(Path(module.__file__ or "") for module in (config_layer, launch)), ROOT / "btray/serving/haproxy.py"}
     for path in (ROOT / "btray").rglob("*.py"):
         found = re.findall(r"sys\.argv|os\.environ|os\.getenv", path.read_text())
         assert not found or path in allowed, f"{path}: {found}"
@@ -479,5 +532,5 @@ def test_help_says_nothing_in_terms_of_the_library(config: type[JobConfig], caps
     with pytest.raises(SystemExit):
         launch.read_config(config, ["--help"], "job")
     said = " ".join(capsys.readouterr().out.split())
-    for term in ("undefined", "ifdef", "factory", "Pydantic"):
+    for term in ("undefined", "ifdef", "factory", "Pydantic", "(default: none)"):
         assert term not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,8 @@ import pytest
 
 from btray import storage
 from btray.acquire.config import AcquireConfig
-from btray.bulk.archive import Selection, list_archive
+from btray.bulk.listing.archive import list_archive
+from btray.bulk.listing.selection import Selection
 from btray.core.errors import UserError
 from btray.data.labelled import read_labelled
 from tests.helpers.flat_store import flat_store
@@ -50,14 +52,20 @@ ENCODED = {
     "utf-8 mark": lambda text: text.encode("utf-8-sig"),
     "utf-16 le": lambda text: codecs.BOM_UTF16_LE + text.encode("utf-16-le"),
     "utf-16 be": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "utf-16 le, no mark": lambda text: text.encode("utf-16-le"),
+    "utf-16 be, no mark": lambda text: text.encode("utf-16-be"),
+    "two marks": lambda text: codecs.BOM_UTF8 + text.encode("utf-8-sig"),
+    "gzip, utf-16": lambda text: gzip.compress(text.encode("utf-16")),
     "gzip": lambda text: gzip.compress(text.encode("utf-8-sig")),
 }
 
 
 @pytest.mark.parametrize("encoded", ENCODED.values(), ids=ENCODED)
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
-def test_text_is_read_in_the_encodings_that_windows_writes(tmp_path: Path, encoded, end: str) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "list.TXT").write_bytes(encoded(end.join(["# of today", *NAMES, f'"{NAMES[0]}"', ""])))
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r"])
+def test_text_is_read_as_systems_old_and_new_write_it(tmp_path: Path, encoded, end: str) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "list.TXT").write_bytes(
+        encoded(end.join(["# of today", *NAMES, f'"{NAMES[0]}"', "  # the end", "\x1a"]))
+    )
     assert listed(tmp_path / "list.TXT") == [*expected(tmp_path), expected(tmp_path)[0]]
     for separator in (",", ";", "\t"):
         (tmp_path / "m.CSV").write_bytes(encoded(csv_text(separator, end)))
@@ -83,6 +91,9 @@ def test_the_mark_of_excel_for_its_separator_is_no_header(tmp_path: Path) -> Non
         lambda name: f"\ufeff{name}\u00a0",
         lambda name: " ./" + name.replace("/", "\\"),
         lambda name: f" '{name}' ",
+        lambda name: f"\u201c{name}\u201d",
+        lambda name: f"\u202a{name}\u202c\u200b",
+        lambda name: unicodedata.normalize("NFD", name),
         lambda name: f" {{folder}}/{name}",
         lambda name: "{folder}\\" + name.replace("/", "\\"),
     ],
@@ -139,7 +150,10 @@ def test_the_folder_that_spark_makes_of_a_table_is_one(tmp_path: Path, name: str
     ("name", "body", "match"),
     [
         ("m.csv", csv_text().encode("cp1252"), "UTF-8"),
-        ("m.csv", csv_text().encode("utf-16-le"), "no column uri"),
+        ("m.csv", csv_text().encode("utf-32"), "NUL"),
+        ("m.csv", csv_text().encode("utf-32-be"), "NUL"),
+        ("l.txt", "\n".join(NAMES).encode("utf-32-le"), "NUL"),
+        ("l.txt", "\0".join(NAMES).encode(), "NUL"),
         ("m.csv.gz", gzip.compress(csv_text().encode() * 99, mtime=0)[:-40], "cannot be read"),
         ("m.csv", b"", "no column uri"),
         ("l.txt", "\n".join(NAMES).encode("cp1252"), "UTF-8"),
@@ -152,6 +166,13 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, body: bytes,
     with pytest.raises(UserError, match=match) as caught:
         listed(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["l.jsonl", "l.XLSX", "l.csv.bz2", "l.lst", "l.pq", "all.zip", "all.tar.gz"])
+def test_a_list_or_archive_of_another_kind_is_refused_and_not_taken_for_a_scan(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("\n".join(NAMES))
+    with pytest.raises(UserError, match=f"{name} is of a kind that names no objects here; give a folder"):
+        listed(tmp_path / name)
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"CASES ABSENT: {CASES} does not exist, so they are NOT shown here")

@@ -289,6 +289,19 @@ def test_a_tensor_is_standardised_and_depends_on_its_frame_alone() -> None:
     assert to_tensor(torch.zeros(0, 32, 32, dtype=torch.uint8)).shape == (0, 1, 32, 32)
 
 
+@pytest.mark.parametrize("size", [33, 192, 1024])
+def test_a_tensor_is_made_of_exact_sums_whatever_the_gray_levels(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    frames = torch.randint(0, 256, (4, size, size), generator=generator, dtype=torch.uint8)
+    frames[0], frames[1], frames[2, 1:] = 255, 1, 0
+    wide = frames.flatten(1).to(torch.int64)
+    mean = wide.sum(1).double() / size**2
+    scale = 1 / ((wide * wide).sum(1).double() / size**2 - mean * mean).clamp(min=1.0).sqrt()
+    shape = (-1, 1, 1, 1)
+    expected = (frames.unsqueeze(1).float() - mean.float().view(shape)) * scale.float().view(shape)
+    assert torch.equal(to_tensor(frames), expected)
+
+
 def test_the_default_transform_is_the_one_that_bundles_were_made_with() -> None:
     assert preprocess_digest(CONFIG) == GOLDEN_DIGEST
     changed = [{"size": 96}, {"crop": False}, {"margin": 0.1}, {"low_percentile": 5}, {"high_percentile": 95}]

@@ -130,11 +130,21 @@ def sub_directory(subfile: int) -> bytes:
     return struct.pack("<HHHIII", 1, 254, 4, 1, subfile, 0)
 
 
+def chained(first: bytes, second: bytes) -> bytes:
+    """Return a TIFF of two pages: the directory of `second`, whose pixels are those of `first`, lies behind it."""
+    at = int.from_bytes(second[4:8], "little")
+    directory = second[at:]
+    count = int.from_bytes(first[int.from_bytes(first[4:8], "little") :][:2], "little")
+    link = int.from_bytes(first[4:8], "little") + 2 + 12 * count
+    return first[:link] + struct.pack("<I", len(first)) + first[link + 4 :] + directory
+
+
 STACKS = {
     "imagej": stacked({270: b"ImageJ=1.53t\nimages=5\nslices=5\n\0"}),
     "imagej_hyperstack": stacked({270: b"ImageJ=1.53t\nimages=5\nchannels=1\nframes=5\nhyperstack=true\n\0"}),
     "image_depth": stacked({32997: [5]}),
     "metamorph": stacked({33629: [1] * 10}),
+    "nih_image": stacked({43314: [0] * 130 + [5] + [0] * 125}),
     "tifffile": stacked({270: b'{"shape": [5, 72, 96], "truncated": true}\0'}),
     "samples": stacked({258: [8] * 5, 277: [5], 338: [0] * 4}),
     "planes": stacked({258: [8] * 5, 277: [5], 284: [2], 338: [0] * 4}),
@@ -155,6 +165,10 @@ def test_directories_that_hide_nothing_are_read() -> None:
     for tags in ({270: b"ImageJ=1.53t\n\0"}, {32997: [1]}, {33629: [1]}, {270: b'{"shape": [72, 96]}\0'}):
         assert len(decode(stacked(tags)).frames) == 1
     assert len(decode(stacked({330: [8, 8]}, sub_directory(1))).frames) == 1  # smaller copies
+    pages = [{254: [0], 258: [8], 262: [1]}, {254: [4], 258: [1], 262: [4]}]  # the second one is a mask, of 1 bit
+    first, second = (corpus.tiff_of(SHAPE, tags, [PICTURE.tobytes()], order="<") for tags in pages)
+    (frame,) = decode(chained(first, second)).frames
+    np.testing.assert_array_equal(frame, PICTURE)
     alpha = np.dstack([PICTURE, np.full_like(PICTURE, 255)]).tobytes()
     tags = {258: [8, 8], 262: [1], 277: [2], 338: [2]}
     np.testing.assert_array_equal(decode(corpus.tiff_of(SHAPE, tags, [alpha], order="<")).frames[0], PICTURE)
@@ -177,10 +191,19 @@ UNREAD = {
     "MetaImage header": b"NDims = 2\nDimSize = 4 4\n",
     "AFNI": b"\ntype  = string-attribute\nname = HISTORY_NOTE\n",
     "PAR": b"# === DATA DESCRIPTION FILE ====\n",
+    "ECAT": b"MATRIX72v\0",
+    "Interfile": b"!INTERFILE :=\n",
+    "CZI": b"ZISRAWFILE" + bytes(6),
+    "ND2": b"\xda\xce\xbe\x0a" + bytes(12),
     "MINC 1": b"CDF\1\0\0\0\0",
     "MINC 2": b"\x89HDF\r\n\x1a\n",
     "HDF5": bytes(512) + b"\x89HDF\r\n\x1a\n",
     "MATLAB 5": b"MATLAB 5.0 MAT-file, Platform: GLNXA64",
+    "MATLAB 4": struct.pack("<5i", 50, 72, 96, 0, 2) + b"x\0" + bytes(99),
+    "HDF5 behind a block": bytes(2048) + b"\x89HDF\r\n\x1a\n",
+    "MetaImage with a comment": b"Comment = made by hand\nObjectType = Image\n",
+    "LERC": b"Lerc2 \6\0\0\0",
+    "DIB of Windows": struct.pack("<IiiHH", 40, 96, 72, 1, 8) + bytes(99),
     "MATLAB 7.3": b"MATLAB 7.3 MAT-file, Platform: GLNXA64",
     "NumPy": b"\x93NUMPY\1\0v\0{'descr': '<u2'",
     "NPZ": b"PK\3\4" + bytes(26) + b"arr_0.npy",
@@ -196,6 +219,11 @@ UNREAD = {
     "JPEG 2000 file": b"\0\0\0\x0cjP  \r\n\x87\n",
     "JPEG XL": b"\xff\x0a\xd1\x40",
     "JPEG XL file": b"\0\0\0\x0cJXL \r\n\x87\n",
+    "JPEG XS": b"\xff\x10\xff\x50\0\4",
+    "raw of Fujifilm": b"FUJIFILMCCD-RAW 0201",
+    "raw of Olympus": b"IIRO\x08\0\0\0",
+    "raw of Panasonic": b"IIU\0\x18\0\0\0",
+    "DPX": b"SDPX\0\0\x20\0",
     "JPEG XR": b"II\xbc\1\x20\0\0\0",
     "JPEG-LS": b"\xff\xd8\xff\xf7\0\x0b\x08\0\x48\0\x60\1\1\x11\0\xff\xda\0\x08\1\1\0\0\0\0\1\2\3\xff\xd9",
     "CgBI": b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI",
@@ -244,6 +272,14 @@ def test_a_kind_that_is_not_read_is_refused_by_its_name(name: str) -> None:
     found = outcome(UNREAD[name])
     assert found.startswith("unsupported: ")
     assert name.split(maxsplit=1)[0] in found
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_of_a_gif_the_pictures_are_counted_however_it_was_written(moving: bool) -> None:
+    for shared in (PICTURE, np.where(PICTURE > 90, PICTURE, 0)):  # with colours of its own, or as a difference
+        others = [Image.fromarray(255 - PICTURE), Image.fromarray(shared)] if moving else []
+        said = outcome(corpus.encode(Image.fromarray(PICTURE), "GIF", save_all=moving, append_images=others))
+        assert said == ("animated: a GIF of 3 frames" if moving else "unsupported: a GIF: convert it to PNG")
 
 
 @pytest.mark.parametrize("name", NO_IMAGE)

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, TiffImagePlugin
 
 from btray.data.scans import ScanRejected, decode, tiff
@@ -58,7 +59,18 @@ def saved(image: Image.Image, compression: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_strips(pixels: np.ndarray, sampling: str, factors: list[int]) -> bytes:
+    """Return a TIFF of JPEG strips of 32 rows, in colours sampled so."""
+    strips = [
+        simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[start : start + 32]), 85, "RGB", sampling)
+        for start in range(0, len(pixels), 32)
+    ]
+    tags = {258: [8] * 3, 259: [7], 262: [6], 277: [3], 278: [32], 530: factors}
+    return corpus.tiff_of(pixels.shape, tags, strips, order="<")
+
+
 GRAY = Image.fromarray(PICTURE)
+COLOURS = Image.fromarray(np.dstack([PICTURE, PICTURE[::-1], 255 - PICTURE]))
 PAGES = [GRAY, Image.fromarray(255 - PICTURE), GRAY]
 SIMPLE = {
     **{
@@ -85,9 +97,15 @@ SIMPLE = {
     "jpeg_strips": saved(GRAY, "jpeg", quality=90, tiffinfo={278: 16}),
     "jpeg_white_is_zero": saved(GRAY, "jpeg", quality=90, tiffinfo={262: 0}),
     "jpeg_turned": saved(GRAY, "jpeg", quality=75, tiffinfo={274: 8}),
+    "jpeg_colours": saved(COLOURS, "jpeg", quality=85),
+    "jpeg_colours_strips": saved(COLOURS, "jpeg", quality=85, tiffinfo={278: 16}),
+    **{
+        f"jpeg_colours_{sampling}": jpeg_strips(np.asarray(COLOURS), sampling, factors)
+        for sampling, factors in (("444", [1, 1]), ("422", [2, 1]), ("420", [2, 2]), ("440", [1, 2]), ("411", [4, 1]))
+    },
 }  # fmt: skip
 OTHERS = {
-    "jpeg_rgb": saved(GRAY.convert("RGB"), "jpeg"),
+    "jpeg_cmyk": saved(GRAY.convert("CMYK"), "jpeg"),
     "rgb_16": deflated(np.dstack([PICTURE.astype(np.uint16) * 257] * 3), tag262=[2]),
     "planes": deflated(np.concatenate([PICTURE] * 3)[..., None], tag262=[2], tag277=[3], tag258=[8] * 3, tag284=[2],
                        tag257=[SHAPE[0]], rows=SHAPE[0]),

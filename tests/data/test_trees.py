@@ -71,6 +71,9 @@ def test_dicom_names_of_every_kind_may_be_images() -> None:
         "images/train/glioma/1.jpg|images/train/no/1.jpg",
         "wrap/per/glioma/1.jpg|wrap/per/abscess/1.jpg|wrap/README.md|__MACOSX/wrap/1.jpg",
         "glioma/1_mask.jpg|no/1.jpg|no/unmasked.jpg|no/2 label.jpg",
+        "glioma/1.jpg|glioma/2_mask.jpg|glioma/length 1.jpg|no/Te-no_0010.jpg|no/gg (1).jpg|no/segment 7.jpg",
+        "glioma_images/1.jpg|no_images/1.jpg|raw glioma/1.jpg|glioma 2/1.jpg",
+        "grade -1/1.jpg|grade 1/1.jpg|T1/1.jpg|T1+/1.jpg|etiqueta_1/1.jpg|old stroke/1.jpg|imagination/1.jpg",
         "_NORMAL T1/_1.jpg|_NORMAL T2/_1.jpg",
         "Pituitary/1.jpg|PITUITARY/2.jpg|glioma/1.jpg",
     ],
@@ -89,9 +92,20 @@ SPLIT_NAMES = [
     "Validation Data",
     "train2",
     "TestImages",
+    "Entra\u00eenement",
+    "Conjunto de prueba",
+    "Pr\u00fcfung",
+    "\u043e\u0431\u0443\u0447\u0435\u043d\u0438\u0435",
+    "\u6d4b\u8bd5\u96c6",
+    "\ud559\uc2b5",
 ]
 FOLD_NAMES = ["fold1", "fold_2", "Fold 3", "cv0", "k1", "kfold-4", "5fold", "folds", "part 2", "batch_1"]
-MASK_NAMES = ["masks", "labels", "Annotations", "segmentation", "tumor_masks", "ground truth", "GT", "mask_png"]
+MASK_NAMES = [
+    "masks", "labels", "Annotations", "segmentation", "tumor_masks", "ground truth", "GT", "mask_png", "masque",
+    "Masken",
+    "M\u00e1scaras", "segmentaciones", "Segmentierung", "etiquetas", "\u6807\u6ce8", "\u043c\u0430\u0441\u043a\u0438",
+    "\u30de\u30b9\u30af", "\ub77c\ubca8", "Contours", "bounding boxes", "segmentation-masks", "ROIs", "outlines",
+]  # fmt: skip
 OTHER_NAMES = [
     "pred",
     "Predictions",
@@ -103,6 +117,25 @@ OTHER_NAMES = [
     "Augmented Data",
     "cropped",
     "patient 07",
+    "thumbnails",
+    "Previews",
+    "thumbs",
+    "vignettes",
+    "Vorschau",
+    "saliency maps",
+    "excluded",
+    "Duplicates",
+    "tmp",
+    "trash",
+    "samples",
+    "figures",
+    "New folder (2)",
+    "crops",
+    "aug",
+    "unlabelled",
+    "dataset",
+    "all",
+    "Neuer Ordner",
 ]
 
 
@@ -118,7 +151,7 @@ def test_a_folder_that_is_named_for_no_class_is_named(name: str, beside: str) ->
     [
         ("yes/1.jpg|no/1.jpg|Br35H/TRAIN/1.jpg|Br35H/VAL/1.jpg", "Br35H holds TRAIN"),
         ("yes/1.jpg|no/1.jpg|brain_tumor_dataset/yes/1.jpg|brain_tumor_dataset/no/1.jpg", "brain_tumor_dataset holds"),
-        ("cat/1.jpg|dog/1.jpg|archive/deep/cat/1.jpg", "archive holds cat"),
+        ("cat/1.jpg|dog/1.jpg|stuff/deep/cat/1.jpg", "stuff holds cat"),
         ("Training/no/1.jpg|Training/yes/1.jpg|Training/Training/no/1.jpg", "Training/Training looks like a split"),
         ("Training/no/1.jpg|Training/yes/1.jpg|copy/Training/no/1.jpg", "copy"),
         ("Training/a/1.jpg|Training/b/1.jpg|samples of ours/1.jpg", "samples of ours lies beside"),
@@ -135,6 +168,23 @@ def test_a_folder_that_is_named_for_no_class_is_named(name: str, beside: str) ->
         ("Original/cat/1.jpg|Original/dog/1.jpg|Resized ones/cat/1.jpg|Resized ones/dog/1.jpg", "Original"),
         ("site A/cat/1.jpg|site A/dog/1.jpg|site B/cat/1.jpg|site B/dog/1.jpg", "site A and site B hold the same"),
         ("glioma/1.png|glioma/mask_1.png|no/2.png", "glioma/mask_1.png looks like a mask"),
+        ("glioma/1.png|glioma/1mask.png|no/2.png", "glioma/1mask.png looks like a mask"),
+        ("glioma/001.png|glioma/mask1.png|no/2.png", "glioma/mask1.png looks like a mask"),
+        ("glioma/image_01.png|glioma/mask_1.png|no/2.png", "glioma/mask_1.png looks like a mask"),
+        ("glioma/1_image.png|glioma/1-Annotation.png|no/2.png", "glioma/1-Annotation.png looks like a mask"),
+        ("glioma/IMG1.png|glioma/masque 1.png|no/2.png", "glioma/masque 1.png looks like a mask"),
+        ("glioma/p1.png|glioma/p1_ground_truth.png|no/2.png", "glioma/p1_ground_truth.png looks like a mask"),
+        ("glioma/p1.png|glioma/p1_segmentation_left.png|no/2.png", "glioma/p1_segmentation_left.png looks"),
+        ("glioma/a.png|glioma/a_ma\u0301scara.png|no/2.png", "glioma/a_ma\u0301scara.png looks like a mask"),
+        ("glioma/a.png|glioma/a_\u6807\u6ce8.png|no/2.png", "glioma/a_\u6807\u6ce8.png looks like a mask"),
+        ("glioma/1.png|glioma/thumbnails/1.png|no/2.png", "glioma holds thumbnails, which looks like previews"),
+        ("cat/1.jpg|dog/1.jpg|Entra\u00eenement/cat/1.jpg", "Entra\u00eenement"),
+        ("glioma/1.jpg|glioma_mask/1.jpg|no/1.jpg", "glioma_mask looks like masks of glioma"),
+        ("cat/1.jpg|masks-cat/1.jpg|dog/1.jpg", "masks-cat looks like masks of cat"),
+        ("cat/1.jpg|augmented cat/1.jpg|dog/1.jpg", "augmented cat looks like a version of cat"),
+        ("cat/1.jpg|cat_old/1.jpg|dog/1.jpg", "cat_old looks like what was put aside of cat"),
+        ("imagesTr/1.nii|labelsTr/1.nii|imagesTs/1.nii", "labelsTr looks like masks"),
+        ("A/cat/1.jpg|A/dog/1.jpg|A/cow/1.jpg|B/cat/1.jpg|B/dog/1.jpg", "A and B hold the same"),
         ("train_cat/1.jpg|test_cat/1.jpg|train_dog/1.jpg", "test_cat looks like a split of a class"),
         ("glioma-train/1.jpg|other/1.jpg|no/1.jpg", "glioma-train looks like a split of a class"),
         ("cat/1.jpg|cat - Copy/1.jpg|dog/1.jpg", "cat - Copy looks like a copy of cat"),
@@ -163,7 +213,8 @@ def test_two_trees_are_refused_by_name(paths: str) -> None:
     [
         ("yes/1.jpg|no/1.jpg|pred/1.jpg|copy/yes/1.jpg", ("yes", "no"), {"yes/1.jpg": None, "no/1.jpg": None}),
         ("yes/1.jpg|no/1.jpg", ("no tumor",), {"no/1.jpg": None}),
-        ("no/1.png|no/1_mask.png|no/masks/2.png", ("no",), {"no/1.png": None, "no/masks/2.png": None}),
+        ("no/1.png|no/1_mask.png|no/masks/2.png|no/p/thumbs/1.png", ("no",), {"no/1.png": None}),
+        ("masks/1.png|masks/axial/2.png", ("masks",), {"masks/1.png": None, "masks/axial/2.png": None}),
         ("w/1_Train/no/1.jpg|w/dev/no/1.jpg|x/1", ("no",), {"w/1_Train/no/1.jpg": "train", "w/dev/no/1.jpg": "val"}),
         ("pred/1.jpg|train/1.jpg|no/1.jpg", ("pred", "train"), {"pred/1.jpg": None, "train/1.jpg": None}),
         ("Training/me\u0301ta/1.jpg|Testing/m\u00e9ta/1.jpg|x/1.jpg", ("m\u00e9ta",),
@@ -188,6 +239,7 @@ def test_a_class_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path
 
 JUNK = [
     "Thumbs.db", "desktop.ini", "ehthumbs.db", "Icon\r", "README", "LICENSE", "labels.csv", "@eaDir/1.jpg",
+    "1.jpg.crdownload", "1.jpg~", "1.jpg.bak", "1.xmp", "@__thumb/1.jpg", "sums.md5",
     "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "lost+found/1.jpg", "DICOMDIR", "1.jpg:Zone.Identifier",
 ]  # fmt: skip
 HIDDEN = [".DS_Store", "._1.jpg", ".directory", "__MACOSX/1.jpg", ".Trashes/1.jpg"]
@@ -265,12 +317,22 @@ def test_a_label_has_one_form_whatever_wrote_it() -> None:
     for name in ("Me\u0301tastase", "M\u00e9tastase", " M\u00e9tastase\u200b", "\ufeffM\u00e9tastase\u3000"):
         assert canonical_label(name) == "M\u00e9tastase"
     assert {canonical_label(name) for name in ("1", "1.0", " 1.00 ")} == {"1"}
+    assert {canonical_label(name) for name in ("True", "TRUE", "true")} == {"true"}
     assert [canonical_label(name) for name in ("01", "1.5", "1.0.0", "1.")] == ["01", "1.5", "1.0.0", "1."]
     assert canonical_label("\uff27\uff4c\uff49\uff4f\uff4d\uff41") == "glioma"
 
 
 @pytest.mark.parametrize(
-    "paths", ["Abscess/1.jpg|abscess/2.jpg|glioma/1.jpg", "Training/A b/1.jpg|Testing/a\u00a0B/2.jpg"]
+    "paths",
+    [
+        "Abscess/1.jpg|abscess/2.jpg|glioma/1.jpg",
+        "Training/A b/1.jpg|Testing/a\u00a0B/2.jpg",
+        "Glioma T1/1.jpg|Glioma_T1/2.jpg",
+        "grade-1/1.jpg|grade\u20131/2.jpg",
+        "cyst/1.jpg|\u0441yst/2.jpg",
+        "cyst/1.jpg|cyst./2.jpg",
+        "patient's/1.jpg|patient\u2019s/2.jpg",
+    ],
 )
 def test_labels_that_look_alike_are_refused_naming_both(tmp_path: Path, paths: str) -> None:
     one, two = (canonical_label(path.split("/")[-2]) for path in paths.split("|")[:2])

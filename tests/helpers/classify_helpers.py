@@ -1,4 +1,4 @@
-"""Archives with good and bad objects, and a classify job in a process of its own that can be killed."""
+"""Archives with good and bad objects, and a job on them in a process of its own that can be killed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from multiprocessing.process import BaseProcess
+from pkgutil import resolve_name
 from threading import Lock
 from typing import Any
 from urllib.parse import quote_plus
@@ -25,12 +26,13 @@ import ray
 from btray import phantoms, storage
 from btray.bulk import worklist
 from btray.bulk.classify_worker import PartClassifier
-from btray.bulk.config import ClassifyConfig
-from btray.bulk.driver import ArchiveJob
-from btray.bulk.listing import Listing
+from btray.bulk.config import ArchiveConfig, ClassifyConfig
+from btray.bulk.driver import ArchiveJob, Done
+from btray.bulk.listing.sealing import Listing
 from btray.bulk.report import PartTally, RunReport, Totals
 from btray.bulk.runs import RUN, Run
 from btray.bulk.worker import PartActor, ReadActor
+from btray.launch import COMMANDS
 from btray.model.bundle import load_bundle
 from btray.storage import lease
 from tests.helpers.scan_corpus import bad_scans, good_scans
@@ -149,13 +151,13 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         vars(actor).update(run=run, _patience=1.0, _died_before=False, **attributes)
         return actor
 
-    def process(job: ArchiveJob, run: Run, totals: Totals[Any], listing: Listing, check: Callable[[], None]) -> None:
+    def process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Callable[[], None]) -> None:
         listing.join()
         writer, make_reader = bare(PartActor, run, processor=job.processor()(run, 1)), job.reader()
         reader = make_reader and bare(ReadActor, run, reader=make_reader(run), _decoding=Lock())
         for parts in worklist.read_parts(run.worklist):
             for row in writer(reader(parts) if reader else parts).to_pylist():
-                totals.add(row["part"], row["tally"])
+                done.add(row)
 
     patch.setattr("btray.bulk.driver._process", process)
     for module in ("btray.bulk.classify_worker.logs", "btray.core.logs"):
@@ -165,24 +167,23 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
 # ---- killing
 
 
-def start(config: ClassifyConfig, *, address: str | None = None, uses_ray: bool = True) -> BaseProcess:
+def start(config: ArchiveConfig, *, address: str | None = None, uses_ray: bool = True) -> BaseProcess:
     """The job as a driver of its own, on the test's Ray cluster or that at `address`, or `without_ray`."""
     if uses_ray:
         address = address or ray.get_runtime_context().gcs_address
-    process = _forks.Process(target=_drive, args=(config.model_dump(), address, dict(os.environ)))
+    process = _forks.Process(target=_drive, args=(config, address, dict(os.environ)))
     process.start()
     return process
 
 
-def _drive(config: dict[str, Any], address: str | None, environment: dict[str, str]) -> None:
-    from btray.bulk.classify import classify
-
+def _drive(config: ArchiveConfig, address: str | None, environment: dict[str, str]) -> None:
+    (function,) = (function for kind, function in COMMANDS.values() if kind is type(config))
     os.environ.update(environment | ({"RAY_ADDRESS": address} if address else {}))
     if address is None:
         without_ray(pytest.MonkeyPatch())
     lease.HEARTBEAT, lease.EXPIRY = QUICK_LEASE
     storage.reconnect()
-    classify(ClassifyConfig(**config))
+    resolve_name(function)(config)
 
 
 def classify_killed_thrice(

@@ -97,6 +97,19 @@ def a_multipart(rng: random.Random) -> Hostile:
     return Hostile(rng.choice(bodies).encode("latin-1"), {"Content-Type": f"multipart/form-data; boundary={boundary}"})
 
 
+def a_push(rng: random.Random) -> Hostile:
+    """Make a body of STOW-RS, damaged or of objects that are none."""
+    boundary = rng.choice(["b", "-" * 70, "x" * 300, 'a"b', "b--", ""])
+    line = f"\r\n--{boundary}\r\n".encode()
+    heads = [b"Content-Type: application/dicom\r\n\r\n", b"\r\n", b"X: " + b"y" * 100_000, b"X: y\r\n" * 1000 + b"\r\n"]
+    objects = [rng.choice(corpus())[:100_000] for _ in range(rng.choice([1, 3, 17]))]
+    body = b"".join(line + rng.choice(heads) + data for data in objects)
+    body += rng.choice([f"\r\n--{boundary}--".encode(), b"", line, b"\r\n--"])
+    kind = rng.choice(['type="application/dicom"; ', "type=x; ", "", 'start="<x>"; '])
+    path = rng.choice(["/dicomweb/studies", "/dicomweb/studies/1.2", "/dicomweb/studies/..", "/v1/classify"])
+    return Hostile(body, {"Content-Type": f"multipart/related; {kind}boundary={boundary}"}, path)
+
+
 def a_json(rng: random.Random) -> Hostile:
     texts = [
         "[" * 100_000, '{"images":' * 5000, '{"images": [' + "1e999," * 1000 + "1]}", '{"images": NaN}', "\ufeff{}",
@@ -159,7 +172,7 @@ def broken_http(rng: random.Random) -> Hostile:
 
 
 MAKERS: list[Callable[[random.Random], Hostile]] = [
-    a_scan, a_damaged_scan, noise, a_multipart, a_json, a_tensor, broken_http, a_bomb,
+    a_scan, a_damaged_scan, noise, a_multipart, a_push, a_json, a_tensor, broken_http, a_bomb,
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A loopback proxy before the S3 server that behaves as other stores do, which a real SeaweedFS does not."""
+"""A loopback proxy before a server that behaves as other stores do, which a real SeaweedFS or Orthanc does not."""
 
 from __future__ import annotations
 
@@ -58,27 +58,34 @@ class Request(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def s3_proxy(server: S3Server, behave: Callable[[Request], None], tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    """Run a proxy before `server` that answers each request by `behave`; until it ends, the environment points at it.
+def http_proxy(upstream: str, behave: Callable[[Request], None], tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Run a proxy before the server at the URL `upstream` that answers each request by `behave`. Gives its own URL.
 
-    With `tls` it speaks HTTPS. Gives the endpoint.
+    With `tls` it speaks HTTPS.
     """
-    members = {"upstream": urlsplit(server.endpoint).netloc, "behave": staticmethod(behave)}
+    members = {"upstream": urlsplit(upstream).netloc, "behave": staticmethod(behave)}
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Request,), members))
     proxy.daemon_threads = True
     if tls:
         proxy.socket = tls.wrap_socket(proxy.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    patch = pytest.MonkeyPatch()
-    endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{proxy.server_port}"
-    patch.setenv("AWS_ENDPOINT_URL", endpoint)
-    storage.reconnect()
     try:
-        yield endpoint
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{proxy.server_port}"
     finally:
-        patch.undo()
-        storage.reconnect()
         proxy.shutdown()
         thread.join()
         proxy.server_close()
+
+
+@contextmanager
+def s3_proxy(server: S3Server, behave: Callable[[Request], None], tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Do the same before an S3 server; until it ends, the environment points at the proxy."""
+    with http_proxy(server.endpoint, behave, tls) as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        storage.reconnect()
+        try:
+            yield endpoint
+        finally:
+            patch.undo()
+            storage.reconnect()

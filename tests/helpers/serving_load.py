@@ -29,29 +29,30 @@ class Served:
     session: requests.Session = field(default_factory=requests.Session)
     headers: dict[str, str] = field(default_factory=lambda: dict(JPEG))
 
-    def deploy(self, **service: Any) -> None:
+    def deploy(self, replicas: ReplicasConfig | None = None, **service: Any) -> None:
         from btray.serving.job import deploy
 
         config = ServiceConfig(**{"model": self.model, **service})
-        deploy(ReplicasConfig(min_replicas=2, max_replicas=2), config)
+        deploy(replicas or ReplicasConfig(min_replicas=2, max_replicas=2), config)
 
     def wait(self) -> None:
-        from ray import serve
-
-        from btray.serving.job import APPLICATION
-
-        def running() -> bool:
-            application = serve.status().applications[APPLICATION]
-            states = application.deployments["Classifier"].replica_states if application.deployments else {}
-            return application.status == "RUNNING" and states == {"RUNNING": 2}
-
-        until(running, seconds=90)
+        until(lambda: replica_states() == {"RUNNING": 2}, seconds=180)
 
     def classify(self, data: bytes) -> requests.Response:
         return self.session.post(self.url + "/v1/classify", data, headers=self.headers, timeout=60)
 
     def models(self) -> dict[str, Any]:
         return self.session.get(self.url + "/v1/models", timeout=60).json()
+
+
+def replica_states() -> dict[str, int]:
+    """Return the number of replicas in each state; none unless the application runs."""
+    from ray import serve
+
+    from btray.serving.job import APPLICATION
+
+    application = serve.status().applications[APPLICATION]
+    return dict(application.deployments["Classifier"].replica_states) if application.status == "RUNNING" else {}
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Load:
     answers: list[tuple[int, str]] = field(default_factory=list)
     retried: int = 0
     lost: int = 0
+    body: bytes = field(default_factory=scan)
 
     def client(self, stop: threading.Event) -> None:
         with requests.Session() as session:
@@ -69,7 +71,7 @@ class Load:
                 for _ in range(10):
                     try:
                         answer = session.post(
-                            self.served.url + "/v1/classify", scan(), headers=self.served.headers, timeout=30
+                            self.served.url + "/v1/classify", self.body, headers=self.served.headers, timeout=30
                         )
                     except (requests.ConnectionError, requests.ReadTimeout):
                         answer = None  # retried, and lost after the last try: as a replica that never answers is
@@ -83,8 +85,8 @@ class Load:
 
 
 @contextmanager
-def under_load(served: Served, clients: int = 3) -> Iterator[Load]:
-    load, stop = Load(served), threading.Event()
+def under_load(served: Served, clients: int = 3, **options: Any) -> Iterator[Load]:
+    load, stop = Load(served, **options), threading.Event()
     with ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(load.client, stop) for _ in range(clients)]
         try:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from btray import results, storage
 from btray.bulk import table
-from btray.bulk.completed import CompletedIndex
+from btray.bulk.listing.archive import Archive
+from btray.bulk.listing.completed import CompletedIndex
+from btray.bulk.listing.key_files import CLASSIFIED, REJECTED
+from btray.bulk.listing.new_objects import NewObjects
+from btray.bulk.listing.objects import chunks_of
+from btray.bulk.listing.tasks import LocalTasks
 from btray.bulk.report import PartTally
 from btray.bulk.runs import write_part
-from btray.data.key_set import keys_of
 from btray.model.prediction import Prediction
 from btray.storage import FileInfo
 
@@ -35,11 +39,17 @@ def write(place: str, name: str, *rows: dict[str, Any], model: str = "1e10") -> 
     return write_part(uri, rows, table.SCHEMA, PartTally(objects=len(rows)))
 
 
-def done_of(place: str, **options: bool) -> set[str]:
+def done_of(place: str, *, retry_rejected: bool = False, write_missing: bool = False) -> set[str]:
     """Names of the objects of the table that no later run reads again."""
-    known = np.concatenate([*CompletedIndex(place, "1e10").keys(**options), keys_of([])])
-    names = {uri.rpartition("/")[2] for uri in results.current(place)["uri"].to_pylist()} | {"new"}
-    return {name for name in names if keys_of([(f"s3://b/{name}", "e")])[0] in known}
+    with tempfile.TemporaryDirectory() as scratch:
+        tasks = LocalTasks(Path(scratch))
+        sources = CompletedIndex(place, "1e10").sources(tasks, write_missing=write_missing)
+        names = {uri.rpartition("/")[2] for uri in results.current(place)["uri"].to_pylist()} | {"new"}
+        listed = [FileInfo(f"s3://b/{name}", 7, "e", 0.0) for name in names]
+        new = NewObjects(sources, tasks, scratch, worst=CLASSIFIED if retry_rejected else REJECTED)
+        found = {info.uri.rpartition("/")[2] for some in new.among(Archive(chunks_of(listed))) for info in some}
+    assert new.unchanged == len(names) - len(found)
+    return names - found
 
 
 def write_a_table_of_many_nights(place: str) -> None:

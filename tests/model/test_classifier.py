@@ -25,7 +25,7 @@ from btray.data.preprocess import to_tensor
 from btray.data.scans import REJECTION_CODES
 from btray.model import engines
 from btray.model.classifier import Classifier
-from btray.model.config import EngineName, NetworkConfig
+from btray.model.config import EngineName, NetworkConfig, Precision
 from btray.model.engines import make_engine
 from btray.model.network import build_network
 from btray.model.prediction import Prediction
@@ -197,6 +197,26 @@ def test_every_engine_gives_the_answers_of_the_network(
     expected, found = plain.answer(frames), fast.answer(frames)
     np.testing.assert_allclose(fast.calibrated(found.logits, 1.0), fast.calibrated(expected.logits, 1.0), atol=1e-5)
     np.testing.assert_allclose(found.features, expected.features, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 32), (5, 2, 48), (7, 4, 32), (3, 4, 48), (3, 2, 33)])
+def test_a_graph_takes_neighbouring_columns_for_channels_and_computes_the_same(
+    kernel: int, stride: int, size: int, precision: Precision
+) -> None:
+    config = NETWORK.model_copy(update={"kernel": kernel, "stem_stride": stride, "norm": "batch"})
+    network = build_network(config, 3).eval()
+    torch.nn.init.normal_(network.parts[0][0][1].bias)
+    torch.nn.init.normal_(network.head.weight)
+    module = engines._WithSummary(network, precision)
+    rewritten = engines._with_columns(module, size, torch.device("cpu"))
+    assert (rewritten is module) == (size == 33), "columns are left over"
+    images = torch.randn(3, 1, size, size).contiguous(memory_format=torch.channels_last)
+    for run in (rewritten, engines._frozen(rewritten, images)):
+        with torch.inference_mode():
+            for got, own in zip(run(images), module(images), strict=True):
+                limit = 1e-5 if precision == "float32" else 0.05
+                assert float((got - own).abs().max()) <= limit * max(1.0, float(own.abs().max()))
 
 
 def test_a_graph_with_other_answers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,6 +350,7 @@ OUTPUTS = {
     "acquire": ("out", "cache"), "audit": ("out",), "train": ("out", "storage", "mlflow"),
     "tune": ("out", "storage", "mlflow"), "evaluate": ("out",), "publish": ("out",), "export": ("out",), "predict": (),
     "classify": ("output", "metrics-to"), "pack": ("output", "metrics-to"), "erase": ("output",),
+    "report": (),
     "serve": (), "key": ("file",), "models": ("mlflow",),
 }  # fmt: skip
 
@@ -369,7 +370,7 @@ def test_a_submitted_job_writes_nowhere_where_nobody_looks_and_says_why_data_are
     if name == "models":
         words = ["list"]
         del given["action"]
-    given |= {"where": "true"} if name == "erase" else {}
+    given |= {"where": "true"} if name == "erase" else {"to": "dicomweb://x/y"} if name == "report" else {}
     for flag in OUTPUTS[name]:
         flags = [f"--{key}={value}" for key, value in {**given, flag: "runs/x"}.items()]
         monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
@@ -464,6 +465,9 @@ def test_what_cannot_be_is_refused_before_torch_and_ray_are_imported(tmp_path: P
             (["pack", "--input", "data", "--output", "file"], "--output"),
             (["erase", "--output", "absent", "--where", "true"], "--output"),
             (["erase", "--output", "data", "--uris", "absent"], "--uris"),
+            (["report", *model, "--studies", "absent", "--to", "dicomweb://x/y"], "--studies"),
+            (["report", "--model", "absent", "--studies", "data", "--to", "dicomweb://x/y"], "not a model bundle"),
+            (["report", *model, "--studies", "data", "--to", "https://x/y"], "dicomweb://HOST"),
             (["serve", "--model", "absent"], "not a model bundle"),
             (["serve", *model, "--canary.model", "absent"], "absent is not a model bundle"),
             (["serve", *model, "--keys", "absent"], "--keys"),

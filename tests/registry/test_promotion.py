@@ -82,13 +82,17 @@ def test_what_is_missing_is_named(settings: dict[str, Any], reason: str) -> None
 def test_a_mistake_is_one_line_and_changes_nothing(two: str, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"model": "f" * 32}, "0 models of"),
-        ({"model": IDS[2]}, "already"),
+        ({"model": IDS[2]}, "is already model"),
         ({"model": str(tmp_path / "nothing")}, "not a model bundle"),
     ]
     for settings, reason in cases:
         with pytest.raises(UserError, match=reason) as caught:
             models("promote", two, why="because", **settings)
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"--against f+: "):
+        models("compare", two, model=IDS[1], against="f" * 32)
+    with pytest.raises(UserError, match="no model is there"):
+        models("list", f"{two}-misspelt")
     with pytest.raises(UserError, match="without @STAGE"):
         models("list", f"{two}@production")
     with pytest.raises(UserError, match="no model is promoted"):

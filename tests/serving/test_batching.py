@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from btray.serving.batching import Batcher
+from btray.serving.batching import Batcher, SharedThread
 
 
 class Slow:
@@ -27,10 +26,9 @@ class Slow:
         return [work * work for work in works]
 
 
-def batcher(run: Slow, largest: int = 4) -> Batcher[int, int]:
-    return Batcher(
-        run, ThreadPoolExecutor(1), largest=largest, weight=lambda work: work // 100 or 1, watch=lambda *_: None
-    )
+def batcher(run: Slow, largest: int = 4, thread: SharedThread | None = None) -> Batcher[int, int]:
+    thread = thread or SharedThread("predict")
+    return Batcher(run, thread, largest=largest, weight=lambda work: work // 100 or 1, watch=lambda *_: None)
 
 
 def test_a_single_caller_does_not_wait_for_company() -> None:
@@ -104,3 +102,24 @@ def test_whoever_goes_takes_the_work_along() -> None:
 
     assert asyncio.run(impatient()) == 10
     assert run.batches == [[0], [1, 3]]
+
+
+def test_batchers_that_share_a_thread_know_when_another_uses_it() -> None:
+    run, thread = Slow(), SharedThread("predict")
+
+    async def both() -> None:
+        one, other = batcher(run, thread=thread), batcher(run, thread=thread)
+        works = [asyncio.create_task(one.submit(2)), asyncio.create_task(other.submit(3))]
+        assert one.idle
+        await asyncio.sleep(0)
+        assert not one.idle
+        assert not other.idle
+        run.may_run.set()
+        assert await asyncio.gather(*works) == [4, 9]
+        assert one.idle
+        assert other.idle
+        with pytest.raises(ValueError, match="13"):
+            await one.submit(13)
+        assert other.idle, "a batch that failed holds the thread for ever"
+
+    asyncio.run(both())

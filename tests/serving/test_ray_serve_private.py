@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 
 import pytest
+from ray.experimental import internal_kv
 from ray.serve._private import client, constants, controller
 from ray.serve.schema import ServeDeploySchema
 
@@ -15,7 +17,9 @@ from btray.serving.gate import proxy_middlewares
 
 def test_serve_reads_every_variable_that_is_set() -> None:
     source = inspect.getsource(constants)
-    environment = ray_serve_private.serve_environment(proxy_middlewares)
+    environment = ray_serve_private.serve_environment()
+    module, _, name = environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+    assert getattr(importlib.import_module(module), name) is proxy_middlewares
     environment |= ray_serve_private.haproxy_environment(Path("/folder"), Path("/folder/haproxy"), lambda: 1)
     for name in environment:
         assert f'"{name}"' in source, name
@@ -34,3 +38,10 @@ def test_behind_haproxy_its_host_is_known_and_without_it_none(monkeypatch: pytes
     assert "RAY_SERVE_ENABLE_HA_PROXY" in inspect.getsource(controller)
     monkeypatch.setattr(ray_serve_private, "RAY_SERVE_ENABLE_HA_PROXY", False)
     assert ray_serve_private.haproxy_host() is None
+
+
+def test_the_store_of_the_cluster_is_called_as_it_takes_it() -> None:
+    for name in ("get", "list", "put"):
+        parameters = inspect.signature(getattr(internal_kv, f"_internal_kv_{name}")).parameters
+        assert "namespace" in parameters
+    assert "overwrite" in parameters

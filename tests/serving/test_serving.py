@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -22,24 +22,27 @@ import tritonclient.http as triton
 import yaml
 
 from btray.bulk.classify import classify
-from btray.core.errors import UserError
-from btray.model.bundle import Bundle, load_bundle
+from btray.core.errors import Failed, UserError
 from btray.model.classifier import Classifier
 from btray.model.manifest import Thresholds
 from btray.model.network import build_network
 from btray.model.ood import Distribution
 from btray.results import current
-from btray.serving.config import ServeConfig, ServiceConfig, is_loopback
-from btray.serving.models import SwitchReport
-from btray.storage import StorageError
+from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig, is_loopback
+from btray.serving.dicomweb.pending import PendingStudies
+from btray.serving.ray_serve_private import ClusterTexts
 from tests.conftest import ROOT
 from tests.helpers.classify_helpers import job, write_objects
+from tests.helpers.hospital_archive import ROOT as UIDS
+from tests.helpers.hospital_archive import instance
 from tests.helpers.hostile_bodies import hostile_bodies
+from tests.helpers.orthanc import Orthanc
+from tests.helpers.pushes import RELATED, STOW, related, reports
 from tests.helpers.scan_corpus import bad_scans, good_scans
-from tests.helpers.serving_helpers import bundle_at, problem, scan, status_of
-from tests.helpers.serving_load import Served, replicas, under_load
+from tests.helpers.serving_helpers import bundle_at, pages, problem, scan, status_of
+from tests.helpers.serving_load import Served, replica_states, replicas, under_load
 from tests.helpers.tiny_bundle import NETWORK
-from tools.processes import until
+from tools.processes import named, until
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,32 @@ def test_a_switch_under_load_costs_no_request_and_a_bad_bundle_changes_nothing(s
 
 
 @pytest.mark.cluster
+def test_one_process_reports_what_is_pushed_to_any_replica_and_comes_back_when_it_is_killed(
+    served: Served, tmp_path: Path
+) -> None:
+    pending = PendingStudies(str(tmp_path / "pending"))
+    with Orthanc(tmp_path / "pacs", AuthenticationEnabled=False) as pacs:
+        served.deploy(report_to=pacs.address, report_after_seconds=0.5, pending=pending.folder)
+        for study in (1, 2):
+            study_uid, files = f"{UIDS}.{study}", [instance(study, 0, place) for place in range(2)]
+            pacs.upload(files)
+
+            def noted(files: list[bytes] = files) -> bool:  # a replica may not have the config yet
+                answer = served.session.post(
+                    served.url + STOW, related(files), headers={"Content-Type": RELATED}, timeout=60
+                )
+                return answer.status_code == 200 and bool(pending.marks())
+
+            until(noted, seconds=60)
+            until(lambda: not pending.marks(), seconds=120)
+            assert len(reports(pacs, study_uid)) == 1
+            (process,) = named(b"ReportJob", os.getpid())
+            os.kill(process, signal.SIGKILL)
+        served.deploy()
+        until(lambda: not named(b"ReportJob", os.getpid()), seconds=60)
+
+
+@pytest.mark.cluster
 def test_a_replica_killed_under_load_costs_retries_and_no_request(served: Served) -> None:
     until(lambda: len(replicas()) == 2)
     with under_load(served) as load:
@@ -129,23 +158,34 @@ def test_a_replica_killed_under_load_costs_retries_and_no_request(served: Served
 
 
 @pytest.mark.cluster
-def test_a_replica_that_starts_while_the_config_is_bad_serves_what_the_others_do(
+def test_though_the_config_is_bad_and_all_replicas_die_those_that_start_serve_what_was_served_last(
     served: Served, model: str, tmp_path: Path
 ) -> None:
     until(lambda: len(replicas()) == 2)
     served.deploy(model=str(tmp_path / "nothing"))
     until(lambda: "not a model bundle" in served.models()["switch"]["detail"])
-    with under_load(served) as load:
-        for old in replicas():  # so that in the end those that came must do alone
-            os.kill(old, signal.SIGKILL)
-            until(lambda old=old: old not in replicas())
-            until(lambda: len(replicas()) == 2, seconds=60)
-            served.wait()
-    assert load.lost == 0
-    assert {model_id for _, model_id in load.answers} == {Classifier.load(model).model_id}
+    before = replicas()
+    for old in before:
+        os.kill(old, signal.SIGKILL)
+    until(lambda: len(set(replicas()) - set(before)) == 2, seconds=60)
+    served.wait()
+    answer = until(lambda: (found := served.classify(scan())).status_code == 200 and found)
+    assert answer.json()["model_id"] == Classifier.load(model).model_id
     assert "not a model bundle" in served.models()["switch"]["detail"]
     served.deploy()
     served.wait()
+
+
+@pytest.mark.cluster
+def test_the_cluster_keeps_the_first_or_the_last_text_of_a_name_for_those_who_share_it(served: Served) -> None:
+    texts, others = ClusterTexts("one"), ClusterTexts("another")
+    for text in ("first", "second"):
+        texts.put("pinned 1", text, replace=False)
+        texts.put("served", text, replace=True)
+    texts.put("pinned 0", "", replace=False)
+    assert texts.names("pinned ") == ["pinned 0", "pinned 1"]
+    assert (texts.get("pinned 1"), texts.get("served"), texts.get("nothing")) == ("first", "second", "")
+    assert (others.names(""), others.get("served")) == ([], "")
 
 
 @pytest.mark.cluster
@@ -211,6 +251,16 @@ def test_monitoring_finds_every_number_of_all_replicas(served: Served, tmp_path:
     assert len(families) == len(set(families)), "a family stands twice, which Prometheus refuses"
 
 
+@pytest.mark.cluster
+def test_overload_that_waits_or_is_refused_has_the_autoscaler_go_to_the_maximum(served: Served) -> None:
+    """Each replica works on one request at a time, which is far below the six that the autoscaler aims at."""
+    few = ReplicasConfig(min_replicas=1, max_replicas=3, cpus=0.5, upscale_delay=1)
+    served.deploy(few, limits={"max_requests": 1, "max_reading": 64})
+    until(lambda: replica_states() == {"RUNNING": 1})
+    with under_load(served, clients=24, body=pages(100)):
+        until(lambda: replica_states() == {"RUNNING": 3})
+
+
 # ---- the job, and the files of a deployment
 
 
@@ -232,44 +282,20 @@ def test_wrong_use_is_told_before_anything_starts(tmp_path: Path) -> None:
                 run_service(ServeConfig(**flags), lambda: ServeConfig(model=model))
 
 
-STORE_AWAY = StorageError("unavailable", "s3://b/x")
-
-
-@pytest.mark.parametrize(
-    ("failure", "others", "expected"),
-    [
-        (UserError("no such bundle"), "good", "no such bundle"),
-        (RuntimeError("size mismatch"), "good", "size mismatch"),
-        (UserError("no such bundle"), None, UserError),
-        (RuntimeError("size mismatch"), "gone", RuntimeError),
-        (STORE_AWAY, "good", UserError),
-    ],
-)
-def test_a_starting_replica_serves_as_others_do_or_says_what_is_wrong_with_its_own_config(
-    model: str, monkeypatch: pytest.MonkeyPatch, failure: Exception, others: str | None, expected: str | type[Exception]
+def test_a_machine_too_busy_for_serve_to_start_is_a_failure_that_a_restart_may_mend(
+    model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from btray.serving import deployment
-    from btray.serving import models as served_models
+    from btray.serving import job as serving
 
-    def load(uri: str, **options: Any) -> Bundle:
-        if uri != model:
-            raise failure if uri.endswith("/bad") else UserError("what the others had is gone")
-        return load_bundle(uri, **options)
+    def start(**options: Any) -> None:
+        raise TimeoutError("HTTP proxies not available\nafter 60s.")
 
-    async def ask_others() -> ServiceConfig | None:
-        return ServiceConfig(model=model if others == "good" else others) if others else None
-
-    monkeypatch.setattr(served_models, "load_bundle", load)
-    monkeypatch.setattr(deployment, "_served_by_others", ask_others)
-    replica = deployment.Replica()
-    if isinstance(expected, str):
-        asyncio.run(replica.reconfigure({"model": "bad"}))
-        assert replica.service.models.split
-        assert replica.service.models.split.config.model == model
-        assert replica.service.models.switch == SwitchReport(state="refused", detail=expected)
-    else:
-        with pytest.raises(expected, match=str(failure)):
-            asyncio.run(replica.reconfigure({"model": "bad"}))
+    monkeypatch.setattr(serving, "_local_ray", lambda config: nullcontext())
+    monkeypatch.setattr(serving, "_put_into", lambda signals: None)
+    monkeypatch.setattr(serving.serve, "start", start)
+    with pytest.raises(Failed, match="not available after 60s") as caught:
+        serving.run_service(ServeConfig(model=model, port=serving.free_port()), lambda: ServeConfig(model=model))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_service_that_never_starts_ends_when_it_is_told_to(

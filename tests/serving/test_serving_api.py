@@ -99,6 +99,10 @@ def test_of_a_form_the_files_are_classified_and_text_is_not(service: Running, cl
         problem(service.post(CLASSIFY, files=none), 400, "bad_body")
     problem(service.post(CLASSIFY, files=[("images", (None, "no scan"))]), 400, "not_an_image")
     assert service.post(CLASSIFY, files=[("images", ("", scan()))]).status_code == 200, "a file without a name"
+    url = "data:image/jpeg;base64," + base64.encodebytes(scan()).decode()
+    (result,) = service.post(CLASSIFY, files=[text, ("images", (None, url))]).json()["results"]
+    assert result["label"] == expected.label
+    problem(service.post(CLASSIFY, files=[("images", (None, "data:image/png;base64,***"))]), 400, "bad_body")
 
 
 def test_every_good_scan_is_answered_as_the_classifier_answers_it(service: Running, classifier: Classifier) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import socket
 import threading
@@ -17,7 +16,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.preprocess import Frame
@@ -25,13 +23,14 @@ from btray.data.scans import Scan
 from btray.model.classifier import Classifier
 from btray.model.prediction import Prediction
 from btray.serving import access as api_keys
+from btray.serving import gate
 from btray.serving.access import Access, make_key
-from btray.serving.batching import Batcher
+from btray.serving.batching import Batcher, SharedThread
 from btray.serving.config import ServeConfig
 from btray.serving.gate import HeaderGuard
 from btray.serving.models import DecodedImage, ModelFacts, ServedModel
 from btray.serving.problems import Problem
-from tests.helpers.serving_helpers import Running, bundle_at, png, problem, running, scan
+from tests.helpers.serving_helpers import Running, bundle_at, pages, png, problem, running, scan
 from tools.processes import until
 
 CLASSIFY = "/v1/classify"
@@ -46,19 +45,11 @@ def service(model: str) -> Iterator[Running]:
         yield served
 
 
-def pages(count: int) -> bytes:
-    """A TIFF of so many small pages."""
-    file = io.BytesIO()
-    first, *others = [Image.fromarray(np.full((16, 16), number % 256, np.uint8)) for number in range(count)]
-    first.save(file, "TIFF", save_all=True, append_images=others)
-    return file.getvalue()
-
-
 @contextmanager
 def no_predictions(service: Running) -> Iterator[None]:
     """Meanwhile no forward pass begins, and what is in work stays there."""
     go_on = threading.Event()
-    service.service.models.executor.submit(go_on.wait, 60)
+    service.service.models.thread.submit(go_on.wait, 60)
     try:
         yield
     finally:
@@ -110,12 +101,28 @@ def test_beyond_what_is_in_work_requests_are_refused_with_the_time_to_wait(servi
     with ThreadPoolExecutor(2) as pool, no_predictions(service):
         held = [pool.submit(service.post, CLASSIFY, scan(), JPEG) for _ in range(2)]
         until(lambda: service.gate.working == 2)
-        answer = service.post(CLASSIFY, scan(), JPEG)
+        answer = service.post(CLASSIFY, scan(), JPEG)  # after it has waited for a second
         assert "in work" in problem(answer, 503, "busy")["detail"]
         assert int(answer.headers["Retry-After"]) >= 1
         assert service.get("/healthz").status_code == 200, "health must not wait behind work"
     assert [answer.result().status_code for answer in held] == [200, 200]
     assert service.post(CLASSIFY, scan(), JPEG).status_code == 200, "what was refused once is refused for ever"
+
+
+def test_what_waits_for_a_place_is_answered_once_there_is_one_and_takes_none_with_it(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "QUEUE_SECONDS", 60)
+    with running(model=model, limits={"max_requests": 1, "max_reading": 3}) as service, ThreadPoolExecutor(4) as pool:
+        with no_predictions(service):
+            asked = [pool.submit(service.post, CLASSIFY, scan(), JPEG) for _ in range(3)]
+            until(lambda: (service.gate.working, service.gate.reading) == (1, 2))
+            with slow_uploads(service, 1):
+                until(lambda: service.gate.reading == 3)
+                problem(service.post(CLASSIFY, scan(), JPEG), 503, "busy")
+            until(lambda: service.gate.reading == 2)
+        assert [answer.result().status_code for answer in asked] == [200, 200, 200]
+        until(lambda: (service.gate.working, service.gate.reading) == (0, 0))
 
 
 def test_what_cannot_be_read_waits_for_no_model(service: Running) -> None:
@@ -130,18 +137,21 @@ def test_what_cannot_be_read_waits_for_no_model(service: Running) -> None:
     assert held.result().status_code == 200
 
 
-def test_only_what_is_small_is_decoded_where_it_is_classified(
-    service: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[str] = []
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The threads that decoded, in order."""
+    names: list[str] = []
     frames_of = FrameSource.frames_of
 
     def watched(self: FrameSource, scan: Scan) -> list[Frame]:
-        threads.append(threading.current_thread().name.partition("_")[0])
+        names.append(threading.current_thread().name.partition("_")[0])
         return frames_of(self, scan)
 
     monkeypatch.setattr(FrameSource, "frames_of", watched)
+    return names
 
+
+def test_only_what_is_small_is_decoded_where_it_is_classified(service: Running, threads: list[str]) -> None:
     for body in (scan(), png(np.zeros((1100, 1000), np.uint8)), scan() + bytes(2**18)):
         assert service.post(CLASSIFY, body, JPEG).status_code == 200
     assert threads == ["predict", "decode", "decode"]
@@ -150,6 +160,21 @@ def test_only_what_is_small_is_decoded_where_it_is_classified(
         until(lambda: not service.service.split().models[0].batcher.idle)
         pool.submit(service.post, CLASSIFY, scan(), JPEG)
         until(lambda: threads[3:] == ["decode"])
+
+
+def test_no_model_decodes_on_the_thread_that_another_one_uses(model: str, tmp_path: Path, threads: list[str]) -> None:
+    canary = bundle_at(tmp_path, "canary", seed=4)
+    with running(model=model, canary={"model": canary, "share": 0.5}) as service, ThreadPoolExecutor(2) as pool:
+        main, other = service.served()
+        with no_predictions(service):
+            held = pool.submit(service.post, f"{CLASSIFY}?model_id={main}", scan(), JPEG)
+            until(lambda: not service.service.split().models[0].batcher.idle)
+            second = pool.submit(service.post, f"{CLASSIFY}?model_id={other}", scan(), JPEG)
+            until(lambda: threads == ["decode"])
+        for answer, model_id in ((held, main), (second, other)):
+            assert answer.result().json()["model_id"] == model_id
+        assert service.post(f"{CLASSIFY}?model_id={other}", scan(), JPEG).status_code == 200
+    assert threads == ["decode", "predict", "predict"]
 
 
 def test_an_answer_that_takes_too_long_is_a_problem_with_the_time_to_wait(model: str) -> None:
@@ -202,7 +227,7 @@ def test_many_frames_go_in_parts_and_others_come_between() -> None:
 
     async def both() -> tuple[list[Prediction], list[str]]:
         batcher: Batcher[Sequence[DecodedImage], list[Prediction]] = Batcher(
-            run, ThreadPoolExecutor(1), largest=2, weight=len, watch=lambda *_: None
+            run, SharedThread("predict"), largest=2, weight=len, watch=lambda *_: None
         )
         served = ServedModel(cast(Classifier, None), cast(FrameSource, None), batcher, cast(ModelFacts, None))
         frames = Frames(np.full((2, 2), number, np.uint8) for number in range(6))

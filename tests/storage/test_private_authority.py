@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from btray import storage
 from btray.storage import StorageError, s3_clients
 from btray.storage.s3 import fetch_body
-from tests.helpers.debian import install
+from tests.helpers.authority import private_authority
 from tests.helpers.s3_proxy import Request, s3_proxy
 from tools.s3_server import S3Server
 
@@ -20,29 +19,7 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ca.crt, and with server.crt and server.key for 127.0.0.1."""
-    if not install("openssl", "openssl"):
-        pytest.skip("OPENSSL ABSENT: a store with a private certificate is NOT tested here")
-    folder = tmp_path_factory.mktemp("authority")
-    new = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    for command in (
-        [*new, "-subj", "/CN=a hospital", "-keyout", "ca.key", "-out", "ca.crt"],
-        [*new, "-subj", "/CN=store", "-keyout", "server.key", "-out", "server.crt", "-CA", "ca.crt", "-CAkey", "ca.key",
-         "-addext", "basicConstraints=critical,CA:FALSE", "-addext", "subjectAltName=IP:127.0.0.1"],
-    ):  # fmt: skip
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return folder
+    return private_authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture

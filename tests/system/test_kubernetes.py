@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import re
 import shlex
 import subprocess
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from referencing import Registry, Resource
 
 from btray.bulk.config import ClassifyConfig
 from btray.core.config import ENV_PREFIX, JobConfig
-from btray.serving.config import ServiceConfig
+from btray.serving.config import ReplicasConfig, ServiceConfig
+from btray.serving.ray_serve_private import haproxy_environment, serve_environment
 from btray.training.config import TrainConfig
 from tests.conftest import ROOT
 from tests.helpers import kuberay_schema, operator_schemas
@@ -37,12 +39,12 @@ from tests.helpers.deploy_helpers import (
     bytes_of,
     cluster_of,
     cores_of,
+    kubectl,
     name_of,
     of_kind,
     one_of,
     pods,
     rendered,
-    require_kubectl,
 )
 
 KUBERNETES = "1.34"
@@ -130,6 +132,11 @@ def test_a_misspelt_or_mistyped_field_is_found(change: dict[str, Any]) -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {**template["spec"], "grace": 3}}
     with pytest.raises(SchemaError):
         validate(pod)
+
+
+def test_the_walk_through_says_how_much_there_is() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert f"grep -c ^kind:      # prints {len(rendered())}\n" in text
 
 
 def test_what_a_site_changes_stands_in_the_overlay_and_nowhere_else() -> None:
@@ -318,14 +325,19 @@ def test_the_settings_of_each_namespace_are_those_of_its_job(monkeypatch: pytest
             assert config.from_command_line([], script).log_format == "json"
 
 
+FAILED, LOGS = "Job entrypoint command failed with exit code", ", last available logs (truncated to 20,000 chars):\n"
+"""What Ray says of a job, as KubeRay passes it on."""
 NIGHTS = {
     "done": (["Complete SUCCEEDED"], "", 0, 1),
     "the API server is away for a moment": (["error", " ", "Running RUNNING", "Complete SUCCEEDED"], "", 0, 1),
     "deleted": ([""], "", 1, 1),
-    "failed, and again, and again": (["Running RUNNING", "Failed FAILED"], "failed with exit code 1", 1, 3),
-    "wrong use": (["Complete FAILED"], "Job entrypoint command failed with exit code 2, last logs: ...", 2, 1),
-    "a crossed threshold": (["Failed FAILED"], "Job entrypoint command failed with exit code 3", 3, 1),
-    "some other code": (["Failed FAILED"], "Job entrypoint command failed with exit code 25", 1, 3),
+    "stopped by a person": (["Complete STOPPED"], "", 1, 1),
+    "refused by KubeRay": (["ValidationFailed "], "The RayJob spec is invalid: ...", 2, 1),
+    "failed, and again, and again": (["Running RUNNING", "Failed FAILED"], f"{FAILED} 1{LOGS}", 1, 3),
+    "wrong use": (["Complete FAILED"], f"{FAILED} 2{LOGS}", 2, 1),
+    "a crossed threshold": (["Failed FAILED"], f"{FAILED} 3. No logs available.", 3, 1),
+    "some other code": (["Failed FAILED"], f"{FAILED} 25{LOGS}", 1, 3),
+    "a log that speaks of another code": (["Failed FAILED"], f"{FAILED} 1{LOGS}a tool ended with exit code 2", 1, 3),
 }
 
 
@@ -345,6 +357,34 @@ def test_who_waits_for_a_job_knows_how_it_ended_and_whether_to_try_again(
     assert "BTRAY_OUT" not in json.dumps(job)
 
 
+def test_ray_still_says_how_a_job_ended_in_the_words_that_are_looked_for() -> None:
+    source = importlib.util.find_spec("ray.dashboard.modules.job.job_supervisor")
+    assert source is not None
+    assert source.origin is not None
+    text = re.sub(r'"\s+f?"', "", Path(source.origin).read_text())
+    assert f'"{FAILED} {{return_code}}{LOGS}"'.replace("\n", "\\n") in text
+    assert f'"{FAILED} {{return_code}}. No logs available."' in text
+
+
+def test_a_job_is_waited_for_as_long_as_its_attempts_may_take_and_only_who_waits_repeats_it() -> None:
+    """Or else a RayJob would run on without anybody who tells how it ended, or repeat what no repetition can mend."""
+    script = (KUSTOMIZE / "base" / "jobs" / "submit.sh").read_text()
+    (attempts,) = re.findall(r"^for attempt in ([\d ]+);", script, re.MULTILINE)
+    for namespace in ("btray-classify", "btray-train"):
+        job = one_of("RayJob", namespace)["spec"]
+        waits = one_of("CronJob", namespace)["spec"]["jobTemplate"]["spec"]
+        assert (job["backoffLimit"], waits["backoffLimit"]) == (0, 0)
+        assert waits["activeDeadlineSeconds"] >= len(attempts.split()) * job["activeDeadlineSeconds"]
+
+
+@pytest.mark.parametrize("name", ["2027-spring", "a" * 42, "spring.2027"])
+def test_a_name_that_kuberay_would_never_start_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    """KubeRay 1.5: a RayJob's name is a DNS-1035 label of at most 47 characters, six of which generateName adds."""
+    ended = submit(tmp_path, JOB_NAME=name)
+    assert (ended.returncode, ended.stdout.count("\n"), ended.stderr) == (2, 1, "")
+    assert name in ended.stdout
+
+
 def test_every_training_has_a_name_and_a_folder_of_its_own(tmp_path: Path) -> None:
     template = one_of("RayJob", "btray-train")
     job = submitted(tmp_path, template, ["Complete SUCCEEDED"], RUNS="s3://EXAMPLE-BUCKET/runs")
@@ -358,18 +398,15 @@ def submitted(
     folder: Path, template: Document, states: list[str], *, message: str = "", code: int = 0, **settings: str
 ) -> Document:
     """Run submit.sh to its end and return the RayJob that it created last."""
-    require_kubectl()
     cron = one_of("CronJob", template["metadata"]["namespace"])
     (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["sh", "/submit/submit.sh"]
-    script = (KUSTOMIZE / "base" / "jobs" / "submit.sh").read_text().replace("/tmp/", f"{folder}/")
     (folder / "server.json").write_text(json.dumps(template | {"status": {"jobStatus": ""}}))
     (folder / "states").write_text("".join(f"{state}\n" for state in states))
-    real = subprocess.run(["sh", "-c", "command -v kubectl"], capture_output=True, text=True, check=True).stdout.strip()
     (folder / "kubectl").write_text(f"""#!/bin/sh
         cd {folder}
         case "$*" in
-          patch*) exec {real} "$@" ;;
+          patch*) exec {kubectl()} "$@" ;;
           create*) cp rayjob.json given; cp states left; echo made >> made; echo rayjob.ray.io/btray-nightly-x ;;
           "get rayjob btray -o json") cat server.json ;;
           *status.message*) printf %s {shlex.quote(message)} ;;
@@ -379,14 +416,23 @@ def submitted(
     (folder / "sleep").write_text("#!/bin/sh\n")
     for name in ("kubectl", "sleep"):
         (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder), "JOB_NAME": "night-1", "JOB_UID": "4-5-6"}
-    assert environment.keys() - {"PATH", "HOME"} == {one["name"] for one in container["env"]} - {"HOME", "RUNS"}
-    done = subprocess.run(
-        ["sh", "-c", script], env=environment | settings, capture_output=True, text=True, check=False, timeout=60
-    )
+    assert JOB.keys() == {one["name"] for one in container["env"]} - {"HOME", "RUNS"}
+    done = submit(folder, **settings)
     assert (done.returncode, done.stderr) == (code, "")
     job: Document = json.loads((folder / "given").read_text())
     return job
+
+
+JOB = {"JOB_NAME": "night-1", "JOB_UID": "4-5-6"}
+
+
+def submit(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run submit.sh; its /tmp is `folder`, where a kubectl may be."""
+    script = (KUSTOMIZE / "base" / "jobs" / "submit.sh").read_text().replace("/tmp/", f"{folder}/")
+    environment = JOB | {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)} | settings
+    return subprocess.run(
+        ["sh", "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 # ---- the endpoint
@@ -400,13 +446,38 @@ def test_a_pod_of_the_endpoint_is_ready_once_serve_answers_there() -> None:
         assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}
         assert container["readinessProbe"]["failureThreshold"] == 1, "KubeRay's own value for pods that serve requests"
         assert container["livenessProbe"]["httpGet"]["port"] != 8000, "a pod without a replica is alive"
-    head, worker = (
-        {one["name"]: one["value"] for one in group["template"]["spec"]["containers"][0]["env"]}
-        for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0])
-    )
-    assert worker.items() <= head.items()
-    module, _, name = worker["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+
+
+def test_all_pods_of_the_endpoint_have_haproxy_as_btray_mends_it_and_others_reach_its_port_alone() -> None:
+    (variables,) = (one["data"] for one in of_kind("ConfigMap") if one["metadata"]["name"] == "haproxy")
+    binary = Path("/usr/local/bin/btray-haproxy")
+    expected = serve_environment() | haproxy_environment(Path("/tmp"), binary)
+    assert variables == {name: value for name, value in expected.items() if not value.startswith("/tmp")}
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts[binary.name].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+    cluster = cluster_of(one_of("RayService", "btray-serve"))
+    assert cluster
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"configMapRef": {"name": "haproxy"}} in container["envFrom"]
+    policies = [one["spec"] for one in of_kind("NetworkPolicy") if one["metadata"]["namespace"] == "btray-serve"]
+    rules = [rule for policy in policies for rule in policy.get("ingress", [])]
+    others = [rule for rule in rules if rule["from"] != [{"podSelector": {}}]]
+    assert {port["port"] for rule in others for port in rule["ports"]} == {8000, 8080, 8265}
+
+
+def test_replicas_leave_a_pod_a_cpu_and_the_largest_cluster_has_room_for_all() -> None:
+    service = one_of("RayService", "btray-serve")
+    cluster = cluster_of(service)
+    assert cluster
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    (group,) = cluster["workerGroupSpecs"]
+    replicas = int(group["rayStartParams"]["num-cpus"]) / ReplicasConfig(**application["args"]).cpus
+    (container,) = group["template"]["spec"]["containers"]
+    assert cores_of(container["resources"]["requests"]["cpu"]) == replicas + 1
+    most = application["deployments"][0]["autoscaling_config"]["max_replicas"]
+    assert replicas * group["maxReplicas"] >= most
 
 
 def test_replicas_log_to_their_pods_by_rays_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,13 +494,33 @@ def test_replicas_log_to_their_pods_by_rays_own_rule(monkeypatch: pytest.MonkeyP
         assert not node.should_redirect_logs()
 
 
+def test_no_label_that_kuberay_selects_by_is_replaced() -> None:
+    """It finds the head of a RayService by `app.kubernetes.io/name: kuberay`, whatever a template says."""
+    for name, template in ray_pods():
+        labels = template["metadata"]["labels"]
+        assert not [label for label in labels if label.startswith("ray.io/")], name
+        assert not {"app.kubernetes.io/name", "app.kubernetes.io/created-by"} & labels.keys(), name
+
+
+def ray_pods() -> list[tuple[str, Document]]:
+    """Return the templates of all heads and workers."""
+    return [(name, one) for name, one in pods() if name.startswith("Ray") and "submitterPodTemplate" not in name]
+
+
 def test_a_disruption_budget_counts_serving_workers_and_asks_nothing_that_a_ray_cluster_cannot_say() -> None:
     """Without a scale subresource Kubernetes accepts only a numeric `minAvailable`, else it refuses all evictions."""
     budget = one_of("PodDisruptionBudget", "btray-serve")["spec"]
     assert budget.keys() == {"minAvailable", "selector"}
     assert isinstance(budget["minAvailable"], int)
-    assert budget["selector"]["matchLabels"]["ray.io/node-type"] == "worker"
-    assert one_of("RayService", "btray-serve")["spec"]["excludeHeadPodFromServeSvc"] is True
+    chosen = budget["selector"]["matchLabels"]
+    assert chosen["ray.io/node-type"] == "worker"
+    assert {"app.kubernetes.io/part-of": "btray"}.items() <= chosen.items()
+    service = one_of("RayService", "btray-serve")
+    assert service["spec"]["excludeHeadPodFromServeSvc"] is True
+    cluster = cluster_of(service)
+    assert cluster
+    (spread,) = cluster["workerGroupSpecs"][0]["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"].items() <= chosen.items(), "those that are counted lie apart"
 
 
 def test_the_service_is_the_one_of_serve_yaml_with_the_model_of_its_settings() -> None:
@@ -476,15 +567,16 @@ def test_what_alerts_call_ray_is_what_both_ways_of_scraping_call_it() -> None:
     }
     assert asked == set(named) == {"ray"}
     assert asked <= scraped
-    for name, template in pods():
-        if template.get("metadata", {}).get("labels", {}).get("app.kubernetes.io/name") == "btray" and "Ray" in name:
-            assert any(port["name"] == "metrics" for port in template["spec"]["containers"][0].get("ports", [])) or (
-                "submitter" in name
-            )
+    scraped_pods = monitor["spec"]["selector"]["matchLabels"].items()
+    for name, template in ray_pods():
+        assert scraped_pods <= template["metadata"]["labels"].items(), name
+        assert any(port["name"] == "metrics" for port in template["spec"]["containers"][0]["ports"]), name
 
 
 def test_alerts_and_dashboard_are_those_of_the_files_and_the_pushgateway_is_scraped_and_kept() -> None:
     (rules,) = of_kind("PrometheusRule")
+    for document in (rules, *of_kind("PodMonitor"), *of_kind("ServiceMonitor")):
+        assert document["metadata"]["labels"]["release"], "the operator's chart selects by it, and is silent of others"
     assert rules["spec"] == yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text())
     (dashboard,) = [one for one in of_kind("ConfigMap") if one["metadata"]["name"] == "btray-dashboard"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"

@@ -152,7 +152,9 @@ def test_the_table_has_every_trial_best_first_and_failed_ones_last() -> None:
     ]
     read = list(csv.DictReader(io.StringIO(table_csv(trials).decode())))
     assert [line["trial"] for line in read] == ["c", "d", "a", "b"]
-    columns = "trial state epochs score val_macro_f1 val_accuracy val_loss gflop parameters images_per_second seconds"
+    columns = (
+        "trial state epochs score val_macro_f1 val_accuracy val_loss gflop parameters images_per_second seconds error"
+    )
     assert list(read[0]) == [*columns.split(), "width"]
     assert [line["score"] for line in read] == ["0.9", "0.7", "0.5", ""]
     lines = table_text(trials, ["width"]).splitlines()
@@ -280,6 +282,25 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.cluster
+def test_a_trial_that_fails_before_it_reports_is_a_row_with_its_settings_and_its_failure(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(point: dict[str, Any], **_: Any) -> None:
+        raise UserError(f"width {point['width']} does not fit; give less")
+
+    monkeypatch.setattr(tuning, "_run_trial", fails)
+    config = small_search("d", tmp_path / "model", trials=2)
+    data: Any = SimpleNamespace(plan=SimpleNamespace(run_uri=str(tmp_path / "run"), classes=("glioma", "no_tumor")))
+    records = tuning._search(config, data)
+    rows = list(csv.DictReader(io.StringIO(table_csv(records).decode())))
+    assert [(line["state"], line["epochs"]) for line in rows] == [("failed", "0")] * 2
+    assert {line["trial"] for line in rows} == {
+        path.parent.name for path in (tmp_path / "run").glob("search/*/error.txt")
+    }
+    assert [line["error"] for line in rows] == [f"width {line['width']} does not fit; give less" for line in rows]
+
+
+@pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.parametrize("search", ["random", "optuna"])
 def test_the_best_trial_becomes_the_bundle_and_the_same_command_changes_nothing(
@@ -325,7 +346,10 @@ def test_a_search_goes_on_without_a_trial_that_fails_and_says_so_in_one_line(
     (failed,) = [line for line in own if "failed" in line]
     assert re.match(r"trial \S+ \(learning_rate .*\) failed after \d epochs: training diverged: .*txt$", failed)
     assert "Traceback" not in said.out + said.err
-    assert sorted(line["state"] for line in table_of(config)) == ["failed", "finished"]
+    assert sorted((line["state"], line["error"][:17]) for line in table_of(config)) == [
+        ("failed", "training diverged"),
+        ("finished", ""),
+    ]
 
 
 @pytest.mark.cluster

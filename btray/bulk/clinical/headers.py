@@ -12,6 +12,7 @@ from btray import storage
 from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.clinical.series import SeriesFilter
 from btray.data.scans import ScanRejected, SliceInfo, read_info
+from btray.pacs.source import PacsSource
 from btray.storage import FileInfo, StorageError, packed
 from btray.storage.ranges import read_range
 from btray.storage.read_many import read_patiently, until_dead
@@ -26,11 +27,18 @@ class HeaderReader:
     """Reads the headers of objects, `threads` at a time, of which some are chosen by `choice`."""
 
     def __init__(
-        self, choice: SeriesFilter, *, threads: int, patience: float, pseudonyms: Pseudonyms | None = None
+        self,
+        choice: SeriesFilter,
+        *,
+        threads: int,
+        patience: float,
+        pseudonyms: Pseudonyms | None = None,
+        pacs: PacsSource | None = None,
     ) -> None:
-        """Read by ranges; `pseudonyms` are those that objects are listed with."""
+        """Read by ranges, or ask `pacs`; `pseudonyms` are those that objects are listed with."""
         self.choice = choice
         self._pseudonyms = pseudonyms
+        self._pacs = pacs
         self._patience = patience
         self._threads = ThreadPoolExecutor(threads)
 
@@ -38,6 +46,8 @@ class HeaderReader:
         """Return the headers of some objects, in their order."""
         names = self._pseudonyms
         uris = [names.place(info.place) if names else info.place or info.uri for info in objects]
+        if self._pacs:
+            return [*self._pacs.headers(uris)]
         return read_patiently(uris, self._read, self._patience)
 
     def _read(self, uris: Sequence[str]) -> list[Header]:

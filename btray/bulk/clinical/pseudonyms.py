@@ -14,6 +14,7 @@ import json
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -73,10 +74,11 @@ class Pseudonyms:
         place = self._encrypt(json.dumps([info.place or info.uri, info.etag]).encode())
         return replace(info, uri=self.name(info.uri), etag=etag, place=place)
 
-    def conceal_all(self, listed: Iterator[FileInfo]) -> Iterator[FileInfo]:
-        """Yield listed objects under their pseudonyms; the errors of listing name and quote none of them either."""
+    @contextmanager
+    def listing_errors(self) -> Iterator[None]:
+        """Let the errors of listing an archive, in this block, name and quote no object."""
         try:
-            yield from map(self.conceal, listed)
+            yield
         except StorageError as error:
             raise StorageError(error.code, self.name(error.uri)) from None
         except UserError:

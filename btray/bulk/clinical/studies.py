@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from btray import storage
-from btray.bulk.completed import table_files
 from btray.bulk.report import StudyCounts
+from btray.bulk.table import table_files
 from btray.model.studies import FrameAnswers, Reader, Verdict, judge_series, judge_study
 from btray.storage import FileInfo
 from btray.storage.parquet import read_undamaged
@@ -236,8 +236,8 @@ def study_rows(frames: pa.Table, reader: Reader) -> list[dict[str, Any]]:
 
 
 def _runs(codes: Codes, positions: Codes) -> list[Codes]:
-    """Cut `positions` where the code there changes."""
-    return np.split(positions, np.flatnonzero(np.diff(codes[positions])) + 1)
+    """Cut `positions` where the code there changes; of none there is no run."""
+    return [] if not len(positions) else np.split(positions, np.flatnonzero(np.diff(codes[positions])) + 1)
 
 
 class _Pile:

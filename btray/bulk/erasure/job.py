@@ -20,11 +20,12 @@ from btray import storage
 from btray.bulk import runs, table
 from btray.bulk.clinical.pseudonyms import Pseudonyms, check_table
 from btray.bulk.clinical.studies import erase_studies
-from btray.bulk.completed import COLUMNS, forget, records_of, table_files
 from btray.bulk.config import EraseConfig
 from btray.bulk.erasure.erased import ErasedObjects
 from btray.bulk.erasure.rows import held, read_files, select_uris, take_out
 from btray.bulk.erasure.traces import erase_from_manifest, erase_from_reports, erase_pictures
+from btray.bulk.listing.completed import COLUMNS, forget, records_of
+from btray.bulk.table import table_files
 from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.key_set import keys_of

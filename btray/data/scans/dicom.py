@@ -35,7 +35,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _NATIVE: Final = ("", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 _STORAGE: Final = "1.2.840.10008.5.1.4.1.1."
 _JPEG_XL: Final = "1.2.840.10008.1.2.4.11"  # and a digit
-_SOP_CLASS, _MODALITY, _DIRECTORY = 0x00080016, 0x00080060, 0x00041220
+_SOP_CLASS, _MODALITY, _MANUFACTURER, _DIRECTORY = 0x00080016, 0x00080060, 0x00080070, 0x00041220
+_SOP_INSTANCE, _STUDY = 0x00080018, 0x0020000D
+WRITER: Final = "btray"
+"""Manufacturer of every object that btray writes: a picture of an answer is never taken for a scan."""
 # Objects that are no slices, though some have pixels: by class or what its UID begins with, and by modality.
 _OTHER_CLASSES: Final = {
     "1.2.840.10008.1.3.10": "a DICOMDIR",
@@ -57,6 +60,21 @@ _OTHER_MODALITIES: Final = (
     "AU", "DOC", "ECG", "FID", "HC", "HD", "KO", "M3D", "PLAN", "PR", "REG", "RTDOSE", "RTIMAGE", "RTPLAN", "RTRECORD",
     "RTSTRUCT", "RWV", "SEG", "SMR", "SR",
 )  # fmt: skip
+
+
+class NoSlice(ScanRejected):
+    """An object of a kind that has no slices, such as a report."""
+
+
+@dataclass(frozen=True)
+class ObjectNames:
+    """What names an object: UIDs as they stand there, empty if they do not."""
+
+    sop_class: str
+    instance_uid: str
+    study_uid: str
+    no_slice: str
+    """Why there is no slice in it; empty if there should be one."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,22 @@ def open_image(data: bytes, *, max_bytes: int, max_pixels: int, max_volume_pixel
     return DicomImage(elements, pixels, meta.transfer_syntax)
 
 
+def name_object(data: bytes, max_bytes: int) -> ObjectNames:
+    """Return what names an object. Raises ScanRejected if its header cannot be read."""
+    no_slice = ""
+    with _silently():
+        meta = read_meta(data)
+        elements = read_elements(data, meta, max_bytes)
+        try:
+            _check_kind(elements, meta)
+        except NoSlice as reason:
+            no_slice = str(reason)
+        except ScanRejected:  # it is a slice that is not read
+            pass
+    sop_class = elements.text(_SOP_CLASS) or meta.media_class
+    return ObjectNames(sop_class, elements.text(_SOP_INSTANCE), elements.text(_STUDY), no_slice)
+
+
 def read_slice_info(data: bytes, max_bytes: int) -> SliceInfo:
     """Return what the header of an object says of its first frame; `data` may end anywhere after the header.
 
@@ -138,19 +172,24 @@ def _silently() -> Iterator[None]:
         raise ScanRejected("decode_failed", "a damaged DICOM object") from None
 
 
-def _check_class(uid: str, modality: str) -> None:
-    """Raise ScanRejected, `unsupported`, if objects of a class are no slices; of none, those of a modality."""
+def other_kind(uid: str, modality: str) -> str:
+    """Return what the objects of a class are if they are no slices, else nothing; of no class, those of a modality."""
     name = next((name for begin, name in _OTHER_CLASSES.items() if f"{uid}.".startswith(f"{begin}.")), "")
-    if not name and not uid and modality in _OTHER_MODALITIES:
-        name = "of another kind"
-    if name:
-        raise ScanRejected("unsupported", f"a DICOM object that is no slice, but {name}: leave it out")
+    return "of another kind" if not name and not uid and modality in _OTHER_MODALITIES else name
+
+
+def _check_class(uid: str, modality: str) -> None:
+    """Raise ScanRejected, `unsupported`, if objects of a class or modality are no slices."""
+    if name := other_kind(uid, modality):
+        raise NoSlice("unsupported", f"a DICOM object that is no slice, but {name}: leave it out")
 
 
 def _check_kind(elements: Dataset, meta: FileMeta) -> None:
     """Raise ScanRejected if an object is of a kind that is not read, or has no pixels."""
     sop_class = elements.text(_SOP_CLASS) or meta.media_class
     _check_class(sop_class, elements.text(_MODALITY).upper())
+    if elements.text(_MANUFACTURER) == WRITER:
+        raise NoSlice("unsupported", "a DICOM object that is no slice, but an answer of btray: leave it out")
     if _DIRECTORY in elements:
         _check_class("1.2.840.10008.1.3.10", "")
     if any(tag in elements for tag in FLOAT_PIXELS):
@@ -158,7 +197,7 @@ def _check_kind(elements: Dataset, meta: FileMeta) -> None:
     if PIXEL_DATA not in elements:
         if ROWS in elements or "Image Storage" in _registered_name(sop_class, "Image Storage"):
             raise ScanRejected("decode_failed", "a DICOM image without pixels")
-        raise ScanRejected("unsupported", "a DICOM object that is no image: leave it out")
+        raise NoSlice("unsupported", "a DICOM object that is no image: leave it out")
     if meta.transfer_syntax not in _NATIVE and meta.transfer_syntax not in DECODERS:
         name = _registered_name(meta.transfer_syntax, "one that DICOM does not define")
         raise ScanRejected("unsupported", f"a DICOM object whose transfer syntax is not read ({name}): convert it")

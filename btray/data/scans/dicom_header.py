@@ -27,6 +27,8 @@ _PREAMBLE: Final = 128
 _DEFLATED, _BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 _FIRST_GROUPS: Final = (2, 4, 8)
 _ROWS: Final = 0x00280010
+_INSTANCE: Final = 0x00080018
+_FIRST: Final = 64 << 10  # bytes of a deflated object that hold its first elements
 _DELIMITERS: Final = 0xFFFE
 _LONG_VRS: Final = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _SHORT_VRS: Final = frozenset(
@@ -143,6 +145,20 @@ def read_elements(data: bytes, meta: FileMeta, max_bytes: int) -> Dataset:
     order, has_vr = _sniff(data, at, meta.transfer_syntax)
     elements, _ = _Walk(data, order, has_vr).elements(at, len(data))
     return Dataset(data, order, elements)
+
+
+def instance_uid(data: bytes) -> str:
+    """Return the SOP Instance UID of an object, of which the first bytes are enough; empty if it cannot be told."""
+    try:
+        meta = read_meta(data)
+        at = meta.end
+        if meta.transfer_syntax == _DEFLATED:
+            data, at = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[at:], _FIRST), 0
+        order, has_vr = _sniff(data, at, meta.transfer_syntax)
+        elements, _ = _Walk(data, order, has_vr, last_group=8).elements(at, len(data))
+        return Dataset(data, order, elements).text(_INSTANCE)
+    except (Malformed, ScanRejected, struct.error, zlib.error):
+        return ""
 
 
 def fragments(data: bytes, element: Element, order: str, frames: int) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ References are to ITU-T T.81, the standard of JPEG.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -52,10 +52,10 @@ class JpegStream:
     def __init__(self, data: bytes) -> None:
         """Read the headers up to the first scan. Raises ValueError if they are not those of a JPEG."""
         self._header = bytearray()
-        frame, scan, interval, has_metadata = b"", b"", 0, False
+        frame, scan, interval, markers = b"", b"", 0, set()
         steps: dict[int, slice] = {}
         for marker, segment, end in _segments(data):
-            has_metadata |= marker == _APP1
+            markers.add(marker)
             if marker == _DRI:
                 interval = int.from_bytes(segment[4:], "big")
             if marker in _NOT_KEPT:
@@ -73,8 +73,10 @@ class JpegStream:
         self.size = int.from_bytes(frame[7:9], "big"), int.from_bytes(frame[5:7], "big")
         """Width and height."""
         self.is_progressive = frame[1] & 3 == 2
-        self.is_plain = not has_metadata and frame[4] == 8 and frame[9] in (1, 3)
+        self.is_plain = _APP1 not in markers and frame[4] == 8 and frame[9] in (1, 3)
         """Whether it is of 8 bit, gray or in three colours, and says nothing about how it is to be turned."""
+        self.colour_space = _colour_space(frame, markers)
+        """RGB or YCbCr, if it is surely in one of these; else None."""
         self._factors = max(factor & 15 for factor in frame[11::3]), max(factor >> 4 for factor in frame[11::3])
         self._is_huffman, self._is_sequential = frame[1] in (*_SEQUENTIAL, _PROGRESSIVE), frame[1] in _SEQUENTIAL
         self._restarts = interval
@@ -119,6 +121,16 @@ class JpegStream:
         if _has_seam(gray, 8 // scale):
             self.check_blocks()
         return gray
+
+    def decode_colours(self) -> Array | None:
+        """Decode a JPEG in three colours to RGB, uint8 [height, width, 3]; None if TurboJPEG does not know how.
+
+        Raises ValueError if the data is damaged.
+        """
+        pixels = _decode(self.strict(), "RGB", min_height=0, min_width=0)
+        if pixels is not None and _has_seam(pixels[..., 1], 8):
+            self.check_blocks()
+        return pixels
 
     def check(self) -> None:
         """Raise ValueError if the data is damaged. If `strict` was decoded already, `check_blocks` is enough."""
@@ -194,6 +206,14 @@ def _decode(data: bytes, colours: str, *, min_height: int, min_width: int) -> Ar
             return None
         raise
     return pixels
+
+
+def _colour_space(frame: bytes, markers: Collection[int]) -> str | None:
+    """Return what libjpeg takes three components for, by their names; None if a marker may say otherwise."""
+    if frame[9] != 3 or _APP14 in markers:
+        return None
+    is_rgb = frame[10:19:3] == b"RGB"
+    return None if is_rgb and _APP0 in markers else "RGB" if is_rgb else "YCbCr"
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:

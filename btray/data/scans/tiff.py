@@ -36,8 +36,10 @@ _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION = 254
 _FILL_ORDER, _SAMPLES, _PLANES, _SUB_DIRECTORIES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 266, 277, 284, 330, 338, 339
 _STRIP_OFFSETS, _TILE_OFFSETS, _SUBSAMPLING = 273, 324, 530
 _ROWS_PER_STRIP, _PREDICTOR, _YCBCR = 278, 317, 6
+_COLOUR_SPACES = {2: "RGB", _YCBCR: "YCbCr"}
 _LEAST_ROWS = 32  # of a strip in which damage shows where rows of blocks meet, if it is seen at all
-_IMAGE_DEPTH, _STK_PLANES = 32997, 33629  # by Silicon Graphics and MetaMorph
+_IMAGE_DEPTH, _STK_PLANES, _NIH_IMAGE = 32997, 33629, 43314  # by Silicon Graphics, MetaMorph and NIH Image
+_NIH_SLICES = slice(130, 131)  # the one of 256 numbers that counts slices
 _REDUCED_OR_MASK = 0b101  # bits of a page that is a thumbnail or a mask of another one
 _JPEG, _DEFLATE = 7, (8, 32946)
 # libtiff can decode two of them, which are rare, but not strictly: old JPEG, and JPEG of 12 bit
@@ -126,7 +128,10 @@ def open_pages(data: bytes) -> Iterator[TiffImageFile]:
             image = image or TiffImageFile(io.BytesIO(data))
             image.seek(page)
         except SyntaxError as error:
-            raise _explain(error, data, offset, len(directories)) from error
+            tags = _tags_at(data, offset)
+            if page and int(tags.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
+                continue
+            raise _explain(error, data, tags, len(directories)) from error
         if page and int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
             continue
         _check_kind(data, image.tag_v2, len(directories))
@@ -198,7 +203,9 @@ def _decode_strips(data: bytes, tags: ImageFileDirectory_v2, strips: Sequence[by
     if len(bits) > 1 or in_planes or len(parts) != len(strips):
         return None
     if tags.get(_COMPRESSION) == _JPEG:
-        return rows if samples == 1 and _decode_jpegs(strips, tags.get(_JPEG_TABLES, b""), parts) else None
+        space = _COLOUR_SPACES.get(tags.get(_PHOTOMETRIC, 0)) if samples == 3 else None
+        is_known = samples == 1 or space
+        return rows if is_known and _decode_jpegs(strips, tags.get(_JPEG_TABLES, b""), parts, space) else None
     predictor = tags.get(_PREDICTOR, 1)
     is_known = predictor == 1 or (predictor == 2 and depth in (8, 16, 32))
     if tags.get(_PHOTOMETRIC) == _YCBCR or tags.get(_FILL_ORDER, 1) != 1 or not is_known or not _inflate(strips, parts):
@@ -211,15 +218,21 @@ def _decode_strips(data: bytes, tags: ImageFileDirectory_v2, strips: Sequence[by
     return rows
 
 
-def _decode_jpegs(strips: Sequence[bytes], tables: bytes, parts: Sequence[Array]) -> bool:
-    """Decode gray strips into rows; return False if they have others. Raises ValueError if one is damaged."""
+def _decode_jpegs(strips: Sequence[bytes], tables: bytes, parts: Sequence[Array], space: str | None) -> bool:
+    """Decode strips, in `space` or gray, into rows of RGB or gray; return False if one is of another size or kind.
+
+    Raises ValueError if one is damaged.
+    """
     for part, strip in zip(parts, strips, strict=True):
         stream = stream_of_strip(strip, tables)
-        if stream.size != part.shape[::-1] or (gray := stream.decode_gray(None)) is None:
+        if stream.size != (part.shape[1] // (3 if space else 1), len(part)) or (space and stream.colour_space != space):
+            return False
+        pixels = stream.decode_colours() if space else stream.decode_gray(None)
+        if pixels is None:
             return False
         if len(part) < _LEAST_ROWS:
             stream.check_blocks()
-        part[:] = gray
+        part[:] = pixels.reshape(part.shape)
     return True
 
 
@@ -242,12 +255,17 @@ def read_numbers(image: TiffImageFile) -> Array | None:
     return None if number is None else to_uint16(np.asarray(image).view(number))
 
 
-def _explain(error: Exception, data: bytes, offset: int, pages: int) -> Exception:
-    """Return why a page is refused that Pillow cannot open, by its tags, which Pillow then keeps to itself."""
+def _tags_at(data: bytes, offset: int) -> ImageFileDirectory_v2:
+    """Return the tags of a page that Pillow cannot open, and so keeps to itself."""
     tags = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
     stream = io.BytesIO(data)
     stream.seek(offset)
     tags.load(stream)
+    return tags
+
+
+def _explain(error: Exception, data: bytes, tags: ImageFileDirectory_v2, pages: int) -> Exception:
+    """Return why a page is refused that Pillow cannot open."""
     _check_kind(data, tags, pages)
     if "unknown pixel mode" not in str(error):
         return error
@@ -266,7 +284,9 @@ def _check_kind(data: bytes, tags: ImageFileDirectory_v2, pages: int) -> None:
         raise ScanRejected("unsupported", f"a TIFF compressed with {name} ({compression}): that is not read")
     if compression == 1 and max(tags.get(_SUBSAMPLING, (1,))) > 1:
         raise ScanRejected("unsupported", "a TIFF of subsampled YCbCr without compression: that is not read")
-    slices = max(tags.get(_IMAGE_DEPTH, 1), len(_values(tags, _STK_PLANES)))
+    slices = max(
+        tags.get(_IMAGE_DEPTH, 1), len(_values(tags, _STK_PLANES)), *map(int, _values(tags, _NIH_IMAGE)[_NIH_SLICES])
+    )
     samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA_SAMPLES, ())
     description = str(tags.get(_DESCRIPTION, ""))
     if told := _IMAGEJ_SLICES.match(description):

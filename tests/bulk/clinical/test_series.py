@@ -17,7 +17,10 @@ from btray.bulk.clinical import headers
 from btray.bulk.clinical.headers import HeaderReader, read_header
 from btray.bulk.clinical.series import PRESETS, SeriesFilter
 from btray.bulk.config import ClassifyConfig
-from btray.bulk.listing import NewObjects
+from btray.bulk.listing.archive import Archive
+from btray.bulk.listing.new_objects import NewObjects
+from btray.bulk.listing.objects import chunks_of
+from btray.bulk.listing.tasks import LocalTasks
 from btray.bulk.report import PartTally
 from btray.bulk.runs import write_part
 from btray.bulk.table import SCHEMA, folder
@@ -186,8 +189,9 @@ def test_what_was_left_out_is_settled_for_the_same_choice_alone(
         again = ClassifyJob(job(model, str(tmp_path / "in"), output, **settings))
         scratch = tmp_path / f"scratch {len(list(tmp_path.iterdir()))}"
         scratch.mkdir()
-        new = NewObjects(again.completed_keys(), str(scratch), again.reason)
-        return {storage.name(info.uri) for info in new.among(objects)}
+        tasks = LocalTasks(scratch)
+        new = NewObjects(again.outcomes(tasks), tasks, str(scratch), worst=again.worst, reason=again.reason)
+        return {storage.name(info.uri) for some in new.among(Archive(chunks_of(objects))) for info in some}
 
     assert left(series=("plane=axial",)) == set()
     assert left() == {"sagittal", "picture"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -19,16 +20,18 @@ from btray.bulk.config import EraseConfig, PackConfig
 from btray.bulk.erasure.job import erase
 from btray.bulk.pack import pack
 from btray.core.errors import UserError
+from btray.data.frames import FrameSource
 from btray.data.labelled import read_labelled
+from btray.data.packs import describe_pack
 from btray.model.bundle import load_bundle
 from btray.results import current
 from btray.storage import StorageError
 from btray.storage.packed import member_uri
 from tests.helpers.classify_helpers import job, plain_rows, report_of, without_ray
 from tests.helpers.hospital_archive import ROOT, write_archive
-from tests.helpers.privacy import written
+from tests.helpers.privacy import found_in, written
 from tests.helpers.table_helpers import done_of, row, write
-from tests.helpers.tiny_bundle import saved_bundle
+from tests.helpers.tiny_bundle import PREPROCESS, saved_bundle
 from tests.helpers.training_helpers import write_tree
 
 
@@ -212,8 +215,11 @@ def test_a_run_that_was_interrupted_does_not_bring_the_object_back(
     assert one not in {row["uri"] for row in rows_of(output)}
 
 
+@pytest.mark.parametrize("frames", [False, True], ids=["files", "frames"])
 @pytest.mark.parametrize("ending", [".csv", ".parquet", None])
-def test_a_pack_loses_bytes_and_label_of_what_is_erased(model: str, tmp_path: Path, ending: str | None) -> None:
+def test_a_pack_loses_bytes_and_label_of_what_is_erased(
+    model: str, tmp_path: Path, ending: str | None, frames: bool
+) -> None:
     tree = str(write_tree(tmp_path / "tree", {"glioma": 3, "no_tumor": 3}))
     source = tree
     if ending:
@@ -226,26 +232,32 @@ def test_a_pack_loses_bytes_and_label_of_what_is_erased(model: str, tmp_path: Pa
         else:
             pq.write_table(table, source)
     output = str(tmp_path / "packed")
-    config = PackConfig(input=source, output=output, actors=1)
+    config = PackConfig(input=source, output=output, actors=1, frames=frames, model=model if frames else None)
     pack(config)
-    labelled = read_labelled(output).to_pylist()
+    read_pack = partial(read_labelled, output, preprocess=PREPROCESS)
+    labelled = read_pack().to_pylist()
     assert len(labelled) == 6
     gone = read_labelled(tree)["uri"][1].as_py()
+    secrets = (gone, hashlib.sha256(Path(gone).read_bytes()).hexdigest())
     with pytest.raises(UserError, match="give --uris"):
         erase(erasing(output, study="1.2.3"))
     erase(erasing(output, uris=listed(tmp_path, gone)))
-    assert [path for path, text in written(output) if gone in text] == []
-    left = read_labelled(output).to_pylist()
+    assert found_in(written(output), secrets) == set()
+    left = read_pack().to_pylist()
     assert [one["label"] for one in left] == [
         one["label"] for one in labelled if not one["uri"].endswith(gone[len(tree) :])
     ]
-    assert [storage.read_bytes(one["uri"]) for one in left] == [
-        Path(one["uri"]).read_bytes() for one in read_labelled(tree).to_pylist() if one["uri"] != gone
-    ]
+    files = [one["uri"] for one in read_labelled(tree).to_pylist() if one["uri"] != gone]
+    made = FrameSource(PREPROCESS)
+    contents = [made.from_uris([uri])[0][0].tobytes() if frames else Path(uri).read_bytes() for uri in files]
+    assert [bytes(storage.read_bytes(one["uri"])) for one in left] == contents
     pack(config)
-    assert len(read_labelled(output)) == 5
+    assert len(read_pack()) == 5
+    if frames:
+        classify(job(model, output, str(tmp_path / "table")))
+        assert {row["uri"] for row in rows_of(str(tmp_path / "table"))} == set(files)
     # the place that an object had is no other object's
-    (shard,) = [info.uri for info in storage.list_files(f"{output}/shards")]
+    (shard,) = [info.uri for info in storage.list_files(f"{output}/{describe_pack(output).folder}")]
     with pytest.raises(StorageError, match="lost rows"):
         storage.read_bytes(member_uri(shard, 1, gone[len(tree) + 1 :]))
 

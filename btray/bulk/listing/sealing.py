@@ -3,54 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 
 from btray import storage
 from btray.bulk import worklist
-from btray.bulk.completed import etag_of_unselected
 from btray.bulk.config import ArchiveConfig
-from btray.bulk.worklist import WorklistWriter
-from btray.data.key_set import Keys, KeySet, keys_of
+from btray.bulk.listing.archive import Archive
+from btray.bulk.listing.new_objects import NewObjects
+from btray.bulk.worklist import PartLimits, WorklistWriter
 from btray.storage import FileInfo, StorageError
 
-_AT_A_TIME = 1024
-_MOST_AT_A_TIME = 32_768
+Filter = Callable[[Iterator[FileInfo]], Iterator[FileInfo]]
 _AGAIN = 5.0  # seconds
 
 
-class NewObjects:
-    """Filters listed objects for those that are not completed and come for the first time, and counts the others."""
-
-    def __init__(self, completed: Iterable[Keys], scratch: str, reason: str = "") -> None:
-        """Keep the keys of `completed` objects, and of each new one, so that it comes once, in the folder `scratch`.
-
-        What was left out for this `reason` is completed, too; see `completed.etag_of_unselected`.
-        """
-        self._reason = reason
-        self.known = KeySet(Path(scratch))
-        for keys in completed:
-            self.known.add(keys)
-        self.unchanged = 0
-
-    def among(self, objects: Iterable[FileInfo]) -> Iterator[FileInfo]:
-        """Yield the new ones, in their order."""
-        iterator, most = iter(objects), _AT_A_TIME
-        while chunk := list(islice(iterator, most)):
-            most = min(2 * most, _MOST_AT_A_TIME)  # the first rows do not wait, the many cost less each
-            once = list({(info.uri, info.etag): info for info in chunk}.values())
-            keys = keys_of([(info.uri, info.etag) for info in once])
-            known = self.known.contains(keys)
-            if self._reason:
-                unselected = [(info.uri, etag_of_unselected(info.etag, self._reason)) for info in once]
-                known |= self.known.contains(keys_of(unselected))
-            self.known.add(keys[~known])
-            new = [info for info, skip in zip(once, known, strict=True) if not skip]
-            self.unchanged += len(chunk) - len(new)
-            yield from new
+def new_batches(
+    new: NewObjects, archive: Archive, without_erased: Filter, limit: int | None, before: int = 0
+) -> Iterator[list[FileInfo]]:
+    """Yield the new objects of an archive that were not erased, batch by batch, up to `limit` less those `before`."""
+    left = None if limit is None else max(0, limit - before)
+    for found in new.among(archive) if left != 0 else ():
+        objects = list(without_erased(iter(found)))[:left]
+        yield objects
+        if left is not None:
+            left -= len(objects)
+            if left == 0:
+                return
 
 
 @dataclass(eq=False, repr=False)
@@ -60,9 +40,11 @@ class Listing(threading.Thread):
     folder: str
     """Of the worklist."""
     config: ArchiveConfig
-    listed: Iterator[FileInfo]
+    archive: Archive
     new_objects: Callable[[], NewObjects]
     """Called in the thread, since it may read a large table."""
+    without_erased: Filter
+    limits: PartLimits
     check: Callable[[], None]
     """Nothing is sealed once it raises: another run has the lease."""
     begun: threading.Event = field(default_factory=threading.Event)
@@ -101,21 +83,23 @@ class Listing(threading.Thread):
             shard = worklist.read_shard(uri)
             self.objects += len(shard)
             if new is not None:
-                new.known.add(keys_of(list(zip(shard["uri"].to_pylist(), shard["etag"].to_pylist(), strict=True))))
+                new.leave_out(shard)
         if new is not None:
-            self._seal(new, WorklistWriter(self.folder, len(shards), check=self.check))
+            self._seal(new, self._writer(len(shards)))
         self.complete = True
 
+    def _writer(self, shards: int) -> WorklistWriter:
+        return WorklistWriter(self.folder, shards, listed=self.objects, limits=self.limits, check=self.check)
+
     def _seal(self, new: NewObjects, writer: WorklistWriter) -> None:
-        before, limit = self.objects, self.config.limit
-        objects = islice(new.among(self.listed), None if limit is None else max(0, limit - before))
+        before = self.objects
         try:
-            while chunk := list(islice(objects, _AT_A_TIME)):
+            for objects in new_batches(new, self.archive, self.without_erased, self.config.limit, before):
                 if self.cancelled.is_set():
                     return
-                if writer.add(chunk):
+                if writer.add(objects):
                     self.begun.set()
-                self.objects += len(chunk)
+                self.objects += len(objects)
                 self.unchanged = max(0, new.unchanged - before)
             self.unchanged = max(0, new.unchanged - before)
             writer.end(complete=True)

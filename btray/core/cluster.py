@@ -109,11 +109,12 @@ def own_cpus(workers: int, gpu_share: float = 0.0) -> int:
 
 
 def given_cpus() -> float:
-    """Return the CPUs that Ray gave this worker; with a GPU, or a share of one, the same share of those of its node.
+    """Return the CPUs that Ray gave this actor; with a GPU, or a share of one, the same share of those of its node.
 
-    Outside of Ray it is one.
+    Outside of Ray, and in a process that only drives it, it is one.
     """
-    given = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
+    inside = ray.is_initialized() and ray.get_runtime_context().get_actor_id()
+    given = ray.get_runtime_context().get_assigned_resources() if inside else {}
     share = given.get("GPU", 0.0)
     return own_cpus(1, share) if share else given.get("CPU", 1.0)
 

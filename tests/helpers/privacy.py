@@ -22,11 +22,12 @@ def written(*folders: str | Path) -> Iterator[Text]:
             yield str(path), body.decode("latin-1") + rows
 
 
-def ray_logs() -> list[Text]:
-    """Return all that Ray has logged in this session."""
+def ray_logs(before: Iterable[Text] = ()) -> list[Text]:
+    """Return all that Ray has logged in this session, without what it had `before`: other tests name what they like."""
     logs = list(written(os.path.join(ray._private.worker._global_node.get_session_dir_path(), "logs")))
     assert len(logs) > 5
-    return logs
+    known = {place: len(text) for place, text in before}
+    return [(place, text[known.get(place, 0) :]) for place, text in logs]
 
 
 def found_in(texts: Iterable[Text], secrets: Collection[str]) -> set[Text]:

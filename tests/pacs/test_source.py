@@ -401,7 +401,7 @@ def test_ray_writes_no_credential_down(
 
 def test_killed_thrice_every_frame_stands_once(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample of the test below: the driver does the work of the actors."""
-    kill_and_count(monkeypatch, model, tmp_path, studies=5, uses_ray=False)
+    kill_and_count(monkeypatch, model, tmp_path, studies=12, uses_ray=False)
 
 
 @pytest.mark.cluster

@@ -138,7 +138,9 @@ def test_each_deployment_begins_anew(model: str) -> None:
 def test_a_replica_decodes_in_as_many_threads_as_its_cpus_or_its_share_of_a_gpu_allows(
     given: dict[str, float], cpus: int, decoders: int, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = SimpleNamespace(get_assigned_resources=lambda: given, get_node_id=lambda: "here")
+    context = SimpleNamespace(
+        get_actor_id=lambda: "replica", get_assigned_resources=lambda: given, get_node_id=lambda: "here"
+    )
     node = {"NodeID": "here", "Resources": {"CPU": float(cpus), "GPU": 1.0}}
     ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context, nodes=lambda: [node])
     monkeypatch.setattr(cluster, "ray", ray)

@@ -195,10 +195,9 @@ def test_patients_named_by_the_files_keep_their_slices_on_one_side_and_stay_in_m
     monkeypatch.setattr("btray.data.frames.decode", decode_named)
     patients = [f"digest {number % 10}" for number in range(20)]
     contents = [*map(str.encode, patients), b""]
-    monkeypatch.setattr("btray.data.frames.read_many", lambda uris, **_: contents)
     count = len(contents)
     batch = {"uri": np.array(["x"] * count), "row": np.arange(count), "label": np.zeros(count, np.int64)}
-    (block,) = decode_block(batch, FrameSource(PREPROCESS))
+    (block,) = decode_block(batch, FrameSource(PREPROCESS, read=lambda uris, **_: contents))
     assert block["patient"].tolist() == [*patients, ""]
     uris = [f"scans/{name}.dcm" for name in np.random.default_rng(0).permutation(count)]
     empty = [None] * count

@@ -7,7 +7,9 @@ it, and what btray wrote there is left out. Free of Ray; `btray.serving.dicomweb
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
@@ -26,7 +28,7 @@ from btray.serving.config import ServiceConfig
 from btray.serving.dicomweb.pending import PendingStudies, StillStudies
 from btray.storage import StorageError
 from btray.storage.read_many import ReadResult
-from btray.storage.retry import DEFAULT_TIMEOUT
+from btray.storage.retry import DEFAULT_TIMEOUT, backoff_delays
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class PushedStudies:
         self._reporter = Reporter(DicomWeb(self._root, access), self._classifier.manifest)
         self._pending = PendingStudies(config.pending)
         self._still = StillStudies(config.report_after_seconds)
-        self._failures: dict[str, int] = {}
+        self._pauses: dict[str, Iterator[float]] = {}
 
     def report_what_is_still(self) -> None:
         """Report each study that is still now, and keep those that cannot be for another time. Raises StorageError."""
@@ -66,12 +68,13 @@ class PushedStudies:
             try:
                 self.report(study_uid)
             except (UserError, Failed) as error:  # a StorageError is one
-                failures = self._failures[study_uid] = self._failures.get(study_uid, 0) + 1
-                pause = min(self._still.quiet * 2**failures, _LONGEST_PAUSE)
+                if study_uid not in self._pauses:
+                    self._pauses[study_uid] = backoff_delays(math.inf, first=self._still.quiet, longest=_LONGEST_PAUSE)
+                pause = next(self._pauses[study_uid])
                 _log.warning("study %s is not reported: %s; tried again in %.0f s", study_uid, error, pause)
                 self._still.again(study_uid, time.monotonic(), pause)
                 continue
-            self._failures.pop(study_uid, None)
+            self._pauses.pop(study_uid, None)
             self._pending.remove(marks[study_uid])
 
     def report(self, study_uid: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from btray.data.scans.jpeg import check_jpeg
 from btray.phantoms import encoded_phantom, phantom
 from tests.helpers import scan_corpus as corpus
 from tests.helpers.damage import KINDS, PROMISED, damage, tally, whole_phantoms, whole_slices
+from tests.helpers.debian import install
 from tests.helpers.jpeg_stream import fault_of, sampled
 
 # Pillow, which shows what a lenient reader sees, warns of metadata that it skips.
@@ -177,6 +179,34 @@ def test_a_jpeg_of_rare_sampling_is_what_pillow_makes_of_it_and_none_that_is_dam
                     decode(damaged)
                 assert caught.value.code in ("truncated", "decode_failed")
     assert tried > 16
+
+
+@pytest.mark.parametrize("factors", RARE_FACTORS.values(), ids=RARE_FACTORS)
+def test_a_progressive_jpeg_of_rare_sampling_is_read_if_it_is_whole_and_refused_if_damage_shows(
+    factors: list[tuple[int, int]],
+) -> None:
+    if not install("libjpeg-turbo-progs", "jpegtran"):
+        pytest.skip("jpegtran cannot be installed: progressive JPEG of rare samplings is NOT tried")
+    image = Image.fromarray(phantom("glioma", 4, size=(90, 67))).convert("RGB").convert("YCbCr")
+    planes = [np.asarray(band) for band in image.split()]
+    sequential = sampled([*planes, planes[0]][: len(factors)], factors, 5)
+    whole = subprocess.run(["jpegtran", "-progressive"], input=sequential, capture_output=True, check=True).stdout
+    picture = decode(sequential).frames[0].astype(int)
+    np.testing.assert_array_equal(decode(whole).frames[0], picture)
+    rng, tried = random.Random(11), 0
+    for kind in KINDS:
+        for _ in range(12):
+            damaged = damage(whole, "JPEG", kind, rng)
+            try:
+                shown = np.abs(to_gray(Image.open(io.BytesIO(damaged))).astype(int) - picture)
+            except OSError:
+                continue
+            if (shown > 24).mean() > 0.05:
+                tried += 1
+                with pytest.raises(ScanRejected) as caught:
+                    decode(damaged)
+                assert caught.value.code in ("truncated", "decode_failed")
+    assert tried > 4
 
 
 def test_strips_of_a_tiff_are_checked_with_the_tables_that_it_keeps_apart() -> None:

@@ -140,9 +140,9 @@ class JpegStream:
             self.check_blocks()
 
     def _check_codes(self) -> None:
-        """Raise ValueError if the codes are damaged of a JPEG that TurboJPEG does not decode; sequential ones alone."""
-        if self._is_sequential:
-            check_codes(bytes(self._header) + self._codes, self._restarts)
+        """Raise ValueError if the codes are damaged of a JPEG that TurboJPEG does not decode."""
+        if self._is_huffman:
+            check_codes(bytes(self._header) + self._codes, self._restarts, progressive=self.is_progressive)
 
     def check_blocks(self) -> None:
         """Raise ValueError if no encoder can have written what libjpeg-turbo decoded without a warning.

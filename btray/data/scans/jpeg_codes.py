@@ -130,8 +130,10 @@ class _Reader:
                 _check_blocks(codes, blocks, mcus)
             elif band[0] == 0:
                 _check_means(_Codes(codes), blocks, mcus, band)
+            elif len(chosen) > 1:
+                raise ValueError("Corrupt JPEG data: a band of several components")
             else:
-                _check_details(_Codes(codes), *chosen, range(done, done + mcus), band)
+                _check_details(_Codes(codes), chosen[0], range(done, done + mcus), band)
             done += mcus
         if done < count:
             raise ValueError("Premature end of JPEG file")

@@ -256,10 +256,14 @@ def _check_details(codes: _Codes, part: _Component, blocks: range, band: bytes) 
     """Read AC coefficients of some blocks, or one more bit of each (G.1.2.2, G.1.2.3)."""
     if not band[0] <= band[1] < _END:
         raise ValueError("Corrupt JPEG data: a band that does not exist")
-    run = 0
-    for block in blocks:
+    run, block = 0, blocks.start
+    while block < blocks.stop:
+        if run and not band[2] >> 4:  # blocks without codes; a few bytes may stand for very many
+            run, block = max(0, run - (blocks.stop - block)), min(block + run, blocks.stop)
+            continue
         run = _check_band(codes, part, block, band, run)
         codes.end_block()
+        block += 1
     if run:
         raise ValueError("Corrupt JPEG data: a run of blocks that are not there")
     codes.end()
@@ -281,7 +285,7 @@ def _check_band(codes: _Codes, part: _Component, block: int, band: bytes, run: i
             raise ValueError("Corrupt JPEG data: more coefficients than the band has")
         part.known[block] |= (bits > 0) << at
         at += 1
-    if refines:
+    if refines and part.known[block]:
         _refine(codes, part.known[block], at, last, _END)
     return max(0, run - 1)
 

@@ -33,7 +33,7 @@ from btray.evaluation.metrics import (
     OutOfDistribution,
     compute_metrics,
 )
-from btray.evaluation.report import model_card, render_report
+from btray.evaluation.report import model_card, render_report, summary
 from btray.model.bundle import Manifest
 from btray.reports.page import NO_DIAGNOSIS
 from btray.reports.plot_style import STYLE
@@ -103,6 +103,18 @@ def report(classes: Sequence[str] = CLASSES, metrics: Evaluation | None = None, 
 
 def card(classes: Sequence[str] = CLASSES, metrics: Evaluation | None = None, **changes: Any) -> str:
     return model_card(manifest(classes, **changes), metrics or evaluation(classes))
+
+
+def test_on_the_terminal_a_figure_has_one_kind_of_interval_which_is_named() -> None:
+    whole, clean = compute_metrics(*case(300, 5), CLASSES), compute_metrics(*case(40, 5, seed=1), CLASSES)
+    text = summary(evaluation(metrics=whole, clean=clean, twins=260))
+    for figure, kind, intervals in (
+        ("accuracy", "Wilson's", [whole.accuracy_ci95, clean.accuracy_ci95]),
+        ("macro-F1", "bootstrap", [whole.bootstrap_ci95.macro_f1, clean.bootstrap_ci95.macro_f1]),
+    ):
+        shown = [f"{low:.3f} to {high:.3f}" for low, high in intervals]
+        assert re.findall(figure + r" [\d.]+ \((.*?)\)", text) == shown
+        assert f"{kind} of" in text
 
 
 @pytest.mark.parametrize("classes", [2, 5, 12])

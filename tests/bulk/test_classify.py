@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,6 +117,34 @@ def test_each_frame_is_there_once_whatever_is_killed_and_answers_are_the_classif
     rejected = Counter(code for code in rows["error_code"].to_pylist() if code is not None)
     assert rejected == Counter(code for _, code in bad_scans().values())
     assert not [name for name in storage.list_names(f"{output}/_runs/{report['model_id']}") if "worklist" in name]
+
+
+@pytest.mark.soak
+def test_the_first_rows_are_there_long_before_a_slow_listing_ends(
+    ray_session: None, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing gives an object now and then, and does not end before it has seen a file of the table."""
+    scans, output, whole = tmp_path / "scans", tmp_path / "out", good_scans()["jpeg_gray"]
+    write_objects(str(scans), {f"{number:03}.jpg": whole for number in range(600)})
+    listed = storage.list_files_unordered
+    left_when_rows_came: list[int] = []
+
+    def slowly(uri: str) -> Iterator[FileInfo]:
+        files = list(listed(uri))
+        for number, file in enumerate(files):
+            yield file
+            if not left_when_rows_came and any("/_" not in str(path) for path in output.rglob("*.parquet")):
+                left_when_rows_came.append(len(files) - number)
+            if not left_when_rows_came:
+                time.sleep(0.1)
+
+    for place in ("listing.objects._SECONDS", "worklist._LONGEST_WAIT", "listing.new_objects._ROUND_SECONDS"):
+        monkeypatch.setattr(f"btray.bulk.{place}", 0.3)  # seconds of many
+    monkeypatch.setattr(storage, "list_files_unordered", slowly)
+    classify(job(model, str(scans), str(output)))
+    assert left_when_rows_came
+    assert left_when_rows_came[0] > 100
+    assert len(plain_rows(str(output))) == 600
 
 
 def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(

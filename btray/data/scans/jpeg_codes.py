@@ -6,6 +6,7 @@ It takes about half a second per megabyte. References are to ITU-T T.81.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -33,8 +34,8 @@ class _Component:
     ac: Sequence[int] = field(default_factory=list)
     most: int = 0
     """Largest DC coefficient that an encoder can write, whichever way it rounds."""
-    known: list[int] = field(default_factory=list)
-    """Of a progressive JPEG, for each block: a bit for each AC coefficient that is not zero so far."""
+    known: dict[int, int] = field(default_factory=dict)
+    """Of a progressive JPEG, for each block that has any: a bit for each AC coefficient that is not zero so far."""
 
 
 def check_codes(data: bytes, interval: int, *, progressive: bool) -> None:
@@ -116,7 +117,6 @@ class _Reader:
         if len(chosen) == 1:
             (part,) = blocks = chosen
             count = -(-width * part.across // across) * -(-height * part.down // down)
-            part.known = part.known or [0] * count
         else:
             blocks = [part for part in chosen for _ in range(part.across * part.down)]
             count = -(-width // across) * -(-height // down)
@@ -256,12 +256,17 @@ def _check_details(codes: _Codes, part: _Component, blocks: range, band: bytes) 
     """Read AC coefficients of some blocks, or one more bit of each (G.1.2.2, G.1.2.3)."""
     if not band[0] <= band[1] < _END:
         raise ValueError("Corrupt JPEG data: a band that does not exist")
+    held = sorted(part.known) if band[2] >> 4 else []
     run, block = 0, blocks.start
     while block < blocks.stop:
-        if run and not band[2] >> 4:  # blocks without codes; a few bytes may stand for very many
-            run, block = max(0, run - (blocks.stop - block)), min(block + run, blocks.stop)
+        if run:  # blocks without new coefficients; a few bytes may stand for very many, which are not walked through
+            end = min(block + run, blocks.stop)
+            for known in held[bisect_left(held, block) : bisect_left(held, end)]:
+                _refine(codes, part.known[known], band[0], band[1], _END)
+                codes.end_block()
+            run, block = run - (end - block), end
             continue
-        run = _check_band(codes, part, block, band, run)
+        run = _check_band(codes, part, block, band)
         codes.end_block()
         block += 1
     if run:
@@ -269,10 +274,11 @@ def _check_details(codes: _Codes, part: _Component, blocks: range, band: bytes) 
     codes.end()
 
 
-def _check_band(codes: _Codes, part: _Component, block: int, band: bytes, run: int) -> int:
-    """Read a band of one block; `run` blocks from this one on have no further coefficients. Return how many remain."""
-    at, last, refines = band[0], band[1], band[2] >> 4
-    while not run and at <= last:
+def _check_band(codes: _Codes, part: _Component, block: int, band: bytes) -> int:
+    """Read a band of one block; return how many blocks after it have no new coefficients."""
+    at, last, refines, run = band[0], band[1], band[2] >> 4, 1
+    known = part.known.get(block, 0)
+    while at <= last:
         zeros, bits = divmod(codes.symbol(part.ac), 16)
         if not bits and zeros < 15:  # of 15: sixteen zeros
             run = (1 << zeros) + codes.bits(zeros)
@@ -280,14 +286,15 @@ def _check_band(codes: _Codes, part: _Component, block: int, band: bytes, run: i
         if refines and bits > 1:
             raise ValueError("Corrupt JPEG data: a code that does not exist")
         codes.bits(bits)
-        at = _refine(codes, part.known[block], at, last, zeros) if refines else at + zeros
+        at = _refine(codes, known, at, last, zeros) if refines else at + zeros
         if at > last:
             raise ValueError("Corrupt JPEG data: more coefficients than the band has")
-        part.known[block] |= (bits > 0) << at
+        if bits:
+            known = part.known[block] = known | 1 << at
         at += 1
-    if refines and part.known[block]:
-        _refine(codes, part.known[block], at, last, _END)
-    return max(0, run - 1)
+    if refines:
+        _refine(codes, known, at, last, _END)
+    return run - 1
 
 
 def _refine(codes: _Codes, known: int, at: int, last: int, zeros: int) -> int:

@@ -60,6 +60,8 @@ def test_parts_of_large_objects_are_small() -> None:
 
 def test_parts_are_many_and_the_last_ones_of_an_archive_small() -> None:
     assert max(part_sizes(objects(8192), taper=False)) == PART_OBJECTS
+    assert part_sizes(objects(1024), taper=False)[:4] == [32, 64, 128, 128], "the first rows come early"
+    assert part_sizes(objects(1024), taper=False, before=1024)[0] == 128
     assert part_sizes(objects(64), taper=False) == [32, 32]
     for count in (1, 31, 33, 1000, 15_000):
         sizes = part_sizes(objects(count), taper=True)

@@ -45,7 +45,7 @@ test: $(READY) ## lint, types and all tests except soak; a failing step does not
 	step ruff format --check .; \
 	step mypy; \
 	step lint-imports --no-logo; \
-	step pytest -q -m 'not soak' --durations=20 -n 2 --dist loadfile; \
+	step pytest -q -m 'not soak' --durations=20 -n 2 --dist loadfile --no-loadscope-reorder; \
 	echo; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; else echo "all passed"; fi
 

@@ -27,6 +27,7 @@ from btray import phantoms, storage
 from btray.bulk import runs
 from btray.bulk.classify import ClassifyJob, classify
 from btray.bulk.config import ClassifyConfig
+from btray.bulk.listing.tasks import RayTasks
 from btray.bulk.pipeline import process_parts
 from btray.bulk.scan_reader import pieces_of
 from btray.bulk.table import KEY
@@ -202,8 +203,20 @@ def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
 
 @pytest.mark.s3
 def test_an_inventory_is_classified_whatever_its_keys_are(
-    ray_session: None, bucket: str, model: str, tmp_path: Path
+    ray_session: None, bucket: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It counts as large, so that tasks of Ray list and join it."""
+    monkeypatch.setattr("btray.bulk.listing.archive._LARGE", 0)
+    functions: list[str] = []
+    start = RayTasks.start
+    monkeypatch.setattr(
+        RayTasks,
+        "start",
+        lambda self, function, *arguments, **how: (
+            functions.append(getattr(function, "__name__", "split")),
+            start(self, function, *arguments, **how),
+        )[1],
+    )
     scan = mixed_objects(1)["day/0000.jpg"]
     names = [
         "patient=1/a=b.jpg",
@@ -233,6 +246,9 @@ def test_an_inventory_is_classified_whatever_its_keys_are(
     classify(job(model, manifest, output))
     assert report_of(output)["objects"] == 2
     assert report_of(output)["unchanged"] == len(names) - 2
+    tasks = Counter(functions)
+    assert tasks["split"] == 2
+    assert tasks["join"] > 1, "partition by partition"
 
 
 def test_another_model_writes_beside_the_first(ray_session: None, model: str, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from btray import phantoms, storage
 from btray.bulk import runs
 from btray.bulk.classify import ClassifyJob, classify
 from btray.bulk.config import ClassifyConfig
+from btray.bulk.listing.tasks import RayTasks
 from btray.bulk.pipeline import process_parts
 from btray.bulk.scan_reader import pieces_of
 from btray.bulk.table import KEY
@@ -209,7 +210,22 @@ def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
 
 
 @pytest.mark.s3
-def test_an_inventory_is_classified_whatever_its_keys_are(here: None, bucket: str, model: str, tmp_path: Path) -> None:
+def test_an_inventory_is_classified_whatever_its_keys_are(
+    ray_session: None, bucket: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as large, so that tasks of Ray list and join it."""
+    without_ray(monkeypatch)  # those tasks aside
+    monkeypatch.setattr("btray.bulk.listing.archive._LARGE", 0)
+    functions: list[str] = []
+    start = RayTasks.start
+    monkeypatch.setattr(
+        RayTasks,
+        "start",
+        lambda self, function, *arguments, **how: (
+            functions.append(getattr(function, "__name__", "split")),
+            start(self, function, *arguments, **how),
+        )[1],
+    )
     scan = mixed_objects(1)["day/0000.jpg"]
     names = [
         "patient=1/a=b.jpg",
@@ -239,6 +255,9 @@ def test_an_inventory_is_classified_whatever_its_keys_are(here: None, bucket: st
     classify(job(model, manifest, output))
     assert report_of(output)["objects"] == 2
     assert report_of(output)["unchanged"] == len(names) - 2
+    tasks = Counter(functions)
+    assert tasks["split"] == 2
+    assert tasks["join"] > 1, "partition by partition"
 
 
 @pytest.mark.parametrize(("names", "include"), [("", ()), ("a.jpg\n", ("*.dcm",))], ids=["empty list", "no match"])

@@ -164,7 +164,7 @@ class Bench:
             serving.measure(url + "/v1/classify", 8, self.sizes.seconds)
             for connections in (1, 8, 32):
                 got = serving.measure(url + "/v1/classify", connections, self.sizes.seconds)
-                quantiles = {f"p{share:.0%}": serving.quantile(got.latencies, share) for share in (0.5, 0.9, 0.99)}
+                quantiles = {f"p{100 * share:g}": serving.quantile(got.latencies, share) for share in (0.5, 0.9, 0.99)}
                 results[f"{connections} connections"] = {"requests_per_s": got.rate, "latency_ms": quantiles}
         return results
 
@@ -177,7 +177,7 @@ class Bench:
                 command, env=environment, capture_output=True, text=True, check=False, timeout=self.seconds_left
             )
         if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            raise RuntimeError(f"exit code {done.returncode}: {' '.join(done.stderr.strip().splitlines()[-1:])}")
         return watch.waits
 
 
@@ -216,11 +216,11 @@ class _reason(suppress):  # noqa: N801 - reads as a function, as suppress does
     """Put the reason why a block failed into a result."""
 
     def __init__(self, results: Result, name: str) -> None:
-        super().__init__(Exception)
+        super().__init__(Exception, SystemExit)  # which says that a server did not start
         self.results, self.name = results, name
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception | SystemExit):
             self.results[self.name] = {"failed": f"{type(error).__name__}: {error}"}
         return bool(super().__exit__(kind, error, trace))
 

@@ -65,6 +65,7 @@ def ray_session(s3: S3Server) -> Iterator[None]:
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
     patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 as it comes: too short on a busy machine
+    patch.setenv("RAY_worker_niceness", "0")  # 15 as it comes: on a busy machine workers would hardly run
     # Workers import the checkout's modules, wherever they are started.
     patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     import ray

@@ -74,6 +74,7 @@ class LoopbackCluster:
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(self.folder),
             "RAY_AUTH_MODE": "disabled",
+            "RAY_worker_niceness": "0",  # 15 as it comes: on a busy machine workers would hardly run
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
             # Count a silent node as dead after seconds instead of half a minute.

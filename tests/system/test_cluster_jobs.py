@@ -292,12 +292,13 @@ from tools.processes import descendants, listened_on, named
 
 @ray.remote
 def task():
-    return canonicalize_bootstrap_address_or_die(None), os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
+    environment = os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
+    return canonicalize_bootstrap_address_or_die(None), *environment, os.nice(0)
 
 before = dict(os.environ)
 with connected():
-    found, mode, token = ray.get(task.remote())
-    print(found == ray.get_runtime_context().gcs_address, mode, len(token))
+    found, mode, token, niceness = ray.get(task.remote())
+    print(found == ray.get_runtime_context().gcs_address, mode, len(token), niceness - os.nice(0))
     listeners = listened_on(descendants(os.getpid()) | {os.getpid()})
     print({address for address, _ in listeners}, len(named(b"dashboard.py", os.getpid())))
 print(len(descendants(os.getpid())), {name for name in before if before[name] != os.environ.get(name)})
@@ -318,7 +319,7 @@ def test_a_ray_that_a_job_starts_shares_nothing_with_that_of_ray_start(tmp_path:
     done = subprocess.run([sys.executable, "-c", _OWN], env=cluster.environment | {"RAY_ADDRESS": "local"},
                           capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["True token 64", "{'127.0.0.1'} 0", "0 set()", "set()"]
+    assert done.stdout.splitlines() == ["True token 64 0", "{'127.0.0.1'} 0", "0 set()", "set()"]
     assert not (tmp_path / ".ray").exists()
     with cluster:
         script = f"import os; print('submitted:', {SUBMITTED_VARIABLE!r} in os.environ)"

@@ -63,7 +63,6 @@ class ClassifyJob(ArchiveJob):
 
     name = "classify"
     schema = table.SCHEMA
-    has_key_files = True
     choices = frozenset({"reclassify", "retry_rejected", "explain_labels", "series", "series_preset"})
 
     def __init__(self, config: ClassifyConfig) -> None:
@@ -82,7 +81,7 @@ class ClassifyJob(ArchiveJob):
         self.pacs = config.pacs_source()
         self.pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
         check_table(self.output, self.pseudonyms)
-        self.completed = CompletedIndex(self.output, self.group)
+        self.completed: CompletedIndex = CompletedIndex(self.output, self.group)
         self.outputs = (self.output, config.studies_uri)
         self.preprocess = self.manifest.preprocess
         choice = config.series_filter
@@ -94,6 +93,8 @@ class ClassifyJob(ArchiveJob):
         # Bytes are not held with the rows. Of two stages, the first decodes a part ahead as far as memory goes.
         self.part_limits = PartLimits(_STAGED_OBJECTS if config.stages == 2 else PartLimits().objects, _PART_BYTES)
         self.worst = CLASSIFIED if config.retry_rejected else REJECTED
+        rereading = {"--reclassify": config.reclassify, "--retry-rejected": config.retry_rejected}
+        self.rereads = ", ".join(name for name, is_given in rereading.items() if is_given)
         reading: dict[str, Any] = {"threads": config.threads, "patience": config.patience}
         self._headers = HeaderReader(choice, **reading, pseudonyms=self.pseudonyms, pacs=self.pacs) if choice else None
         self._series: Counter[tuple[str | None, str, str]] = Counter()

@@ -18,6 +18,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,9 @@ from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import ArchiveConfig
 from btray.bulk.erasure.erased import ErasedObjects
 from btray.bulk.listing.archive import Archive, open_archive
-from btray.bulk.listing.completed import RunKeys
-from btray.bulk.listing.key_files import RECORD, REJECTED, KeySource
+from btray.bulk.listing.comparison import Comparison
+from btray.bulk.listing.completed import CompletedIndex, RunKeys
+from btray.bulk.listing.key_files import RECORD, REJECTED, WITHHELD, KeySource
 from btray.bulk.listing.new_objects import NewObjects
 from btray.bulk.listing.sealing import Listing, new_batches
 from btray.bulk.listing.selection import Selection
@@ -66,8 +68,6 @@ class ArchiveJob(ABC):
     """Of its files."""
     preprocess: PreprocessConfig | None = None
     """If frames that are made so will do for files, in a pack; None: the job needs the files."""
-    has_key_files = False
-    """Whether the records of its actors are kept, in key files beside run.json."""
     choices: frozenset[str] = frozenset()
     """Settings that the worklist follows from besides the selection; an unfinished run with others is abandoned."""
 
@@ -84,7 +84,11 @@ class ArchiveJob(ABC):
         """Why objects were left out that are completed for that reason alone."""
         self.worst = REJECTED
         """The worst outcome with which an object is completed."""
+        self.rereads = ""
+        """Settings by which completed objects are read again."""
         self.part_limits = PartLimits()
+        self.completed: CompletedIndex | None = None
+        """Where the records of its actors are kept, in key files beside run.json."""
         self.pseudonyms: Pseudonyms | None = None
         """Those that objects are listed with."""
 
@@ -111,7 +115,7 @@ class ArchiveJob(ABC):
         """Return what became of the objects in earlier runs; `tasks` keep what is not in files."""
 
     def prepare(self) -> None:  # noqa: B027 - as above
-        """Load what the run will need; called, if there is anything to do, in a thread while Ray starts."""
+        """Load what the end of the run will need; called in a thread, once the first part is there."""
 
     @abstractmethod
     def processor(self) -> Callable[[Run, int], PartProcessor]:
@@ -150,11 +154,15 @@ def run_archive(job: ArchiveJob) -> str:
             )
             archive = replace(archive, chunks=chain(list(islice(archive.chunks, 1)), archive.chunks))
         if config.dry_run:
-            _estimate(job, archive, ErasedObjects(job.output))
+            with storage.retry_timeout(config.patience):
+                _estimate(job, archive, ErasedObjects(job.output))
             return job.output
         with lease.hold(job.output) as check:
             job.begin()
-            report = _run(job, archive, ErasedObjects(job.output), check)
+            with storage.retry_timeout(config.patience):
+                report = _run(job, archive, ErasedObjects(job.output), check)
+    if not (report.objects or report.unchanged or report.erased):
+        _log.warning("no object of %s is chosen, so there was nothing to do", report.config["input"])
     if not (report.unchanged or report.erased):
         require_found(report.rejected_by_code, report.objects, report.config["input"])
     if config.max_rejected is not None:
@@ -177,6 +185,8 @@ def _readable_errors() -> Iterator[None]:
 
 def _estimate(job: ArchiveJob, archive: Archive, erased: ErasedObjects) -> None:
     """Print how much there is to do; write nothing."""
+    if comparison := _comparison(job, archive, erased):
+        archive = _less_known(job, archive, comparison)
     with _listing_tasks(job, archive) as (tasks, scratch):
         new = _new_objects(job, tasks, scratch)
         objects = size = 0
@@ -206,7 +216,6 @@ def _listing_tasks(job: ArchiveJob, archive: Archive) -> Iterator[tuple[Tasks, s
     """
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(storage.retry_timeout(job.config.patience))
         if not archive.large:
             yield LocalTasks(Path(scratch)), scratch
             return
@@ -214,6 +223,22 @@ def _listing_tasks(job: ArchiveJob, archive: Archive) -> Iterator[tuple[Tasks, s
 
         stack.enter_context(connected())
         yield RayTasks(job.config.patience), scratch
+
+
+def _comparison(job: ArchiveJob, archive: Archive, erased: ErasedObjects) -> Comparison | None:
+    """Return what compares the inventory that lists the archive with that of the last run, if one does."""
+    if archive.inventory is None or job.completed is None:
+        return None
+    written = job.settings()  # as pseudonyms, if the table has these
+    choice = {name: written[name] for name in ("include", "exclude", "since")}
+    choice |= {"outputs": list(job.outputs), "reason": job.reason, "erasures": erased.names}
+    return Comparison(archive.inventory, choice, job.completed.table_files)
+
+
+def _less_known(job: ArchiveJob, archive: Archive, comparison: Comparison, *, before: str | None = None) -> Archive:
+    """Return the archive without what need not be read, as the last run, that `before` this one, has left it."""
+    last = runs.last_report(job.output, job.group, before=before)
+    return archive.less(comparison.known(last.inventory if last else None, rereads=job.rereads))
 
 
 def _new_objects(job: ArchiveJob, tasks: Tasks, scratch: str) -> NewObjects:
@@ -229,11 +254,14 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
     totals = job.totals()
     settings = job.settings()
     request = {name: settings[name] for name in ("input", "include", "exclude", "since", "limit", *sorted(job.choices))}
+    run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
+    logs.bind(run_id=run.run_id)
+    if resumed:
+        _log.info("resuming run %s, which was interrupted", run.run_id)
+    comparison = _comparison(job, archive, erased)
+    if comparison and not resumed:
+        archive = _less_known(job, archive, comparison, before=run.run_id)
     with _listing_tasks(job, archive) as (tasks, scratch):
-        run, resumed = runs.begin(job.output, job.group, request, folder=job.folder, schema=job.schema)
-        logs.bind(run_id=run.run_id)
-        if resumed:
-            _log.info("resuming run %s, which was interrupted", run.run_id)
         found = partial(_new_objects, job, tasks, scratch)
         listing = Listing(run.worklist, config, archive, found, erased.without, job.part_limits, check)
         done = Done(totals, RunKeys(run.folder))
@@ -250,7 +278,7 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
         check()
         if totals.objects != listing.objects:
             raise Failed(f"run {run.run_id} counted {totals.objects} objects of {listing.objects}; run it again")
-        if job.has_key_files and totals.objects:
+        if job.completed and totals.objects:
             done.keys.conclude(totals.parts)
         report = totals.report(
             unchanged=listing.unchanged,
@@ -261,6 +289,7 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             resumed=resumed,
             config=settings,
+            inventory=comparison and comparison.read(listing.of_files, _left_open(config, done, resumed=resumed)),
         )
         try:
             report = job.conclude(run, report)
@@ -274,42 +303,55 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
     return report
 
 
+def _left_open(config: ArchiveConfig, done: Done, *, resumed: bool) -> str:
+    """Return why objects of an archive that was listed may be left to be read; empty if none is."""
+    if config.limit:
+        return "the last run had --limit"
+    if resumed:
+        return "the last run was interrupted, and resumed"
+    return "the last run has objects that are read again, since their store withheld them" if done.any_withheld else ""
+
+
 @contextmanager
-def _started(task: Callable[[], None]) -> Iterator[Future[None]]:
+def _started(task: Callable[[], Any]) -> Iterator[Future[Any]]:
     """Run `task` in a thread beside the block."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(copy_context().run, task)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Done:
     """What actors have done: the counts of their parts, and the records of these for the key files of the run."""
 
     totals: Totals[Any]
     keys: RunKeys
+    any_withheld: bool = False
+    """Objects are left that a later run reads again."""
 
     def add(self, row: dict[str, Any]) -> PartTally | None:
         """Count a part by what its actor returns; return its tally, or None if it was counted before."""
         tally: PartTally | None = self.totals.add(row["part"], row["tally"])
         if tally is not None:
-            self.keys.add(np.frombuffer(row["records"], RECORD))
+            records = np.frombuffer(row["records"], RECORD)
+            self.keys.add(records)
+            self.any_withheld |= bool((records["outcome"] == WITHHELD).any())
         return tally
 
 
 def _process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
-    # Ray takes seconds to import, which a night with nothing new does without.
-    from btray.bulk.pipeline import process_parts
+    # Ray takes a second to import, which a night with nothing new does without, and Ray Data another one.
     from btray.core.cluster import connected
 
     config, totals = job.config, done.totals
     with (
-        _started(job.prepare) as prepared,
+        _started(partial(import_module, "btray.bulk.pipeline")) as imported,
         connected(),
         metrics.lasting(),
         ProgressLine("starting the actors", keep=False) as line,
+        ExitStack() as stack,
     ):
-        prepared.result()
+        process_parts = imported.result().process_parts
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(
@@ -320,6 +362,7 @@ def _process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Cal
             gpu_share=job.gpu_share(),
             make_reader=job.reader(),
         )
+        prepared: Future[Any] | None = None  # if it fails, so does what needs it
         for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()
             for row in pa.Table.to_pylist(batch):
@@ -328,3 +371,4 @@ def _process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Cal
                     progress.report_part(job.name, run.run_id, tally)
             progress.report_progress(job.name, run.run_id, totals, queue=listing.objects - totals.objects)
             line.update(progress.progress_line(totals, listing))
+            prepared = prepared or stack.enter_context(_started(job.prepare))

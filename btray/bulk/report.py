@@ -127,6 +127,19 @@ class StudyCounts(BaseModel, frozen=True):
     rule: str
 
 
+class InventoryRead(BaseModel, frozen=True):
+    """What a run keeps of the inventory that it has read: see `btray.bulk.listing.comparison`."""
+
+    open: str
+    """Why objects of it are left to be read; empty if none is."""
+    files: dict[str, tuple[int, int, int, int]]
+    """Digest of each file -> how many of its objects were chosen, seen, counted and inside the output."""
+    settings: str
+    """Digest of what says which objects are chosen."""
+    table_files: dict[str, int]
+    """How many files each run had in the table when this one ended."""
+
+
 class RunReport(BaseModel, frozen=True):
     """What run.json says of a run that has finished. Times are in seconds; those of stages are summed over the actors.
 
@@ -148,6 +161,7 @@ class RunReport(BaseModel, frozen=True):
     in_series: int = 0
     most_tumor: list[ClassifiedFrame] = Field(default_factory=list)
     studies: StudyCounts | None = _optional
+    inventory: InventoryRead | None = _optional
     seconds: float
     seconds_to_first_part: float | None
     seconds_of_parts: float = 0.0

@@ -180,6 +180,14 @@ def has_ended(folder: str) -> bool:
     return storage.exists(storage.join(folder, RUN))
 
 
+def last_report(output: str, group: str, *, before: str | None = None) -> RunReport | None:
+    """Return run.json of the latest run of a group, or the latest `before` another; None if it is not finished."""
+    earlier = (folder for folder in _folders(output, group) if before is None or storage.name(folder) < before)
+    folder = next(earlier, None)
+    content = folder and storage.read_json(storage.join(folder, RUN), missing_ok=True)
+    return RunReport.model_validate(content) if content and content["state"] == "finished" else None
+
+
 def reports(output: str, group: str) -> Iterator[RunReport]:
     """Yield run.json of the runs of a group that have read objects, the latest first."""
     for folder in _folders(output, group):

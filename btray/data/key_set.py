@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 Keys = npt.NDArray[np.bytes_]
 
 _WIDTH = 16  # bytes: among 10^9 keys two are equal by chance once in 10^20 archives
 _IN_MEMORY = 1 << 20  # keys
+_AT_A_TIME = 1 << 16  # pairs
 
 
 def keys_of(pairs: Sequence[tuple[str, str]]) -> Keys:
@@ -22,6 +24,16 @@ def keys_of(pairs: Sequence[tuple[str, str]]) -> Keys:
         for uri, etag in pairs
     ]
     return np.array(digests, f"S{_WIDTH}")
+
+
+def keys_of_columns(uris: pa.ChunkedArray, etags: pa.ChunkedArray) -> Keys:
+    """Return the digests [n] of a column of URIs and one of etags: those of `keys_of`, in less time and memory."""
+    digests = []
+    for start in range(0, len(uris), _AT_A_TIME):
+        some = (column.slice(start, _AT_A_TIME).cast(pa.binary()).to_pylist() for column in (uris, etags))
+        pairs = map(b"\0".join, zip(*some, strict=True))
+        digests.append(b"".join([hashlib.blake2b(pair, digest_size=_WIDTH).digest() for pair in pairs]))
+    return np.frombuffer(b"".join(digests), f"S{_WIDTH}")
 
 
 class KeySet:

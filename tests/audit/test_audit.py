@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import pytest
+import ray
 import yaml
 from PIL import Image
 
@@ -43,10 +41,11 @@ from btray.data.duplicates import numbered
 from btray.data.fingerprint import correlations, thumbnails
 from btray.data.labelled import Labelled
 from btray.data.scans import decode
+from tests.helpers.forked_jobs import ROOT, run_all
 from tests.helpers.image_truth import COPIES, REFRAMED, SAME_PIXELS, encode, recall_and_precision
+from tests.helpers.local_data import run_here
 from tests.helpers.pages import HOSTILE, Page
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "audit.json",
     "duplicates.parquet",
@@ -57,6 +56,12 @@ FILES = {
     "config.yaml",
 }
 COLUMNS = ["uri", "split", "label", "group_id", "grade", "score"]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audit in this process, for what is decided after Ray's tasks have returned."""
+    run_here(monkeypatch)
 
 
 def strict_json(uri: str) -> Any:
@@ -219,35 +224,32 @@ def test_what_is_written_is_the_contract(
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize(
-    ("flags", "code", "said"),
-    [
-        (["--fail-on", "leak,conflict"], 3, "leak: 2 of 4 test images have a twin in train; conflict: 1 group"),
-        (["--fail-on", "patient"], 0, ""),
-        (["--fail-on", "leek"], 2, "'leek' is refused: Input should be 'leak', 'conflict'"),
-    ],
-)
 def test_fail_on_ends_the_command_with_its_code_and_one_line_after_all_is_written(
-    leaky: Path, tmp_path: Path, flags: list[str], code: int, said: str
+    ray_session: None, leaky: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "jobs" / "audit.py"), "--data", str(leaky), "--out", str(out), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    if said:
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-        assert said in line
-    assert out.exists() == (code != 2)
-    if code != 2:
-        assert {path.name for path in out.iterdir()} == FILES
-    if code == 0:
-        assert done.stdout.splitlines()[-1] == str(out)
+    leak = "leak: 2 of 4 test images have a twin in train; conflict: 1 group"
+    cases = [("leak,conflict", 3, leak), ("patient", 0, ""),
+             ("leek", 2, "'leek' is refused: Input should be 'leak', 'conflict'")]  # fmt: skip
+    out = [tmp_path / fail_on for fail_on, _, _ in cases]
+    commands = [
+        ("jobs/audit.py", ["--data", str(leaky), "--out", str(folder), "--fail-on", fail_on])
+        for folder, (fail_on, _, _) in zip(out, cases, strict=True)
+    ]
+    done = run_all(commands, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
+    for folder, ended, (_, code, said) in zip(out, done, cases, strict=True):
+        assert ended.code == code, ended.stderr
+        assert "Traceback" not in ended.stderr
+        if said:
+            (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+            assert said in line
+        assert folder.exists() == (code != 2)
+        if code != 2:
+            assert {path.name for path in folder.iterdir()} == FILES
+        if code == 0:
+            assert ended.stdout.splitlines()[-1] == str(folder)
 
 
-@pytest.mark.cluster
-def test_each_finding_can_fail_the_job_and_only_if_it_is_there(ray_session: None, leaky: Path, tmp_path: Path) -> None:
+def test_each_finding_can_fail_the_job_and_only_if_it_is_there(here: None, leaky: Path, tmp_path: Path) -> None:
     with pytest.raises(ThresholdExceeded) as caught:
         run(leaky, tmp_path / "out", fail_on=("unreadable", "not_mri", "duplicate", "leak", "conflict", "patient"))
     message = str(caught.value)
@@ -258,8 +260,7 @@ def test_each_finding_can_fail_the_job_and_only_if_it_is_there(ray_session: None
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.cluster
-def test_blank_and_noisy_images_do_not_become_one_group(ray_session: None, tmp_path: Path) -> None:
+def test_blank_and_noisy_images_do_not_become_one_group(here: None, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     data = tmp_path / "data" / "no_tumor"
     for level in range(6):
@@ -272,9 +273,8 @@ def test_blank_and_noisy_images_do_not_become_one_group(ray_session: None, tmp_p
     assert findings["leakage"] == {}, "there are no two splits"
 
 
-@pytest.mark.cluster
 def test_odd_shapes_depths_and_volumes_are_audited_and_what_cannot_be_read_ends_nothing(
-    ray_session: None, tmp_path: Path
+    here: None, tmp_path: Path
 ) -> None:
     data = tmp_path / "data" / "glioma"
     gray = slice_of(3)
@@ -297,8 +297,7 @@ def test_odd_shapes_depths_and_volumes_are_audited_and_what_cannot_be_read_ends_
     assert findings["files"]["several_frames"] == 1
 
 
-@pytest.mark.cluster
-def test_data_of_which_nothing_can_be_read_are_audited_too(ray_session: None, tmp_path: Path) -> None:
+def test_data_of_which_nothing_can_be_read_are_audited_too(here: None, tmp_path: Path) -> None:
     for label in ("glioma", "no_tumor"):
         storage.write_bytes(str(tmp_path / "data" / label / "x.jpg"), b"no image")
     findings = run(tmp_path / "data", tmp_path / "out")
@@ -307,8 +306,7 @@ def test_data_of_which_nothing_can_be_read_are_audited_too(ray_session: None, tm
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
-@pytest.mark.cluster
-def test_patients_in_several_splits_and_images_without_a_split_are_counted(ray_session: None, tmp_path: Path) -> None:
+def test_patients_in_several_splits_and_images_without_a_split_are_counted(here: None, tmp_path: Path) -> None:
     lines = ["uri,label,split,patient_id"]
     for seed, (split, patient) in enumerate([("", "a"), ("test", "a"), ("val", "b"), ("val", "b"), ("test", "")]):
         storage.write_bytes(str(tmp_path / f"{seed}.png"), encode(slice_of(seed)))
@@ -327,10 +325,7 @@ def test_patients_in_several_splits_and_images_without_a_split_are_counted(ray_s
     assert findings["leakage"]["test"]["with_twin"] == 1
 
 
-@pytest.mark.cluster
-def test_the_page_shows_some_groups_leaks_first_and_says_how_many_it_does_not(
-    ray_session: None, tmp_path: Path
-) -> None:
+def test_the_page_shows_some_groups_leaks_first_and_says_how_many_it_does_not(here: None, tmp_path: Path) -> None:
     for seed in range(5):
         for copy in range(2):
             split = "val" if seed == 4 and copy else "train"

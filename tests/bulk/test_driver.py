@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from ray.exceptions import RayTaskError
 
 from btray import storage
 from btray.bulk import classify as classify_module
-from btray.bulk import driver, pipeline, runs, summary, table, worklist
-from btray.bulk.listing.completed import records_of
-from btray.bulk.report import ClassifyTally
-from btray.bulk.runs import Run, write_part
-from btray.bulk.worker import objects_of
-from btray.core import cluster
+from btray.bulk import driver, runs, summary
 from btray.core.errors import Failed, UserError
-from btray.model.drift import Profile
-from btray.model.prediction import Prediction
 from btray.storage import StorageError
-from tests.helpers.classify_helpers import job, plain_rows, report_of
-from tests.helpers.table_helpers import NIGHT
+from tests.helpers.classify_helpers import job, plain_rows, report_of, without_reading
 from tests.helpers.tiny_bundle import saved_bundle
 
 
 @pytest.fixture
 def nightly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The classify job on one new scan per call, with the parts processed here and not by Ray's actors."""
-    monkeypatch.setattr(cluster, "connected", lambda **options: nullcontext())
-    monkeypatch.setattr(
-        pipeline, "process_parts", lambda make, run, **how: SimpleNamespace(iter_batches=lambda **how: parts_of(run))
-    )
+    without_reading(monkeypatch)
     saved_bundle(str(tmp_path / "model"))
     output = str(tmp_path / "out")
     numbers = iter(range(9))
@@ -48,18 +33,6 @@ def nightly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return output
 
     return classify
-
-
-def parts_of(run: Run) -> Iterator[pa.Table]:
-    for part in worklist.read_parts(run.worklist):
-        objects = objects_of(part.to_pylist()[0])
-        probabilities = {"glioma": 0.75, "no_tumor": 0.25}
-        prediction = Prediction(index=0, label="glioma", confidence=0.75, probabilities=probabilities)
-        rows = [table.row_of(prediction, info, run_id=run.run_id, classified_at=NIGHT) for info in objects]
-        tally = ClassifyTally.of(rows, objects, {}, labels={"glioma": len(rows)}, profile=Profile.of(rows))
-        write_part(run.part_uri(part["part"][0].as_py()), rows, table.SCHEMA, tally)
-        records = records_of(pa.RecordBatch.from_pylist(rows, table.SCHEMA)).tobytes()
-        yield pa.table({"part": part["part"], "tally": [tally.model_dump_json()], "records": [records]})
 
 
 def test_a_run_whose_summary_fails_ends_and_the_next_one_lists_what_is_new(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from btray.bulk import worklist
+from btray.bulk.config import ArchiveConfig
 from btray.bulk.listing import join, key_files, new_objects
 from btray.bulk.listing.archive import Archive
 from btray.bulk.listing.key_files import (
@@ -27,10 +31,13 @@ from btray.bulk.listing.key_files import (
 )
 from btray.bulk.listing.new_objects import NewObjects
 from btray.bulk.listing.objects import Listed, chunks_of, table_of
+from btray.bulk.listing.sealing import Listing
 from btray.bulk.listing.tasks import LocalTasks
+from btray.bulk.worklist import PartLimits
 from btray.core.errors import UserError
 from btray.data.key_set import Keys, keys_of
-from btray.storage import FileInfo, describe
+from btray.storage import FileInfo, StorageError, describe
+from tools.processes import until
 
 _OBJECTS = st.integers(0, 40)
 _OUTCOMES = st.lists(st.tuples(_OBJECTS, st.integers(0, 5), st.sampled_from([CLASSIFIED, REJECTED, WITHHELD])))
@@ -39,9 +46,9 @@ _OUTCOMES = st.lists(st.tuples(_OBJECTS, st.integers(0, 5), st.sampled_from([CLA
 class Partitioned(LocalTasks):
     """In this process, but split as if many ran at a time."""
 
-    def __init__(self, scratch: Path, parallel: int) -> None:
+    def __init__(self, scratch: Path, partitions: int) -> None:
         super().__init__(scratch)
-        self.parallel = parallel
+        self.parallel = self.partitions = partitions
 
 
 def info(number: int) -> FileInfo:
@@ -74,7 +81,9 @@ def test_new_is_what_plain_sets_say(data: st.DataObject) -> None:
         latest[number] = max(latest.get(number, (-1, -1)), (at, outcome))
     done = {number for number, (_, outcome) in latest.items() if outcome <= worst}
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as scratch:
-        patch.setattr(join, "keys_of", keys)
+        patch.setattr(
+            join, "keys_of_columns", lambda *pair: keys(list(zip(*(each.to_pylist() for each in pair), strict=True)))
+        )
         patch.setattr(new_objects, "_FIRST_ROUND", 3)
         tasks = Partitioned(Path(scratch), parallel)
         sources = [tasks.keep(records_of(run, keys)) for run in runs]
@@ -148,19 +157,66 @@ def test_the_first_new_objects_come_before_the_last_is_listed(tmp_path: Path, mo
 
     done = HeldKeys(records_of([(number, 0, CLASSIFIED) for number in range(0, 100_000, 2)]))
     batches = NewObjects([done], Partitioned(tmp_path, 2), str(tmp_path)).among(Archive(chunks()))
-    assert [one.size % 2 for one in next(batches)]
+    assert all(one.size % 2 for one in next(filter(None, batches)))
     assert len(taken) < 10
 
 
-def test_objects_that_a_slow_listing_gives_do_not_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(step=0.1)
-    monkeypatch.setattr("btray.bulk.listing.objects.time.monotonic", lambda: next(clock))
-    sizes = [len(chunk().objects) for chunk in chunks_of(info(number) for number in range(100))]
-    assert sum(sizes) == 100
-    assert max(sizes) < 30
-    monkeypatch.undo()
+def test_chunks_of_a_quick_listing_grow() -> None:
     sizes = [len(chunk().objects) for chunk in chunks_of(info(number) for number in range(9000))]
     assert sizes == [1024, 2048, 4096, 1832]
+
+
+def test_what_a_listing_gave_before_it_hangs_is_sealed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("listing.objects._SECONDS", "worklist._LONGEST_WAIT", "listing.new_objects._ROUND_SECONDS"):
+        monkeypatch.setattr(f"btray.bulk.{place}", 0.01)
+    goes_on = threading.Event()
+
+    def pager() -> Iterator[FileInfo]:
+        yield from map(info, range(6))
+        assert goes_on.wait(60)
+        yield info(6)
+
+    def new_objects() -> NewObjects:
+        done = HeldKeys(records_of([(number, 0, CLASSIFIED) for number in range(1, 6, 2)]))
+        return NewObjects([done], LocalTasks(tmp_path), str(tmp_path))
+
+    folder = str(tmp_path / "worklist")
+    config = ArchiveConfig(input="in", output="out")
+    archive = Archive(chunks_of(pager()))
+    listing = Listing(folder, config, archive, new_objects, lambda objects: objects, PartLimits(), lambda: None)
+
+    def sealed() -> list[int]:
+        shards, _ = worklist.sealed_shards(folder)
+        return [size for uri in shards for size in worklist.read_shard(uri)["size"].to_pylist()]
+
+    listing.start()
+    until(lambda: sealed() == [0, 2, 4], "what was listed")
+    assert not goes_on.is_set()
+    goes_on.set()
+    listing.join()
+    assert (listing.complete, listing.error, sealed()) == (True, None, [0, 2, 4, 6])
+    assert listing.unchanged == 3
+
+
+def test_a_listing_that_fails_half_way_is_an_error_of_whoever_takes_its_chunks() -> None:
+    def pager() -> Iterator[FileInfo]:
+        yield from map(info, range(2000))
+        raise StorageError("unavailable", "s3://b")
+
+    chunks = chunks_of(pager())
+    assert len(next(chunks).objects) == 1024
+    with pytest.raises(StorageError):
+        list(chunks)
+
+
+def test_how_long_a_store_is_waited_for_is_said_by_who_takes_the_chunk() -> None:
+    waits: ContextVar[int] = ContextVar("waits", default=8)
+    chunks = chunks_of(FileInfo(f"s3://b/{number}", waits.get(), "e", 0.0) for number in range(3000))
+    assert set(next(chunks).objects["size"].to_pylist()) == {8}
+    waits.set(300)
+    assert set(next(chunks).objects["size"].to_pylist()) == {300}
 
 
 def test_an_archive_of_nothing_that_counts_is_refused_when_all_of_it_is_listed(tmp_path: Path) -> None:

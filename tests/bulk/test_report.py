@@ -31,7 +31,7 @@ OF_EVERY_RUN = {
     "images_per_second_with_start", "state", "run_id", "started_at", "ended_at", "resumed", "config", "format_version",
 }  # fmt: skip
 """Keys that readers of run.json rely on: they stay."""
-OF_SOME_RUNS = {"not_scans", "model_id", "drift", "summary_failed", "not_concluded", "studies"}
+OF_SOME_RUNS = {"not_scans", "model_id", "drift", "summary_failed", "not_concluded", "studies", "inventory"}
 
 
 def frame(name: str, confidence: float, picture: str = "", alike: int = 1) -> ClassifiedFrame:

@@ -9,11 +9,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
-from datetime import datetime
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
 from pkgutil import resolve_name
 from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote_plus
 
@@ -24,17 +27,20 @@ import pytest
 import ray
 
 from btray import phantoms, storage
-from btray.bulk import worklist
+from btray.bulk import runs, table, worklist
 from btray.bulk.classify_worker import PartClassifier
 from btray.bulk.config import ArchiveConfig, ClassifyConfig
 from btray.bulk.driver import ArchiveJob, Done
+from btray.bulk.listing.completed import records_of
 from btray.bulk.listing.sealing import Listing
-from btray.bulk.report import PartTally, RunReport, Totals
+from btray.bulk.report import ClassifyTally, PartTally, RunReport, Totals
 from btray.bulk.runs import RUN, Run
-from btray.bulk.worker import PartActor, ReadActor
+from btray.bulk.worker import PartActor, ReadActor, objects_of
 from btray.launch import COMMANDS
 from btray.model.bundle import load_bundle
-from btray.storage import lease
+from btray.model.drift import Profile
+from btray.model.prediction import Prediction
+from btray.storage import FileInfo, lease
 from tests.helpers.scan_corpus import bad_scans, good_scans
 from tools.processes import named, until
 
@@ -162,6 +168,34 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("btray.bulk.driver._process", process)
     for module in ("btray.bulk.classify_worker.logs", "btray.core.logs"):
         patch.setattr(f"{module}.begin_in_worker", lambda *_, **__: None)
+
+
+def without_reading(patch: pytest.MonkeyPatch, code_of: Callable[[FileInfo], str | None] = lambda info: None) -> None:
+    """Let the classify job give each object a row without reading it: an answer, or a rejection with its code."""
+
+    def row_of(info: FileInfo, run: Run, at: datetime) -> dict[str, Any]:
+        code = code_of(info)
+        answer = {"label": "glioma", "confidence": 0.75, "probabilities": {"glioma": 0.75, "no_tumor": 0.25}}
+        rejection = {"status": "rejected", "error_code": code, "error": code}
+        fields: dict[str, Any] = rejection if code else answer
+        return table.row_of(Prediction(index=0, **fields), info, run_id=run.run_id, classified_at=at)
+
+    def parts_of(run: Run) -> Iterator[pa.Table]:
+        for part in worklist.read_parts(run.worklist):
+            objects = objects_of(part.to_pylist()[0])
+            rows = [row_of(info, run, datetime.now(UTC)) for info in objects]
+            answered = [row for row in rows if row["label"]]
+            labels = Counter(row["label"] for row in answered)
+            tally = ClassifyTally.of(rows, objects, {}, labels=labels, profile=Profile.of(answered))
+            runs.write_part(run.part_uri(part["part"][0].as_py()), rows, table.SCHEMA, tally)
+            records = records_of(pa.RecordBatch.from_pylist(rows, table.SCHEMA)).tobytes()
+            yield pa.table({"part": part["part"], "tally": [tally.model_dump_json()], "records": [records]})
+
+    def processed(make: Any, run: Run, **how: Any) -> Any:
+        return SimpleNamespace(iter_batches=lambda **how: parts_of(run))
+
+    patch.setattr("btray.core.cluster.connected", lambda **options: nullcontext())
+    patch.setattr("btray.bulk.pipeline.process_parts", processed)
 
 
 # ---- killing

@@ -24,6 +24,7 @@ QUICK = {
     "BTRAY_NETWORK__DEPTHS": "1,1",
     "BTRAY_NUM_WORKERS": "1",
     "BTRAY_REFIT_EPOCHS": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # Ray Train looks at its workers every two seconds otherwise
 }
 QUICK_SEARCH = {"BTRAY_TRIALS": "2", "BTRAY_SEARCH": "random"}
 
@@ -35,9 +36,9 @@ def commands() -> list[str]:
 
 
 def environment_of(command: str) -> dict[str, str]:
-    """Return the environment with this Python first on PATH, the running Ray and, for training, the quick settings."""
+    """Return the environment with this Python first on PATH, the running Ray, one actor and quick training."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "BTRAY_ACTORS": "1"}
     quick = QUICK if "jobs/train.py" in command else QUICK | QUICK_SEARCH if "jobs/tune.py" in command else {}
     return os.environ | running | quick
 

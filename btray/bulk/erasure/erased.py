@@ -33,12 +33,10 @@ class ErasedObjects:
         self.left_out = 0
         """Objects that `without` has left out so far."""
         names = storage.list_names(self._folder, missing_ok=True)
-        self.interrupted = [
-            name.removesuffix(_HASHES)
-            for name in names
-            if name.endswith(_HASHES) and name.removesuffix(_HASHES) + _REPORT not in names
-        ]
-        """Names of erasures that have no report yet."""
+        self.names = [name.removesuffix(_HASHES) for name in names if name.endswith(_HASHES)]
+        """Names of erasures."""
+        self.interrupted = [name for name in self.names if name + _REPORT not in names]
+        """Names of those that have no report yet."""
         for name in names:
             if name.endswith(_HASHES):
                 self._hashes.update(storage.read_text(storage.join(self._folder, name)).split())

@@ -6,16 +6,16 @@ they name. Size and entity tag are requested, many at a time, if the source does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import pyarrow as pa
 
 from btray import storage
 from btray.bulk.listing.inventory import Inventory
-from btray.bulk.listing.objects import Chunk, chunks_of, objects_of
+from btray.bulk.listing.objects import Chunk, Listed, chunks_of, objects_of
 from btray.bulk.listing.selection import Selection
 from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
@@ -59,6 +59,13 @@ class Archive:
     """Of an inventory, which does not say by itself that all of it lies in the output."""
     inventory: Inventory | None = None
 
+    def less(self, known: Mapping[str, Listed]) -> Archive:
+        """Return the archive of an inventory, of which the files that are `known` are not read."""
+        if self.inventory is None or self.selection is None:
+            return self
+        large = sum(size for uri, size in self.inventory.files.items() if uri not in known) > _LARGE
+        return replace(self, chunks=self.inventory.pieces(self.selection, known), large=large)
+
     def require_some(self, seen: int, counted: int, inside: int) -> None:
         """Raise UserError if the chunks, all of which were listed, have no object, by the sums of what they count."""
         if self.inventory is not None:
@@ -80,9 +87,7 @@ def open_archive(
         return Archive(chunks_of(list_archive(uri, selection, pacs=pacs)))
     root = storage.resolve(uri)
     if _is_inventory(root):
-        inventory = Inventory.read(root)
-        large = inventory.size > _LARGE
-        return Archive(inventory.pieces(selection), large=large, selection=selection, inventory=inventory)
+        return Archive(iter(()), selection=selection, inventory=Inventory.read(root)).less({})
     listed = list_archive(uri, selection, patience=patience, preprocess=preprocess)
     return Archive(chunks_of(listed), may_repeat=_reader_of(root) in (named_in_manifest, named_in_list))
 

@@ -68,16 +68,16 @@ class CompletedIndex:
         With `write_missing` ended runs that have no key files get some, which needs the lease. The memory this takes
         does not grow with the table.
         """
-        files = Counter(run_of(info.uri) for info in table_files(self._table))
+        files = self.table_files()
         sources: list[KeySource] = []
-        without: set[str | None] = set()
+        without: set[str] = set()
         for run_id, key_files in in_threads(lambda run_id: self._key_files(run_id, files[run_id]), files):
             sources += key_files or ()
             if key_files is None:
                 without.add(run_id)
         for run_id in without:
-            rows = self._read(info for info in table_files(self._table) if run_of(info.uri) == run_id)
-            folder = run_folder(self._output, self._model_id, run_id or "")
+            rows = self._read(info for info in table_files(self._table) if (run_of(info.uri) or "") == run_id)
+            folder = run_folder(self._output, self._model_id, run_id)
             if run_id and write_missing and has_ended(folder):
                 damaged_before = len(self.damaged)
                 writer = RunKeys(folder)
@@ -89,9 +89,13 @@ class CompletedIndex:
                 sources += map(tasks.keep, concatenated(rows))
         return sources
 
-    def _key_files(self, run_id: str | None, files: int) -> list[KeyFile] | None:
+    def table_files(self) -> Counter[str]:
+        """Return how many files of the table each run has written; those that no run wrote are counted under ""."""
+        return Counter(run_of(info.uri) or "" for info in table_files(self._table))
+
+    def _key_files(self, run_id: str, files: int) -> list[KeyFile] | None:
         """Return the key files of a run that has so many `files` in the table; None if there are none that count."""
-        if run_id is None:
+        if not run_id:
             return None
         folder = run_folder(self._output, self._model_id, run_id)
         try:

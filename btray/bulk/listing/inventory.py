@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from urllib.parse import unquote_plus
 
 import pyarrow as pa
@@ -14,10 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from btray import storage
-from btray.bulk.listing.objects import SCHEMA, Listed
+from btray.bulk.listing.objects import SCHEMA, Chunk, Listed, table_of
 from btray.bulk.listing.selection import Selection
 from btray.core.errors import UserError
 from btray.data.manifests import csv_batches, open_for_arrow
+from btray.storage import FileInfo
+from btray.storage.read_many import in_threads, until_dead
 
 _NEEDED = ("Bucket", "Key", "Size", "ETag")
 _COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet, as LastModifiedDate -> last_modified_date
@@ -27,7 +31,8 @@ _COLUMNS = {  # name in a CSV's fileSchema -> name in Parquet, as LastModifiedDa
 _TIME = _COLUMNS["LastModifiedDate"]
 _HIDDEN = r"(^|/)(\.|__MACOSX(/|$))"
 """Of `storage.is_hidden`, for many keys at once."""
-_PIECE_ROWS = 1 << 20
+_PIECE_ROWS = 1 << 18
+_BATCH_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,15 @@ class Inventory:
     kind: str
     columns: Sequence[str]
     """Of a CSV, which has no header."""
-    files: Sequence[str]
-    size: int
-    """Of all files, in bytes."""
+    files: Mapping[str, int]
+    """Their sizes in bytes, by their URIs."""
 
     @classmethod
     def read(cls, root: str) -> Inventory:
         """Read a manifest.json. Raises UserError if it is not valid, or of a format that is not read."""
         try:
             report = json.loads(storage.read_text(root))
-            keys = [str(file["key"]) for file in report["files"]]
-            size = sum(int(file.get("size") or 0) for file in report["files"])
+            sizes = {str(file["key"]): int(file.get("size") or 0) for file in report["files"]}
             kind, bucket = str(report["fileFormat"]), str(report["destinationBucket"]).rpartition(":")[2]
             fields = [name.strip() for name in str(report["fileSchema"]).split(",")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -59,28 +62,36 @@ class Inventory:
             raise UserError(f"{root}: an inventory as {kind} is not read; have S3 write it as Parquet or CSV.")
         # a report that was downloaded has its files beside it
         folder = f"s3://{bucket}" if storage.is_remote(root) else root.rpartition("/")[0]
-        files = [storage.join(folder, key) for key in keys]
-        return cls(root, kind, [_COLUMNS.get(field, field) for field in fields], files, size)
+        files = {storage.join(folder, key): size for key, size in sizes.items()}
+        return cls(root, kind, [_COLUMNS.get(field, field) for field in fields], files)
 
-    def pieces(self, selection: Selection) -> Iterator[InventoryPiece]:
-        """Yield what lists the objects that `selection` chooses. Raises UserError if a field is missing."""
+    def pieces(self, selection: Selection, known: Mapping[str, Listed] = MappingProxyType({})) -> Iterator[Chunk]:
+        """Yield what lists the objects that `selection` chooses; files that are `known` are not read.
+
+        Raises UserError if a field is missing.
+        """
         for uri in self.files:
-            if self.kind == "CSV":
+            if uri in known:
+                yield known[uri]
+            elif self.kind == "CSV":
                 yield InventoryPiece(
                     uri=uri, selection=selection, present=_present(uri, self.columns), columns=self.columns
                 )
-                continue
-            with _readable_errors(uri), open_for_arrow(uri) as file:
-                metadata = pyarrow.parquet.read_metadata(file)
-                present = _present(uri, metadata.schema.to_arrow_schema().names)
-                groups: list[int] = []
-                rows = 0
-                for number in range(metadata.num_row_groups):
-                    groups.append(number)
-                    rows += metadata.row_group(number).num_rows
-                    if rows >= _PIECE_ROWS or number == metadata.num_row_groups - 1:
-                        yield InventoryPiece(uri=uri, selection=selection, present=present, groups=groups)
-                        groups, rows = [], 0
+            else:
+                yield from _parquet_pieces(uri, selection)
+
+    def file_names(self) -> dict[str, str]:
+        """Return a digest of each file by its URI: equal ones are of files that name the same objects.
+
+        An object of a store is known by its etag, a local file by its name, too. What cannot be examined is left out.
+        """
+        names = {}
+        for uri, info in in_threads(until_dead(storage.describe), self.files):
+            if isinstance(info, FileInfo) and info.etag:
+                where = "" if storage.is_remote(uri) else uri
+                told = f"{self.kind}\0{','.join(self.columns)}\0{where}\0{info.size}\0{info.etag}"
+                names[uri] = hashlib.blake2b(told.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+        return names
 
     def require_counted(self, seen: int, counted: int) -> None:
         """Raise UserError if of all objects none counts."""
@@ -108,22 +119,37 @@ class InventoryPiece:
         """Return the objects that count and are chosen: of a bucket those that a listing would give."""
         with _readable_errors(self.uri):
             listed = [_listed(rows, self.selection) for rows in self._rows()]
-        return Listed(
-            pa.concat_tables([part.objects for part in listed]) if listed else SCHEMA.empty_table(),
-            *(sum(getattr(part, name) for part in listed) for name in ("seen", "counted", "inside")),
-        )
+        seen, counted, inside = (sum(getattr(part, name) for part in listed) for name in ("seen", "counted", "inside"))
+        objects = pa.concat_tables([part.objects for part in listed]) if listed else table_of([])
+        return Listed(objects, seen, counted, inside, source=self.uri)
 
     def _rows(self) -> Iterator[pa.Table]:
         if not self.columns:
             with open_for_arrow(self.uri) as file:
                 table = pyarrow.parquet.ParquetFile(file)
-                yield table.read_row_groups(list(self.groups), columns=list(self.present), use_threads=False)
+                reading = {"columns": list(self.present), "use_threads": False}
+                for batch in table.iter_batches(_BATCH_ROWS, row_groups=list(self.groups), **reading):
+                    yield pa.Table.from_batches([batch])
             return
         filesystem, path = storage.arrow_filesystem(self.uri)
         with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as file:
             for batch in csv_batches(file, self.columns, self.present, header=False):
                 rows = pa.Table.from_batches([batch])
                 yield rows.set_column(rows.column_names.index("key"), "key", _decoded(rows["key"]))
+
+
+def _parquet_pieces(uri: str, selection: Selection) -> Iterator[InventoryPiece]:
+    with _readable_errors(uri), open_for_arrow(uri) as file:
+        metadata = pyarrow.parquet.read_metadata(file)
+        present = _present(uri, metadata.schema.to_arrow_schema().names)
+        groups: list[int] = []
+        rows = 0
+        for number in range(metadata.num_row_groups):
+            groups.append(number)
+            rows += metadata.row_group(number).num_rows
+            if rows >= _PIECE_ROWS or number == metadata.num_row_groups - 1:
+                yield InventoryPiece(uri=uri, selection=selection, present=present, groups=groups)
+                groups, rows = [], 0
 
 
 @contextmanager

@@ -6,7 +6,7 @@ no memory grows with the archive or with the table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,12 +15,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from btray.bulk.clinical.pseudonyms import Pseudonyms
-from btray.bulk.listing.key_files import FIRST_BYTES, RECORD, Halves, KeySource, halves, latest, unselected
+from btray.bulk.listing.key_files import (
+    FIRST_BYTES,
+    RECORD,
+    Halves,
+    KeySource,
+    Records,
+    halves,
+    latest,
+    unselected,
+)
 from btray.bulk.listing.objects import Chunk, objects_of, table_of
-from btray.data.key_set import Keys, keys_of
+from btray.data.key_set import Keys, keys_of_columns
 from btray.storage.read_many import in_threads
 
 Mask = npt.NDArray[np.bool_]
+_HELD = 1 << 21  # records of sources
 _KEY = "key"
 _WIDTH = 16
 
@@ -28,7 +38,7 @@ _WIDTH = 16
 def split(chunk: Chunk, pseudonyms: Pseudonyms | None, partitions: int, *, keyed: bool) -> list[Any]:
     """List the objects of a chunk; return what it counts, and then its objects with their keys in `partitions` tables.
 
-    The counts are those of the objects, and the sums of `Listed`. Without `keyed` the objects stay in one table, which
+    What it counts is `Listed.source`, `unchanged` and `counts`. Without `keyed` the objects stay in one table, which
     has no keys.
     """
     with pseudonyms.listing_errors() if pseudonyms else nullcontext():
@@ -36,10 +46,10 @@ def split(chunk: Chunk, pseudonyms: Pseudonyms | None, partitions: int, *, keyed
     objects = listed.objects
     if pseudonyms:
         objects = table_of([pseudonyms.conceal(info) for info in objects_of(objects)])
-    counts = (len(objects), listed.seen, listed.counted, listed.inside)
+    counts = (listed.source, listed.unchanged, listed.counts)
     if not keyed:
         return [counts, objects]
-    keys = keys_of(list(zip(objects["uri"].to_pylist(), objects["etag"].to_pylist(), strict=True)))
+    keys = keys_of_columns(objects["uri"], objects["etag"])
     column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_WIDTH), len(keys), [None, pa.py_buffer(keys)])
     objects = objects.append_column(_KEY, column)
     if partitions == 1:
@@ -89,7 +99,7 @@ def _completed(keys: Keys, sources: Sequence[KeySource], first: int, end: int, w
     once = np.append(True, (np.diff(ordered[0]) != 0) | (np.diff(ordered[1]) != 0))[: len(keys)]
     wanted = ordered[0][once], ordered[1][once]
     found = [np.empty(0, RECORD)]
-    for _, records in in_threads(lambda source: source.read(first, end), sources):
+    for records in _read(sources, first, end):
         theirs = halves(records["key"])
         if len(records) < len(wanted[0]):  # the fewer are looked up among the more
             found.append(records[_places(theirs, wanted) >= 0])
@@ -100,6 +110,17 @@ def _completed(keys: Keys, sources: Sequence[KeySource], first: int, end: int, w
     done = np.empty(len(keys), bool)
     done[order] = _places(ordered, halves(outcomes["key"][outcomes["outcome"] <= worst])) >= 0
     return done
+
+
+def _read(sources: Sequence[KeySource], first: int, end: int) -> Iterator[Records]:
+    """Yield the records of each source in a range of keys; memory holds those of several at a time."""
+    lot, held = list[KeySource](), 0
+    for source in sources:
+        lot.append(source)
+        held += source.count(first, end)
+        if held >= _HELD or source is sources[-1]:
+            yield from (records for _, records in in_threads(lambda source: source.read(first, end), lot))
+            lot, held = [], 0
 
 
 def _places(keys: Halves, among: Halves) -> npt.NDArray[np.int64]:

@@ -42,6 +42,9 @@ class KeySource(Protocol):
     def read(self, first: int, end: int) -> Records:
         """Return the records whose keys begin with a byte from `first` to before `end`."""
 
+    def count(self, first: int, end: int) -> int:
+        """Return how many these are, without reading them."""
+
 
 class HeldKeys:
     """Records in memory."""
@@ -49,11 +52,15 @@ class HeldKeys:
     def __init__(self, records: Records) -> None:
         """Sort the records."""
         self._records = latest(records)
-        self._begins = _begins_of(self._records)
+        self.begins = _begins_of(self._records)
 
     def read(self, first: int, end: int) -> Records:
         """Return some of the records; see `KeySource.read`."""
-        return self._records[self._begins[first] : self._begins[end]]
+        return self._records[self.begins[first] : self.begins[end]]
+
+    def count(self, first: int, end: int) -> int:
+        """Return how many records there are; see `KeySource.count`."""
+        return int(self.begins[end] - self.begins[first])
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,10 @@ class KeyFile:
         """Return some of the records, with one request; see `KeySource.read`."""
         start, stop = (_HEADER + int(self.begins[byte]) * RECORD.itemsize for byte in (first, end))
         return np.frombuffer(read_range(self.uri, start, stop), RECORD) if stop > start else np.empty(0, RECORD)
+
+    def count(self, first: int, end: int) -> int:
+        """Return how many records there are; see `KeySource.count`."""
+        return int(self.begins[end]) - int(self.begins[first])
 
 
 class KeyFileWriter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from btray.bulk import worklist
 from btray.bulk.config import ArchiveConfig
 from btray.bulk.listing.archive import Archive
 from btray.bulk.listing.new_objects import NewObjects
+from btray.bulk.listing.objects import Counts
 from btray.bulk.worklist import PartLimits, WorklistWriter
 from btray.storage import FileInfo, StorageError
 
@@ -57,6 +58,8 @@ class Listing(threading.Thread):
     objects: int = 0
     """Of the worklist; grows while it is written, as `unchanged` does."""
     unchanged: int = 0
+    of_files: Mapping[str, Counts] = field(default_factory=dict)
+    """Of an inventory: see `NewObjects.of_files`."""
 
     def __post_init__(self) -> None:
         """Make the thread, which waits for `start`."""
@@ -86,6 +89,7 @@ class Listing(threading.Thread):
                 new.leave_out(shard)
         if new is not None:
             self._seal(new, self._writer(len(shards)))
+            self.of_files = new.of_files
         self.complete = True
 
     def _writer(self, shards: int) -> WorklistWriter:

@@ -7,10 +7,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from btray import storage
-from btray.bulk.listing.key_files import HeldKeys, KeyFile, KeySource, Records, key_file_uri, latest, write_key_file
+from btray.bulk.listing.key_files import (
+    FIRST_BYTES,
+    HeldKeys,
+    KeyFile,
+    KeySource,
+    Records,
+    key_file_uri,
+    latest,
+    write_key_file,
+)
 
 _CPUS = 0.05  # of a task, so that it finds room beside actors that hold the CPUs
+_PARTITIONS = 8  # for each task that runs at a time
 
 
 class Tasks(Protocol):
@@ -19,6 +32,10 @@ class Tasks(Protocol):
     @property
     def parallel(self) -> int:
         """Return how many run at a time."""
+
+    @property
+    def partitions(self) -> int:
+        """Return in how many partitions objects are joined, so that none takes much memory."""
 
     def start(self, function: Callable[..., Any], *arguments: Any, returns: int = 1) -> Any:
         """Have `function` called with `arguments`, some of which may stand for results that are to come.
@@ -36,7 +53,7 @@ class Tasks(Protocol):
 class LocalTasks:
     """Runs every function at once, in this process."""
 
-    parallel = 1
+    parallel = partitions = 1
 
     def __init__(self, scratch: Path) -> None:
         """Keep records in files of the folder `scratch`."""
@@ -67,6 +84,7 @@ class RayTasks:
         from btray.core.cluster import cpus
 
         self.parallel = max(1, int(cpus()))
+        self.partitions = min(_PARTITIONS * self.parallel, FIRST_BYTES)
         self._patience = patience
 
     def start(self, function: Callable[..., Any], *arguments: Any, returns: int = 1) -> Any:
@@ -83,14 +101,16 @@ class RayTasks:
         """Put the records into Ray's object store, which moves what is much to disk."""
         import ray
 
-        return _StoredKeys(ray.put(HeldKeys(records)))
+        held = HeldKeys(records)
+        return _StoredKeys(ray.put(held), held.begins)
 
 
 class _StoredKeys:
     """Records in Ray's object store."""
 
-    def __init__(self, reference: Any) -> None:
+    def __init__(self, reference: Any, begins: npt.NDArray[np.int64]) -> None:
         self._reference = reference
+        self._begins = begins
 
     def read(self, first: int, end: int) -> Records:
         """Return some of the records; see `KeySource.read`."""
@@ -98,6 +118,10 @@ class _StoredKeys:
 
         records: Records = ray.get(self._reference).read(first, end)
         return records
+
+    def count(self, first: int, end: int) -> int:
+        """Return how many records there are; see `KeySource.count`."""
+        return int(self._begins[end] - self._begins[first])
 
 
 @cache

@@ -81,9 +81,9 @@ def _answers(run: Path) -> Answers:
     held = pc.and_(pc.equal(table["split"], "val"), pc.is_in(table["label"], pa.array(classes)))
     table = table.filter(held)
     frames = FrameSource(bundle.manifest.preprocess).from_uris(table["uri"].to_pylist())
-    readable = [number for number, frame in enumerate(frames) if not isinstance(frame, Rejection)]
-    labels = [classes.index(label) for label in table["label"].take(readable).to_pylist()]
-    logits = Classifier(bundle).answer(np.stack([frames[number][0] for number in readable])).logits
+    readable = {number: frame[0] for number, frame in enumerate(frames) if not isinstance(frame, Rejection)}
+    labels = [classes.index(label) for label in table["label"].take([*readable]).to_pylist()]
+    logits = Classifier(bundle).answer(np.stack([*readable.values()])).logits
     sources = set(table["source"].to_pylist())
     (left_out,) = sources if run.name.startswith("without-") else ("",)
     seed = int(run.name.rpartition("-")[2])

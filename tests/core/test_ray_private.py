@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_without_a_dashboard_none_is_started_and_ray_data_keeps_no_statistics_fo
     for name in names:
         assert "get_or_create_stats_actor()" in inspect.getsource(getattr(manager, name)), "what makes the actor"
     with ray_private.own_ray(dashboard=False), ray_private.without_statistics():
-        assert services.start_api_server(False, raise_on_failure=False) == ("", None)
+        start: Callable[..., object] = services.start_api_server
+        assert start(False, raise_on_failure=False) == ("", None)
         assert [getattr(manager, name)("any", arguments=1) for name in names] == [None] * 3
     assert [services.start_api_server, *(inspect.getattr_static(manager, name) for name in names)] == before
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
+from btray.core.console import percent
 from btray.core.errors import UserError
 from btray.core.notice import NOTICE
 from btray.launch import read_config, run_command
@@ -170,7 +171,7 @@ def _study_line(decision: Decision, reader: Reader) -> str:
         return f"{name}no answer ({frames})"
     said = f"{verdict.label} {verdict.confidence:.3f}{' ABSTAINED' if verdict.abstained else ''}"
     shown = ", ".join(_shown_name(uri, frame) for uri, frame in decision.key_frames[:_KEY_FRAMES])
-    return f"{name}{said} ({frames}, {verdict.agreement:.0%} agree; {reader}); most tumor: {shown}"
+    return f"{name}{said} ({frames}, {percent(verdict.agreement or 0.0, 0)} agree; {reader}); most tumor: {shown}"
 
 
 def _marks(prediction: Prediction, classes: Sequence[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from btray.acquire.config import AcquireConfig
 from btray.acquire.paths import StorablePaths
 from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_sources
 from btray.acquire.unpack import LeftOut, UnpackLimits
-from btray.core.console import ProgressLine
+from btray.core.console import ProgressLine, percent
 from btray.core.errors import UserError
 from btray.data.labels import class_order, label_twins, require_classes
 from btray.storage import StorageError
@@ -238,7 +238,7 @@ def _print_balance(dataset: DatasetRecord) -> None:
     for label, total in totals.items():
         by_split = [dataset.counts[label].get(split, 0) for split in splits]
         by_source = [sum(source.counts.get(label, {}).values()) for source in sources]
-        table.add_row(label, *map(str, [total, f"{total / dataset.images:.1%}", *by_split, *by_source]))
+        table.add_row(label, *map(str, [total, percent(total / dataset.images), *by_split, *by_source]))
     console.print(table)
     largest, smallest = max(totals, key=totals.__getitem__), min(totals, key=totals.__getitem__)
     if len(totals) == 1:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from btray.core.console import percent
 from btray.data import fingerprint
 from btray.data.config import PreprocessConfig
 from btray.data.modality import looks_like_ct
@@ -36,11 +37,13 @@ _LEAST_DARK_RIM = 0.5  # of the pixels near the edges; 99.5 % of the slices have
 
 NOT_MRI = {
     "blank": f"Black and white lie less than {_LEAST_SPAN} of 255 gray levels apart.",
-    "colour": f"More than {_MOST_COLOURED:.0%} of the pixels have colour: a photograph, a drawing, a colour map.",
+    "colour": f"More than {percent(_MOST_COLOURED, 0)} of the pixels have colour: a photograph, a drawing, a "
+    "colour map.",
     "noise": f"Neighbouring pixels correlate by less than {_LEAST_ADJACENT}: noise, or a texture.",
-    "page": f"More than {_MOST_WHITE:.0%} of the pixels are nearly white: a page, a drawing, an inverted picture.",
-    "no_dark_background": f"Less than {_LEAST_DARK_RIM:.0%} of the pixels near the edges are dark, or none is black: "
-    "there is no air around a head.",
+    "page": f"More than {percent(_MOST_WHITE, 0)} of the pixels are nearly white: a page, a drawing, an "
+    "inverted picture.",
+    "no_dark_background": f"Less than {percent(_LEAST_DARK_RIM, 0)} of the pixels near the edges are dark, or none is "
+    "black: there is no air around a head.",
     "looks_like_ct": "A bright ring, closed and as thick all around, encloses what is even: the skull in CT. Training "
     "leaves such slices out with --leave-out ct.",
 }

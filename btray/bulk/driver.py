@@ -160,6 +160,8 @@ def run_archive(job: ArchiveJob) -> str:
             job.begin()
             with storage.retry_timeout(config.patience):
                 report = _run(job, archive, ErasedObjects(job.output), check)
+    if not (report.objects or report.unchanged or report.erased):
+        _log.warning("no object of %s is chosen, so there was nothing to do", report.config["input"])
     if not (report.unchanged or report.erased):
         require_found(report.rejected_by_code, report.objects, report.config["input"])
     if config.max_rejected is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from btray.bulk.listing.sealing import Listing
 from btray.bulk.report import RATE_SECONDS, PartTally, RunReport, Totals
 from btray.core import metrics
+from btray.core.console import percent
 from btray.model.drift import RUNS_BEFORE
 
 
@@ -51,7 +52,7 @@ def summarize(report: RunReport) -> str:
     spent = report.seconds_by_stage
     total = sum(spent.values())
     if total:
-        shares = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in spent.items())
+        shares = ", ".join(f"{stage} {percent(seconds / total, 0)}" for stage, seconds in spent.items())
         rate = f"{report.images_per_second:.0f} images/s; " if report.has_rate else ""
         lines.append(f"{rate}of the actors' time: {shares}")
     return "\n".join(lines)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import PercentFormatter
 
 from btray import storage
 from btray.bulk import runs
@@ -21,11 +20,12 @@ from btray.bulk.config import SHOWN
 from btray.bulk.explanations import explain_frames, read_frames
 from btray.bulk.report import ClassifiedFrame, RunReport
 from btray.bulk.runs import SUMMARY, Run
+from btray.core.console import percent
 from btray.model.bundle import Bundle, read_file
 from btray.model.classifier import Classifier
 from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, REFERENCE, RUNS_BEFORE, Drift, Profile, drift
 from btray.reports.page import NO_DIAGNOSIS, data_uri, render_page
-from btray.reports.plot_style import BLUE, INK, VERMILLION, canvas, png
+from btray.reports.plot_style import BLUE, INK, VERMILLION, canvas, in_percent, png
 
 _RUNS_COMPARED = 30
 _THIS_RUN = "this run"
@@ -73,8 +73,8 @@ def write_summary(
         cards=[
             ("Frames", f"{profile.frames:,}", f"of {report.objects:,} objects, new or changed"),
             ("Rejected", f"{report.rejected:,}", "objects, each a row with a code"),
-            ("Abstained", f"{profile.abstained / count:.1%}", "confidence below the model's threshold"),
-            ("Out of distribution", f"{profile.out_of_distribution / count:.1%}", "unlike the training images"),
+            ("Abstained", percent(profile.abstained / count), "confidence below the model's threshold"),
+            ("Out of distribution", percent(profile.out_of_distribution / count), "unlike the training images"),
             *(
                 [("Images per second", f"{report.images_per_second:.0f}", "between the first and the last part")]
                 if report.has_rate
@@ -186,5 +186,5 @@ def draw_histogram(
 
 def _finish(body: SubFigure, shares: Axis) -> None:
     """Mark `shares` in percent and put the legend above the axes, where it covers no bar whatever the answers are."""
-    shares.set_major_formatter(PercentFormatter(1, decimals=0))
+    in_percent(shares, decimals=0)
     body.legend(loc="outside upper left", ncols=len(_COLOURS))

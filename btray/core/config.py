@@ -161,7 +161,7 @@ class JobConfig(BaseSettings):
             sources = (InitSettingsSource(cls, several), flags, _Environment(cls), _read(cls, config_file))
             return cls(_build_sources=(sources, {}))  # type: ignore[call-arg]  # of BaseSettings, which mypy overlooks
         except ValidationError as error:
-            raise UserError(_explain(error)) from error
+            raise UserError(_explain(error, cls)) from error
         except SettingsError as error:
             raise UserError(f"{str(error).removeprefix('error parsing CLI: ')} (see --help)") from error
 
@@ -171,7 +171,7 @@ class JobConfig(BaseSettings):
         try:
             return cls(_build_sources=((_Environment(cls),), {}))  # type: ignore[call-arg]
         except (ValidationError, SettingsError) as error:
-            raise UserError(_explain(error) if isinstance(error, ValidationError) else str(error)) from error
+            raise UserError(_explain(error, cls) if isinstance(error, ValidationError) else str(error)) from error
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML that `--config` reads again."""
@@ -337,11 +337,12 @@ def _refuse_unknown_environment(known: Collection[str]) -> None:
             raise UserError(f"environment variable {key} names no setting of any job; unset it (see --help)")
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, cls: type[JobConfig]) -> str:
+    positional = {name for name, field in cls.model_fields.items() if _POSITIONAL in field.metadata}
     parts = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
-        flag = "--" + key.replace("_", "-")
+        flag = key.upper() if positional.intersection(item["loc"][:1]) else "--" + key.replace("_", "-")
         if item["type"] == "extra_forbidden":
             parts.append(f"{key}: no such setting (see --help)")
         elif item["type"] == "missing":

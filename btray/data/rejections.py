@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from btray.core.console import percent
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.frames import FRAMES_PER_SCAN
 
@@ -63,8 +64,8 @@ def enforce_max_rejected(codes: Iterable[str] | Mapping[str, int], total: int, l
     if total and rejected / total > limit:
         code, count = counts.most_common(1)[0]
         raise ThresholdExceeded(
-            f"{rejected} of {total} inputs were rejected ({rejected / total:.1%}), above --max-rejected {limit:.1%}; "
-            f"most often {code} ({count}); mend the data or raise --max-rejected"
+            f"{rejected} of {total} inputs were rejected ({percent(rejected / total)}), above --max-rejected "
+            f"{limit:g}; most often {code} ({count}); mend the data or raise --max-rejected"
         )
 
 

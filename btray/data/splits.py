@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from sklearn.model_selection import StratifiedGroupKFold
 
+from btray.core.console import percent
 from btray.core.errors import ThresholdExceeded, UserError
 from btray.data.duplicates import Numbers, components, near_pairs, numbered
 from btray.data.fingerprint import ALIKE, Fingerprints, distances
@@ -91,9 +92,8 @@ def report_leak(leak: Leak, on_leak: str, source: str) -> None:
     for split, (leaked, images) in leak.tested.items():
         if not leaked:
             continue
-        message = (
-            f"{leaked} of {images} {split} images ({leaked / images:.0%}) of {source} show an image that is learnt from"
-        )
+        share = percent(leaked / images, 0)
+        message = f"{leaked} of {images} {split} images ({share}) of {source} show an image that is learnt from"
         if on_leak == "fail":
             raise ThresholdExceeded(f"{message}; --on-leak drop leaves those out of training, jobs/audit.py lists them")
         if on_leak == "warn":

@@ -10,13 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 from sklearn.metrics import roc_curve
 
+from btray.core.console import percent
 from btray.evaluation.metrics import ConfusionMatrix, auroc, reliability, wilson_interval
 from btray.model.abstention import risk_coverage
 from btray.reports.page import images
-from btray.reports.plot_style import BLUE, INK, LINES, MUTED, PALE, PALETTE, VERMILLION, canvas, png
+from btray.reports.plot_style import BLUE, INK, LINES, MUTED, PALE, PALETTE, VERMILLION, canvas, in_percent, png
 
 
 @png
@@ -77,8 +78,7 @@ def roc_curves(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[
         handles += axes.plot(*curve, color=PALETTE[index % len(PALETTE)], linestyle=line, label=label)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    in_percent(axes.xaxis, axes.yaxis)
     if all(area is None or area > 0.9 for area in areas):  # else a curve would pass below the inset
         _magnify_corner(axes)
     title = "class, AUROC, images of the class"
@@ -110,14 +110,14 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> Figure
     top.vlines(confidence, *np.array(bounds).T, color=PALE, linewidth=1.4, label="95 % interval (Wilson)")
     top.plot(diagonal, diagonal, color=MUTED, linewidth=1, linestyle=":", label="perfect calibration")
     top.set(xlim=(0, 1), ylim=(-0.015, 1.015), ylabel="accuracy")
-    top.yaxis.set_major_formatter(PercentFormatter(1))
+    in_percent(top.yaxis)
     body.legend(loc="outside lower center", ncols=3)
     centres = (table.edges[:-1] + table.edges[1:]) / 2
     bars = bottom.bar(centres, table.count, 0.9 / len(centres), color="#8fa3b8")
     bottom.bar_label(bars, [f"{count}" if count else "" for count in table.count], fontsize=8, color=MUTED, padding=1)
     bottom.set(xlabel="confidence of the predicted class", ylabel="images")
     bottom.margins(y=0.2)
-    bottom.xaxis.set_major_formatter(PercentFormatter(1))
+    in_percent(bottom.xaxis)
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure
 
@@ -144,14 +144,14 @@ def risk_coverage_curve(labels: np.ndarray, probabilities: np.ndarray, threshold
     if steps:
         coverage, accuracy = curve.coverage[steps - 1], curve.accuracy[steps - 1]
         axes.axvline(coverage, color=INK, linewidth=1, linestyle=":")
-        label = f"abstains below {threshold:.2f}: {accuracy:.1%} of the answers correct, {coverage:.0%} answered"
+        answers = f"{percent(accuracy)} of the answers correct, {percent(coverage, 0)} answered"
+        label = f"abstains below {threshold:.2f}: {answers}"
         axes.plot(coverage, accuracy, "o", color=VERMILLION, markersize=7, markeredgecolor="white", label=label)
         body.legend(loc="outside lower center")
     # The first twentieth rests on few images: its intervals would flatten all the rest.
     axes.set(xlim=(0, 1.01), ylim=(max(0.0, min(low[len(low) // 20 :]) - 0.03), 1.005))
     axes.set(xlabel="coverage: share of images that is answered", ylabel="accuracy on these")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    in_percent(axes.xaxis, axes.yaxis)
     return figure
 
 
@@ -235,7 +235,7 @@ def error_grid(worst: Sequence[WrongAnswer], *, errors: int, total: int) -> Figu
         caption: tuple[tuple[str, dict[str, Any]], ...] = (
             (f"true: {_elide(truth, 16)}", {"color": BLUE, "fontsize": 8.5}),
             (f"predicted: {_elide(guess, 12)}", {"color": VERMILLION, "fontsize": 8.5, "fontweight": "bold"}),
-            (f"confidence {sure:.1%}", {"fontsize": 8.5}),
+            (f"confidence {percent(sure)}", {"fontsize": 8.5}),
             (_elide(name, 27), {"color": MUTED, "fontsize": 7, "family": "DejaVu Sans Mono"}),
         )
         for line, (content, look) in enumerate(caption):
@@ -247,7 +247,7 @@ def _percent(count: int, total: int) -> str:
     """Return a share as text; what is not zero never reads 0 %."""
     if not total:
         return "–"
-    return "<1%" if 0 < count < 0.005 * total else f"{count / total:.0%}"
+    return "<1 %" if 0 < count < 0.005 * total else percent(count / total, 0)
 
 
 def _magnify_corner(axes: Axes) -> None:
@@ -255,8 +255,8 @@ def _magnify_corner(axes: Axes) -> None:
     inset = axes.inset_axes((0.42, 0.08, 0.54, 0.54), xlim=(-0.002, 0.2), ylim=(0.8, 1.002))
     for line in axes.get_lines():
         inset.plot(*line.get_data(), color=line.get_color(), linestyle=line.get_linestyle(), linewidth=1.6)
+    in_percent(inset.xaxis, inset.yaxis, decimals=0)
     for axis in (inset.xaxis, inset.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.set_major_locator(MultipleLocator(0.05))
     inset.tick_params(labelsize=8)
     inset.spines[:].set_visible(True)

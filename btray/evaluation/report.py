@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
+from btray.core.console import percent
 from btray.evaluation.metrics import ECE_BINS, Evaluation, Metrics, wilson_interval
 from btray.evaluation.parts import FEW, Interval, Outliers, Part
 from btray.model.manifest import Manifest
 from btray.model.studies import Reader
-from btray.reports.page import NO_DIAGNOSIS, data_uri, encodable, environment, images, number, percent, render_page
+from btray.reports.page import NO_DIAGNOSIS, data_uri, encodable, environment, images, number, render_page
 
 _PACKAGE = "btray.evaluation"
 _COLUMNS = ("class", "precision", "recall", "F1", "AUROC", "images")

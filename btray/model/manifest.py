@@ -13,6 +13,7 @@ from typing import Annotated, Self
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from btray.core.config import ComponentConfig, Probability
+from btray.core.console import percent
 from btray.core.errors import UserError
 from btray.data.config import PreprocessConfig
 from btray.model.config import MANIFEST, NetworkConfig, Precision
@@ -206,9 +207,10 @@ def require_agreement(manifest: Manifest, uri: str, precision: Precision) -> Non
         )
     if found.equal_labels < LEAST_EQUAL_LABELS or found.largest_difference > LARGEST_DIFFERENCE:
         raise UserError(
-            f"--precision {precision}: of {found.images} validation images {uri} gives {found.equal_labels:.1%} the "
-            f"label that it gives in float32, at least {LEAST_EQUAL_LABELS:.0%} are asked for; probabilities differ by "
-            f"up to {found.largest_difference:.3f}, at most {LARGEST_DIFFERENCE} is allowed; leave it out"
+            f"--precision {precision}: of {found.images} validation images {uri} gives {percent(found.equal_labels)} "
+            f"the label that it gives in float32, at least {percent(LEAST_EQUAL_LABELS, 0)} are asked for; "
+            f"probabilities differ by up to {found.largest_difference:.3f}, at most {LARGEST_DIFFERENCE} is "
+            "allowed; leave it out"
         )
 
 

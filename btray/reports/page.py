@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from btray.core.console import percent
 from btray.core.notice import NOTICE
 
 NO_DIAGNOSIS = (
@@ -90,11 +91,6 @@ def encodable(text: str) -> str:
 def data_uri(picture: bytes, kind: str = "png") -> str:
     """Return an encoded picture as the source of an <img>, so that the page needs no file beside it."""
     return f"data:image/{kind};base64," + b64encode(picture).decode("ascii")
-
-
-def percent(value: float) -> str:
-    """Return a share from 0 to 1 as text in percent with one decimal."""
-    return f"{100 * value:.1f} %"
 
 
 def number(value: float | None, missing: str = "–") -> str:

@@ -8,7 +8,9 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import PercentFormatter
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -49,6 +51,12 @@ STYLE: dict[RcKeyType, Any] = {
 }
 
 P = ParamSpec("P")
+
+
+def in_percent(*axes: Axis, decimals: int | None = None) -> None:
+    """Label axes of shares as `btray.core.console.percent` writes them; by default with the decimals that they need."""
+    for axis in axes:
+        axis.set_major_formatter(PercentFormatter(1, decimals=decimals, symbol=" %"))
 
 
 def png(draw: Callable[P, Figure]) -> Callable[P, bytes]:

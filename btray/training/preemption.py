@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -21,13 +22,16 @@ import ray.train
 import torch
 
 from btray import storage
+from btray.core.errors import Stopped
 from btray.storage import StorageError
 from btray.training.collectives import Collectives
 
 _log = logging.getLogger(__name__)
 
 STOP = "stop"
-"""Name of the mark in a run's folder."""
+"""Name of the mark in a run's folder that tells the workers to stop."""
+BEGUN = "begun"
+"""Name of the mark that the workers leave after their first step: from then on there is something to save."""
 EVERY = 5.0
 """Seconds between two looks, about: a spot instance goes 30 to 120 s after its notice, and a look costs a request."""
 
@@ -41,22 +45,31 @@ def stoppable(run_uri: str) -> Iterator[Callable[[], bool]]:
 
     Yields a function that returns whether a stop was requested. Only a process's main thread receives signals: in
     another one nothing is done.
+
+    Raises Stopped in the block if the workers have not taken a step yet: they may still wait for nodes or read data.
     """
-    mark = storage.join(run_uri, STOP)
-    storage.delete(mark)
+    mark, begun = storage.join(run_uri, STOP), storage.join(run_uri, BEGUN)
+    for name in (mark, begun):
+        storage.delete(name)
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    requested = threading.Event()
+    requested, needless = threading.Event(), threading.Event()
 
     def write_mark() -> None:
-        _log.info("stopping: the workers write a checkpoint within seconds, then the job ends")
         try:
-            storage.write_text(mark, "")
+            storage.write_text(mark, "")  # first: workers that begin just now look for it after they have said so
+            if storage.exists(begun):
+                _log.info("stopping: the workers write a checkpoint within seconds, then the job ends")
+            else:
+                needless.set()
+                os.kill(os.getpid(), signal.SIGTERM)  # only a signal interrupts what the main thread waits for
         except StorageError as error:
             _log.warning("the workers cannot be told to stop: %s", error)
 
     def request(number: int, frame: FrameType | None) -> None:
+        if needless.is_set():
+            raise Stopped(f"run {run_uri} was stopped before its workers took a step; the same command continues it")
         if requested.is_set():
             sys.exit(128 + number)
         requested.set()
@@ -77,7 +90,8 @@ class InterruptionWatch:
         """`minutes` after which a checkpoint is due; 0: never."""
         self._pause = minutes * 60 or math.inf
         self._saved = time.monotonic()
-        self._mark = storage.join(run_uri, STOP)
+        self._mark, self._begun = storage.join(run_uri, STOP), storage.join(run_uri, BEGUN)
+        self._begun_marked = False
         self._collectives = collectives
         self._steps = 0  # since the last look
         self._interval = 1  # steps from one look to the next
@@ -99,6 +113,9 @@ class InterruptionWatch:
             pace = (now - self._looked) / self._steps
             status[1] = math.ceil(EVERY / max(pace, 1e-3))
             with suppress(StorageError):  # an unreachable store must not end the training
+                if not self._begun_marked:
+                    storage.write_text(self._begun, "")
+                    self._begun_marked = True
                 status[0] = storage.exists(self._mark)
             status[2] = now - self._saved >= self._pause
         stop, interval, due = self._collectives.sum(status).tolist()

@@ -432,7 +432,7 @@ def test_files_that_no_source_of_this_run_brought_are_named(tmp_path: Path, capl
 def test_the_table_says_how_balanced_the_classes_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, make_tree(tmp_path / "one", {f"glioma/{i}.png": b"x" for i in range(9)} | {"pituitary/1.png": b"x"}))
     text = capsys.readouterr().out
-    assert "90.0%" in text
+    assert "90.0 %" in text
     assert "glioma has 9.0 times as many as pituitary" in text
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import pytest
+import ray
 import yaml
 from PIL import Image
 
@@ -43,10 +41,10 @@ from btray.data.duplicates import numbered
 from btray.data.fingerprint import correlations, thumbnails
 from btray.data.labelled import Labelled
 from btray.data.scans import decode
+from tests.helpers.forked_jobs import ROOT, run_all
 from tests.helpers.image_truth import COPIES, REFRAMED, SAME_PIXELS, encode, recall_and_precision
 from tests.helpers.pages import HOSTILE, Page
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "audit.json",
     "duplicates.parquet",
@@ -219,31 +217,29 @@ def test_what_is_written_is_the_contract(
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize(
-    ("flags", "code", "said"),
-    [
-        (["--fail-on", "leak,conflict"], 3, "leak: 2 of 4 test images have a twin in train; conflict: 1 group"),
-        (["--fail-on", "patient"], 0, ""),
-        (["--fail-on", "leek"], 2, "'leek' is refused: Input should be 'leak', 'conflict'"),
-    ],
-)
 def test_fail_on_ends_the_command_with_its_code_and_one_line_after_all_is_written(
-    leaky: Path, tmp_path: Path, flags: list[str], code: int, said: str
+    ray_session: None, leaky: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "jobs" / "audit.py"), "--data", str(leaky), "--out", str(out), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    if said:
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-        assert said in line
-    assert out.exists() == (code != 2)
-    if code != 2:
-        assert {path.name for path in out.iterdir()} == FILES
-    if code == 0:
-        assert done.stdout.splitlines()[-1] == str(out)
+    leak = "leak: 2 of 4 test images have a twin in train; conflict: 1 group"
+    cases = [("leak,conflict", 3, leak), ("patient", 0, ""),
+             ("leek", 2, "'leek' is refused: Input should be 'leak', 'conflict'")]  # fmt: skip
+    out = [tmp_path / fail_on for fail_on, _, _ in cases]
+    commands = [
+        ("jobs/audit.py", ["--data", str(leaky), "--out", str(folder), "--fail-on", fail_on])
+        for folder, (fail_on, _, _) in zip(out, cases, strict=True)
+    ]
+    done = run_all(commands, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
+    for folder, ended, (_, code, said) in zip(out, done, cases, strict=True):
+        assert ended.code == code, ended.stderr
+        assert "Traceback" not in ended.stderr
+        if said:
+            (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+            assert said in line
+        assert folder.exists() == (code != 2)
+        if code != 2:
+            assert {path.name for path in folder.iterdir()} == FILES
+        if code == 0:
+            assert ended.stdout.splitlines()[-1] == str(folder)
 
 
 @pytest.mark.cluster

@@ -49,6 +49,7 @@ from tests.helpers.classify_helpers import (
     part_classifier,
     plain_rows,
     report_of,
+    without_ray,
     write_inventory,
     write_objects,
 )
@@ -71,6 +72,12 @@ def archive(s3: Any) -> str:
     s3.make_bucket("test-classify")
     write_objects("s3://test-classify/scans", mixed_objects(600))
     return "s3://test-classify/scans"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classify in this process, for what does not depend on Ray's actors, which take seconds to start."""
+    without_ray(monkeypatch)
 
 
 def one_colour(gray: int, side: int) -> bytes:
@@ -179,6 +186,7 @@ def test_what_is_done_is_not_read_again_what_changed_is_and_old_rows_stay(
         classify(config)
     assert report_of(output)["unchanged"] == len(objects)
     assert len(plain_rows(output)) == count
+    without_ray(monkeypatch)  # actors have shown what they do; what follows is decided before they start
 
     name = "day/0001.jpg"
     (scans / name).write_bytes(objects["day/0002.jpg"])
@@ -206,6 +214,7 @@ def test_an_inventory_is_classified_whatever_its_keys_are(
     ray_session: None, bucket: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It counts as large, so that tasks of Ray list and join it."""
+    without_ray(monkeypatch)  # those tasks aside
     monkeypatch.setattr("btray.bulk.listing.archive._LARGE", 0)
     functions: list[str] = []
     start = RayTasks.start
@@ -251,7 +260,17 @@ def test_an_inventory_is_classified_whatever_its_keys_are(
     assert tasks["join"] > 1, "partition by partition"
 
 
-def test_another_model_writes_beside_the_first(ray_session: None, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("names", "include"), [("", ()), ("a.jpg\n", ("*.dcm",))], ids=["empty list", "no match"])
+def test_an_input_of_which_no_object_is_chosen_is_a_night_without_work_that_says_so(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, names: str, include: tuple[str, ...]
+) -> None:
+    (tmp_path / "new.txt").write_text(names)
+    classify(job(model, str(tmp_path / "new.txt"), str(tmp_path / "out"), include=include))
+    assert report_of(str(tmp_path / "out"))["objects"] == 0
+    assert re.search(r"no object of .*new.txt is chosen", caplog.text)
+
+
+def test_another_model_writes_beside_the_first(here: None, model: str, tmp_path: Path) -> None:
     other = saved_bundle(tmp_path / "other", seed=9)
     write_objects(str(tmp_path / "scans"), {"a.jpg": mixed_objects(1)["day/0000.jpg"]})
     for bundle in (model, str(tmp_path / "other")):
@@ -410,9 +429,7 @@ def test_scans_of_many_pages_take_the_memory_of_a_few_and_give_the_rows_of_all(
     assert [row["confidence"] for row in rows] == pytest.approx([said.confidence for said in expected], abs=1e-5)
 
 
-def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
-    ray_session: None, model: str, tmp_path: Path
-) -> None:
+def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(here: None, model: str, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     good = [name for name in mixed_objects(6) if name.endswith(".jpg") and "bad" not in name]
     write_objects(str(tmp_path / "scans"), mixed_objects(6) | {"bad.jpg": b"<html>"})
@@ -449,7 +466,7 @@ def test_a_run_leaves_a_report_a_page_and_pictures_that_explain_it(
 
 
 @pytest.mark.soak
-def test_a_change_of_the_answers_is_seen_against_the_runs_before(ray_session: None, model: str, tmp_path: Path) -> None:
+def test_a_change_of_the_answers_is_seen_against_the_runs_before(here: None, model: str, tmp_path: Path) -> None:
     pictures = {f"{number}.jpg": phantoms.encoded_phantom("glioma", number) for number in range(30)}
     write_objects(str(tmp_path / "scans"), pictures)
     output = str(tmp_path / "out")

@@ -74,7 +74,7 @@ def test_the_summary_says_how_many_of_what_and_where_time_went(clock: SimpleName
         "300 objects in 0:25: 294 frames classified, 6 rejected; 7 unchanged",
         "labels: glioma 294",
         "rejected: truncated 6",
-        "10 images/s; of the actors' time: read 25%, predict 75%",
+        "10 images/s; of the actors' time: read 25 %, predict 75 %",
     ]
     clock.seconds += 3
     nothing = ClassifyTotals()

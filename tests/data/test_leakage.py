@@ -53,7 +53,7 @@ def test_a_leak_is_said_or_stops_the_job_as_asked(caplog: pytest.LogCaptureFixtu
     leak = leak_of(("train", 0), ("test", 0), ("test", 1))
     caplog.set_level(logging.INFO)
     report_leak(leak, "warn", "the data")
-    assert "1 of 2 test images (50%) of the data" in caplog.text
+    assert "1 of 2 test images (50 %) of the data" in caplog.text
     with pytest.raises(ThresholdExceeded, match=r"1 of 2 test images .*--on-leak drop"):
         report_leak(leak, "fail", "the data")
     report_leak(leak, "drop", "the data")

@@ -340,8 +340,5 @@ def test_training_classifier_and_ray_data_see_the_same_bits(
     decoded = decode_rows(rows, FrameSource(PREPROCESS)).sort("sample").to_pandas()
     np.testing.assert_array_equal(digests(np.stack(decoded["frame"].tolist())), expected)
 
-    said = scoring.score(bundle, np.arange(len(uris)), uris)
-    expected_logits = classifier.answer(np.stack(frames)).logits  # type: ignore[arg-type]
-    np.testing.assert_allclose(said.answers.logits, expected_logits, atol=1e-4)
     monkeypatch.setattr(scoring, "_Scorer", DigestScorer)
     np.testing.assert_array_equal(scoring.score(bundle, np.arange(len(uris)), uris).answers.logits, expected)

@@ -28,6 +28,7 @@ from btray.evaluation.job import evaluate
 from btray.evaluation.metrics import compute_metrics
 from btray.model.bundle import FINGERPRINTS, pack_fingerprints, save_bundle
 from btray.model.classifier import Classifier
+from tests.helpers.local_data import run_here
 from tests.helpers.tiny_bundle import FILES, random_bundle, saved_bundle
 
 pytestmark = pytest.mark.cluster
@@ -63,6 +64,12 @@ def data(tmp_path: Path) -> Path:
     (folder / "Testing" / "glioma" / "broken.jpg").write_bytes(b"<html>502 Bad Gateway</html>")
     (folder / "Testing" / "no_tumor" / "empty, with comma.jpg").write_bytes(b"")
     return folder
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classify in this process, for what does not depend on Ray's actors, which take seconds to start."""
+    run_here(monkeypatch)
 
 
 def settings(model: str, data: object, out: object, **changes: Any) -> EvaluateConfig:
@@ -107,7 +114,7 @@ def test_what_is_written_is_the_contract_and_what_the_classifier_says(
 
 
 def test_rejected_files_are_named_and_above_the_limit_the_job_ends_with_3_after_writing(
-    ray_session: None, model: str, data: Path, tmp_path: Path
+    here: None, model: str, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(ThresholdExceeded) as caught:
@@ -124,7 +131,7 @@ def test_rejected_files_are_named_and_above_the_limit_the_job_ends_with_3_after_
 
 
 def test_where_not_one_image_can_be_read_the_list_of_why_is_still_written(
-    ray_session: None, model: str, tmp_path: Path
+    here: None, model: str, tmp_path: Path
 ) -> None:
     for label in ("glioma", "no_tumor"):
         storage.write_bytes(str(tmp_path / "data" / label / "x.jpg"), b"no image")
@@ -136,7 +143,7 @@ def test_where_not_one_image_can_be_read_the_list_of_why_is_still_written(
 
 
 def test_data_without_a_test_split_are_measured_whole_and_classes_may_be_absent(
-    ray_session: None, model: str, data: Path, tmp_path: Path
+    here: None, model: str, data: Path, tmp_path: Path
 ) -> None:
     part = tmp_path / "part"
     part.mkdir()
@@ -150,7 +157,7 @@ def test_data_without_a_test_split_are_measured_whole_and_classes_may_be_absent(
     assert metrics["per_class"]["no_tumor"]["recall"] is None
 
 
-def test_data_of_one_class_are_measured(ray_session: None, model: str, data: Path, tmp_path: Path) -> None:
+def test_data_of_one_class_are_measured(here: None, model: str, data: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
     one.mkdir()
     (data / "Training" / "no_tumor").rename(one / "no_tumor")
@@ -196,7 +203,7 @@ def test_bundle_data_and_report_may_lie_in_object_storage(ray_session: None, buc
 
 
 def test_images_with_a_twin_among_those_learnt_from_are_left_out_of_the_clean_figures(
-    ray_session: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     learnt = sorted((data / "Training").glob("*/*"))
     own = storage.join(str(tmp_path), "model")
@@ -222,7 +229,7 @@ def test_images_with_a_twin_among_those_learnt_from_are_left_out_of_the_clean_fi
     assert "20 images" in capsys.readouterr().out
 
 
-def test_where_every_image_was_learnt_from_no_figure_is_clean(ray_session: None, data: Path, tmp_path: Path) -> None:
+def test_where_every_image_was_learnt_from_no_figure_is_clean(here: None, data: Path, tmp_path: Path) -> None:
     prints = [
         fingerprints(thumbnails(decode(path.read_bytes()).frames[0])[None])[0]
         for path in sorted((data / "Testing").glob("*/0*.jpg"))
@@ -236,7 +243,7 @@ def test_where_every_image_was_learnt_from_no_figure_is_clean(ray_session: None,
 
 
 def test_a_bundle_without_fingerprints_claims_nothing_about_clean_images(
-    ray_session: None, model: str, data: Path, tmp_path: Path
+    here: None, model: str, data: Path, tmp_path: Path
 ) -> None:
     evaluate(settings(model, data, tmp_path / "out", abstain_below=0.5))
     metrics = strict_json(str(tmp_path / "out" / "metrics.json"))

@@ -16,6 +16,7 @@ import ray.data
 
 from btray.evaluation import job as evaluate_job
 from btray.evaluation import scoring
+from btray.registry import requirement
 from btray.training import job, prepare
 
 
@@ -45,7 +46,7 @@ class LocalData:
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let train and evaluate read, decode and classify in this process; training itself is not replaced."""
+    """Let jobs on labelled data read, decode and classify in this process; training itself is not replaced."""
     monkeypatch.setattr(ray.data, "from_arrow", LocalData)
     monkeypatch.setattr(ray.data, "from_arrow_refs", LocalData)
     monkeypatch.setattr(ray, "put", lambda block: block)
@@ -54,7 +55,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(prepare, "cpus", lambda: 2.0)
     monkeypatch.setattr(scoring, "cpus", lambda: 2.0)
-    for module in (job, evaluate_job):
+    for module in (job, evaluate_job, requirement):
         monkeypatch.setattr(module, "connected", lambda **_: nullcontext())
 
 

@@ -19,6 +19,7 @@ from tritonclient.grpc import model_config_pb2
 
 from btray import storage
 from btray.core.errors import Failed, UserError
+from btray.data.config import PreprocessConfig
 from btray.data.preprocess import make_frame, to_tensor
 from btray.model import export as exports
 from btray.model.bundle import load_bundle, save_bundle
@@ -32,6 +33,7 @@ from tests.conftest import ROOT
 from tests.helpers.tiny_bundle import NETWORK, PREPROCESS, random_bundle
 
 SIZE = PREPROCESS.size
+SIDE = PreprocessConfig().size  # of which the docs speak
 FAMILY = {
     "as it comes": {},
     "group norm": {"norm": "group", "activation": "silu"},
@@ -160,7 +162,7 @@ def test_the_model_repository_of_the_docs_has_the_names_and_shapes_of_an_export(
     assert config.backend == "onnxruntime"
     (given,) = config.input
     assert (given.name, given.data_type) == (description["input"]["name"], model_config_pb2.TYPE_FP32)
-    assert [1, *given.dims[1:]] == [1, 160, 160] == list(given.dims)
+    assert [1, *given.dims[1:]] == [1, SIDE, SIDE] == list(given.dims)
     assert [one.name for one in config.output] == [output["name"] for output in description["outputs"]]
     assert [len(one.dims) for one in config.output] == [1, 1]
     assert config.max_batch_size > 1
@@ -180,5 +182,5 @@ def test_the_code_of_the_docs_runs_and_gives_the_example(tmp_path: Path, monkeyp
 def test_the_metadata_of_the_docs_is_json_with_the_shapes_of_an_export() -> None:
     (text,) = blocks("json")
     formats = json.loads(text)["network_data_format"]
-    assert formats["inputs"]["images"]["spatial_shape"] == [160, 160]
+    assert formats["inputs"]["images"]["spatial_shape"] == [SIDE, SIDE]
     assert formats["outputs"].keys() == {"probabilities", "ood_score"}

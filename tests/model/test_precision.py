@@ -92,7 +92,7 @@ def test_a_cpu_without_the_instructions_is_refused_in_one_line(flags: Path) -> N
     ("agreement", "message"),
     [
         (None, "does not say"),
-        (GOOD.model_copy(update={"equal_labels": LEAST_EQUAL_LABELS - 0.001}), "98.9%"),
+        (GOOD.model_copy(update={"equal_labels": LEAST_EQUAL_LABELS - 0.001}), "98.9 %"),
         (GOOD.model_copy(update={"largest_difference": LARGEST_DIFFERENCE + 0.001}), "0.101"),
     ],
 )

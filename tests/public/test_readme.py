@@ -24,6 +24,7 @@ QUICK = {
     "BTRAY_NETWORK__DEPTHS": "1,1",
     "BTRAY_NUM_WORKERS": "1",
     "BTRAY_REFIT_EPOCHS": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # Ray Train looks at its workers every two seconds otherwise
 }
 QUICK_SEARCH = {"BTRAY_TRIALS": "2", "BTRAY_SEARCH": "random"}
 

@@ -18,6 +18,7 @@ from btray.model import promotion
 from btray.serving import job as serving_job
 from btray.serving.config import ServeConfig, ServiceConfig
 from btray.serving.deployment import SharedConfigs
+from tests.helpers.local_data import run_here
 from tests.helpers.registry_helpers import IDS, models, new_bundle, promoted
 from tests.helpers.serving_helpers import TextsInMemory
 from tests.helpers.tiny_bundle import saved_bundle
@@ -117,10 +118,10 @@ def test_a_report_that_is_made_again_by_another_promoted_model_is_not_overwritte
 # ---- a data set says no
 
 
-@pytest.mark.cluster
 def test_a_model_that_a_data_set_says_is_worse_is_refused_unless_it_is_forced_with_a_reason(
-    ray_session: None, registry: str, tmp_path: Path
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_here(monkeypatch)
     data = write_tree(str(tmp_path / "data"), {"glioma": 6, "no_tumor": 6})
     first, other = (str(tmp_path / f"random-{seed}") for seed in (1, 2))
     ids = [saved_bundle(uri, seed=seed).manifest.model_id for seed, uri in enumerate((first, other))]

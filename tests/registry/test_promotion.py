@@ -79,6 +79,11 @@ def test_what_is_missing_is_named(settings: dict[str, Any], reason: str) -> None
         ModelsConfig(registry="/models/x", **settings)
 
 
+def test_of_an_unknown_action_the_known_ones_are_named_and_no_flag_that_is_none() -> None:
+    with pytest.raises(UserError, match=r"^ACTION: 'lits' is refused: .*'list', 'show'.*'roll-back'$"):
+        ModelsConfig.from_command_line(["lits", "--registry", "models"], "btray models")
+
+
 def test_a_mistake_is_one_line_and_changes_nothing(two: str, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"model": "f" * 32}, "0 models of"),

@@ -102,6 +102,7 @@ def test_the_installed_btray_is_the_wheels_and_predicts(elsewhere: Elsewhere) ->
     assert row.startswith("scan.jpg"), "by the model that ships, which is in the wheel"
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_the_installed_btray_trains(elsewhere: Elsewhere) -> None:
     phantoms.write_data_set(str(elsewhere.folder / "data"), per_class={"Training": 4, "Testing": 1}, seed=0)

@@ -11,8 +11,9 @@ import pytest
 from btray import phantoms
 from btray.data.scans import decode
 from btray.training.job import train
-from btray.training.prepare import read_source
+from btray.training.prepare import TrainingData, read_source
 from tests.helpers.dicom_files import IDENTIFIERS, slice_file
+from tests.helpers.local_data import run_here
 from tests.helpers.privacy import found_in, ray_logs, written
 from tests.helpers.training_helpers import prepared, tiny
 
@@ -41,11 +42,16 @@ def write_scans(folder: Path, kind: str) -> tuple[str, dict[str, str]]:
     return str(folder), patients
 
 
+def keys_of(data: TrainingData) -> set[str]:
+    """Return what stands for the patients."""
+    return {str(key) for key in data.source.table["patient_id"].to_pylist()}
+
+
 @pytest.mark.parametrize("kind", ["folders", "manifest"])
-def test_dicom_with_labels_by_folder_or_manifest_is_split_by_patient_and_trained_on_end_to_end(
-    ray_session: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, kind: str
+def test_dicom_with_labels_by_folder_or_manifest_is_split_by_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    caplog.set_level(logging.INFO)
+    run_here(monkeypatch)
     scans, patients = write_scans(tmp_path / "scans", kind)
     config = tiny(scans, tmp_path / "model", epochs=1, validation=0.3)
     assert set(read_source(config).table["patient_id"].to_pylist()) == {None}, "the source itself names nobody"
@@ -58,8 +64,19 @@ def test_dicom_with_labels_by_folder_or_manifest_is_split_by_patient_and_trained
     assert sides[0].isdisjoint(sides[1])
     assert len(sides[0] | sides[1]) == 2 * PATIENTS
     assert min(map(len, sides)) > 1
-    keys = {str(key) for key in data.source.table["patient_id"].to_pylist()}
-    assert len(keys) == 2 * PATIENTS
+    assert len(keys_of(data)) == 2 * PATIENTS
+
+
+@pytest.mark.parametrize("kind", ["folders", pytest.param("manifest", marks=pytest.mark.soak)])
+def test_a_training_on_dicom_names_no_patient(
+    ray_session: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    scans, _ = write_scans(tmp_path / "scans", kind)
+    config = tiny(scans, tmp_path / "model", epochs=1, validation=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        keys = keys_of(prepared(config))
     train(config)
     assert (tmp_path / "model" / "bundle.json").is_file()
     texts = [*written(tmp_path / "model"), *ray_logs(), ("output", "".join(capfd.readouterr())), ("log", caplog.text)]

@@ -25,7 +25,7 @@ from btray.training import preemption
 from btray.training.collectives import Collectives
 from btray.training.job import train
 from btray.training.plan import run_folder
-from btray.training.preemption import STOP, InterruptionWatch, stoppable
+from btray.training.preemption import BEGUN, STOP, InterruptionWatch, stoppable
 from tests.conftest import ROOT
 from tests.helpers.training_helpers import checkpoint_in, history_of, tiny, train_here, write_tree
 
@@ -140,6 +140,18 @@ def test_an_unreachable_store_does_not_end_the_training(
     assert watch_in(tmp_path).after_step() is None
 
 
+def test_a_worker_says_that_it_has_begun_before_it_looks_whether_to_stop(
+    nothing_is_reclaimed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver asks in the other order, so a stop is never missed by both."""
+    looked: list[bool] = []
+    monkeypatch.setattr(storage, "exists", lambda uri: bool(looked.append((tmp_path / BEGUN).exists())))
+    watch = watch_in(tmp_path)
+    assert not (tmp_path / BEGUN).exists(), "it has taken no step"
+    assert watch.after_step() is None
+    assert looked == [True]
+
+
 # ---- the signal
 
 
@@ -149,6 +161,7 @@ def test_the_signal_leaves_a_mark_and_only_within_the_block(tmp_path: Path) -> N
     with stoppable(str(tmp_path)) as asked:
         assert not (tmp_path / STOP).exists(), "the mark of an earlier stop does not count"
         assert not asked()
+        (tmp_path / BEGUN).touch()
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked()
         deadline = time.monotonic() + 10
@@ -158,8 +171,21 @@ def test_the_signal_leaves_a_mark_and_only_within_the_block(tmp_path: Path) -> N
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_while_workers_start_the_signal_ends_the_wait_though_an_earlier_run_had_begun(tmp_path: Path) -> None:
+    (tmp_path / BEGUN).touch()
+
+    def wait_for_workers() -> bool:
+        with stoppable(str(tmp_path)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return threading.Event().wait(60)
+
+    with pytest.raises(Stopped, match="the same command continues it"):
+        wait_for_workers()
+
+
 _WAITS = """
 import sys, time
+from pathlib import Path
 from btray.core.config import JobConfig
 from btray.launch import run_job
 from btray.core.errors import Stopped
@@ -168,6 +194,8 @@ class Config(JobConfig):
     '''A job.'''
 def job(config):
     with stoppable(sys.argv[1]) as asked:
+        if sys.argv[2] != "starts":
+            Path(sys.argv[1], "begun").touch()
         print("ready", flush=True)
         while not (asked() and sys.argv[2] == "obeys"):
             time.sleep(0.02)
@@ -180,7 +208,7 @@ run_job(Config, job)
 """
 
 
-@pytest.mark.parametrize(("how", "signals"), [("obeys", 1), ("does not", 2)])
+@pytest.mark.parametrize(("how", "signals"), [("obeys", 1), ("does not", 2), ("starts", 1)])
 def test_a_stopped_job_ends_with_143_and_a_second_signal_ends_one_that_hangs(
     tmp_path: Path, how: str, signals: int
 ) -> None:
@@ -197,7 +225,7 @@ def test_a_stopped_job_ends_with_143_and_a_second_signal_ends_one_that_hangs(
         job.kill()
     assert job.returncode == 143
     assert "Traceback" not in said
-    assert ("the same command resumes it" in said) == (how == "obeys")
+    assert ("the same command" in said) == (how != "does not")
 
 
 # ---- a training
@@ -218,6 +246,7 @@ def test_a_training_that_is_stopped_within_an_epoch_resumes_at_that_step_as_if_i
         while "stoppable" not in repr(signal.getsignal(signal.SIGTERM)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        storage.write_text(storage.join(run_folder(config), BEGUN), "")  # else the job would not wait for the workers
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop)

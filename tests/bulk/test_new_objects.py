@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,6 +160,26 @@ def test_the_first_new_objects_come_before_the_last_is_listed(tmp_path: Path, mo
     batches = NewObjects([done], Partitioned(tmp_path, 2), str(tmp_path)).among(Archive(chunks()))
     assert all(one.size % 2 for one in next(filter(None, batches)))
     assert len(taken) < 10
+
+
+def test_no_more_partitions_are_joined_at_a_time_than_tasks_run(tmp_path: Path) -> None:
+    at_a_time = [0]
+
+    class Counting(Partitioned):
+        def start(self, function: Any, *arguments: Any, returns: int = 1) -> Any:
+            at_a_time.append(at_a_time[-1] + (function is join.join))
+            return super().start(function, *arguments)
+
+        def result(self, started: Any) -> Any:
+            at_a_time.append(max(0, at_a_time[-1] - isinstance(started, pa.Table)))
+            return super().result(started)
+
+    tasks = Counting(tmp_path, 7)
+    tasks.parallel = 2
+    done = HeldKeys(records_of([(number, 0, CLASSIFIED) for number in range(100)]))
+    new = NewObjects([done], tasks, str(tmp_path))
+    assert sum(map(len, new.among(Archive(chunks_of(map(info, range(150))))))) == 50
+    assert (max(at_a_time), at_a_time[-1]) == (2, 0)
 
 
 def test_chunks_of_a_quick_listing_grow() -> None:

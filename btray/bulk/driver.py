@@ -18,6 +18,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ class ArchiveJob(ABC):
         """Return what became of the objects in earlier runs; `tasks` keep what is not in files."""
 
     def prepare(self) -> None:  # noqa: B027 - as above
-        """Load what the run will need; called, if there is anything to do, in a thread while Ray starts."""
+        """Load what the end of the run will need; called in a thread, once the first part is there."""
 
     @abstractmethod
     def processor(self) -> Callable[[Run, int], PartProcessor]:
@@ -312,7 +313,7 @@ def _left_open(config: ArchiveConfig, done: Done, *, resumed: bool) -> str:
 
 
 @contextmanager
-def _started(task: Callable[[], None]) -> Iterator[Future[None]]:
+def _started(task: Callable[[], Any]) -> Iterator[Future[Any]]:
     """Run `task` in a thread beside the block."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(copy_context().run, task)
@@ -339,18 +340,18 @@ class Done:
 
 def _process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Callable[[], None]) -> None:
     """Have actors process the parts, and count them as they come."""
-    # Ray takes seconds to import, which a night with nothing new does without.
-    from btray.bulk.pipeline import process_parts
+    # Ray takes a second to import, which a night with nothing new does without, and Ray Data another one.
     from btray.core.cluster import connected
 
     config, totals = job.config, done.totals
     with (
-        _started(job.prepare) as prepared,
+        _started(partial(import_module, "btray.bulk.pipeline")) as imported,
         connected(),
         metrics.lasting(),
         ProgressLine("starting the actors", keep=False) as line,
+        ExitStack() as stack,
     ):
-        prepared.result()
+        process_parts = imported.result().process_parts
         # Before the first part already, for whoever waits for actors that never start.
         progress.report_progress(job.name, run.run_id, totals, queue=listing.objects)
         parts = process_parts(
@@ -361,6 +362,7 @@ def _process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Cal
             gpu_share=job.gpu_share(),
             make_reader=job.reader(),
         )
+        prepared: Future[Any] | None = None  # if it fails, so does what needs it
         for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             check()
             for row in pa.Table.to_pylist(batch):
@@ -369,3 +371,4 @@ def _process(job: ArchiveJob, run: Run, done: Done, listing: Listing, check: Cal
                     progress.report_part(job.name, run.run_id, tally)
             progress.report_progress(job.name, run.run_id, totals, queue=listing.objects - totals.objects)
             line.update(progress.progress_line(totals, listing))
+            prepared = prepared or stack.enter_context(_started(job.prepare))

@@ -110,12 +110,14 @@ def cut_into_parts(objects: Sequence[FileInfo], limits: PartLimits, *, listed: i
     """Return the part of each object: many parts, so that a small archive keeps all workers busy.
 
     None has more than its `limits` or, above PART_OBJECTS, a 256th of what was `listed`, these objects included, so
-    that a large archive has no millions of files. With `taper` each part is an eighth of what is left: the last ones
-    are small, so that no worker idles long while another ends (guided self-scheduling, Polychronopoulos & Kuck, IEEE
-    Trans. Comput. 1987). A series of a PACS, which is retrieved whole, is not cut, if that can be avoided.
+    that a large archive has no millions of files. The first ones are small, so that rows come early. With `taper` each
+    part is an eighth of what is left: the last ones are small, so that no worker idles long while another ends (guided
+    self-scheduling, Polychronopoulos & Kuck, IEEE Trans. Comput. 1987). A series of a PACS, which is retrieved whole,
+    is not cut, if that can be avoided.
     """
     largest = min(limits.objects, max(PART_OBJECTS, listed // _SHARE))
     eighths = taper or largest <= PART_OBJECTS
+    early = largest if taper or listed > len(objects) else _LEAST_PART
     parts: list[int] = []
     part = count = size = most = 0
     series = ""
@@ -124,7 +126,8 @@ def cut_into_parts(objects: Sequence[FileInfo], limits: PartLimits, *, listed: i
         full = count >= most and (series != before or count >= largest)
         if not count or full or size + info.size > limits.bytes:
             left = len(objects) - number * taper
-            most = min(largest, max(_LEAST_PART, -(-left // 8))) if eighths else largest
+            most = min(early, largest, max(_LEAST_PART, -(-left // 8)) if eighths else largest)
+            early *= 2
             part, count, size = part + (count > 0), 0, 0
         parts.append(part)
         count, size = count + 1, size + info.size

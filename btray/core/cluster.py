@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import ray
-import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from btray.core import console, logs
@@ -23,6 +22,7 @@ from btray.core.ray_private import (
     own_ray,
     started_ray_here,
     without_false_errors,
+    without_statistics,
 )
 
 __all__ = ["connected", "cpus", "given_cpus", "gpus", "own_cpus", "own_device", "require_gpus", "started_ray_here"]
@@ -38,8 +38,8 @@ def connected(*, dashboard: bool = False, join: bool = True) -> Iterator[None]:
     token nor port with a cluster that runs here, and only this machine reaches it.
 
     Args:
-        dashboard: Whether a local cluster has one, and with it the state API, which Ray Train needs. It takes a tenth
-            of a core.
+        dashboard: Whether a local cluster has one, and with it the state API, which Ray Train needs, and metrics. It
+            takes a tenth of a core.
         join: Whether to use a running cluster; if not, the Ray is always this process's own.
 
     Raises UserError if RAY_ADDRESS does not answer, and Stopped on SIGTERM.
@@ -47,12 +47,16 @@ def connected(*, dashboard: bool = False, join: bool = True) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _quieten_ray()
+    logs.take_over("ray", "ray.serve")
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray switches these on when it is imported, so a filter of `launch`, which is set earlier, has no effect.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     with ExitStack() as stack:
         try:
             address = cluster_address() if join else None
             if address is None:
-                stack.enter_context(own_ray())
+                stack.enter_context(own_ray(dashboard=dashboard))
                 # The dashboard's usual port is for that of `ray start`.
                 with console.ProgressLine("starting Ray", keep=False):
                     ray.init(address="local", configure_logging=False, include_dashboard=dashboard, dashboard_port=0)
@@ -65,22 +69,24 @@ def connected(*, dashboard: bool = False, join: bool = True) -> Iterator[None]:
             )
         stack.callback(ray.shutdown)
         forward_worker_lines(console.show_worker_lines)
+        _quieten_ray_data()
+        if address is None and not dashboard:
+            stack.enter_context(without_statistics())
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop)  # Ray's own handler, set by init, would end with the signal's number
         with without_false_errors():
             yield
 
 
-def _quieten_ray() -> None:
-    """Leave what Ray says of what btray does on purpose in its log files, also with --verbose."""
-    context = ray.data.DataContext.get_current()
+def _quieten_ray_data() -> None:
+    """Leave what Ray Data says of what btray does on purpose in its log files, also with --verbose."""
+    # Takes most of a second to import, which a job may do in a thread while Ray starts.
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they take the start of an actor for a hang, and say so
-    logs.take_over("ray", "ray.data", "ray.serve")
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Ray switches these on when it is imported, so a filter of `launch`, which is set earlier, has no effect.
-    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+    logs.take_over("ray.data")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

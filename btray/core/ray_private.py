@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from inspect import getattr_static
 from typing import IO, Any, cast
 
 import ray
@@ -42,8 +43,12 @@ def cluster_address() -> str | None:
     return services.canonicalize_bootstrap_address(None)  # type: ignore[arg-type]
 
 
+# Settings of the core by which nothing is gathered that only a dashboard, or Prometheus by its list, would show.
+_UNWATCHED = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+
+
 @contextmanager
-def own_ray() -> Iterator[None]:
+def own_ray(*, dashboard: bool) -> Iterator[None]:
     """Let the Ray that is started in this block, and ends with it, share nothing with any other Ray of this user.
 
     It listens on 127.0.0.1 only, not on all interfaces. Ray does so on macOS and Windows, where this constant is False;
@@ -57,7 +62,10 @@ def own_ray() -> Iterator[None]:
     PlacementGroupCleaner would take its controller for dead. The port is chosen here, since workers get the environment
     of a process that is started before the address is known.
 
-    If one of these moves, tests/system/test_cluster_jobs.py fails.
+    Without a `dashboard` Ray would still start its process, to report usage, and wait until that has imported all
+    modules of the dashboard: a second of CPU before the first worker. If the name moves, it does so again.
+
+    If one of the others moves, tests/system/test_cluster_jobs.py fails.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -69,16 +77,20 @@ def own_ray() -> Iterator[None]:
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,
     }
+    if not dashboard:
+        variables |= _UNWATCHED
     core: Any = ray._raylet
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    before, start_dashboard = ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server
     try:
         with restored_environment():
             set_environment(variables)
             ray_constants.ENABLE_RAY_CLUSTER = False
+            if not dashboard:
+                services.start_api_server = lambda *_, **__: ("", None)
             core.AuthenticationTokenLoader.instance().reset_cache()
             yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server = before, start_dashboard
         core.AuthenticationTokenLoader.instance().reset_cache()
         core.Config.initialize("")
 
@@ -90,6 +102,26 @@ def started_ray_here() -> bool:
     """
     node: Any = ray._private.worker._global_node
     return node is not None and bool(node.is_head())
+
+
+@contextmanager
+def without_statistics() -> Iterator[None]:
+    """For the block, let Ray Data keep no statistics, which only a dashboard shows.
+
+    The actor that it keeps them in is a process of 130 MB, which takes more than a second of CPU to start. There is no
+    setting. If the names move, `AttributeError` ends any job that starts a Ray of its own.
+    """
+    from ray.data._internal.stats import _StatsManager as manager
+
+    names = ("register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics")
+    before = {name: getattr_static(manager, name) for name in names}
+    try:
+        for name in names:
+            setattr(manager, name, staticmethod(lambda *_, **__: None))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(manager, name, function)
 
 
 def forward_worker_lines(show: Callable[[Mapping[str, Any]], None]) -> None:

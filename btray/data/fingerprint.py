@@ -17,7 +17,6 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy.fft import dctn
 
 from btray.data.preprocess import Gray
 
@@ -109,6 +108,8 @@ def unpack(packed: Sequence[bytes]) -> Fingerprints:
 
 def fingerprints(pictures: Thumbnails) -> Fingerprints:
     """Return float16 [n, VIEWS, LENGTH] of thumbnails uint8 [n, VIEWS, 48, 48]; all zeros if a thumbnail is blank."""
+    from scipy.fft import dctn  # takes a tenth of a second to import, which those who only classify do without
+
     spectrum = dctn(_normalised(pictures), axes=(-2, -1), norm="ortho")
     rows, columns = np.triu_indices(_FREQUENCIES, 1)
     diagonal = np.arange(1, _FREQUENCIES)

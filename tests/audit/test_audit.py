@@ -43,6 +43,7 @@ from btray.data.labelled import Labelled
 from btray.data.scans import decode
 from tests.helpers.forked_jobs import ROOT, run_all
 from tests.helpers.image_truth import COPIES, REFRAMED, SAME_PIXELS, encode, recall_and_precision
+from tests.helpers.local_data import run_here
 from tests.helpers.pages import HOSTILE, Page
 
 FILES = {
@@ -55,6 +56,12 @@ FILES = {
     "config.yaml",
 }
 COLUMNS = ["uri", "split", "label", "group_id", "grade", "score"]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audit in this process, for what is decided after Ray's tasks have returned."""
+    run_here(monkeypatch)
 
 
 def strict_json(uri: str) -> Any:
@@ -242,8 +249,7 @@ def test_fail_on_ends_the_command_with_its_code_and_one_line_after_all_is_writte
             assert ended.stdout.splitlines()[-1] == str(folder)
 
 
-@pytest.mark.cluster
-def test_each_finding_can_fail_the_job_and_only_if_it_is_there(ray_session: None, leaky: Path, tmp_path: Path) -> None:
+def test_each_finding_can_fail_the_job_and_only_if_it_is_there(here: None, leaky: Path, tmp_path: Path) -> None:
     with pytest.raises(ThresholdExceeded) as caught:
         run(leaky, tmp_path / "out", fail_on=("unreadable", "not_mri", "duplicate", "leak", "conflict", "patient"))
     message = str(caught.value)
@@ -254,8 +260,7 @@ def test_each_finding_can_fail_the_job_and_only_if_it_is_there(ray_session: None
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.cluster
-def test_blank_and_noisy_images_do_not_become_one_group(ray_session: None, tmp_path: Path) -> None:
+def test_blank_and_noisy_images_do_not_become_one_group(here: None, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     data = tmp_path / "data" / "no_tumor"
     for level in range(6):
@@ -268,9 +273,8 @@ def test_blank_and_noisy_images_do_not_become_one_group(ray_session: None, tmp_p
     assert findings["leakage"] == {}, "there are no two splits"
 
 
-@pytest.mark.cluster
 def test_odd_shapes_depths_and_volumes_are_audited_and_what_cannot_be_read_ends_nothing(
-    ray_session: None, tmp_path: Path
+    here: None, tmp_path: Path
 ) -> None:
     data = tmp_path / "data" / "glioma"
     gray = slice_of(3)
@@ -293,8 +297,7 @@ def test_odd_shapes_depths_and_volumes_are_audited_and_what_cannot_be_read_ends_
     assert findings["files"]["several_frames"] == 1
 
 
-@pytest.mark.cluster
-def test_data_of_which_nothing_can_be_read_are_audited_too(ray_session: None, tmp_path: Path) -> None:
+def test_data_of_which_nothing_can_be_read_are_audited_too(here: None, tmp_path: Path) -> None:
     for label in ("glioma", "no_tumor"):
         storage.write_bytes(str(tmp_path / "data" / label / "x.jpg"), b"no image")
     findings = run(tmp_path / "data", tmp_path / "out")
@@ -303,8 +306,7 @@ def test_data_of_which_nothing_can_be_read_are_audited_too(ray_session: None, tm
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
-@pytest.mark.cluster
-def test_patients_in_several_splits_and_images_without_a_split_are_counted(ray_session: None, tmp_path: Path) -> None:
+def test_patients_in_several_splits_and_images_without_a_split_are_counted(here: None, tmp_path: Path) -> None:
     lines = ["uri,label,split,patient_id"]
     for seed, (split, patient) in enumerate([("", "a"), ("test", "a"), ("val", "b"), ("val", "b"), ("test", "")]):
         storage.write_bytes(str(tmp_path / f"{seed}.png"), encode(slice_of(seed)))
@@ -323,10 +325,7 @@ def test_patients_in_several_splits_and_images_without_a_split_are_counted(ray_s
     assert findings["leakage"]["test"]["with_twin"] == 1
 
 
-@pytest.mark.cluster
-def test_the_page_shows_some_groups_leaks_first_and_says_how_many_it_does_not(
-    ray_session: None, tmp_path: Path
-) -> None:
+def test_the_page_shows_some_groups_leaks_first_and_says_how_many_it_does_not(here: None, tmp_path: Path) -> None:
     for seed in range(5):
         for copy in range(2):
             split = "val" if seed == 4 and copy else "train"

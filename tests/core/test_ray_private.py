@@ -16,6 +16,7 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env import constants
+from ray.data._internal import stats
 
 from btray.core import ray_private
 from btray.core.config import SUBMITTED_VARIABLE
@@ -47,10 +48,22 @@ def test_in_the_block_this_machine_is_loopback_and_the_submitted_package_is_forg
     monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
     monkeypatch.setattr(ray._private.worker, "_global_node", None)
     before = ray_constants.ENABLE_RAY_CLUSTER
-    with ray_private.own_ray():
+    with ray_private.own_ray(dashboard=True):
         assert services.get_node_ip_address() == "127.0.0.1"
         assert SUBMITTED_VARIABLE not in os.environ
     assert before == ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_without_a_dashboard_none_is_started_and_ray_data_keeps_no_statistics_for_one() -> None:
+    manager = stats._StatsManager
+    names = ("register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics")
+    before = [services.start_api_server, *(inspect.getattr_static(manager, name) for name in names)]
+    for name in names:
+        assert "get_or_create_stats_actor()" in inspect.getsource(getattr(manager, name)), "what makes the actor"
+    with ray_private.own_ray(dashboard=False), ray_private.without_statistics():
+        assert services.start_api_server(False, raise_on_failure=False) == ("", None)
+        assert [getattr(manager, name)("any", arguments=1) for name in names] == [None] * 3
+    assert [services.start_api_server, *(inspect.getattr_static(manager, name) for name in names)] == before
 
 
 def test_the_loggers_that_are_silenced_are_those_that_warn() -> None:

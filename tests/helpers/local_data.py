@@ -14,6 +14,7 @@ import pytest
 import ray
 import ray.data
 
+from btray.audit import job as audit_job
 from btray.evaluation import job as evaluate_job
 from btray.evaluation import scoring
 from btray.registry import requirement
@@ -55,7 +56,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(prepare, "cpus", lambda: 2.0)
     monkeypatch.setattr(scoring, "cpus", lambda: 2.0)
-    for module in (job, evaluate_job, requirement):
+    for module in (job, audit_job, evaluate_job, requirement):
         monkeypatch.setattr(module, "connected", lambda **_: nullcontext())
 
 

@@ -36,9 +36,9 @@ def commands() -> list[str]:
 
 
 def environment_of(command: str) -> dict[str, str]:
-    """Return the environment with this Python first on PATH, the running Ray and, for training, the quick settings."""
+    """Return the environment with this Python first on PATH, the running Ray, one actor and quick training."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    running = {"PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "BTRAY_ACTORS": "1"}
     quick = QUICK if "jobs/train.py" in command else QUICK | QUICK_SEARCH if "jobs/tune.py" in command else {}
     return os.environ | running | quick
 

@@ -20,9 +20,9 @@ from btray.evaluation.config import EvaluateConfig
 from btray.evaluation.job import evaluate
 from btray.training.config import TrainConfig
 from btray.training.job import train
+from tests.helpers.classify_helpers import without_ray
+from tests.helpers.local_data import run_here
 from tests.helpers.tiny_bundle import saved_bundle
-
-pytestmark = pytest.mark.cluster
 
 Job = Callable[[str, str, str], Any]
 JOBS: dict[str, Job] = {
@@ -35,10 +35,10 @@ JOBS: dict[str, Job] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in {"pack", "evaluate"})) for name in JOBS]
-)
-def test_nothing_found_is_wrong_use(ray_session: None, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", JOBS)
+def test_nothing_found_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    run_here(monkeypatch)
+    without_ray(monkeypatch)
     bundle = saved_bundle(str(tmp_path / "model"))
     classes = bundle.manifest.classes
     rows = [f"gone/{number}.jpg,{classes[number % 2]}" for number in range(8)]

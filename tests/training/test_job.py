@@ -39,6 +39,7 @@ from btray.training.optimizer import weighted_losses
 from btray.training.plan import run_folder
 from btray.training.run import best_weights, claim_run, is_finished
 from tests.conftest import ROOT
+from tests.helpers.local_data import run_here
 from tests.helpers.scan_corpus import bad_scans
 from tests.helpers.training_helpers import (
     checkpoint_in,
@@ -71,6 +72,12 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Train looks at its workers ten times a second instead of every two; temporary files go with the test."""
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode in this process, for what is decided before a worker starts."""
+    run_here(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +312,7 @@ def test_a_finished_run_returns_at_once_and_continues_with_more_epochs(
 
 
 def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
-    finished: TrainConfig, unbalanced: str, tmp_path: Path
+    finished: TrainConfig, here: None, unbalanced: str, tmp_path: Path
 ) -> None:
     before = history_of(finished)
     for change, key in (
@@ -343,7 +350,7 @@ def test_a_bundle_of_another_run_is_not_replaced_unless_asked(finished: TrainCon
 
 
 def test_overwriting_deletes_the_run_of_the_same_name_and_no_other(
-    ray_session: None, with_val_split: str, tmp_path: Path
+    here: None, with_val_split: str, tmp_path: Path
 ) -> None:
     config = tiny(with_val_split, tmp_path / "model")
     data = prepared(config)
@@ -368,7 +375,7 @@ def test_overwriting_deletes_the_run_of_the_same_name_and_no_other(
 
 
 def test_a_run_is_not_resumed_with_frames_of_another_preprocessing(
-    ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(with_val_split, tmp_path / "model")
     data = prepared(config)
@@ -384,7 +391,7 @@ def test_a_run_is_not_resumed_with_frames_of_another_preprocessing(
 
 
 def test_the_same_files_under_another_path_are_the_same_run(
-    ray_session: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: None, with_val_split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(with_val_split, tmp_path / "model")
     data = prepared(config)
@@ -556,7 +563,7 @@ def test_bad_files_are_named_and_a_source_without_test_split_with_six_classes_tr
 
 
 def test_too_many_bad_files_stop_the_job_and_the_commonest_code_is_named(
-    ray_session: None, partly_broken: tuple[str, dict[str, str]], tmp_path: Path
+    here: None, partly_broken: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
     root, codes = partly_broken
     for number in range(3):
@@ -599,7 +606,7 @@ def test_unreadable_test_images_are_named_and_too_many_of_them_fail_the_job_afte
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_unusable_input_is_one_line(
-    ray_session: None, tmp_path: Path, counts: dict[str, int], changes: dict[str, Any], message: str
+    here: None, tmp_path: Path, counts: dict[str, int], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
         train(tiny(write_tree(tmp_path / "data", counts), tmp_path / "model", **changes))
@@ -619,14 +626,14 @@ def test_a_config_that_cannot_work_is_refused_before_an_image_is_read(
         train(tiny(write_tree(tmp_path / "data", {"glioma": 9, "no_tumor": 9}), tmp_path / "model", **changes))
 
 
-def test_a_class_whose_images_are_all_broken_is_named(ray_session: None, tmp_path: Path) -> None:
+def test_a_class_whose_images_are_all_broken_is_named(here: None, tmp_path: Path) -> None:
     root = write_tree(tmp_path / "data", {"glioma": 20, "no_tumor": 20})
     storage.write_bytes(storage.join(root, "pituitary/broken.png"), b"broken")
     with pytest.raises(UserError, match="'pituitary' has no readable image"):
         train(tiny(root, tmp_path / "model"))
 
 
-def test_the_val_split_alone_is_held_out(ray_session: None, with_val_split: str, tmp_path: Path) -> None:
+def test_the_val_split_alone_is_held_out(here: None, with_val_split: str, tmp_path: Path) -> None:
     data = prepared(tiny(with_val_split, tmp_path))
     rows = data.plan.samples[data.plan.validation] // 1024
     assert set(data.source.table.take(rows)["split"].to_pylist()) == {"val"}
@@ -651,7 +658,7 @@ def leaking(tmp_path: Path) -> tuple[str, set[str]]:
 
 
 def test_twins_of_test_images_are_counted_and_left_out_only_when_asked(
-    ray_session: None, leaking: tuple[str, set[str]], tmp_path: Path
+    here: None, leaking: tuple[str, set[str]], tmp_path: Path
 ) -> None:
     root, twins = leaking
     used = {}
@@ -665,7 +672,7 @@ def test_twins_of_test_images_are_counted_and_left_out_only_when_asked(
 
 
 def test_a_leak_stops_the_job_before_training_when_asked(
-    ray_session: None, leaking: tuple[str, set[str]], tmp_path: Path
+    here: None, leaking: tuple[str, set[str]], tmp_path: Path
 ) -> None:
     config = tiny(leaking[0], tmp_path / "model", on_leak="fail")
     with pytest.raises(ThresholdExceeded, match="3 of 15 test images"):
@@ -673,9 +680,7 @@ def test_a_leak_stops_the_job_before_training_when_asked(
     assert not history_of(config)
 
 
-def test_files_of_the_same_image_are_never_on_both_sides_of_the_validation_split(
-    ray_session: None, tmp_path: Path
-) -> None:
+def test_files_of_the_same_image_are_never_on_both_sides_of_the_validation_split(here: None, tmp_path: Path) -> None:
     root = storage.resolve(tmp_path / "twins")
     phantoms.write_data_set(root, per_class={"Training": 24}, seed=4)
     for label in phantoms.CLASSES:

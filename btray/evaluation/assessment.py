@@ -84,6 +84,12 @@ class _Answered:
         outliers = self.outliers(manifest)
         return measure_part(known.labels, known.probabilities, manifest.classes, known.groups, outliers)
 
+    def by_source(self, manifest: Manifest, table: pa.Table) -> dict[str, Part] | None:
+        """Measure each source that `table` names; None if it names none."""
+        sources = np.array(table["source"].take(self.scores.row).fill_null(_NO_SOURCE).to_pylist(), object)
+        names = sorted(set(sources.tolist()))
+        return None if names == [_NO_SOURCE] else {name: self.where(sources == name).part(manifest) for name in names}
+
     def outliers(self, manifest: Manifest) -> Outliers | None:
         is_outlier = self.labels < 0
         if not is_outlier.any():
@@ -137,10 +143,12 @@ def assess(
     labels, probabilities = known.labels, known.probabilities
     metrics = measure(manifest, answered, table, measured_on=measured_on, learnt_from=learnt_from)
     if validation:
-        parts = {name: _Answered.of(manifest, table, part) for name, part in validation.items()}
+        parts = {name: _Answered.of(manifest, table, part).part(manifest) for name, part in validation.items()}
+        whole = _Answered.of(manifest, table, Scores.concatenate([*validation.values()]))
         if len(parts) > 1:
-            parts["all"] = _Answered.of(manifest, table, Scores.concatenate([*validation.values()]))
-        metrics = replace(metrics, validation={name: part.part(manifest) for name, part in parts.items()})
+            parts["all"] = whole.part(manifest)
+        # Where whole sources were held out, these are the same parts again.
+        metrics = replace(metrics, validation=parts | (whole.by_source(manifest, table) or {}))
     figures = {
         "confusion_matrix": plots.confusion_matrix(metrics.confusion_matrix),
         "roc_curves": plots.roc_curves(labels, probabilities, manifest.classes),
@@ -204,8 +212,6 @@ def measure(
         out_of_distribution = OutOfDistribution(
             threshold=thresholds.ood_score, flagged=flagged, share=flagged / len(labels)
         )
-    sources = np.array(table["source"].take(answered.scores.row).fill_null(_NO_SOURCE).to_pylist(), object)
-    names = sorted(set(sources.tolist()))
     return Evaluation(
         **vars(compute_metrics(labels, probabilities, classes)),
         clean=clean,
@@ -216,9 +222,7 @@ def measure(
         out_of_distribution=out_of_distribution,
         by_patients=measure_part(labels, probabilities, classes, known.groups),
         outliers=answered.outliers(manifest),
-        sources=None
-        if names == [_NO_SOURCE]
-        else {name: answered.where(sources == name).part(manifest) for name in names},
+        sources=answered.by_source(manifest, table),
         validation=None,
         measured_on=measured_on,
         rejected=len(scores.rejected),

@@ -32,7 +32,7 @@ from btray.serving.config import ReplicasConfig, ServeConfig, ServiceConfig, is_
 from btray.serving.dicomweb.pending import PendingStudies
 from btray.serving.ray_serve_private import ClusterTexts
 from tests.conftest import ROOT
-from tests.helpers.classify_helpers import job, without_ray, write_objects
+from tests.helpers.classify_helpers import job, write_objects
 from tests.helpers.hospital_archive import ROOT as UIDS
 from tests.helpers.hospital_archive import instance
 from tests.helpers.hostile_bodies import hostile_bodies
@@ -52,14 +52,12 @@ def objects() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def rows(
-    model: str, objects: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+    ray_session: None, model: str, objects: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What bulk classification says of `objects`, by name."""
+    """What bulk classification says of `objects`, by name; it has run before the replicas take all CPUs."""
     folder = tmp_path_factory.mktemp("archive")
     write_objects(str(folder / "scans"), objects)
-    with pytest.MonkeyPatch.context() as patch:
-        without_ray(patch)
-        classify(job(model, str(folder / "scans"), str(folder / "table")))
+    classify(job(model, str(folder / "scans"), str(folder / "table"), actors=1))
     found: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(current(str(folder / "table")).to_pylist(), key=lambda row: row["frame"]):
         found.setdefault(Path(row["uri"]).name, []).append(row)
@@ -67,7 +65,7 @@ def rows(
 
 
 @pytest.fixture(scope="module")
-def served(ray_session: None, model: str) -> Iterator[Served]:
+def served(rows: dict[str, list[dict[str, Any]]], model: str) -> Iterator[Served]:
     from ray import serve
     from ray.serve.config import HTTPOptions
 

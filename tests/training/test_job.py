@@ -312,7 +312,7 @@ def test_a_finished_run_returns_at_once_and_continues_with_more_epochs(
 
 
 def test_another_config_or_other_data_under_the_name_of_a_run_is_refused(
-    finished: TrainConfig, here: None, unbalanced: str, tmp_path: Path
+    finished: TrainConfig, unbalanced: str, tmp_path: Path
 ) -> None:
     before = history_of(finished)
     for change, key in (

@@ -168,6 +168,8 @@ def test_without_a_test_split_the_answers_of_all_folds_are_measured_and_a_refit_
     assert metrics["outliers"]["n"] == 32
     assert set(metrics["sources"]) == {"a", "b"}
     assert metrics["accuracy"] == pytest.approx(metrics["validation"]["all"]["accuracy"])
+    assert list(metrics["validation"]) == ["fold 1", "fold 2", "all", "a", "b"]
+    assert {name: metrics["validation"][name] for name in "ab"} == metrics["sources"], "over both folds"
     right = [right_of(config, training, f"train.round-{number}")[0] for number in (1, 2)]
     assert sum(right) / 70 == pytest.approx(metrics["accuracy"])
 
@@ -178,7 +180,9 @@ def test_held_out_patients_are_answered_by_the_network_before_the_refit(
     config = tiny(two_sources, tmp_path / "model", outliers="other", refit_epochs=1, epochs=2)
     train(config)
     assert list(training.plans) == ["train", "train.refit-2-1"]
-    (part,) = read_json(config, "metrics.json")["validation"].values()
+    parts = read_json(config, "metrics.json")["validation"]
+    part = parts["held out"]
+    assert part["n"] == parts["a"]["n"] + parts["b"]["n"]
     right, images = right_of(config, training, "train")
     assert (part["n"], part["accuracy"]) == (images, pytest.approx(right / images))
     assert part["outliers"]["n"] > 0

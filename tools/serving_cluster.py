@@ -45,7 +45,8 @@ def serving_cluster(model: str, folder: Path) -> Iterator[tuple[str, LoopbackClu
         cluster.add(cpus=1)
         deploy(cluster, config)
         url = f"http://127.0.0.1:{port}"
-        until(lambda: len(replica_nodes(cluster)) == 2 and _ready(url), "two replicas", 180)
+        # of which the import of the application alone may take a minute on a busy machine
+        until(lambda: len(replica_nodes(cluster)) == 2 and _ready(url), "two replicas", 300)
         yield url, cluster
 
 

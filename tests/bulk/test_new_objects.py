@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,7 +162,33 @@ def test_the_first_new_objects_come_before_the_last_is_listed(tmp_path: Path, mo
     assert len(taken) < 10
 
 
-def test_chunks_of_a_quick_listing_grow() -> None:
+def test_no_more_partitions_are_joined_at_a_time_than_tasks_run(tmp_path: Path) -> None:
+    at_a_time = [0]
+
+    class Counting(Partitioned):
+        def start(self, function: Any, *arguments: Any, returns: int = 1) -> Any:
+            at_a_time.append(at_a_time[-1] + (function is join.join))
+            return super().start(function, *arguments)
+
+        def result(self, started: Any) -> Any:
+            at_a_time.append(max(0, at_a_time[-1] - isinstance(started, pa.Table)))
+            return super().result(started)
+
+    tasks = Counting(tmp_path, 7)
+    tasks.parallel = 2
+    done = HeldKeys(records_of([(number, 0, CLASSIFIED) for number in range(100)]))
+    new = NewObjects([done], tasks, str(tmp_path))
+    assert sum(map(len, new.among(Archive(chunks_of(map(info, range(150))))))) == 50
+    assert (max(at_a_time), at_a_time[-1]) == (2, 0)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, no listing counts as slow."""
+    monkeypatch.setattr("btray.bulk.listing.objects._SECONDS", 600.0)
+
+
+def test_chunks_of_a_quick_listing_grow(quick: None) -> None:
     sizes = [len(chunk().objects) for chunk in chunks_of(info(number) for number in range(9000))]
     assert sizes == [1024, 2048, 4096, 1832]
 
@@ -200,7 +227,7 @@ def test_what_a_listing_gave_before_it_hangs_is_sealed_meanwhile(
     assert listing.unchanged == 3
 
 
-def test_a_listing_that_fails_half_way_is_an_error_of_whoever_takes_its_chunks() -> None:
+def test_a_listing_that_fails_half_way_is_an_error_of_whoever_takes_its_chunks(quick: None) -> None:
     def pager() -> Iterator[FileInfo]:
         yield from map(info, range(2000))
         raise StorageError("unavailable", "s3://b")
@@ -211,7 +238,7 @@ def test_a_listing_that_fails_half_way_is_an_error_of_whoever_takes_its_chunks()
         list(chunks)
 
 
-def test_how_long_a_store_is_waited_for_is_said_by_who_takes_the_chunk() -> None:
+def test_how_long_a_store_is_waited_for_is_said_by_who_takes_the_chunk(quick: None) -> None:
     waits: ContextVar[int] = ContextVar("waits", default=8)
     chunks = chunks_of(FileInfo(f"s3://b/{number}", waits.get(), "e", 0.0) for number in range(3000))
     assert set(next(chunks).objects["size"].to_pylist()) == {8}

@@ -129,15 +129,15 @@ class NewObjects:
             yield from (self._tasks.result(piece) for pieces in held for piece in pieces)
             return
         arguments = (self._shared, self._worst, self._reason)
-        by_partition = list(zip(*held, strict=True))
+        by_partition, joining = deque(zip(*held, strict=True)), deque[Any]()
         held.clear()  # so that each piece is freed once its task has ended
-        joining = deque(
-            self._tasks.start(join, number, len(by_partition), *arguments, *pieces)
-            for number, pieces in enumerate(by_partition)
-        )
-        by_partition.clear()
+        partitions = len(by_partition)
         self.unchanged += count
-        while joining:
+        while by_partition or joining:
+            # no more than run at a time: Ray would start a process for each
+            while by_partition and len(joining) < self._tasks.parallel:
+                number, pieces = partitions - len(by_partition), by_partition.popleft()
+                joining.append(self._tasks.start(join, number, partitions, *arguments, *pieces))
             new = self._tasks.result(joining.popleft())
             self.unchanged -= len(new)
             yield new

@@ -31,15 +31,16 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def connected(*, dashboard: bool = False, join: bool = True) -> Iterator[None]:
+def connected(*, dashboard: bool = False, metrics: bool = False, join: bool = True) -> Iterator[None]:
     """Be connected to Ray: to the running cluster (RAY_ADDRESS, or one started on this machine), else a local one.
 
     A connection or local cluster made here ends with the block. The latter is this process's own: it shares neither
     token nor port with a cluster that runs here, and only this machine reaches it.
 
     Args:
-        dashboard: Whether a local cluster has one, and with it the state API, which Ray Train needs, and metrics. It
-            takes a tenth of a core.
+        dashboard: Whether a local cluster has one, and with it the state API, which Ray Train needs. It takes a tenth
+            of a core.
+        metrics: Whether the agent of a local cluster exports metrics; with a dashboard it does.
         join: Whether to use a running cluster; if not, the Ray is always this process's own.
 
     Raises UserError if RAY_ADDRESS does not answer, and Stopped on SIGTERM.
@@ -56,7 +57,7 @@ def connected(*, dashboard: bool = False, join: bool = True) -> Iterator[None]:
         try:
             address = cluster_address() if join else None
             if address is None:
-                stack.enter_context(own_ray(dashboard=dashboard))
+                stack.enter_context(own_ray(dashboard=dashboard, metrics=metrics or dashboard))
                 # The dashboard's usual port is for that of `ray start`.
                 with console.ProgressLine("starting Ray", keep=False):
                     ray.init(address="local", configure_logging=False, include_dashboard=dashboard, dashboard_port=0)

@@ -43,12 +43,8 @@ def cluster_address() -> str | None:
     return services.canonicalize_bootstrap_address(None)  # type: ignore[arg-type]
 
 
-# Settings of the core by which nothing is gathered that only a dashboard, or Prometheus by its list, would show.
-_UNWATCHED = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
-
-
 @contextmanager
-def own_ray(*, dashboard: bool) -> Iterator[None]:
+def own_ray(*, dashboard: bool, metrics: bool) -> Iterator[None]:
     """Let the Ray that is started in this block, and ends with it, share nothing with any other Ray of this user.
 
     It listens on 127.0.0.1 only, not on all interfaces. Ray does so on macOS and Windows, where this constant is False;
@@ -82,7 +78,9 @@ def own_ray(*, dashboard: bool) -> Iterator[None]:
         "RAY_worker_niceness": "0",
     }
     if not dashboard:
-        variables |= _UNWATCHED
+        variables["RAY_task_events_report_interval_ms"] = "0"  # only a dashboard shows them
+    if not metrics:
+        variables["RAY_enable_metrics_collection"] = "0"
     core: Any = ray._raylet
     before, start_dashboard = ray_constants.ENABLE_RAY_CLUSTER, services.start_api_server
     try:

@@ -166,7 +166,7 @@ def _local_ray(config: ServeConfig) -> Iterator[None]:
             binary = wrapper(Path(folder), get_haproxy_binary(), config.host, config.limits.places)
             environment |= haproxy_environment(Path(folder), binary, free_port)
         set_environment(environment)
-        with connected(join=False):
+        with connected(metrics=True, join=False):  # of which `/metrics` gathers the service's own
             yield
 
 

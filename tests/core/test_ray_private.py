@@ -49,9 +49,10 @@ def test_in_the_block_this_machine_is_loopback_and_the_submitted_package_is_forg
     monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
     monkeypatch.setattr(ray._private.worker, "_global_node", None)
     before = ray_constants.ENABLE_RAY_CLUSTER
-    with ray_private.own_ray(dashboard=True):
+    with ray_private.own_ray(dashboard=True, metrics=True):
         assert services.get_node_ip_address() == "127.0.0.1"
         assert SUBMITTED_VARIABLE not in os.environ
+        assert "RAY_enable_metrics_collection" not in os.environ, "the service gathers its own from the agents"
     assert before == ray_constants.ENABLE_RAY_CLUSTER
 
 
@@ -61,7 +62,7 @@ def test_without_a_dashboard_none_is_started_and_ray_data_keeps_no_statistics_fo
     before = [services.start_api_server, *(inspect.getattr_static(manager, name) for name in names)]
     for name in names:
         assert "get_or_create_stats_actor()" in inspect.getsource(getattr(manager, name)), "what makes the actor"
-    with ray_private.own_ray(dashboard=False), ray_private.without_statistics():
+    with ray_private.own_ray(dashboard=False, metrics=False), ray_private.without_statistics():
         start: Callable[..., object] = services.start_api_server
         assert start(False, raise_on_failure=False) == ("", None)
         assert [getattr(manager, name)("any", arguments=1) for name in names] == [None] * 3

@@ -15,9 +15,8 @@ from dataclasses import asdict
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from btray.core.console import percent
 from btray.core.errors import UserError
-from btray.core.notice import NOTICE
+from btray.core.notice import NOTICE, percent
 from btray.launch import read_config, run_command
 from btray.model.config import PredictConfig
 from btray.model.shipped import announce

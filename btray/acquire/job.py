@@ -22,8 +22,9 @@ from btray.acquire.config import AcquireConfig
 from btray.acquire.paths import StorablePaths
 from btray.acquire.sources import Contents, LabelledFile, Source, opened, parse_sources
 from btray.acquire.unpack import LeftOut, UnpackLimits
-from btray.core.console import ProgressLine, percent
+from btray.core.console import ProgressLine
 from btray.core.errors import UserError
+from btray.core.notice import percent
 from btray.data.labels import class_order, label_twins, require_classes
 from btray.storage import StorageError
 

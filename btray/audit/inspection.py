@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from btray.core.console import percent
+from btray.core.notice import percent
 from btray.data import fingerprint
 from btray.data.config import PreprocessConfig
 from btray.data.modality import looks_like_ct

@@ -8,7 +8,7 @@ from typing import Any
 from btray.bulk.listing.sealing import Listing
 from btray.bulk.report import RATE_SECONDS, PartTally, RunReport, Totals
 from btray.core import metrics
-from btray.core.console import percent
+from btray.core.notice import percent
 from btray.model.drift import RUNS_BEFORE
 
 

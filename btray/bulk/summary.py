@@ -20,7 +20,7 @@ from btray.bulk.config import SHOWN
 from btray.bulk.explanations import explain_frames, read_frames
 from btray.bulk.report import ClassifiedFrame, RunReport
 from btray.bulk.runs import SUMMARY, Run
-from btray.core.console import percent
+from btray.core.notice import percent
 from btray.model.bundle import Bundle, read_file
 from btray.model.classifier import Classifier
 from btray.model.drift import CONFIDENCE_EDGES, LARGE, OOD_EDGES, REFERENCE, RUNS_BEFORE, Drift, Profile, drift

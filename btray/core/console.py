@@ -65,11 +65,6 @@ class ProgressLine:
             self._live.stop()
 
 
-def percent(share: float, decimals: int = 1) -> str:
-    """Return a share from 0 to 1 as text, in messages, pages and pictures alike."""
-    return f"{100 * share:.{decimals}f} %"
-
-
 def show_progress(text: str) -> None:
     """Rewrite the live line of this process, or print `text` to stdout if there is no terminal to rewrite it on."""
     if not sys.stderr.isatty():

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from btray.core.console import percent
 from btray.core.errors import ThresholdExceeded, UserError
+from btray.core.notice import percent
 from btray.data.frames import FRAMES_PER_SCAN
 
 _log = logging.getLogger(__name__)

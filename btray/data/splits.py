@@ -23,8 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from sklearn.model_selection import StratifiedGroupKFold
 
-from btray.core.console import percent
 from btray.core.errors import ThresholdExceeded, UserError
+from btray.core.notice import percent
 from btray.data.duplicates import Numbers, components, near_pairs, numbered
 from btray.data.fingerprint import ALIKE, Fingerprints, distances
 from btray.storage.packed import path_of

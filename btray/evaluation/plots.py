@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 from sklearn.metrics import roc_curve
 
-from btray.core.console import percent
+from btray.core.notice import percent
 from btray.evaluation.metrics import ConfusionMatrix, auroc, reliability, wilson_interval
 from btray.model.abstention import risk_coverage
 from btray.reports.page import images

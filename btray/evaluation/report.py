@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
-from btray.core.console import percent
+from btray.core.notice import percent
 from btray.evaluation.metrics import ECE_BINS, Evaluation, Metrics, wilson_interval
 from btray.evaluation.parts import FEW, Interval, Outliers, Part
 from btray.model.manifest import Manifest

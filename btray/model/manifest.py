@@ -13,8 +13,8 @@ from typing import Annotated, Self
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from btray.core.config import ComponentConfig, Probability
-from btray.core.console import percent
 from btray.core.errors import UserError
+from btray.core.notice import percent
 from btray.data.config import PreprocessConfig
 from btray.model.config import MANIFEST, NetworkConfig, Precision
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from btray.core.console import percent
-from btray.core.notice import NOTICE
+from btray.core.notice import NOTICE, percent
 
 NO_DIAGNOSIS = (
     f"{NOTICE} The model sees single slices, knows only the classes listed here, and was not assessed as a medical "

@@ -54,7 +54,7 @@ P = ParamSpec("P")
 
 
 def in_percent(*axes: Axis, decimals: int | None = None) -> None:
-    """Label axes of shares as `btray.core.console.percent` writes them; by default with the decimals that they need."""
+    """Label axes of shares as `btray.core.notice.percent` writes them; by default with the decimals that they need."""
     for axis in axes:
         axis.set_major_formatter(PercentFormatter(1, decimals=decimals, symbol=" %"))
 

@@ -157,9 +157,9 @@ class TrainConfig(JobConfig):
     data have a val split."""
     folds: Annotated[int, Field(ge=2, le=20)] = 3
     """With --validate-by folds: number of folds, which no patient is cut by."""
-    refit_epochs: Annotated[int, Field(ge=0)] = 10
-    """Epochs in which the network then learns from all images, unaltered, including those held out; 0: none. Unused \
-    if the data have a val split."""
+    refit_epochs: Annotated[int, Field(ge=0)] = 4
+    """Epochs in which the network then learns from unaltered images, with --validate-by patients from those held out \
+    too; 0: none. Unused if the data have a val split."""
     patience: Annotated[int, Field(ge=0)] = 15
     """Epochs without a better validation macro-F1 before training stops; 0: never."""
     on_leak: Literal["warn", "drop", "fail"] = "warn"

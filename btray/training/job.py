@@ -163,7 +163,7 @@ def _fit_in_rounds(data: TrainingData) -> tuple[TrainedModel, dict[str, Round]]:
             _log.warning("%d images of %s are not tested: nothing else shows their class", unknown, name)
         _log.info("round %d of %d: without %s, %d images", number, len(data.rounds), name, len(plan.validation))
         part = replace(data, plan=plan)
-        rounds[name] = Round.of(TrainedModel(part, fit(part)))
+        rounds[name] = Round.of(_refit(TrainedModel(part, fit(part)), without_held=True))
     if not rounds:
         raise UserError(
             f"not one of {len(data.rounds)} {data.plan.config.validate_by} can be held out: the others have too few "
@@ -193,20 +193,23 @@ def _calibrate(data: TrainingData, rounds: Mapping[str, Round]) -> Limits:
     return replace(limits, ood=None if data.rounds else last.model.limits.ood)
 
 
-def _refit(calibrated: TrainedModel) -> TrainedModel:
-    """Train the best network on all images for a few more epochs; the same model if that is not configured.
+def _refit(trained: TrainedModel, *, without_held: bool = False) -> TrainedModel:
+    """Train the best network for a few more epochs, unaltered; the same model if that is not configured.
 
-    Temperature and thresholds stay: they need images that the network has not learnt from, and none is left. A val
-    split that the source brings is never learnt from.
+    On all images, or without those that are held out. In the first case temperature and thresholds stay: they need
+    images that the network has not learnt from, and none is left. A val split that the source brings is never learnt
+    from.
     """
-    data, plan, result = calibrated.data, calibrated.data.plan, calibrated.result
+    data, plan, result = trained.data, trained.data.plan, trained.result
     epochs = plan.config.refit_epochs
     if epochs == 0 or in_splits(data.source.table, "val").any():
-        return calibrated
-    _log.info("refit: %d more epochs on all %d images, including those held out", epochs, len(plan.samples))
-    refitted = fit(replace(data, plan=plan.refit(result.weights, len(result.history))))
+        return trained
+    samples = plan.train if without_held else plan.samples
+    _log.info("refit: %d more epochs on %d images", epochs, len(samples))
+    refit = plan.refit(result.weights, len(result.history), without_held=without_held)
+    refitted = fit(replace(data, plan=refit))
     changed = TrainResult(refitted.weights, result.history, len(refitted.history))
-    return replace(calibrated, result=changed, limits=replace(calibrated.limits, ood=None))  # a refit moves features
+    return replace(trained, result=changed, limits=replace(trained.limits, ood=None))  # a refit moves features
 
 
 def _score_test(model: TrainedModel) -> tuple[TrainedModel, Scores]:

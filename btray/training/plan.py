@@ -142,8 +142,10 @@ class Plan:
         changes = {"name": f"{self.config.name}.final-{epochs}", "epochs": epochs, "patience": 0}
         return self._renamed(changes)
 
-    def refit(self, weights: dict[str, Tensor], epochs_before: int) -> Plan:
+    def refit(self, weights: dict[str, Tensor], epochs_before: int, *, without_held: bool = False) -> Plan:
         """Plan the last epochs: from `weights`, on all samples, at a lower rate and without augmentation but flips.
+
+        `without_held` leaves out what this plan holds out, for it to be tested with.
 
         Strong augmentation teaches the network images that nobody will show it; ending on clean ones closes that gap
         (He et al. 2019, Data Augmentation Revisited, arXiv:1909.09148).
@@ -154,7 +156,8 @@ class Plan:
         rate = config.optimiser.learning_rate * _REFIT_RATE
         optimiser = config.optimiser.model_copy(update={"learning_rate": rate, "freeze_epochs": 0, "layer_decay": 1.0})
         changes = {"name": name, "epochs": config.refit_epochs, "patience": 0, "optimiser": optimiser}
-        return self._renamed(changes | {"augment": config.augment.only_flips()}, initial_weights=weights)
+        fields: dict[str, Any] = {"initial_weights": weights} | ({"train": self.train} if without_held else {})
+        return self._renamed(changes | {"augment": config.augment.only_flips()}, **fields)
 
     def _renamed(self, changes: Mapping[str, Any], **fields: Any) -> Plan:
         """Return the plan of another run: on all samples, but for what `fields` say."""

@@ -104,10 +104,10 @@ def read_json(config: TrainConfig, name: str) -> Any:
     return json.loads(storage.read_text(storage.join(config.out, name)))
 
 
-def right_of(config: TrainConfig, training: FakeTraining, run: str) -> tuple[int, int]:
-    """Classify what a run validates with by its own network: how many are right, and how many there are."""
+def right_of(config: TrainConfig, training: FakeTraining, run: str, refit: str = "") -> tuple[int, int]:
+    """Classify what a run validates with by its own network, after `refit`: how many are right, of how many."""
     bundle, plan = load_bundle(config.out), training.plans[run]
-    classifier = Classifier(replace(bundle, weights=training.weights[run]))
+    classifier = Classifier(replace(bundle, weights=training.weights[run + refit]))
     table = read_labelled(config.data).take(plan.rows(plan.validation))
     answers = classifier.predict(table["uri"].to_pylist())
     pairs = zip(answers, table["label"].to_pylist(), strict=True)
@@ -152,7 +152,7 @@ def test_each_source_is_answered_by_the_network_without_it_and_the_last_one_lear
     assert training.plans == trained, "it is finished"
 
 
-def test_without_a_test_split_the_answers_of_all_folds_are_measured_and_a_refit_follows(
+def test_without_a_test_split_the_answers_of_all_folds_are_measured_after_each_refit(
     two_sources: str, training: FakeTraining, tmp_path: Path
 ) -> None:
     table = read_labelled(two_sources)
@@ -162,7 +162,14 @@ def test_without_a_test_split_the_answers_of_all_folds_are_measured_and_a_refit_
         manifest, tmp_path / "model", validate_by="folds", folds=2, outliers="other", epochs=4, refit_epochs=1
     )
     train(config)
-    assert list(training.plans) == ["train.round-1", "train.round-2", "train.final-3", "train.refit-3-1"]
+    rounds, refit = ("train.round-1", "train.round-2"), ".refit-4-1"
+    order = [name for run in rounds for name in (run, run + refit)]
+    assert list(training.plans) == [*order, "train.final-3", "train.refit-3-1"]
+    for run in rounds:
+        held, learnt = training.plans[run], training.plans[run + refit].train
+        assert set(learnt) == set(held.train), "what is held out of a round is held out of its refit"
+        assert not set(learnt) & {*held.validation, *held.held_outliers}
+    assert len(training.plans["train.refit-3-1"].train) == 102
     metrics = read_json(config, "metrics.json")
     assert metrics["n"] == metrics["validation"]["all"]["n"] == 70
     assert metrics["outliers"]["n"] == 32
@@ -170,7 +177,7 @@ def test_without_a_test_split_the_answers_of_all_folds_are_measured_and_a_refit_
     assert metrics["accuracy"] == pytest.approx(metrics["validation"]["all"]["accuracy"])
     assert list(metrics["validation"]) == ["fold 1", "fold 2", "all", "a", "b"]
     assert {name: metrics["validation"][name] for name in "ab"} == metrics["sources"], "over both folds"
-    right = [right_of(config, training, f"train.round-{number}")[0] for number in (1, 2)]
+    right = [right_of(config, training, run, refit)[0] for run in rounds]
     assert sum(right) / 70 == pytest.approx(metrics["accuracy"])
 
 

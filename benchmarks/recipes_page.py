@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from recipes import ABLATION, NETWORKS, QUARTERS
 
 from btray.reports.plot_style import INK, MUTED, PALETTE, canvas, png
@@ -118,12 +118,13 @@ def _learning_curve(rows: list[Row]) -> Figure:
     axes = body.subplots(1, 2, sharey=True)
     patients = [row for row in rows if row["row"] in QUARTERS]
     sources = [row for row in rows if row not in patients]
-    for panel, chosen in zip(axes, (patients, sources), strict=True):
-        rising = sorted(chosen, key=_amount)
-        _draw(panel, [_amount(row) for row in rising], rising, color=INK, marker="o")
+    patients.sort(key=_amount)
+    _draw(axes[0], [_amount(row) for row in patients], patients, color=INK, marker="o")
     axes[0].set(xlabel="% of the patients of all sources", ylabel="macro-F1", xlim=(0, 105))
-    axes[1].set(xlabel="sources, the largest first")
-    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    # All patients are those of all sources.
+    places = {_amount(row): row for row in sources} | {len(row["by_source"]): row for row in patients[-1:]}
+    _draw(axes[1], sorted(places), [places[place] for place in sorted(places)], color=INK, marker="o")
+    axes[1].set(xlabel="sources, the largest first", xticks=sorted(places))
     return figure
 
 

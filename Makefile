@@ -35,7 +35,7 @@ demo: $(READY) ## train, evaluate and classify phantoms over S3; DATA=<folder or
 model: $(READY) ## train the shipped model on DATA=<data set of jobs/acquire.py>, into btray/pretrained (docs/model.md)
 	@test -n "$(DATA)" || { echo "make model needs DATA=<folder or manifest of labelled slices>" >&2; exit 2; }
 	@$(BIN)/python jobs/train.py --data '$(DATA)' --out models/brain-mri --outliers other --leave-out ct \
-		--abstain-target 0.9 --validate-by folds
+		--abstain-target 0.9 --validate-by folds --refit-epochs 0
 	@$(BIN)/python jobs/publish.py --model models/brain-mri --data '$(DATA)' --license btray/pretrained/LICENSE \
 		--out btray/pretrained/brain-mri --overwrite
 

@@ -18,7 +18,6 @@ help: ## list the targets
 setup: $(READY) ## create .venv with the pinned versions (once, a few minutes)
 	@echo ".venv is ready"
 
-# --no-compile: Python compiles what it imports; all 21,000 modules would take a minute more.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3 found: apt-get install python3.11 python3.11-venv" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -26,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv \
 		|| { echo "venv failed: apt-get install python3.11-venv, remove .venv and try again" >&2; exit 1; }
 	@echo "setup: $$(grep -c == constraints.txt) pinned packages into .venv (7 GB, a few minutes, once)"
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY) ## train, evaluate and classify phantoms over S3; DATA=<folder or s3://...>: your data; SCANS=<folder>

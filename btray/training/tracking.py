@@ -71,7 +71,7 @@ def progress_line(history: Sequence[EpochRecord], epochs: int) -> str:
     left = (epochs - record.epoch) * sum(row.seconds for row in recent) / len(recent)
     # Over a few seconds the rate is mostly that of starting and waiting.
     rate = f"{record.images_per_second:.0f} images/s  " if record.seconds >= _RATE_SECONDS else ""
-    validation = "on all images"
+    validation = "not validated"
     if record.val_macro_f1 is not None:
         best = best_record(history)
         validation = (
@@ -88,7 +88,7 @@ def summary_line(history: Sequence[EpochRecord]) -> str:
     """Describe a completed run: epochs, duration, last loss, and the best epoch if images are held out."""
     last, best = history[-1], best_record(history)
     duration = _minutes(sum(record.seconds for record in history))
-    kept = "on all images"
+    kept = "not validated"
     if best.val_macro_f1 is not None:
         kept = f"best val macro-F1 {best.val_macro_f1:.3f} in epoch {best.epoch}"
     return f"trained {last.epoch} epochs in {duration}  loss {number(last.train_loss, 'not finite')}  {kept}"

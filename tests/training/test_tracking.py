@@ -75,7 +75,7 @@ def test_the_summary_line_says_how_long_a_run_took_and_which_epoch_is_the_best()
     line = summary_line(HISTORY_OF_THREE)
     assert line == "trained 3 epochs in 1:30  loss 0.500  best val macro-F1 0.900 in epoch 2"
     refit = [replace(row, val_loss=None, val_macro_f1=None, val_accuracy=None) for row in HISTORY_OF_THREE]
-    assert summary_line(refit) == "trained 3 epochs in 1:30  loss 0.500  on all images"
+    assert summary_line(refit) == "trained 3 epochs in 1:30  loss 0.500  not validated"
 
 
 def test_every_epoch_is_in_the_history_and_in_the_events_as_soon_as_it_has_ended(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from btray import storage
+from btray.core import logs
 from tools.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
         finally:
             _replace_environment(before)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Undo what a test does to this process's logs: a handler that stays would write into what later tests capture."""
+    btray, root = logging.getLogger("btray"), logging.root
+    before = btray.level, root.level, list(root.handlers)
+    yield
+    logs._handler.style, logs._handler.verbose, logs._handler.in_worker, logs._handler.bound = "text", False, False, {}
+    btray.setLevel(before[0])
+    root.setLevel(before[1])
+    root.handlers[:] = before[2]
 
 
 @pytest.fixture

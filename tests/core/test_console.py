@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,18 +20,10 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    """Handlers and levels of this process, as the other tests want them."""
-    handler, btray, root = logs._handler, logging.getLogger("btray"), logging.root
-    before = (btray.level, root.level, list(root.handlers))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("ray"), "propagate", True)  # as after `take_over`
-        patch.setattr(logging.getLogger("ray"), "level", logging.INFO)
-        yield
-    handler.style, handler.verbose, handler.in_worker, handler.bound = "text", False, False, {}
-    btray.setLevel(before[0])
-    root.setLevel(before[1])
-    root.handlers[:] = before[2]
+def ray_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Ray's logger as it is after `take_over`."""
+    monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("ray"), "level", logging.INFO)
 
 
 def a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:

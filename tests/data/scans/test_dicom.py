@@ -392,6 +392,7 @@ def test_nothing_that_names_the_patient_is_in_facts_messages_logs_or_warnings(
         warnings.simplefilter("ignore")
         files = [dicom.slice_file(SHALLOW, syntax=syntax, **wrong) for syntax in (*dicom.LOSSLESS, dicom.JPEG)]
     caplog.clear()  # pydicom's, which wrote them
+    capfd.readouterr()
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

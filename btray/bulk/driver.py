@@ -188,7 +188,7 @@ def _estimate(job: ArchiveJob, archive: Archive, erased: ErasedObjects) -> None:
     if comparison := _comparison(job, archive, erased):
         archive = _less_known(job, archive, comparison)
     with _listing_tasks(job, archive) as (tasks, scratch):
-        new = _new_objects(job, tasks, scratch)
+        new, archive = _new_objects(job, tasks, scratch, archive)
         objects = size = 0
         for some in new_batches(new, archive, erased.without, job.config.limit):
             objects, size = objects + len(some), size + sum(info.size for info in some)
@@ -232,7 +232,7 @@ def _comparison(job: ArchiveJob, archive: Archive, erased: ErasedObjects) -> Com
     written = job.settings()  # as pseudonyms, if the table has these
     choice = {name: written[name] for name in ("include", "exclude", "since")}
     choice |= {"outputs": list(job.outputs), "reason": job.reason, "erasures": erased.names}
-    return Comparison(archive.inventory, choice, job.completed.table_files)
+    return Comparison(archive.inventory, choice, job.completed.table_files())
 
 
 def _less_known(job: ArchiveJob, archive: Archive, comparison: Comparison, *, before: str | None = None) -> Archive:
@@ -241,10 +241,12 @@ def _less_known(job: ArchiveJob, archive: Archive, comparison: Comparison, *, be
     return archive.less(comparison.known(last.inventory if last else None, rereads=job.rereads))
 
 
-def _new_objects(job: ArchiveJob, tasks: Tasks, scratch: str) -> NewObjects:
-    return NewObjects(
-        job.outcomes(tasks), tasks, scratch, worst=job.worst, reason=job.reason, pseudonyms=job.pseudonyms
-    )
+def _new_objects(job: ArchiveJob, tasks: Tasks, scratch: str, archive: Archive) -> tuple[NewObjects, Archive]:
+    """Return what tells new objects, and where: in all of the archive if it turns out that the table is damaged."""
+    new = NewObjects(job.outcomes(tasks), tasks, scratch, worst=job.worst, reason=job.reason, pseudonyms=job.pseudonyms)
+    if job.completed and job.completed.damaged:
+        archive = archive.less({})
+    return new, archive
 
 
 def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callable[[], None]) -> RunReport:
@@ -262,8 +264,8 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
     if comparison and not resumed:
         archive = _less_known(job, archive, comparison, before=run.run_id)
     with _listing_tasks(job, archive) as (tasks, scratch):
-        found = partial(_new_objects, job, tasks, scratch)
-        listing = Listing(run.worklist, config, archive, found, erased.without, job.part_limits, check)
+        found = partial(_new_objects, job, tasks, scratch, archive)
+        listing = Listing(run.worklist, config, found, erased.without, job.part_limits, check)
         done = Done(totals, RunKeys(run.folder))
         listing.start()
         try:
@@ -289,7 +291,10 @@ def _run(job: ArchiveJob, archive: Archive, erased: ErasedObjects, check: Callab
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             resumed=resumed,
             config=settings,
-            inventory=comparison and comparison.read(listing.of_files, _left_open(config, done, resumed=resumed)),
+            inventory=comparison
+            and comparison.read(
+                listing.of_files, {run.run_id: totals.parts}, _left_open(config, done, resumed=resumed)
+            ),
         )
         try:
             report = job.conclude(run, report)

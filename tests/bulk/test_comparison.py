@@ -16,8 +16,9 @@ from btray import storage
 from btray.bulk.classify import ClassifyJob, classify
 from btray.bulk.config import EraseConfig
 from btray.bulk.erasure.job import erase
+from btray.bulk.listing.completed import RunKeys
 from btray.bulk.listing.inventory import InventoryPiece
-from tests.helpers.classify_helpers import job, part_files, plain_rows, report_of, without_reading
+from tests.helpers.classify_helpers import job, part_files, report_of, without_reading
 from tests.helpers.tiny_bundle import saved_bundle
 
 Files = dict[str, list[str]]
@@ -26,6 +27,7 @@ Files = dict[str, list[str]]
 FIRST: Files = {"a": ["0", "1", "2"], "b": ["3", "4"]}
 SECOND: Files = {"a": ["0", "1", "2"], "b again": ["3", "4*", "5"]}
 NEW = {"4*", "5"}
+DAMAGED = b"damaged"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,9 @@ class Nights:
         return set(written)
 
     def rows(self) -> list[dict[str, Any]]:
-        return plain_rows(self.output).to_pylist() if part_files(self.output) else []
+        files = [path for path in map(Path, part_files(self.output)) if path.parent.name != "_damaged"]
+        whole = [path for path in files if path.read_bytes() != DAMAGED]
+        return [row for path in whole for row in pq.ParquetFile(path).read().to_pylist()]
 
 
 def _object(uri: str, etag: str) -> str:
@@ -134,8 +138,14 @@ def erased(nights: Nights) -> None:
     erase(EraseConfig(output=nights.output, where="uri LIKE '%/1.jpg'"))
 
 
-def taken_again(nights: Nights) -> None:
+def taken_again_at_once(nights: Nights) -> None:
     """It was erased, and whoever did it changed his mind."""
+    erased(nights)
+    for path in (Path(nights.output) / "_erased").glob("*.hashes"):
+        path.unlink()
+
+
+def taken_again(nights: Nights) -> None:
     erased(nights)
     nights.run(FIRST)
     for path in (Path(nights.output) / "_erased").glob("*.hashes"):
@@ -146,6 +156,29 @@ def file_removed(nights: Nights) -> None:
     nights.run(FIRST)
     for uri in part_files(nights.output):
         storage.delete(uri)
+
+
+def files_removed_meanwhile(nights: Nights) -> None:
+    """While a run goes on, its own files and those that it has found completed objects in."""
+    nights.run(FIRST)
+    conclude = RunKeys.conclude
+
+    def remove_all(keys: RunKeys, files: int) -> None:
+        for uri in part_files(nights.output):
+            storage.delete(uri)
+        conclude(keys, files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunKeys, "conclude", remove_all)
+        nights.run({**FIRST, "b again": SECOND["b again"]})
+
+
+def damaged_without_key_files(nights: Nights) -> None:
+    nights.run(FIRST)
+    for uri in part_files(nights.output):
+        Path(uri).write_bytes(DAMAGED)
+    for path in Path(nights.output).rglob("keys.json"):
+        path.unlink()
 
 
 def file_overwritten(nights: Nights) -> None:
@@ -185,7 +218,10 @@ ALL = {"0", "1", "2", "3"} | NEW
         pytest.param(resumed, {}, NEW, id="resumed"),
         pytest.param(erased, {}, NEW, id="erased"),
         pytest.param(taken_again, {}, {"1"} | NEW, id="taken again"),
+        pytest.param(taken_again_at_once, {}, {"1"} | NEW, id="taken again at once"),
         pytest.param(file_removed, {}, ALL, id="file removed"),
+        pytest.param(files_removed_meanwhile, {}, ALL, id="files removed meanwhile"),
+        pytest.param(damaged_without_key_files, {}, ALL, id="damaged without key files"),
         pytest.param(file_overwritten, {}, {"0*"} | NEW, id="file overwritten"),
         pytest.param(withheld, {}, {"1"} | NEW, id="withheld"),
         pytest.param(rejected, {"retry_rejected": True}, {"1"} | NEW, id="retry rejected"),

@@ -205,14 +205,13 @@ def test_what_a_listing_gave_before_it_hangs_is_sealed_meanwhile(
         assert goes_on.wait(60)
         yield info(6)
 
-    def new_objects() -> NewObjects:
+    def new_objects() -> tuple[NewObjects, Archive]:
         done = HeldKeys(records_of([(number, 0, CLASSIFIED) for number in range(1, 6, 2)]))
-        return NewObjects([done], LocalTasks(tmp_path), str(tmp_path))
+        return NewObjects([done], LocalTasks(tmp_path), str(tmp_path)), Archive(chunks_of(pager()))
 
     folder = str(tmp_path / "worklist")
     config = ArchiveConfig(input="in", output="out")
-    archive = Archive(chunks_of(pager()))
-    listing = Listing(folder, config, archive, new_objects, lambda objects: objects, PartLimits(), lambda: None)
+    listing = Listing(folder, config, new_objects, lambda objects: objects, PartLimits(), lambda: None)
 
     def sealed() -> list[int]:
         shards, _ = worklist.sealed_shards(folder)

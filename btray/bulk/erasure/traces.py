@@ -46,7 +46,11 @@ def erase_pictures(output: str, erased: ErasedObjects, *, dry_run: bool) -> int:
 
 
 def erase_from_reports(output: str, erased: ErasedObjects, studies: Collection[str], *, dry_run: bool) -> int:
-    """Remove frames of erased objects, and `studies`, from run.json and summary.html; return how many runs show any."""
+    """Remove frames of erased objects, and `studies`, from run.json and summary.html; return how many runs show any.
+
+    What a run keeps of its inventory goes too: it counts objects as completed whose rows go, and somebody may have them
+    taken again by removing the file of hashes.
+    """
     count = 0
     for folder in folders(output):
         report_uri, page_uri = storage.join(folder, RUN), storage.join(folder, SUMMARY)
@@ -64,7 +68,7 @@ def erase_from_reports(output: str, erased: ErasedObjects, studies: Collection[s
         # The page first: without run.json nobody would know which of its pictures are meant.
         if left != page and not dry_run:
             storage.write_text(page_uri, left)
-        if any(gone) and not dry_run:
+        if (report.pop("inventory", None) or any(gone)) and not dry_run:
             storage.write_json(report_uri, without_frames(report, erased))
     return count
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from btray.bulk.listing.inventory import Inventory
@@ -25,13 +25,12 @@ _FORMAT = 1  # of how an inventory is read: increased if its objects count in an
 class Comparison:
     """An inventory, compared with that of the last run, for the next run to be compared with."""
 
-    def __init__(
-        self, inventory: Inventory, settings: Mapping[str, Any], table_files: Callable[[], Mapping[str, int]]
-    ) -> None:
+    def __init__(self, inventory: Inventory, settings: Mapping[str, Any], table_files: Mapping[str, int]) -> None:
         """Examine the files of an inventory, before they are read.
 
         `settings` are what else says which objects are chosen and completed. `table_files` counts the files that each
-        run has in the table.
+        run has in the table, before it is found out which objects are completed: a file that is taken out after that
+        is then missing in the next run's count.
         """
         self._names = inventory.file_names()
         self._files = len(inventory.files)
@@ -61,22 +60,22 @@ class Comparison:
             return last.open
         if last.settings != self._settings:
             return "the last run chose by other settings, or objects were erased since"
-        now = self._table_files()
-        if any(now.get(run, 0) != count for run, count in last.table_files.items()):
+        if any(self._table_files.get(run, 0) != count for run, count in last.table_files.items()):
             return "files were taken out of the table since"
         return ""
 
-    def read(self, counts: Mapping[str, Counts], unfinished: str = "") -> InventoryRead:
+    def read(self, counts: Mapping[str, Counts], written: Mapping[str, int], unfinished: str = "") -> InventoryRead:
         """Return what the next run needs to know: of each file, by its URI, what was counted.
 
-        `unfinished` says why not all of its objects are completed.
+        `written` counts the files that this run has written. `unfinished` says why not all of the inventory's objects
+        are completed.
         """
         files = {self._names[uri]: of_file for uri, of_file in counts.items() if uri in self._names}
         return InventoryRead(
             open=unfinished,
             files={} if unfinished else files,
             settings=self._settings,
-            table_files={} if unfinished else dict(self._table_files()),
+            table_files={} if unfinished else {**self._table_files, **written},
         )
 
 

@@ -41,9 +41,8 @@ class Listing(threading.Thread):
     folder: str
     """Of the worklist."""
     config: ArchiveConfig
-    archive: Archive
-    new_objects: Callable[[], NewObjects]
-    """Called in the thread, since it may read a large table."""
+    new_objects: Callable[[], tuple[NewObjects, Archive]]
+    """Called in the thread, since it may read a large table: what tells new objects, and where they are looked for."""
     without_erased: Filter
     limits: PartLimits
     check: Callable[[], None]
@@ -81,24 +80,24 @@ class Listing(threading.Thread):
             worklist.reopen(self.folder)
         if shards:
             self.begun.set()
-        new = None if complete else self.new_objects()
+        new, archive = (None, None) if complete else self.new_objects()
         for uri in shards:
             shard = worklist.read_shard(uri)
             self.objects += len(shard)
             if new is not None:
                 new.leave_out(shard)
-        if new is not None:
-            self._seal(new, self._writer(len(shards)))
+        if new is not None and archive is not None:
+            self._seal(new, archive, self._writer(len(shards)))
             self.of_files = new.of_files
         self.complete = True
 
     def _writer(self, shards: int) -> WorklistWriter:
         return WorklistWriter(self.folder, shards, listed=self.objects, limits=self.limits, check=self.check)
 
-    def _seal(self, new: NewObjects, writer: WorklistWriter) -> None:
+    def _seal(self, new: NewObjects, archive: Archive, writer: WorklistWriter) -> None:
         before = self.objects
         try:
-            for objects in new_batches(new, self.archive, self.without_erased, self.config.limit, before):
+            for objects in new_batches(new, archive, self.without_erased, self.config.limit, before):
                 if self.cancelled.is_set():
                     return
                 if writer.add(objects):

@@ -39,9 +39,9 @@ from btray.storage.parquet import set_aside
 # torch takes seconds to import, which a night with nothing new does without.
 if TYPE_CHECKING:
     from btray.bulk.worker import PartProcessor, PartReader
-    from btray.data.config import PreprocessConfig
     from btray.model.bundle import Bundle
     from btray.model.classifier import Classifier
+    from btray.model.manifest import Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class ClassifyJob(ArchiveJob):
         """Return what makes the reader of an actor that decodes for those that classify, if there are such."""
         if self.config.stages == 1:
             return None
-        return partial(_part_reader, self.config, self.manifest.preprocess, self.pseudonyms)
+        return partial(_part_reader, self.config, self.manifest, self.pseudonyms)
 
     def gpu_share(self) -> float:
         """Return the GPU of each actor that classifies: what the config says, or what fits."""
@@ -234,14 +234,17 @@ def _part_classifier(
     return PartClassifier(config, model_id, pseudonyms, run, cpus)
 
 
-def _part_reader(
-    config: ClassifyConfig, preprocess: PreprocessConfig, pseudonyms: Pseudonyms | None, run: Run
-) -> PartReader:
-    """Make the reader of an actor that does not classify, in its process, which needs no torch."""
+def _part_reader(config: ClassifyConfig, manifest: Manifest, pseudonyms: Pseudonyms | None, run: Run) -> PartReader:
+    """Make the reader of an actor that does not classify, in its process.
+
+    Raises UserError if its node makes other frames than the model was trained with.
+    """
     from btray.bulk.scan_reader import ScanReader
     from btray.core import logs
     from btray.data.frames import FrameSource
+    from btray.model.bundle import require_same_frames
 
     logs.begin_in_worker(config.log_format, job="classify", run_id=run.run_id)
+    require_same_frames(manifest, config.model)
     batch_size = config.batch_size or default_batch_size(gpu=config.use_gpu)
-    return ScanReader(config, FrameSource(preprocess), pseudonyms, batch_size=batch_size, cpus=1)
+    return ScanReader(config, FrameSource(manifest.preprocess), pseudonyms, batch_size=batch_size, cpus=1)

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from btray.bulk.report import PartTally, RunReport
 from btray.bulk.runs import Run
 from btray.bulk.table import RETRIED
 from btray.bulk.worker import Batch, Prefetcher, Row, Seconds
+from btray.bulk.worklist import PartLimits
 from btray.core.errors import UserError
 from btray.data import packs
 from btray.data.config import PreprocessConfig
@@ -67,6 +69,8 @@ class PackJob(ArchiveJob):
         if config.frames:
             self.frames_by = read_manifest(locate(config.model)).preprocess if config.model else config.preprocess
             self.schema = packs.FRAMES_SCHEMA
+            # Their frames may take ten times what the objects do, and an actor holds those of a part.
+            self.part_limits = PartLimits(objects=4096, bytes=32 << 20)
         self.preprocessing = preprocessing_key(self.frames_by) if self.frames_by else ""
         if self.preprocessing:
             self.group = f"frames-{self.preprocessing}"  # a run of other frames is never resumed
@@ -81,7 +85,7 @@ class PackJob(ArchiveJob):
         if packs.is_pack(self.source):
             raise UserError(f"--input {self.source} is a packed archive already; give what was packed")
         if packs.is_pack(self.output):
-            before, now = packs.describe_pack(self.output), self._pack()
+            before, now = packs.describe_pack(self.output, unfinished=True), self._pack()
             if before.root != now.root:
                 raise UserError(
                     f"--output {self.output} is a pack of {before.root}, not of {now.root}; name another output"
@@ -96,6 +100,11 @@ class PackJob(ArchiveJob):
         manifest = f"_manifest{Path(self.labels).suffix.lower()}" if self.labels else None
         return packs.Pack(self.root, manifest, self.frames_by, self.preprocessing)
 
+    def begin(self) -> None:
+        """Say what is packed here, so that nothing else is, though this run may be interrupted."""
+        if not packs.is_pack(self.output):
+            packs.write_description(self.output, replace(self._pack(), manifest=None), finished=False)
+
     def folder(self, run_date: str) -> str:
         """Return the folder of the shards."""
         return self._pack().folder
@@ -107,7 +116,9 @@ class PackJob(ArchiveJob):
 
     def processor(self) -> Callable[[Run, int], PartPacker]:
         """Return what makes the packer of an actor."""
-        arguments = (self.root, self.config.threads, self.config.patience)
+        # A labelled manifest may name what lies elsewhere, and splits go by the order of all paths.
+        root = "" if self.labels == self.source else self.root
+        arguments = (root, self.config.threads, self.config.patience)
         if self.frames_by:
             return partial(FramePacker, self.frames_by, self.preprocessing, *arguments)
         return partial(PartPacker, *arguments)

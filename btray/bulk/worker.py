@@ -211,11 +211,9 @@ class _Actor:
             warnings.simplefilter("ignore")  # the property is public, but Ray's own code behind it is deprecated
             self._died_before = ray.get_runtime_context().was_current_actor_reconstructed
 
-    def _objects_of(self, part: dict[str, Any]) -> list[FileInfo]:
-        objects = objects_of(part)
+    def _note_attempt(self, part: dict[str, Any]) -> None:
         if self._died_before:
-            runs.note_attempt(self.run, part["part"], objects[0].uri, actor=type(self).__name__)
-        return objects
+            runs.note_attempt(self.run, part["part"], part["uri"][0], actor=type(self).__name__)
 
 
 class ReadActor(_Actor):
@@ -236,16 +234,17 @@ class ReadActor(_Actor):
         with storage.retry_timeout(self._patience):
             runs.require_visible(self.run)
             for part in batch.to_pylist():
-                objects = self._objects_of(part)
                 done = read_tally(self.run.part_uri(part["part"]), PartTally) is not None
-                column.append(None if done else pickle.dumps(self._read(objects), protocol=5))
+                column.append(None if done else pickle.dumps(self._read(part), protocol=5))
         return batch.append_column("read", pa.array(column, pa.large_binary()))
 
-    def _read(self, objects: list[FileInfo]) -> _Reading:
+    def _read(self, part: dict[str, Any]) -> _Reading:
         seconds: Seconds = defaultdict(float)
         lots: list[Sequence[Piece]] = []
+        objects = objects_of(part)
         coming, held = self.reader.lots(objects, seconds), 0
         with self._decoding:
+            self._note_attempt(part)  # here, or a part that is read beside one that kills would be blamed as often
             for lot in coming:
                 lots.append(lot)
                 held += sum(piece.nbytes for piece in lot)
@@ -283,10 +282,10 @@ class PartActor(_Actor):
         with storage.retry_timeout(self._patience):
             runs.require_visible(self.run)
             for part, read in zip(parts, readings, strict=True):
-                objects = self._objects_of(part)
+                self._note_attempt(part)
                 # made by a ReadActor of this job: as trustworthy as all that Ray hands over, which is pickled too
                 reading = pickle.loads(read.as_buffer()) if read is not None and read.is_valid else None  # noqa: S301
-                tally, of_objects = self._part(self.run.part_uri(part["part"]), objects, reading)
+                tally, of_objects = self._part(self.run.part_uri(part["part"]), objects_of(part), reading)
                 tallies.append(tally.model_dump_json())
                 records.append(latest(of_objects).tobytes())
         columns = {"tally": pa.array(tallies, pa.string()), "records": pa.array(records, pa.binary())}

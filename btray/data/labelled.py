@@ -170,6 +170,7 @@ def _read_pack(root: str, classes: Sequence[str]) -> Labelled:
     inside = (members.get(storage.join(pack.root, name)) for name in MANIFESTS)
     manifest = storage.join(root, pack.manifest) if pack.manifest else next((i.place for i in inside if i), None)
     if manifest is None:
-        files = {path_of(info.place): replace(info, uri=info.place) for info in members.values()}
+        by_path = sorted((path_of(info.place), info) for info in members.values())  # as a folder is listed
+        files = {path: replace(info, uri=info.place) for path, info in by_path}
         return _read_tree(root, files, classes)
     return _read_manifest(manifest, pack.root, {uri: info.place for uri, info in members.items()}, classes)

@@ -1,7 +1,8 @@
 """Packed archives: many small objects as the rows of few Parquet shards, which are read several times faster.
 
-A pack is a folder with `pack.json`, which is written when a run has ended, and `shards/*.parquet` with the columns of
-SCHEMA. An object that changed has another row; the one of the latest run counts.
+A pack is a folder with `pack.json`, which says from the start what is packed and, once a run has ended, that it is
+finished, and `shards/*.parquet` with the columns of SCHEMA. An object that changed has another row; the one of the
+latest run counts.
 
 A frame pack holds, instead of each object, the frames that preprocessing makes of it, or why it makes none, in
 `frames/KEY/*.parquet` with the columns of FRAMES_SCHEMA. KEY names the preprocessing.
@@ -72,7 +73,7 @@ class Pack:
     """The content of pack.json."""
 
     root: str
-    """The folder that the packed paths start from."""
+    """The folder that relative URIs, globs and, unless a labelled manifest was packed, paths start from."""
     manifest: str | None
     """Name of the copy of the labelled manifest, if one was packed."""
     preprocess: PreprocessConfig | None = None
@@ -84,6 +85,11 @@ class Pack:
     def folder(self) -> str:
         """Folder of the shards, below the pack."""
         return shards_folder(self.preprocessing)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the shards."""
+        return FRAMES_SCHEMA if self.preprocess else SCHEMA
 
     @property
     def content(self) -> str:
@@ -114,23 +120,27 @@ def is_pack(uri: str) -> bool:
     return storage.exists(storage.join(uri, DESCRIPTION))
 
 
-def describe_pack(uri: str) -> Pack:
-    """Read pack.json. Raises UserError for one of a newer format."""
+def describe_pack(uri: str, *, unfinished: bool = False) -> Pack:
+    """Read pack.json. Raises UserError for one of a newer format, and, unless `unfinished` will do, of such a pack."""
     content = storage.read_json(storage.join(uri, DESCRIPTION))
     if content.get("format_version") not in (FORMAT, FRAMES_FORMAT):
         raise UserError(
             f"{uri} is a packed archive of format {content.get('format_version')}, which this version cannot read; "
             "update btray"
         )
+    if not (unfinished or content.get("finished", True)):
+        raise UserError(f"{uri} is a pack that is not finished: run jobs/pack.py again, with the same arguments")
     if content["format_version"] == FORMAT:
         return Pack(content["root"], content["manifest"])
     preprocess = PreprocessConfig(**content["preprocess"])
     return Pack(content["root"], content["manifest"], preprocess, content["preprocessing"])
 
 
-def write_description(uri: str, pack: Pack) -> None:
-    """Write pack.json, which makes `uri` a pack."""
-    content = {"format_version": FORMAT, "root": pack.root, "manifest": pack.manifest}
+def write_description(uri: str, pack: Pack, *, finished: bool = True) -> None:
+    """Write pack.json, which makes `uri` a pack, `finished` or not."""
+    content: dict[str, Any] = {"format_version": FORMAT, "root": pack.root, "manifest": pack.manifest}
+    if not finished:
+        content["finished"] = False
     if pack.preprocess:
         content |= {
             "format_version": FRAMES_FORMAT,  # which btray before frame packs refuses to read
@@ -177,31 +187,38 @@ def list_pack(uri: str) -> Iterator[FileInfo]:
 
     Streams; what was listed is kept on disk. Raises StorageError.
     """
-    folder = describe_pack(uri).folder
-    with tempfile.TemporaryDirectory() as scratch:
-        listed = KeySet(Path(scratch))
-        for shard, rows in _shards(uri, folder):
-            if rows is None:
-                raise UserError(f"{shard} is damaged; run jobs/pack.py again, which packs anew what it held")
-            keys = keys_of([(row["uri"], "") for row in rows])
-            newest = ~listed.contains(keys)
-            listed.add(keys[newest])  # on disk: a pack may hold 10^8 objects
-            for number in np.flatnonzero(newest).tolist():
-                row = rows[number]
-                yield FileInfo(row["uri"], row["size"], row["etag"], 0.0, member_uri(shard, number, row["path"]))
+    for shard, newest in _newest(uri, describe_pack(uri).folder):
+        if newest is None:
+            raise UserError(f"{shard} is damaged; run jobs/pack.py again, which packs anew what it held")
+        for number, row in newest:
+            yield FileInfo(row["uri"], row["size"], row["etag"], 0.0, member_uri(shard, number, row["path"]))
 
 
 def packed_keys(uri: str, folder: str, damaged: list[str]) -> Iterator[Keys]:
-    """Yield keys of the objects that need not be packed again: all but those that the store withheld.
+    """Yield keys of the objects that need not be packed again: of those that are listed, all that the store gave.
 
-    The shards lie in `folder`, below the pack. Those that
-    are damaged are added to `damaged`; what they held is to be packed again.
+    The shards lie in `folder`, below the pack. Those that are damaged are added to `damaged`; what they held is to be
+    packed again.
     """
-    for shard, rows in _shards(uri, folder):
-        if rows is None:
+    for shard, newest in _newest(uri, folder):
+        if newest is None:
             damaged.append(shard)
         else:
-            yield keys_of([(row["uri"], row["etag"]) for row in rows if not row["retryable"]])
+            yield keys_of([(row["uri"], row["etag"]) for _, row in newest if not row["retryable"]])
+
+
+def _newest(uri: str, folder: str) -> Iterator[tuple[str, list[tuple[int, dict[str, Any]]] | None]]:
+    """Yield the URI of each shard in `folder`, and numbers and rows of what no later one has; None if it is damaged."""
+    with tempfile.TemporaryDirectory() as scratch:
+        seen = KeySet(Path(scratch))  # on disk: a pack may hold 10^8 objects
+        for shard, rows in _shards(uri, folder):
+            if rows is None:
+                yield shard, None
+                continue
+            keys = keys_of([(row["uri"], "") for row in rows])
+            newest = ~seen.contains(keys)
+            seen.add(keys[newest])
+            yield shard, [(number, rows[number]) for number in np.flatnonzero(newest).tolist()]
 
 
 def _shards(uri: str, below: str) -> Iterator[tuple[str, list[dict[str, Any]] | None]]:

@@ -8,6 +8,7 @@ not at all. Loading verifies the digest of all that it reads, every file but the
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -165,6 +166,15 @@ def save_bundle(bundle: Bundle, uri: str, files: Mapping[str, bytes]) -> Bundle:
     return Bundle(uri, Manifest.from_text(contents[MANIFEST].decode(), uri), bundle.weights, bundle.ood)
 
 
+def require_same_frames(manifest: Manifest, uri: str) -> None:
+    """Raise UserError if preprocessing makes other frames here than where the model, that of `uri`, was trained."""
+    if preprocess_digest(manifest.preprocess) != manifest.preprocess_digest:
+        raise UserError(
+            f"{uri}: preprocessing gives other bits on {socket.gethostname()} than where the model was trained; "
+            f"install the versions it was trained with: {manifest.differing_versions()}"
+        )
+
+
 def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     """Read and verify a bundle, given by URI, as a promoted one or by the name of the shipped one.
 
@@ -175,11 +185,7 @@ def load_bundle(uri: str, *, model_id: str | None = None) -> Bundle:
     uri, model_id = resolve(uri, model_id)
     uri = locate(uri)
     manifest, files = read_files(uri, model_id=model_id)
-    if preprocess_digest(manifest.preprocess) != manifest.preprocess_digest:
-        raise UserError(
-            f"{uri}: preprocessing gives other bits here than where the model was trained; "
-            f"install the versions it was trained with: {manifest.differing_versions()}"
-        )
+    require_same_frames(manifest, uri)
     weights = _tensors(uri, WEIGHTS, files[WEIGHTS])
     for name, tensor in weights.items():
         if not tensor.isfinite().all():

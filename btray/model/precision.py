@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from btray.data.fingerprint import representative
-from btray.data.frames import FrameSource, Rejection
+from btray.data.frames import FrameSource, PackedScan, Rejection
 from btray.data.preprocess import Frame, make_frame
 from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier
@@ -54,4 +54,6 @@ def _frames(source: FrameSource, uris: Sequence[str]) -> Iterator[Frame]:
     for start in range(0, len(uris), _AT_A_TIME):
         for scan in source.scans(uris[start : start + _AT_A_TIME]):
             if not isinstance(scan, Rejection):
-                yield make_frame(representative(scan.frames), source.preprocess)
+                # those of a pack of frames are made already
+                frame = representative(scan.frames)
+                yield frame if isinstance(scan, PackedScan) else make_frame(frame, source.preprocess)

@@ -24,6 +24,7 @@ from btray.data.frames import FrameSource, Rejection
 from btray.data.labelled import list_labelled, read_labelled
 from btray.data.preprocess import preprocessing_key
 from btray.data.scans import SliceInfo
+from btray.model import precision
 from btray.model.classifier import Classifier
 from btray.storage.packed import path_of
 from btray.training.feeds import decode_block, stream_block
@@ -140,7 +141,7 @@ def test_training_gets_the_frames_labels_and_fingerprints_of_the_files(
     source = storage.join(data, "labels.csv") if kind == "manifest beside" else data
     output = packed(source, tmp_path / "packed")
     loose, members = read_labelled(source), read_labelled(output, preprocess=PREPROCESS)
-    paths = {uri: path_of(uri) for uri in members["uri"].to_pylist()}
+    paths = {uri: path_of(uri).removeprefix(f"{data[1:]}/") for uri in members["uri"].to_pylist()}
     paths |= {uri: uri.removeprefix(f"{data}/") for uri in loose["uri"].to_pylist()}
 
     def surveyed(table: Any) -> dict[tuple[str, int], dict[str, Any]]:
@@ -158,9 +159,19 @@ def test_training_gets_the_frames_labels_and_fingerprints_of_the_files(
                 found[paths[row["uri"]], sample % 1024] = facts | {"label": row["label"], "split": row["split"]}
         return found
 
-    of_files = surveyed(loose)
+    def shown(table: Any) -> dict[str, bytes]:
+        """The frames by which bfloat16 is compared with single precision."""
+        uris = [uri for uri in table["uri"].to_pylist() if not uri.endswith("bad.png")]
+        return {
+            paths[uri]: frame.tobytes()
+            for uri, frame in zip(uris, precision._frames(FrameSource(PREPROCESS), uris), strict=True)
+        }
+
+    of_files, shown_of_files = surveyed(loose), shown(loose)
     without_decoding(monkeypatch)
+    monkeypatch.setattr(precision, "make_frame", frames.make_frame)
     assert surveyed(members) == of_files
+    assert shown(members) == shown_of_files
     assert {facts["code"] for facts in of_files.values()} == {"", "not_an_image"}
 
 
@@ -243,7 +254,7 @@ def test_a_pack_of_frames_grows_and_what_is_damaged_or_was_withheld_is_packed_an
         assert isinstance(of_file, Rejection) or np.array_equal(of_member, of_file)
 
 
-def test_a_run_that_was_killed_is_resumed_with_its_own_frames_only(
+def test_a_run_that_was_killed_is_resumed_and_until_then_nobody_takes_it_for_a_pack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scans = write_tree(tmp_path / "data", {"glioma": 40, "no_tumor": 40})
@@ -260,18 +271,13 @@ def test_a_run_that_was_killed_is_resumed_with_its_own_frames_only(
         patch.setattr(PartActor, "_part", part)
         with pytest.raises(KeyboardInterrupt):
             packed(scans, tmp_path / "out")
+    with pytest.raises(UserError, match=r"not finished: run jobs/pack\.py again"):
+        next(list_archive(str(tmp_path / "out"), Selection(), preprocess=PREPROCESS))
+    others = write_tree(tmp_path / "others", {"glioma": 2})
+    for source, preprocess in ((others, PREPROCESS), (scans, PREPROCESS.model_copy(update={"size": 64}))):
+        with pytest.raises(UserError, match=r"is a pack of .*, not of .*; name another output"):
+            packed(source, tmp_path / "out", preprocess)
     times = {uri: Path(uri).stat().st_mtime_ns for uri in made}
     output = packed(scans, tmp_path / "out")
     assert {uri: Path(uri).stat().st_mtime_ns for uri in made} == times
     assert len(list(packs.list_pack(output))) == 80
-
-    with monkeypatch.context() as patch:
-        made.clear()
-        patch.setattr(PartActor, "_part", part)
-        with pytest.raises(KeyboardInterrupt):
-            packed(scans, tmp_path / "other")
-    other = PREPROCESS.model_copy(update={"size": 64})
-    output = packed(scans, tmp_path / "other", other)
-    listed = list(packs.list_pack(output))
-    assert len(listed) == 80
-    assert all(len(storage.read_bytes(info.place)) == 64 * 64 for info in listed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 from collections import defaultdict
 from pathlib import Path
@@ -114,6 +115,32 @@ def test_a_pack_grows_by_what_is_new_and_asks_again_for_what_the_store_withheld(
     assert later == {info.uri: info.etag for info in list_archive(str(scans), Selection())}
 
 
+@pytest.mark.parametrize("frames", [False, True], ids=["files", "frames"])
+def test_what_the_store_gives_again_replaces_what_it_gave_in_between(here: None, tmp_path: Path, frames: bool) -> None:
+    scans, mounted, away = tmp_path / "scans", tmp_path / "mounted", tmp_path / "away"
+    changes = {"frames": True, "preprocess": PREPROCESS} if frames else {}
+    write_objects(str(scans), {"changed.jpg": b"first"})
+    write_objects(str(mounted), {"lost.jpg": b"is back"})
+    (scans / "lost.jpg").symlink_to(mounted / "lost.jpg")
+    kept = shutil.copy2(scans / "changed.jpg", tmp_path)
+    output = packed(scans, tmp_path / "out", **changes)
+
+    def listed() -> set[tuple[str, str]]:
+        return {(info.uri, info.etag) for info in packs.list_pack(output)}
+
+    first = listed()
+    (scans / "changed.jpg").write_bytes(b"for a night")
+    mounted.rename(away)
+    packed(scans, output, **changes)
+    assert listed().isdisjoint(first)
+    shutil.copy2(kept, scans)
+    away.rename(mounted)
+    packed(scans, output, **changes)
+    assert listed() == first
+    if not frames:
+        assert {storage.read_bytes(info.place) for info in packs.list_pack(output)} == {b"first", b"is back"}
+
+
 def test_a_pack_that_was_killed_is_continued_and_holds_each_object_once(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,12 +200,12 @@ def test_a_frame_pack_holds_each_scan_once_whichever_actor_or_driver_is_killed(
 
 @pytest.mark.parametrize("kind", ["tree", "manifest beside", "manifest inside", "of Spark"])
 def test_a_pack_is_labelled_and_split_as_what_was_packed(here: None, tmp_path: Path, kind: str) -> None:
-    data = write_tree(tmp_path / "data", {f"Training/{name}": 12 for name in ("glioma", "no_tumor")} | {"Testing/x": 2})
+    data = write_tree(tmp_path / "data", {f"Training/{name}": 24 for name in ("glioma", "no_tumor")} | {"Testing/x": 2})
     if kind != "tree":
         lines = [
             f"Training/{label}/{number:03d}.png,{label},train,{label[0]}{number // 4}"
             for label in ("glioma", "no_tumor")
-            for number in range(12)
+            for number in range(24)
         ]
         text = "\n".join(["uri,label,split,patient_id", *lines])
         if kind == "of Spark":  # with the separators of Windows besides
@@ -187,7 +214,7 @@ def test_a_pack_is_labelled_and_split_as_what_was_packed(here: None, tmp_path: P
             storage.write_text(storage.join(data, "manifest.csv" if kind == "manifest inside" else "labels.csv"), text)
     source = storage.join(data, "labels.csv") if kind in {"manifest beside", "of Spark"} else data
     loose, members = read_labelled(source), read_labelled(packed(source, tmp_path / "packed"))
-    assert len(members) == len(loose) >= 24
+    assert len(members) == len(loose) >= 48
     assert all(is_member(uri) for uri in members["uri"].to_pylist())
 
     def said(table: pa.Table, paths: list[str]) -> dict[str, tuple[Any, ...]]:
@@ -195,7 +222,8 @@ def test_a_pack_is_labelled_and_split_as_what_was_packed(here: None, tmp_path: P
         return dict(zip(paths, zip(*columns, strict=True), strict=True))
 
     of_loose = [uri.removeprefix(f"{data}/") for uri in loose["uri"].to_pylist()]
-    of_members = [path_of(uri) for uri in members["uri"].to_pylist()]
+    of_members = [path_of(uri).removeprefix(f"{data[1:]}/") for uri in members["uri"].to_pylist()]
+    assert of_members == of_loose
     assert said(members, of_members) == said(loose, of_loose)
     assert storage.read_bytes(members["uri"][0].as_py()) == Path(data, of_members[0]).read_bytes()
 
@@ -204,6 +232,19 @@ def test_a_pack_is_labelled_and_split_as_what_was_packed(here: None, tmp_path: P
         return {path for path, chosen in zip(paths, out, strict=True) if chosen}
 
     assert held(members, of_members) == held(loose, of_loose) != set()
+
+
+def test_a_pack_is_split_as_a_manifest_whose_images_lie_in_several_folders(here: None, tmp_path: Path) -> None:
+    classes = {"glioma": 30, "no_tumor": 30}
+    elsewhere, beside = write_tree(tmp_path / "b" / "scans", classes), write_tree(tmp_path / "m" / "a", classes)
+    files = [info.uri for folder in (elsewhere, beside) for info in storage.list_files(folder)]
+    lines = [f"{uri.removeprefix(str(tmp_path / 'm') + '/')},{uri.split('/')[-2]}" for uri in files]
+    (tmp_path / "m" / "labels.csv").write_text("\n".join(["uri,label", *lines]))
+    source = tmp_path / "m" / "labels.csv"
+    loose, members = (read_labelled(str(place)) for place in (source, packed(source, tmp_path / "packed")))
+    assert [path_of(uri) for uri in members["uri"].to_pylist()] == [uri[1:] for uri in loose["uri"].to_pylist()]
+    held = [hold_out(table, fraction=0.25, seed=1, prints=None).tolist() for table in (loose, members)]
+    assert held[0] == held[1]
 
 
 def test_a_damaged_shard_is_an_error_and_no_other_scan(here: None, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ import pytest
 
 from btray import phantoms, storage
 from btray.bulk import worker
-from btray.bulk.classify import classify
+from btray.bulk.classify import ClassifyJob, classify
 from btray.bulk.config import ClassifyConfig, PackConfig
 from btray.bulk.pack import pack
+from btray.bulk.runs import Run
 from btray.bulk.scan_reader import Piece
 from btray.bulk.worker import ReadActor
+from btray.core.errors import UserError
 from btray.data.frames import Frames
 from btray.storage import FileInfo, lease
 from tests.helpers.classify_helpers import (
@@ -43,6 +45,9 @@ from tools.processes import until
 PIXELS = np.random.default_rng(0).integers(0, 4000, (64, 64)).astype(np.uint16)
 OWN = ("run_id", "classified_at")
 """Columns that differ between two runs."""
+
+
+RUN = Run(run_id="run", group="model", parts="parts", output="out", request={})
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +136,12 @@ def test_frames_that_are_too_many_to_be_sent_are_read_where_they_are_classified(
         sent.clear()
 
 
-def test_one_part_is_read_while_another_is_decoded_and_none_is_decoded_beside_it() -> None:
-    """The two threads in which Ray calls an actor that reads."""
+def test_one_part_is_read_while_another_is_decoded_and_none_is_decoded_or_blamed_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The two threads in which Ray calls an actor that reads, started again after a part has killed it."""
+    blamed: list[str] = []
+    monkeypatch.setattr("btray.bulk.runs.note_attempt", lambda run, part, uri, actor: blamed.append(part))
     begun, decoding = [Event(), Event()], [Event(), Event()]
     go = Event()
 
@@ -150,16 +159,31 @@ def test_one_part_is_read_while_another_is_decoded_and_none_is_decoded_beside_it
 
     actor = ReadActor.__new__(ReadActor)
     actor.reader, actor._decoding = Reader(), worker.threading.Lock()
-    threads = [Thread(target=actor._read, args=([FileInfo(str(number), 1, "e", 0.0)],)) for number in range(2)]
+    actor.run, actor._died_before = RUN, True
+    parts = [{"part": f"{n}", "uri": [f"{n}"], "size": [1], "etag": ["e"], "place": [""]} for n in range(2)]
+    threads = [Thread(target=actor._read, args=(part,)) for part in parts]
     threads[0].start()
     assert decoding[0].wait(30)
     threads[1].start()
     assert begun[1].wait(30)
     assert not decoding[1].is_set()
+    assert blamed == ["0"]
     go.set()
     for thread in threads:
         thread.join(30)
     assert decoding[1].is_set()
+
+
+def test_a_node_that_makes_other_frames_reads_nothing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_reader = ClassifyJob(job(model, str(tmp_path), str(tmp_path / "out"), pipeline="two")).reader()
+    assert make_reader is not None
+    monkeypatch.setattr("btray.core.logs.begin_in_worker", lambda *_, **__: None)
+    make_reader(RUN)
+    monkeypatch.setattr("btray.model.bundle.preprocess_digest", lambda config: "of other libraries")
+    with pytest.raises(UserError, match=r"preprocessing gives other bits on .*; install the versions"):
+        make_reader(RUN)
 
 
 def test_a_part_that_is_written_is_neither_read_nor_decoded_again(

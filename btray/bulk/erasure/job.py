@@ -79,7 +79,7 @@ def erase(config: EraseConfig) -> str:
     with storage.retry_timeout(config.patience):
         pseudonyms = Pseudonyms.from_file(config.pseudonymize) if config.pseudonymize else None
         check_table(config.output, pseudonyms)
-        pack = packs.describe_pack(config.output) if packs.is_pack(config.output) else None
+        pack = packs.describe_pack(config.output, unfinished=True) if packs.is_pack(config.output) else None
         if pack is None and next(table_files(config.output), None) is None:
             raise UserError(f"--output {config.output} holds no results table and no packed archive")
         with nullcontext() if config.dry_run else lease.hold(config.output):
@@ -118,7 +118,7 @@ def _erase(config: EraseConfig, pack: packs.Pack | None, erased: ErasedObjects, 
     """Erase everything of `erased` from the output, or count it; return `done` with the counts."""
     output, dry_run = config.output, config.dry_run
     if not dry_run:
-        done.unfinished = runs.abandon_unfinished(output, packs.SCHEMA if pack else table.SCHEMA)
+        done.unfinished = runs.abandon_unfinished(output, pack.schema if pack else table.SCHEMA)
     damaged: list[str] = []
 
     def matching(info: FileInfo, rows: pa.Table) -> tuple[FileInfo, pa.Table]:

@@ -19,10 +19,11 @@ from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import EraseConfig, PackConfig
 from btray.bulk.erasure.job import erase
 from btray.bulk.pack import pack
+from btray.bulk.worker import PartActor
 from btray.core.errors import UserError
 from btray.data.frames import FrameSource
 from btray.data.labelled import read_labelled
-from btray.data.packs import describe_pack
+from btray.data.packs import FRAMES_SCHEMA, describe_pack, list_pack
 from btray.model.bundle import load_bundle
 from btray.results import current
 from btray.storage import StorageError
@@ -260,6 +261,36 @@ def test_a_pack_loses_bytes_and_label_of_what_is_erased(
     (shard,) = [info.uri for info in storage.list_files(f"{output}/{describe_pack(output).folder}")]
     with pytest.raises(StorageError, match="lost rows"):
         storage.read_bytes(member_uri(shard, 1, gone[len(tree) + 1 :]))
+
+
+@pytest.mark.parametrize("at", ["its first run", "a later run"])
+def test_a_pack_that_was_interrupted_does_not_bring_the_object_back(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    tree = write_tree(tmp_path / "data", {"glioma": 20, "no_tumor": 20})
+    output, gone = str(tmp_path / "packed"), read_labelled(tree)["uri"][1].as_py()
+    config = PackConfig(input=tree, output=output, actors=1, frames=True, model=model)
+    if at == "a later run":
+        pack(config)
+        write_tree(tmp_path / "data" / "more", {"glioma": 40})
+    make, made = PartActor._part, list[str]()
+
+    def interrupted(actor: Any, uri: str, *arguments: Any) -> Any:
+        if made:
+            raise KeyboardInterrupt
+        made.append(uri)
+        return make(actor, uri, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartActor, "_part", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack(config)
+    erase(erasing(output, uris=listed(tmp_path, gone)))
+    pack(config)
+    assert {info.uri for info in list_pack(output)} == {info.uri for info in storage.list_files(tree)} - {gone}
+    shards = list((tmp_path / "packed" / describe_pack(output).folder).glob("*.parquet"))
+    assert len(shards) > 2
+    assert {tuple(pq.read_schema(shard).names) for shard in shards} == {tuple(FRAMES_SCHEMA.names)}
 
 
 def test_what_cannot_be_erased_is_one_line(place: str, tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ class PackedScan(Scan):
     """Of the scan before preprocessing."""
 
 
+def scan_patient(scan: Scan) -> str:
+    """Return a digest of the patient whom the file of a scan names; empty if it names none."""
+    return next((info.patient_key for info in scan.slices or () if info.patient_key), "")
+
+
 def scan_fingerprint(scan: Scan) -> bytes:
     """Return the fingerprint of a scan, packed."""
     return scan.fingerprint if isinstance(scan, PackedScan) else fingerprint_of(scan.frames)

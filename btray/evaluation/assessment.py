@@ -72,6 +72,8 @@ class _Answered:
         labels = pc.index_in(rows["label"], pa.array(manifest.classes)).fill_null(-1).to_numpy().astype(np.int64)
         temperature = manifest.calibration.temperature
         probabilities = Classifier.calibrated(scores.answers.logits, temperature) if len(labels) else np.zeros((0, 0))
+        named = pc.coalesce(rows["patient_id"], pa.array(scores.patients, pa.string()))
+        rows = rows.set_column(rows.schema.get_field_index("patient_id"), "patient_id", named)
         return cls(labels, probabilities, subjects(rows, scores.fingerprints), scores)
 
     def where(self, chosen: npt.NDArray[np.bool_]) -> _Answered:

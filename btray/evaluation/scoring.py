@@ -14,7 +14,7 @@ import ray.data
 
 from btray.core.cluster import cpus, gpus, own_device
 from btray.data.fingerprint import Fingerprints, unpack
-from btray.data.frames import Rejection, scan_fingerprint
+from btray.data.frames import Rejection, scan_fingerprint, scan_patient
 from btray.model.bundle import Bundle
 from btray.model.classifier import Classifier, NetworkOutput
 from btray.model.ood import Distribution
@@ -26,6 +26,7 @@ _SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("frame", pa.int64()),
         ("fingerprint", pa.binary()),
+        ("patient", pa.string()),
         ("code", pa.string()),
         ("message", pa.string()),
         ("logits", _FLOATS),
@@ -47,6 +48,8 @@ class Scores:
     """Of the scan that each frame belongs to, [n, VIEWS, LENGTH]."""
     rejected: pa.Table
     """Columns row, code, message."""
+    patients: npt.NDArray[np.object_]
+    """Digest of the patient whom the file of that scan names, [n]; None if it names none. It stays in memory."""
     ood_scores: npt.NDArray[np.float32] | None = None
     """How unlike the images that the network learnt from each frame is, [n]; None if that is not known."""
 
@@ -67,6 +70,7 @@ class Scores:
             row=self.row[chosen],
             answers=NetworkOutput(self.answers.logits[chosen], self.answers.features[chosen]),
             fingerprints=self.fingerprints[chosen],
+            patients=self.patients[chosen],
             rejected=self.rejected,
             ood_scores=None if self.ood_scores is None else self.ood_scores[chosen],
         )
@@ -83,6 +87,7 @@ class Scores:
                 np.concatenate([part.answers.features for part in answered]),
             ),
             fingerprints=np.concatenate([part.fingerprints for part in answered]),
+            patients=np.concatenate([part.patients for part in answered]),
             rejected=pa.concat_tables([part.rejected for part in parts]),
             ood_scores=np.concatenate(ood_scores) if len(ood_scores) == len(answered) else None,
         )
@@ -123,6 +128,7 @@ def score(
         row=answered["row"].to_numpy(),
         answers=NetworkOutput(_matrix(answered["logits"]), _matrix(answered["features"])),
         fingerprints=unpack(answered["fingerprint"].to_pylist()),
+        patients=np.array(answered["patient"].to_pylist(), object),
         rejected=table.filter(pc.not_equal(table["code"], "")).select(["row", "code", "message"]),
     )
 
@@ -159,7 +165,8 @@ class _Scorer:
             if isinstance(scan, Rejection):
                 rejected.append({"row": row, "frame": 0, "code": scan.code, "message": scan.message})
                 continue
-            entry = {"row": row, "fingerprint": scan_fingerprint(scan), "code": "", "message": ""}
+            patient = scan_patient(scan) or None
+            entry = {"row": row, "fingerprint": scan_fingerprint(scan), "patient": patient, "code": "", "message": ""}
             answered += [entry | {"frame": number} for number in range(len(scan.frames))]
             frames += source.frames_of(scan)
         if frames:

@@ -15,7 +15,7 @@ import ray.data
 from ray.data import Dataset
 
 from btray.data.fingerprint import NO_FINGERPRINT, representative
-from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection, scan_fingerprint
+from btray.data.frames import FRAMES_PER_SCAN, FrameSource, Rejection, scan_fingerprint, scan_patient
 from btray.data.modality import looks_like_ct
 from btray.data.preprocess import Frame
 from btray.data.scans import Scan
@@ -120,7 +120,7 @@ def _surveyed(
     """Yield the values of _SURVEYED and the frame itself, for each frame of a scan."""
     fingerprint, patient, is_ct = NO_FINGERPRINT, "", False
     if not isinstance(scan, Rejection):
-        patient = next((info.patient_key for info in scan.slices or () if info.patient_key), "")
+        patient = scan_patient(scan)
         fingerprint = scan_fingerprint(scan)
     frames = list(_streamed(source, row, scan))
     if find_ct:

@@ -32,7 +32,7 @@ from btray.training.config import TrainConfig
 from btray.training.history import HISTORY, as_lines, best_record
 from btray.training.plan import Indices
 from btray.training.prepare import TrainingData, in_splits, prepare, read_source
-from btray.training.run import TrainResult, claim_run, fit, is_finished
+from btray.training.run import TrainResult, claim_run, fit, is_finished, record_finished
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def train(config: TrainConfig, *, files: Mapping[str, bytes] | None = None) -> s
         final, test = _score_test(_refit(replace(trained, limits=limits)))
         assessment = _assess(final, rounds, test)
     saved = save_bundle(_with_agreement(final, rounds), config.out, {**assessment.files, **(files or {})})
+    record_finished(source)
     print(summary(assessment.metrics), flush=True)
     report = storage.join(config.out, "report.html")
     print(f"model {saved.manifest.model_id}; report {report}; run {data.plan.run_uri}", flush=True)
@@ -155,14 +156,14 @@ def _fit_in_rounds(data: TrainingData) -> tuple[TrainedModel, dict[str, Round]]:
     """Train once without each part, and score it; then on all images, for the mean of the rounds' best epochs."""
     rounds: dict[str, Round] = {}
     for number, (name, held) in enumerate(data.rounds.items(), start=1):
-        plan = data.plan.hold_out(held, number)
+        part = data.without(name)
+        plan = part.plan
         if len(plan.validation) == 0 or np.count_nonzero(plan.class_counts()) < 2:
             _log.warning("%s is not held out: without it, there is nothing to learn that it could be tested with", name)
             continue
         if unknown := int(held.sum()) - len(plan.validation) - len(plan.held_outliers):
             _log.warning("%d images of %s are not tested: nothing else shows their class", unknown, name)
         _log.info("round %d of %d: without %s, %d images", number, len(data.rounds), name, len(plan.validation))
-        part = replace(data, plan=plan)
         rounds[name] = Round.of(_refit(TrainedModel(part, fit(part)), without_held=True))
     if not rounds:
         raise UserError(

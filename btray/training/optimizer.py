@@ -111,12 +111,15 @@ def mix_up(
     """Blend each sample with one from the other end of the batch by a share from Beta(alpha, alpha).
 
     Zhang et al. 2018, arXiv:1710.09412. The share is drawn once for the batch, from `seed`; the larger part stays each
-    sample's own, which changes nothing but which of the two gives its place.
+    sample's own, which changes nothing but which of the two gives its place. Targets are blended by their weights too,
+    so that each counts for as much as without: the loss is the blend of two weighted losses.
     """
     drawn = float(np.random.default_rng(seed).beta(alpha, alpha))
     share = max(drawn, 1.0 - drawn)
-    blended = (share * tensor + (1.0 - share) * tensor.flip(0) for tensor in (images, targets, weights))
-    return next(blended), next(blended), next(blended)
+    images, weighted, weights = (
+        share * tensor + (1.0 - share) * tensor.flip(0) for tensor in (images, targets * weights[:, None], weights)
+    )
+    return images, weighted / weights.clamp(min=1e-12)[:, None], weights
 
 
 def weighted_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

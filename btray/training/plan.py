@@ -122,16 +122,17 @@ class Plan:
         chance = self.weights()[self.train].astype(np.float64)
         return generator.choice(self.train, len(self.train), p=chance / chance.sum())
 
-    def hold_out(self, held: npt.NDArray[np.bool_], number: int) -> Plan:
+    def hold_out(self, held: npt.NDArray[np.bool_], number: int, twins: npt.NDArray[np.bool_]) -> Plan:
         """Plan the round that trains without the samples `held`, bool [samples]; the run has its `number` in its name.
 
-        Of classes that the rest does not have nothing can be learnt: their samples are not validated with.
+        Nor is anything learnt from `twins`, which look like some of them: they are not used. Of classes that the rest
+        does not have nothing can be learnt: their samples are not validated with.
         """
-        name = f"{self.config.name}.round-{number}"
-        known = np.isin(self.labels, self.labels[~held & (self.labels >= 0)])
+        name, learnt = f"{self.config.name}.round-{number}", ~(held | twins)
+        known = np.isin(self.labels, self.labels[learnt & (self.labels >= 0)])
         return self._renamed(
             {"name": name},
-            train=np.flatnonzero(~held),
+            train=np.flatnonzero(learnt),
             validation=np.flatnonzero(held & known),
             held_outliers=np.flatnonzero(held & (self.labels < 0)),
         )

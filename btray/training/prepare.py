@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from operator import ne
 from typing import Any
 
@@ -105,6 +105,22 @@ class TrainingData:
     rounds: Mapping[str, Flags]
     """With --validate-by sources or folds: what the plan's samples are held out of, bool [samples], by its name. The
     plan is then to train on all of them."""
+
+    def without(self, name: str) -> TrainingData:
+        """Return the data of a round: those held out by this name are, and nothing that looks like one of them is used.
+
+        Folds cut no group of what looks alike, but sources may share pictures.
+        """
+        held = self.rounds[name]
+        twins = np.isin(self._look, self._look[held]) & ~held
+        if twins.any():
+            _log.info("%d images look like some of %s, and are not used when it is held out", twins.sum(), name)
+        return replace(self, plan=self.plan.hold_out(held, [*self.rounds].index(name) + 1, twins))
+
+    @cached_property
+    def _look(self) -> Indices:
+        """Number of each sample, equal for those that look alike."""
+        return group_by_fingerprint(unpack(self.used["fingerprint"].to_pylist()))
 
     def digest(self) -> str:
         """Compute the SHA-256 over digest, label and use of every image, whatever the files are called."""

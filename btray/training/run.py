@@ -53,7 +53,7 @@ def is_finished(source: Source) -> bool:
     record = storage.join(config.out, config.record)
     run = storage.read_json(storage.join(run_folder(config), RUN), missing_ok=True)
     made = storage.exists(storage.join(config.out, MANIFEST)) and storage.exists(record)
-    if config.overwrite or run is None or not made or run["listing"] != source.listing_digest():
+    if config.overwrite or run is None or not made or run.get("listing") != source.listing_digest():
         return False
     if run.get("preprocessing") not in (None, preprocess_digest(config.preprocess)):  # None: of an earlier version
         return False
@@ -96,8 +96,15 @@ def claim_run(data: TrainingData) -> None:
             f"{'--name' if config.storage else '--out'} to start a new run, the same {different} to resume this one, "
             "or --overwrite to replace it"
         )
-    storage.write_json(uri, identity | {"listing": data.source.listing_digest()})
+    # Without the listing: what --out may hold was not made of these files, or not yet.
+    storage.write_json(uri, identity)
     storage.write_text(storage.join(plan.run_uri, "config.yaml"), config.to_yaml())
+
+
+def record_finished(source: Source) -> None:
+    """Record, for `is_finished`, that --out holds what was made of these files, as they were listed."""
+    uri = storage.join(run_folder(source.config), RUN)
+    storage.write_json(uri, storage.read_json(uri) | {"listing": source.listing_digest()})
 
 
 def fit(data: TrainingData, *, within: float | None = None, callbacks: Sequence[Any] = ()) -> TrainResult:

@@ -83,6 +83,8 @@ class Trainer:
         checkpoint to resume from, in the middle of an epoch if need be.
         """
         tracker = Tracker(self.plan.run_uri, self.config) if self.collectives.rank == 0 else None
+        if tracker and self.history:  # it may have died after the checkpoint of the last epoch, before this
+            tracker.epoch_ended(self.history)
         while len(self.history) < self.config.epochs and not (self.stopping or self._is_over()):
             epoch, started = len(self.history), time.perf_counter()
             trained = self._train_epoch(epoch)

@@ -40,7 +40,7 @@ from btray.training.job import train
 from btray.training.plan import run_folder
 from btray.training.preemption import STOP
 from btray.training.prepare import TrainingData, prepare, read_source, worker_range
-from btray.training.run import claim_run, fit, is_finished
+from btray.training.run import claim_run, fit, is_finished, record_finished
 from btray.training.tuning_report import TrialRecord, accuracy_against_cost, by_score, short, table_csv, table_text
 
 _log = logging.getLogger(__name__)
@@ -94,7 +94,9 @@ def tune(config: TuneConfig) -> str:
         files[config.record] = record
         print(table_text(trials, varied_settings(config.space)), flush=True)
         print(f"trial {best.trial} is the best; trials: {table}", flush=True)
-        return train(trial_config(config, best.settings, best.trial), files=files)
+        out = train(trial_config(config, best.settings, best.trial), files=files)
+    record_finished(source)
+    return out
 
 
 # ---- the space

@@ -77,7 +77,7 @@ def train_in(folder: Path, data: Path, **changes: Any) -> str:
     assessment = assess(
         bundle,
         table,
-        Scores(np.arange(len(files)), answers, unpack(prints), rejected),
+        Scores(np.arange(len(files)), answers, unpack(prints), rejected, np.full(len(files), None)),
         measured_on=f"the test split of {SECRET}/scans",
         learnt_from=unpack(prints[:9]),
         curves={"history": [epoch], "train_images": 3, "val_images": 1},

@@ -97,6 +97,6 @@ def test_a_threshold_of_the_users_stands_also_where_no_validation_image_is_reada
     nothing = np.zeros((0, 0), np.float32)
     nobody = np.zeros(0, np.int64)
     rejected = pa.table({"row": [0], "code": ["empty"], "message": [""]})
-    scores = Scores(nobody, NetworkOutput(nothing, nothing), unpack([]), rejected)
+    scores = Scores(nobody, NetworkOutput(nothing, nothing), unpack([]), rejected, np.array([], object))
     limits = calibrate(config, scores, nobody, classes=(), subjects=nobody)
     assert limits.thresholds == Thresholds(abstain_below=0.7)

@@ -266,7 +266,8 @@ def test_the_csv_of_an_evaluation_has_a_column_of_each(bundle: Bundle, predictio
     classifier = Classifier(bundle)
     (frames,) = classifier.frames([SCANS[0]])
     nothing = pa.table({"row": [], "code": [], "message": []})
-    scores = Scores(np.zeros(1, np.int64), classifier.answer(np.stack(frames)), unpack([NO_FINGERPRINT]), nothing)  # type: ignore[arg-type]
+    answers = classifier.answer(np.stack(frames))  # type: ignore[arg-type]
+    scores = Scores(np.zeros(1, np.int64), answers, unpack([NO_FINGERPRINT]), nothing, np.array([None]))
     table = pa.table({"uri": ["a.jpg"], "label": ["glioma"]})
     header, line = csv.reader(io.StringIO(predictions_csv(bundle, table, scores).decode()))
     by_title = dict(zip(header, line, strict=True))

@@ -37,7 +37,7 @@ from btray.training.history import EpochRecord, best_record, score_of
 from btray.training.job import train
 from btray.training.optimizer import weighted_losses
 from btray.training.plan import run_folder
-from btray.training.run import best_weights, claim_run, is_finished
+from btray.training.run import best_weights, claim_run, is_finished, record_finished
 from tests.conftest import ROOT
 from tests.helpers.local_data import run_here
 from tests.helpers.scan_corpus import bad_scans
@@ -383,6 +383,7 @@ def test_a_run_is_not_resumed_with_frames_of_another_preprocessing(
     claim_run(data)
     storage.write_text(storage.join(config.out, "bundle.json"), "{}")
     storage.write_text(storage.join(config.out, "config.yaml"), config.to_yaml())
+    record_finished(data.source)
     assert is_finished(data.source)
     monkeypatch.setattr("btray.training.run.preprocess_digest", lambda _: "that of another Pillow")
     assert not is_finished(data.source)

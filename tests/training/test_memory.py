@@ -230,6 +230,29 @@ def test_a_resumed_epoch_has_the_curve_of_an_undisturbed_one(
     assert np.allclose(curves[0], curves[1], rtol=1e-6)
 
 
+def test_an_epoch_whose_line_was_lost_with_the_worker_is_reported_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("d", tmp_path, epochs=2, batch_size=6)
+    worker = OneWorker(plan_of(config, LABELS, range(54, 60)), tmp_path / "checkpoints")
+    worker.install(monkeypatch)
+    report = train_loop.Tracker.epoch_ended
+
+    def lost(tracker: train_loop.Tracker, history: Any) -> None:
+        if len(history) == 2:
+            raise Killed
+        report(tracker, history)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop.Tracker, "epoch_ended", lost)
+        with pytest.raises(Killed):
+            run(worker)
+    run(worker)
+    folder = Path(worker.plan.run_uri)
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 2
+    assert [path.name[-1] for path in sorted((folder / "tensorboard").iterdir())] == ["1", "2"]
+
+
 def test_without_minutes_only_whole_epochs_have_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Recorded
 ) -> None:

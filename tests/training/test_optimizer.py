@@ -116,10 +116,21 @@ def test_mixup_keeps_totals_and_each_samples_own_larger_share(seed: int, alpha: 
     mixed = mix_up(images, targets, weights, alpha, [seed, 3])
     for before, after in zip((images, targets, weights), mixed, strict=True):
         assert after.shape == before.shape
+    for before, after in ((images, mixed[0]), (weights, mixed[2])):
         assert after.sum().item() == pytest.approx(before.sum().item(), rel=1e-5, abs=1e-5)
     assert torch.allclose(mixed[1].sum(1), torch.ones(n))
-    assert (mixed[1].diagonal() >= 0.5 - 1e-6).all()
+    # each class keeps the weight that its images have, most of it in their own place
+    in_loss = mixed[1] * mixed[2][:, None]
+    assert torch.allclose(in_loss.sum(0), weights)
+    assert (in_loss.diagonal() >= 0.5 * weights - 1e-6).all()
     assert torch.equal(mixed[0], mix_up(images, targets, weights, alpha, [seed, 3])[0])
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, 0.0]])
+def test_mixup_teaches_nothing_of_an_image_that_does_not_count(weights: list[float]) -> None:
+    _, targets, mixed = mix_up(torch.ones(2, 1, 2, 2), torch.eye(2), torch.tensor(weights), 0.4, [0, 0])
+    assert (targets * mixed[:, None]).sum(0).tolist() == pytest.approx(weights)
+    assert targets[:, 1].tolist() == [0.0, 0.0]
 
 
 def test_mixup_draws_anew_for_every_step() -> None:

@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btray import phantoms
+from btray import phantoms, storage
 from btray.data.scans import decode
+from btray.evaluation.assessment import assess
+from btray.evaluation.scoring import score
 from btray.training.job import train
 from btray.training.prepare import TrainingData, read_source
+from btray.training.run import claim_run, is_finished, record_finished
 from tests.helpers.dicom_files import IDENTIFIERS, slice_file
 from tests.helpers.local_data import run_here
 from tests.helpers.privacy import found_in, ray_logs, written
+from tests.helpers.tiny_bundle import random_bundle
 from tests.helpers.training_helpers import prepared, tiny
 
 pytestmark = pytest.mark.cluster
@@ -65,6 +69,17 @@ def test_dicom_with_labels_by_folder_or_manifest_is_split_by_patient(
     assert len(sides[0] | sides[1]) == 2 * PATIENTS
     assert min(map(len, sides)) > 1
     assert len(keys_of(data)) == 2 * PATIENTS
+    # as many as intervals are over, wherever these slices are tested
+    table = read_source(config).table
+    scores = score(random_bundle(classes=("glioma", "no_tumor")), np.arange(len(table)), table["uri"])
+    assessment = assess(random_bundle(classes=("glioma", "no_tumor")), table, scores, measured_on="all")
+    assert assessment.metrics.by_patients is not None
+    assert assessment.metrics.by_patients.groups == 2 * PATIENTS
+    claim_run(data)
+    record_finished(read_source(config))
+    storage.write_text(storage.join(config.out, "bundle.json"), "{}")
+    storage.write_text(storage.join(config.out, "config.yaml"), config.to_yaml())
+    assert is_finished(read_source(config))
 
 
 @pytest.mark.parametrize("kind", ["folders", pytest.param("manifest", marks=pytest.mark.soak)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from btray.training.config import TrainConfig, TuneConfig
 from btray.training.history import EpochRecord
 from btray.training.job import train
 from btray.training.plan import Plan
-from btray.training.prepare import TrainingData
-from btray.training.run import TrainResult
+from btray.training.prepare import TrainingData, read_source
+from btray.training.run import TrainResult, is_finished
 from tests.helpers.local_data import run_here
 from tests.helpers.training_helpers import PREPROCESS, easy_picture, prepared, tiny
 
@@ -152,6 +153,41 @@ def test_each_source_is_answered_by_the_network_without_it_and_the_last_one_lear
     assert training.plans == trained, "it is finished"
 
 
+def test_what_a_source_is_tested_with_was_not_learnt_as_a_picture_of_another_source(
+    training: FakeTraining, tmp_path: Path
+) -> None:
+    rows = [(label, f"{patient}", source, "") for source in "ab" for label, patient in PATIENTS]
+    manifest = write_manifest(tmp_path / "data", rows)
+    shared = {(number, number + len(PATIENTS)) for number in (0, 1, 7)}
+    for number, twin in shared:
+        shutil.copy(tmp_path / "data" / f"{number}.png", tmp_path / "data" / f"{twin}.png")
+    train(tiny(manifest, tmp_path / "model", validate_by="sources", epochs=2, refit_epochs=1))
+    of_a, of_b = set(range(12)), set(range(12, 24))
+    learnt = {name: set(plan.rows(plan.train).tolist()) for name, plan in training.plans.items()}
+    assert learnt["train.round-1"] == learnt["train.round-1.refit-2-1"] == of_b - {twin for _, twin in shared}
+    assert learnt["train.round-2"] == of_a - {number for number, _ in shared}
+    assert learnt["train.final-2"] == of_a | of_b
+    assert set(training.plans["train.round-1"].rows(training.plans["train.round-1"].validation)) == of_a
+
+
+def test_a_run_is_finished_once_its_bundle_is_made_of_the_files_that_are_there(
+    training: FakeTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(label, patient, "a", "") for label, patient in PATIENTS] + [("glioma", "0", "a", "test")]
+    config = tiny(write_manifest(tmp_path / "data", rows), tmp_path / "model", epochs=1, validation=0.3)
+    train(config)
+    assert is_finished(read_source(config))
+    write_manifest(tmp_path / "data", [*rows, ("no_tumor", "0", "a", "test")])
+    assert not is_finished(read_source(config))
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "save_bundle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert not is_finished(read_source(config)), "the bundle was tested with fewer images"
+    train(config)
+    assert is_finished(read_source(config))
+
+
 def test_without_a_test_split_the_answers_of_all_folds_are_measured_after_each_refit(
     two_sources: str, training: FakeTraining, tmp_path: Path
 ) -> None:
@@ -205,8 +241,8 @@ def test_folds_hold_each_sample_out_once_and_cut_no_patient(two_sources: str, tm
         f"{source}/{one}"
         for source, one in zip(*table.select(["source", "patient_id"]).to_pydict().values(), strict=True)
     ]
-    for held in data.rounds.values():
-        plan = data.plan.hold_out(held, 1)
+    for name in data.rounds:
+        plan = data.without(name).plan
         assert not {patients[index] for index in plan.train} & {patients[index] for index in plan.validation}
         sides = [plan.train, plan.validation, plan.held_outliers]
         assert sorted(np.concatenate(sides).tolist()) == list(range(len(patients)))

@@ -38,6 +38,7 @@ def main() -> None:
     with arguments.table.open(newline="") as file:
         rows = _means(list(csv.DictReader(file)))
     curve = [row for row in rows if row["row"] in QUARTERS or row["row"].endswith((" source", " sources"))]
+    curve.sort(key=lambda row: (row["row"] not in QUARTERS, int(row["row"].split()[0])))
     tables = {
         "Networks, alone": [row for row in rows if row["row"] in NETWORKS],
         "The default, less or with another part": [row for row in rows if row["row"] in ABLATION | {"default": ()}],

@@ -27,6 +27,7 @@ from btray.storage.errors import storage_errors_for
 Kind = Literal["kaggle", "http", "archive", "folder", "manifest"]
 
 _COPIED_AT_A_TIME = 1 << 20  # bytes
+_SUFFIX = re.compile(r"(\.nii)?\.[^./]*\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def parse_sources(config: AcquireConfig, out: str) -> list[Source]:
         UserError: a source is not there, overlaps `out`, or has a SHA-256 but is not an archive.
     """
     sources: list[Source] = []
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     licenses = config.license * len(config.source) if len(config.license) == 1 else config.license
     for given, digest_, license_, name in itertools.zip_longest(config.source, config.sha256, licenses, config.name):
         uri, kind = _kind_of(str(given))
@@ -124,11 +125,18 @@ def _default_name(uri: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last[: len(last) - len(suffix)]).strip("._-")[:80] or "source"
 
 
-def _unused(stem: str, suffix: str, taken: set[str]) -> str:
-    """Return the name, with a number if one file system or another would take it for one of `taken`; add it to them."""
-    numbered = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
-    unused = next(name for name in itertools.chain([stem + suffix], numbered) if _folded(name) not in taken)
-    taken.add(_folded(unused))
+def _unused(stem: str, suffix: str, taken: dict[str, int]) -> str:
+    """Return the name, with a number if one file system or another would take it for one of `taken`; add it to them.
+
+    Their values are the last numbers that they were given.
+    """
+    given = _folded(stem + suffix)
+    unused, number = stem + suffix, taken.get(given, 1)
+    while _folded(unused) in taken:
+        number += 1
+        unused = f"{stem}-{number}{suffix}"
+    taken[_folded(unused)] = 1
+    taken[given] = number
     return unused
 
 
@@ -221,7 +229,7 @@ def _read_tree(folder: str, shown: str, classes: Sequence[str]) -> Contents:
     tree = read_tree(uris, shown, classes)
     files = []
     folders: dict[str, str] = {}  # glioma/ beside Glioma/: one class, but on some file systems one folder as well
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     for name, (split, label) in tree.images.items():
         above, _, last = name.removeprefix(f"{tree.root}/").rpartition("/")
         if above not in folders:
@@ -243,15 +251,19 @@ def _hidden(folder: str, names: Iterable[str]) -> Iterator[str]:
 
 
 def _read_manifest(uri: str, classes: Sequence[str]) -> Contents:
-    """Return the files that a manifest names, put into folders by split and label; one class is enough."""
+    """Return the files that a manifest names, put into folders by split and label; one class is enough.
+
+    They keep the folders below the one that all have in common: each may hold the slices of one patient.
+    """
     files = []
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     data = list_labelled(uri, classes)
-    for row in data.table.select(["uri", "label", "split", "patient_id", "source"]).to_pylist():
-        folders = [
-            re.sub(r"[/\\\0]", "-", part).lstrip(".") or "class" for part in (row["split"], row["label"]) if part
-        ]
-        path = "/".join([*folders, storage.name(row["uri"])])
-        suffix = PurePosixPath(path).suffix
+    rows = data.table.select(["uri", "label", "split", "patient_id", "source"]).to_pylist()
+    above = zip(*(row["uri"].split("/")[:-1] for row in rows), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, above))
+    for row in rows:
+        names = [row["split"], row["label"], *row["uri"].split("/")[common:]]
+        path = "/".join(re.sub(r"[/\\\0]", "-", name).lstrip(".") or "_" for name in names if name)
+        suffix = ending[0] if (ending := _SUFFIX.search(path)) else ""
         files.append(LabelledFile(path=_unused(path.removesuffix(suffix), suffix, taken), **row))
     return Contents(files, [LeftOut(*item) for item in data.left_out.items()], warnings=data.warnings)

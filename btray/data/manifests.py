@@ -299,7 +299,7 @@ def _locate(source: str, number: int, folder: str, uri: str) -> str:
     `./` and `../` with which a URI begins are steps in object storage too; elsewhere in a key they are its letters.
     """
     try:
-        if "://" in uri or uri.startswith(("/", "~")):
+        if "://" in uri or uri == "~" or uri.startswith(("/", "~/")):
             return storage.resolve(uri)
         if storage.is_remote(folder) and uri.startswith(("./", "../")):
             bucket, _, key = folder.removeprefix("s3://").partition("/")

@@ -133,7 +133,7 @@ def assess(
         validation: answers of networks that had not learnt from these images, by what was held out.
 
     Raises:
-        UserError: not one image of the model's classes could be read.
+        UserError: there is no image of the model's classes, or not one of them could be read.
     """
     manifest, rejected = bundle.manifest, len(scores.rejected)
     if scores.ood_scores is None:
@@ -141,6 +141,8 @@ def assess(
     answered = _Answered.of(manifest, table, scores)
     known = answered.where(answered.labels >= 0)
     if len(known.labels) == 0:
+        if not rejected:
+            raise UserError(f"{measured_on}: all images are outliers; add some of the model's classes")
         raise UserError(f"{measured_on}: not one image of the model's classes could be read; see {REJECTED}")
     labels, probabilities = known.labels, known.probabilities
     metrics = measure(manifest, answered, table, measured_on=measured_on, learnt_from=learnt_from)
@@ -160,7 +162,8 @@ def assess(
     if curves:
         figures["learning_curves"] = plots.learning_curves(**curves)
     figures["worst_errors"] = _draw_worst_errors(manifest, table["uri"].take(known.scores.row), labels, probabilities)
-    unread = [f"{rejected} of {len(table)} images could not be read and are in no figure."] if rejected else []
+    given = rejected + len(np.unique(scores.row))
+    unread = [f"{rejected} of {given} images could not be read and are in no figure."] if rejected else []
     page = render_report(metrics, manifest, figures=figures, notes=[*unread, *notes])
     files = {f"{name}.png": png for name, png in figures.items()}
     return Assessment(metrics, files | {"metrics.json": metrics.to_json(), "report.html": page.encode()})

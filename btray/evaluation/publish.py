@@ -21,6 +21,7 @@ from btray.data.frames import Rejection
 from btray.data.labelled import read_labelled
 from btray.evaluation.config import PublishConfig
 from btray.evaluation.metrics import Evaluation
+from btray.evaluation.parts import Part
 from btray.evaluation.report import model_card, render_report
 from btray.model.bundle import (
     FINGERPRINTS,
@@ -44,7 +45,8 @@ LICENSE = "LICENSE"
 # Plots of numbers. All others, and those to come, may show scans, and are left out.
 _PLOTS = ("confusion_matrix", "roc_curves", "reliability", "risk_coverage", "learning_curves")
 _NOISE, _IMAGES = 64, 256  # frames over which answers are compared
-_PLACE = re.compile(r"/|~|[A-Za-z][A-Za-z0-9+.-]*://")
+_PLACES = {"out", "storage", "mlflow"}  # settings that say nothing but where something lies
+_PLACE = re.compile(r"/|~|file:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def publish(config: PublishConfig) -> str:
@@ -66,6 +68,8 @@ def publish(config: PublishConfig) -> str:
         metrics,
         model_id=bundle.manifest.model_id,
         measured_on=metrics.measured_on.replace(trained.manifest.data.uri, bundle.manifest.data.uri),
+        sources=_named_by_last_parts(metrics.sources),
+        validation=_named_by_last_parts(metrics.validation),
     )
     terms = storage.read_text(config.license)
     figures = {name: _smaller_plot(png) for name in _PLOTS if (png := read_file(trained, f"{name}.png"))}
@@ -158,9 +162,14 @@ def _frames_of(bundle: Bundle, data: str) -> npt.NDArray[np.uint8]:
 def _without_places(bundle: Bundle) -> Bundle:
     """Return the same model; of folders and URIs that its manifest names, only their last part is left."""
     manifest = bundle.manifest
-    training: Any = _last_parts(manifest.training)
+    training: Any = _last_parts(manifest.training | dict.fromkeys(_PLACES & manifest.training.keys()))
     data = manifest.data.model_copy(update={"uri": _last_parts(manifest.data.uri)})
     return replace(bundle, manifest=manifest.model_copy(update={"training": training, "data": data}))
+
+
+def _named_by_last_parts(parts: dict[str, Part] | None) -> dict[str, Part] | None:
+    """Return the same figures; a source may be named by its place."""
+    return parts and {str(_last_parts(name)): part for name, part in parts.items()}
 
 
 def _last_parts(value: JsonValue) -> JsonValue:

@@ -32,6 +32,7 @@ _PREFIX = "btray_"  # lets secret scanners find a key that was committed somewhe
 _HEADER = "# API keys of btray: name and SHA-256 of each. Delete a line to revoke its key.\n"
 REREAD = 5.0
 """Seconds until a revoked or a new key counts."""
+_PATIENCE = 1.0  # seconds that a request waits for the file
 
 
 def make_key(file: str, name: str) -> str:
@@ -63,6 +64,7 @@ class KeyRing:
     uri: str
     _digests: list[bytes]
     _read_at: float
+    _reading: asyncio.Future[None] | None = None
     reader: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "keys"))
     """One thread, for `refresh` alone: it waits for no other work there, and runs once at a time."""
 
@@ -81,7 +83,6 @@ class KeyRing:
         """Read the file again if it is time. A file that is gone or damaged holds no key: everyone is refused."""
         if not self.stale:  # several requests may have asked for it
             return
-        self._read_at = time.monotonic()
         try:
             self._digests = _digests_in(self.uri)
         except UserError as error:
@@ -89,6 +90,14 @@ class KeyRing:
             if not (isinstance(error, StorageError) and error.retryable):
                 self._digests = []
             _log.warning("API keys: %s; %s", error, "the old ones hold" if self._digests else "no key is accepted")
+        finally:  # not before: a store that is down may take longer than REREAD to say so
+            self._read_at = time.monotonic()
+
+    async def refreshed(self) -> None:
+        """Wait until the file has been read again, or a second: then the old keys hold until it has."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.get_running_loop().run_in_executor(self.reader, self.refresh)
+        await asyncio.wait({self._reading}, timeout=_PATIENCE)
 
     def accepts(self, key: str) -> bool:
         """Return whether `key` is one of them, in the same time for a wrong key as for a right one."""
@@ -111,7 +120,7 @@ class Access:
         headers = Headers(scope=scope)
         if self.keys is not None:
             if self.keys.stale:
-                await asyncio.get_running_loop().run_in_executor(self.keys.reader, self.keys.refresh)
+                await self.keys.refreshed()
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             key = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             if not self.keys.accepts(key.strip()):

@@ -179,7 +179,7 @@ class ServedModel:
 
         def decode_and_predict() -> tuple[Frames, list[Prediction]] | None:
             frames = replace(self.source, limits=limits).from_bytes(image)
-            if isinstance(frames, Rejection):
+            if isinstance(frames, Rejection) or len(frames) != 1:  # of gzip, the pages counted are the first member's
                 return None
             return frames, self.classifier.predict_decoded([frames], [None])
 

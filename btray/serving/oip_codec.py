@@ -77,7 +77,7 @@ class InferBody(RequestObject):
     id: str | None = None
     parameters: Parameters = Parameters()
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputRequest] = Field(default_factory=list)
+    outputs: Annotated[list[OutputRequest], FailFast()] = Field(default_factory=list)
 
 
 # ---- the JSON of an answer

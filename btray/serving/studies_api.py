@@ -7,10 +7,10 @@ come as answers, not as images, a study may be classified by any number of reque
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field
 
 from btray.core.config import Probability
 from btray.core.notice import NOTICE
@@ -26,6 +26,14 @@ from btray.serving.uploads import RequestObject, parse_json
 
 # What a caller sends belongs in no log.
 _Uid = Annotated[str | None, Field(max_length=255, repr=False)]
+_MOST_CLASSES: Final = 1000
+
+
+def _require_few(probabilities: Any) -> Any:
+    """Refuse more than any model has, before each of them is looked at."""
+    if isinstance(probabilities, dict) and len(probabilities) > _MOST_CLASSES:
+        raise ValueError(f"{len(probabilities)} probabilities are more than {_MOST_CLASSES}")
+    return probabilities
 
 
 class StudyFrame(RequestObject):
@@ -41,7 +49,7 @@ class StudyFrame(RequestObject):
     """The UID, or any other text that tells studies apart."""
     series_uid: _Uid = None
     """The UID, or any other text that tells series apart. A frame with neither is left out."""
-    probabilities: dict[str, Probability] = Field(default_factory=dict)
+    probabilities: Annotated[dict[str, Probability], BeforeValidator(_require_few)] = Field(default_factory=dict)
     """Those of all classes."""
     abstained: bool = False
     out_of_distribution: bool = False
@@ -50,7 +58,7 @@ class StudyFrame(RequestObject):
 class StudiesRequest(RequestObject):
     """The `results` of one or several answers of /v1/classify."""
 
-    frames: list[StudyFrame] = Field(min_length=1)
+    frames: Annotated[list[StudyFrame], FailFast()] = Field(min_length=1)
 
 
 class StudyAnswer(Answer):

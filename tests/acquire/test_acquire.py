@@ -147,6 +147,24 @@ def test_a_rerun_gives_the_same_files(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("unpack-*"))
 
 
+def test_files_of_a_manifest_keep_the_folders_that_tell_patients_apart(tmp_path: Path) -> None:
+    files = {
+        f"scans/{patient}/{name}": f"{patient} {name}".encode()
+        for patient in ("a", "b", "A")
+        for name in ("t1.nii.gz", "slice 0.png")
+    }
+    folder = make_tree(tmp_path / "set", files)
+    lines = [f"{name},{'no_tumor' if '/b/' in name else 'glioma'}" for name in files]
+    (folder / "labels.csv").write_text("\n".join(["uri,label", *lines]))
+    manifest = run(tmp_path, folder / "labels.csv")
+    found = {row["uri"].split("/", 2)[2] for row in rows_of(manifest)}
+    assert found == {
+        "glioma/a/t1.nii.gz", "glioma/a/slice 0.png", "no_tumor/b/t1.nii.gz", "no_tumor/b/slice 0.png",
+        "glioma/A/t1-2.nii.gz", "glioma/A/slice 0-2.png",
+    }  # fmt: skip
+    assert sorted(body for bodies in content_of(manifest).values() for body in bodies) == sorted(files.values())
+
+
 def test_a_failing_source_leaves_no_manifest(tmp_path: Path) -> None:
     (tmp_path / "bad.zip").write_bytes(zipped(CLASSES)[:-30])
     with pytest.raises(UserError, match="damaged"):

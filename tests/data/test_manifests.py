@@ -111,6 +111,12 @@ def test_what_is_not_there_in_any_spelling_keeps_its_name(tmp_path: Path) -> Non
     assert listed(tmp_path / "list.txt") == [str(tmp_path / "gone\\1.jpg"), str(tmp_path / NAMES[2])]
 
 
+def test_a_name_that_begins_with_a_tilde_lies_beside_its_manifest(tmp_path: Path) -> None:
+    (tmp_path / "~a.png").write_bytes(b"a")
+    (tmp_path / "m.csv").write_text("uri,label\n~a.png,glioma\nb.png,no_tumor\n")
+    assert labelled(tmp_path / "m.csv") == [str(tmp_path / "~a.png"), str(tmp_path / "b.png")]
+
+
 def test_a_name_as_it_is_given_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["a\\b.jpg", "a/b.jpg", " c.jpg", "c.jpg", '"d.jpg"', "d.jpg", "#e.jpg"]
     with flat_store(monkeypatch, {f"in/{key}": b"x" for key in keys}) as bucket:

@@ -23,10 +23,11 @@ from btray.data.labelled import read_labelled
 from btray.data.labels import CANONICAL
 from btray.data.scans import decode
 from btray.evaluation import scoring
+from btray.evaluation.assessment import assess
 from btray.evaluation.config import EvaluateConfig
 from btray.evaluation.job import evaluate
 from btray.evaluation.metrics import compute_metrics
-from btray.model.bundle import FINGERPRINTS, pack_fingerprints, save_bundle
+from btray.model.bundle import FINGERPRINTS, load_bundle, pack_fingerprints, save_bundle
 from btray.model.classifier import Classifier
 from tests.helpers.local_data import run_here
 from tests.helpers.tiny_bundle import FILES, random_bundle, saved_bundle
@@ -140,6 +141,15 @@ def test_where_not_one_image_can_be_read_the_list_of_why_is_still_written(
     assert "\n" not in str(caught.value)
     assert "rejected.csv" in str(caught.value)
     assert [row["error_code"] for row in rows(str(tmp_path / "out" / "rejected.csv"))] == ["not_an_image"] * 2
+
+
+def test_the_report_counts_unread_images_among_those_that_were_given(here: None, model: str, data: Path) -> None:
+    table = read_labelled(str(data))
+    broken = [number for number, uri in enumerate(table["uri"].to_pylist()) if "broken" in uri]
+    rows = np.array([*broken, *(set(range(3)) - set(broken))])
+    bundle = load_bundle(model)
+    assessment = assess(bundle, table, scoring.score(bundle, rows, table["uri"].take(rows)), measured_on="some")
+    assert f"{len(broken)} of {len(rows)} images could not be read".encode() in assessment.files["report.html"]
 
 
 def test_data_without_a_test_split_are_measured_whole_and_classes_may_be_absent(

@@ -98,5 +98,5 @@ def test_a_label_that_is_neither_known_nor_named_is_refused(
 def test_nothing_but_outliers_is_one_line(tmp_path: Path, data: str) -> None:
     lines = Path(data).read_text().splitlines()
     Path(data).write_text("\n".join([lines[0], *(line for line in lines if ",other," in line)]))
-    with pytest.raises(UserError, match="not one image of the model's classes"):
+    with pytest.raises(UserError, match="all images are outliers"):
         evaluate(settings(tmp_path, data, outliers="other"))

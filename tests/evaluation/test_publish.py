@@ -65,13 +65,17 @@ def train_in(folder: Path, data: Path, **changes: Any) -> str:
             "data": f"{SECRET}/scans",
             "init_from": "s3://secret-hospital/x.safetensors",
             "epochs": 3,
+            "out": "file:/secret/out",
+            "mlflow": "http://secret.hospital:5000",
             "teachers": [f"{SECRET}/first", {"second": "~/secret-hospital/second"}],
         },
         data=TRAINED_ON.model_copy(update={"uri": f"{SECRET}/scans"}),
         **changes,
     )
     prints = [fingerprint_of(decode(path.read_bytes()).frames) for path in files]
-    table = pa.Table.from_pylist([{"uri": str(path), "label": path.parent.name} for path in files], schema=SCHEMA)
+    table = pa.Table.from_pylist(
+        [{"uri": str(path), "label": path.parent.name, "source": f"{SECRET}/pacs"} for path in files], schema=SCHEMA
+    )
     rejected = pa.table({"row": pa.array([], pa.int64()), "code": pa.array([], pa.string())})
     epoch = {"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": 0.5, "learning_rate": 0.1, "score": 0.5}
     assessment = assess(
@@ -161,7 +165,8 @@ def test_figures_card_and_licence_are_those_of_the_published_model(trained: str,
     assert "half precision" in card
     before = json.loads((Path(trained) / "metrics.json").read_text())
     after = json.loads((out / "metrics.json").read_text())
-    assert {name for name in before if before[name] != after[name]} == {"model_id", "measured_on"}
+    assert {name for name in before if before[name] != after[name]} == {"model_id", "measured_on", "sources"}
+    assert list(after["sources"]) == ["pacs"]
     assert after["model_id"] == model_id
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +101,31 @@ def test_a_store_that_is_away_does_not_lock_everyone_out(file: Path, monkeypatch
     time.sleep(0.01)
     ring.refresh()
     assert ring.accepts(key)
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, answers, asked = make_key(str(file), "a"), threading.Event(), list[str]()
+    ring = KeyRing.of(str(file))
+    monkeypatch.setattr(access, "REREAD", 0.0)
+    monkeypatch.setattr(access, "_PATIENCE", 0.01)
+
+    def slow(uri: str) -> list[bytes]:
+        asked.append(uri)
+        assert answers.wait(60)
+        return []
+
+    monkeypatch.setattr(access, "_digests_in", slow)
+    scope = {"type": "http", "headers": [(b"x-api-key", key.encode())]}
+
+    async def ask() -> None:
+        for _ in range(20):
+            await access.Access(ring, insecure=False).check(scope)
+
+    time.sleep(0.01)
+    asyncio.run(ask())
+    assert len(asked) == 1
+    answers.set()
+    until(lambda: not ring.accepts(key))
 
 
 def test_without_keys_only_this_machine_by_its_own_name_is_answered(model: str) -> None:

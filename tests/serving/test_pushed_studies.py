@@ -168,6 +168,22 @@ def test_killed_at_any_step_the_job_goes_on_and_every_report_is_there_once(
         assert len(reports(pacs, f"{UIDS}.{study}")) == 1
 
 
+def test_another_config_does_not_begin_to_wait_anew(pacs: Orthanc, model: str, tmp_path: Path) -> None:
+    pending = PendingStudies(str(tmp_path / "pending"))
+    pacs.upload(instance(9, 0, place) for place in range(2))
+    pending.add(f"{UIDS}.9")
+    config = ServiceConfig(**settings(pacs, model, tmp_path))
+    studies = PushedStudies(config, PacsConfig(**pacs.credentials))
+
+    def reported() -> bool:
+        nonlocal studies
+        studies.report_what_is_still()
+        studies = PushedStudies(config, PacsConfig(**pacs.credentials), studies)
+        return len(reports(pacs, f"{UIDS}.9")) == 1
+
+    until(reported, seconds=60)
+
+
 def test_a_study_that_the_archive_cannot_give_keeps_waiting_and_holds_up_no_other(
     pacs: Orthanc, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -194,6 +194,14 @@ def test_marks_of_the_model_reach_the_caller(tmp_path: Path) -> None:
         ({"data": b"x", "kind": "multipart/form-data; boundary=b"}, 400, "bad_body"),
         ({"data": b"--b\r\n\r\nx", "kind": "multipart/form-data; boundary=b"}, 400, "bad_body"),
         ({"data": b"--b--\r\n", "kind": "multipart/form-data; boundary=b"}, 400, "bad_body"),
+        (
+            {
+                "data": b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n\xe2\x82\xac\r\n--b--\r\n',
+                "kind": 'multipart/form-data; boundary=b; x="',
+            },
+            400,
+            "bad_body",
+        ),
         ({"data": b"x", "kind": JPEG, "headers": {"Content-Encoding": "gzip"}}, 400, "bad_body"),
         ({"data": b"x", "kind": JPEG, "headers": {"Content-Encoding": "br"}}, 415, "unsupported_media_type"),
         ({"data": b"x", "kind": JPEG, "headers": {"Content-Encoding": "gzip, gzip"}}, 415, "unsupported_media_type"),

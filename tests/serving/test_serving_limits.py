@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import socket
 import threading
@@ -16,6 +17,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from btray.data.frames import Frames, FrameSource, Rejection
 from btray.data.preprocess import Frame
@@ -26,10 +28,14 @@ from btray.serving import access as api_keys
 from btray.serving import gate
 from btray.serving.access import Access, make_key
 from btray.serving.batching import Batcher, SharedThread
-from btray.serving.config import ServeConfig
+from btray.serving.config import LimitsConfig, ServeConfig
 from btray.serving.gate import HeaderGuard
 from btray.serving.models import DecodedImage, ModelFacts, ServedModel
+from btray.serving.oip_codec import InferBody
 from btray.serving.problems import Problem
+from btray.serving.studies_api import StudiesRequest
+from btray.serving.uploads import ClassifyRequest, parse_json
+from tests.helpers.dicom_files import slice_file
 from tests.helpers.serving_helpers import Running, bundle_at, pages, png, problem, running, scan
 from tools.processes import until
 
@@ -185,6 +191,29 @@ def test_an_answer_that_takes_too_long_is_a_problem_with_the_time_to_wait(model:
 
 
 # ---- frames
+
+
+def test_frames_behind_the_first_member_of_gzip_are_counted_too(service: Running) -> None:
+    data = slice_file(np.arange(16 * 16 * 21, dtype=np.uint16).reshape(21, 16, 16))
+    problem(service.post(CLASSIFY, data, "application/dicom"), 413, "too_many_frames")
+    members = gzip.compress(data[:300]) + gzip.compress(data[300:])
+    problem(service.post(CLASSIFY, members, "application/dicom"), 413, "too_many_frames")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ClassifyRequest, {"images": [1] * 999}),
+        (StudiesRequest, {"frames": [1] * 999}),
+        (InferBody, {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1]}], "outputs": [1] * 999}),
+        (StudiesRequest, {"frames": [{"model_id": "a", "probabilities": {f"{n}": "x" for n in range(1001)}}]}),
+    ],
+)
+def test_of_wrong_json_the_first_mistake_is_told_and_no_other_looked_for(kind: Any, body: dict[str, Any]) -> None:
+    with pytest.raises(Problem) as caught:
+        parse_json(kind, json.dumps(body).encode(), LimitsConfig(), "")
+    assert isinstance(caught.value.__cause__, ValidationError)
+    assert caught.value.__cause__.error_count() == 1
 
 
 def test_more_pages_than_a_request_may_have_are_refused_undecoded(

@@ -10,6 +10,8 @@ from btray.data.scans.errors import ScanRejected
 MAGIC: Final = b"\x1f\x8b"
 _HEAD = 1024
 _CHUNK = 1 << 20
+_WINDOW = 1 << 16  # of what is unpacked at a time: what a member leaves of it is copied
+_FEW, _BLOCK = 1024, 1 << 14  # members, and bytes of one more
 
 
 def peek(data: bytes, length: int = _HEAD) -> bytes:
@@ -28,20 +30,25 @@ def unpack(data: bytes, max_bytes: int) -> bytes:
     Raises ScanRejected: `bomb` above `max_bytes`, `truncated` if it ends early, `decode_failed` if it is damaged.
     """
     parts: list[bytes] = []
-    size, left = 0, data
-    while left.startswith(MAGIC):  # what follows the last member, such as padding with zeros, is not data
+    size = members = start = 0
+    view = memoryview(data)
+    while data.startswith(MAGIC, start):  # what follows the last member, such as padding with zeros, is not data
         stream = zlib.decompressobj(wbits=31)
+        members += 1
+        # Blocks of bgzip, which has most, hold 64 kB. Members of nothing would cost time without end.
+        if members > _FEW + max_bytes // _BLOCK:
+            raise ScanRejected("bomb", f"gzip of more than {members - 1} members")
         while not stream.eof:
+            window = view[start : start + _WINDOW]
             try:
-                part = stream.decompress(left, _CHUNK)
+                part = stream.decompress(window, _CHUNK)
             except zlib.error as error:
                 raise ScanRejected("decode_failed", f"damaged gzip: {error}") from error
-            left = stream.unconsumed_tail
-            if not part and not left and not stream.eof:
+            start += len(window) - len(stream.unconsumed_tail) - len(stream.unused_data)
+            if not part and not window and not stream.eof:
                 raise ScanRejected("truncated", f"gzip truncated after {len(data)} bytes")
             parts.append(part)
             size += len(part)
             if size > max_bytes:
                 raise ScanRejected("bomb", f"{len(data)} bytes of gzip become more than max_bytes {max_bytes}")
-        left = stream.unused_data
     return b"".join(parts) if parts else data

@@ -56,7 +56,8 @@ class ReportJob:
             config, pause = self._config, _LOOK
             try:
                 if config is not None and config is not its_config:
-                    studies, its_config = PushedStudies(config, PacsConfig.from_environment()), config
+                    studies = PushedStudies(config, PacsConfig.from_environment(), studies)
+                    its_config = config
                 if studies is not None and its_config is not None:
                     pause = min(_LOOK, its_config.report_after_seconds / 4)
                     studies.report_what_is_still()

@@ -41,8 +41,11 @@ _LONGEST_PAUSE: Final = 3600.0
 class PushedStudies:
     """Reports the studies that were pushed to one service, by its main model."""
 
-    def __init__(self, config: ServiceConfig, access: PacsConfig) -> None:
-        """Load the model; `config` has a `report_to`, reached with `access`. Raises UserError for a bad bundle."""
+    def __init__(self, config: ServiceConfig, access: PacsConfig, before: PushedStudies | None = None) -> None:
+        """Load the model; `config` has a `report_to`, reached with `access`. Raises UserError for a bad bundle.
+
+        What reported by the config `before` this one has been watching is not watched anew.
+        """
         assert config.report_to is not None  # noqa: S101 - whoever calls this has seen it
         assert config.pending is not None  # noqa: S101 - the config demands it
         self._classifier = Classifier.load(
@@ -58,8 +61,9 @@ class PushedStudies:
         self._access = access
         self._reporter = Reporter(DicomWeb(self._root, access), self._classifier.manifest)
         self._pending = PendingStudies(config.pending)
-        self._still = StillStudies(config.report_after_seconds)
-        self._pauses: dict[str, Iterator[float]] = {}
+        self._still: StillStudies = before._still if before else StillStudies(config.report_after_seconds)
+        self._still.quiet = config.report_after_seconds
+        self._pauses: dict[str, Iterator[float]] = before._pauses if before else {}
 
     def report_what_is_still(self) -> None:
         """Report each study that is still now, and keep those that cannot be for another time. Raises StorageError."""

@@ -252,6 +252,13 @@ def test_gzip_is_unpacked_up_to_its_limit_and_no_further() -> None:
     assert len(decode(gzip.compress(GOOD), limits=ScanLimits(max_bytes=len(GOOD))).frames) == 18
 
 
+def test_members_of_nothing_do_not_take_time_without_end() -> None:
+    many = gzip.compress(GOOD) + gzip.compress(b"") * 1200
+    assert rejection(many, max_bytes=1 << 20).code == "bomb"
+    some = gzip.compress(GOOD) + gzip.compress(b"") * 900
+    assert len(decode(some, limits=ScanLimits(max_bytes=1 << 20)).frames) == 18
+
+
 def test_no_change_of_a_file_makes_anything_but_a_scan_or_a_rejection() -> None:
     random_ = random.Random(11)
     small = VOLUME[:20, :20, :3]

@@ -16,7 +16,6 @@ from btray.bulk.config import PackConfig
 from btray.bulk.listing.archive import list_archive
 from btray.bulk.listing.selection import Selection
 from btray.bulk.pack import pack
-from btray.bulk.worker import PartActor
 from btray.core.errors import UserError
 from btray.data import frames, packs
 from btray.data.config import PreprocessConfig
@@ -28,7 +27,7 @@ from btray.model import precision
 from btray.model.classifier import Classifier
 from btray.storage.packed import path_of
 from btray.training.feeds import decode_block, stream_block
-from tests.helpers.classify_helpers import job, plain_rows, report_of, without_ray, write_objects
+from tests.helpers.classify_helpers import interrupt_after, job, plain_rows, report_of, without_ray, write_objects
 from tests.helpers.scan_corpus import bad_scans, good_scans
 from tests.helpers.tiny_bundle import PREPROCESS, saved_bundle
 from tests.helpers.training_helpers import write_tree
@@ -258,17 +257,8 @@ def test_a_run_that_was_killed_is_resumed_and_until_then_nobody_takes_it_for_a_p
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scans = write_tree(tmp_path / "data", {"glioma": 40, "no_tumor": 40})
-    made: list[str] = []
-    make = PartActor._part
-
-    def part(actor: PartActor, uri: str, *more: Any) -> Any:
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(uri)
-        return make(actor, uri, *more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PartActor, "_part", part)
+        made = interrupt_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             packed(scans, tmp_path / "out")
     with pytest.raises(UserError, match=r"not finished: run jobs/pack\.py again"):

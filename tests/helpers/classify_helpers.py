@@ -170,6 +170,20 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(f"{module}.begin_in_worker", lambda *_, **__: None)
 
 
+def interrupt_after(patch: pytest.MonkeyPatch, parts: int) -> list[str]:
+    """Interrupt a job on its next part after so many; return the files of these, as they come."""
+    make, made = PartActor._part, list[str]()
+
+    def part(actor: PartActor, uri: str, *more: Any) -> Any:
+        if len(made) == parts:
+            raise KeyboardInterrupt
+        made.append(uri)
+        return make(actor, uri, *more)
+
+    patch.setattr(PartActor, "_part", part)
+    return made
+
+
 def without_reading(patch: pytest.MonkeyPatch, code_of: Callable[[FileInfo], str | None] = lambda info: None) -> None:
     """Let the classify job give each object a row without reading it: an answer, or a rejection with its code."""
 

@@ -19,7 +19,6 @@ from btray.bulk.clinical.pseudonyms import Pseudonyms
 from btray.bulk.config import EraseConfig, PackConfig
 from btray.bulk.erasure.job import erase
 from btray.bulk.pack import pack
-from btray.bulk.worker import PartActor
 from btray.core.errors import UserError
 from btray.data.frames import FrameSource
 from btray.data.labelled import read_labelled
@@ -28,7 +27,7 @@ from btray.model.bundle import load_bundle
 from btray.results import current
 from btray.storage import StorageError
 from btray.storage.packed import member_uri
-from tests.helpers.classify_helpers import job, plain_rows, report_of, without_ray
+from tests.helpers.classify_helpers import interrupt_after, job, plain_rows, report_of, without_ray
 from tests.helpers.hospital_archive import ROOT, write_archive
 from tests.helpers.privacy import found_in, written
 from tests.helpers.table_helpers import done_of, row, write
@@ -273,16 +272,8 @@ def test_a_pack_that_was_interrupted_does_not_bring_the_object_back(
     if at == "a later run":
         pack(config)
         write_tree(tmp_path / "data" / "more", {"glioma": 40})
-    make, made = PartActor._part, list[str]()
-
-    def interrupted(actor: Any, uri: str, *arguments: Any) -> Any:
-        if made:
-            raise KeyboardInterrupt
-        made.append(uri)
-        return make(actor, uri, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PartActor, "_part", interrupted)
+        interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             pack(config)
     erase(erasing(output, uris=listed(tmp_path, gone)))

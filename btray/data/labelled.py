@@ -170,7 +170,7 @@ def _read_pack(root: str, classes: Sequence[str]) -> Labelled:
     inside = (members.get(storage.join(pack.root, name)) for name in MANIFESTS)
     manifest = storage.join(root, pack.manifest) if pack.manifest else next((i.place for i in inside if i), None)
     if manifest is None:
-        by_path = sorted((path_of(info.place), info) for info in members.values())  # as a folder is listed
-        files = {path: replace(info, uri=info.place) for path, info in by_path}
+        by_path = {path_of(info.place): replace(info, uri=info.place) for info in members.values()}
+        files = {path: by_path[path] for path in sorted(by_path)}  # in the order in which a folder is listed
         return _read_tree(root, files, classes)
     return _read_manifest(manifest, pack.root, {uri: info.place for uri, info in members.items()}, classes)

@@ -44,7 +44,7 @@ class PushedStudies:
     def __init__(self, config: ServiceConfig, access: PacsConfig, before: PushedStudies | None = None) -> None:
         """Load the model; `config` has a `report_to`, reached with `access`. Raises UserError for a bad bundle.
 
-        What reported by the config `before` this one has been watching is not watched anew.
+        What it knows of the studies that wait is taken over from `before`, which reported by an earlier config.
         """
         assert config.report_to is not None  # noqa: S101 - whoever calls this has seen it
         assert config.pending is not None  # noqa: S101 - the config demands it

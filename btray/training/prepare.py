@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from operator import ne
 from typing import Any
 
@@ -99,6 +99,8 @@ class TrainingData:
     """The training and validation images that could not be read: columns row, code, message."""
     used: pa.Table
     """The rows of `feeds.survey` that are the samples of the plan, in their order."""
+    look: Indices
+    """Number of each sample, equal for those that look alike, also through others."""
     leak: Leak
     """Which images the test and val splits have in common with those that are learnt from."""
     plan: Plan
@@ -112,15 +114,10 @@ class TrainingData:
         Folds cut no group of what looks alike, but sources may share pictures.
         """
         held = self.rounds[name]
-        twins = np.isin(self._look, self._look[held]) & ~held
+        twins = np.isin(self.look, self.look[held]) & ~held
         if twins.any():
             _log.info("%d images look like some of %s, and are not used when it is held out", twins.sum(), name)
         return replace(self, plan=self.plan.hold_out(held, [*self.rounds].index(name) + 1, twins))
-
-    @cached_property
-    def _look(self) -> Indices:
-        """Number of each sample, equal for those that look alike."""
-        return group_by_fingerprint(unpack(self.used["fingerprint"].to_pylist()))
 
     def digest(self) -> str:
         """Compute the SHA-256 over digest, label and use of every image, whatever the files are called."""
@@ -209,7 +206,7 @@ def prepare(source: Source) -> TrainingData:
         labels = Counter(surveyed.filter(surveyed["is_ct"])["label"].to_pylist())
         names = ", ".join(f"{(*source.classes, config.outliers)[label]} {count}" for label, count in labels.items())
         _log.info("%d frames look like CT and are left out (%s)", left_out, names)
-    leak, used = _resolve_leak(source, readable)
+    leak, used, look = _resolve_leak(source, readable)
     labels = used["label"].to_numpy()
     held, rounds = _divide(source, used)
     plan = Plan(
@@ -226,11 +223,14 @@ def prepare(source: Source) -> TrainingData:
         initial_weights=source.initial_weights,
     )
     _check_plan(plan, rounds)
-    return TrainingData(source, frames, rejected, used, leak, plan, rounds)
+    return TrainingData(source, frames, rejected, used, look, leak, plan, rounds)
 
 
-def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table]:
-    """Compare the pixels of the splits and act on --on-leak; returns the leak, and the rows of the survey in use."""
+def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table, Indices]:
+    """Compare the pixels of the splits and act on --on-leak.
+
+    Returns the leak, the rows of the survey in use, and a number for each of these, equal for those that look alike.
+    """
     test = np.flatnonzero(in_splits(source.table, "test"))
     surveyed = readable.slice(0, 0)
     if len(test):
@@ -241,7 +241,7 @@ def _resolve_leak(source: Source, readable: pa.Table) -> tuple[Leak, pa.Table]:
     leak = find_leak(np.array(source.table["split"].take(rows).to_pylist(), object), groups)
     report_leak(leak, source.config.on_leak, source.config.data)
     used = np.flatnonzero(~leak.learnt[: len(readable)] | (source.config.on_leak != "drop"))
-    return leak, readable.take(used)
+    return leak, readable.take(used), groups[used]
 
 
 def _divide(source: Source, used: pa.Table) -> tuple[Flags, dict[str, Flags]]:
